@@ -1,0 +1,1 @@
+"""Holds state and devices: every Ray actor, and nothing but actors."""

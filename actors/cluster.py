@@ -1,0 +1,364 @@
+"""The cluster's verbs: sample, score and weight, train, push, save, restore. Recipes use nothing else.
+
+Guarantees:
+
+- The driver moves references and small summaries, never trajectories or weights.
+- Every question of a `sample` is done exactly once. If a worker dies, what it had in hand is queued again; the worker
+  is replaced, starts from the model now serving, and gets work only then.
+- Every wait has a bound and says what it waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from actors.engine import EngineOptions
+from actors.learner_group import LearnerGroup
+from actors.placement import Placement, plan_placement
+from actors.retriever import RetrieverActor, RetrieverClient
+from actors.rollout import RolloutActor, RolloutRequest, RolloutSummary
+from actors.weight_transfer import EngineRef
+from actors.weighting import WeightingActor
+from pipeline.config import AgentConfig, Config
+from pipeline.records import Question, Trajectory
+from pipeline.run import Json
+from retriever_service.search import Hit
+
+logger = logging.getLogger(__name__)
+
+OnDone = Callable[[RolloutSummary], None]
+Sink = Callable[[Any, Any], Awaitable[None]]
+"""(reference to a question's trajectories, the worker that sampled them)."""
+
+MIN_FOR_FAILURE_SHARE = 50
+"""Trajectories after which the share of infrastructure failures can stop an E-step."""
+
+
+class ClusterError(RuntimeError):
+    """The cluster could not do what was asked: something died too often, or did not come up in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The model that the engines serve."""
+
+    model: str
+    version: int
+
+
+class Cluster:
+    """All actors of one run. Use as a context manager.
+
+    Args:
+        config: the run's configuration.
+        index_dir: a built retrieval index.
+        serving: the model and version that engines start with.
+    """
+
+    def __init__(self, config: Config, index_dir: Path, serving: Serving) -> None:
+        self.config = config
+        self.serving = serving
+        self.placement = plan_placement(config, ray.cluster_resources())
+        self._index_dir = index_dir
+        self._group = self._reserve()
+        self._retrievers = [self._new_retriever() for _ in range(config.retriever.replicas)]
+        self.retriever = RetrieverClient(
+            self._retrievers,
+            timeout_s=config.retriever.timeout_s,
+            max_attempts=config.retriever.max_attempts,
+        )
+        self._workers = [self._new_worker(index) for index in range(config.rollout.workers)]
+        self._weighting = WeightingActor.options(num_cpus=0).remote(config, serving.model)
+        self.learner: LearnerGroup | None = None
+        self._wait_until_up()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all actors and free their resources."""
+        if self.learner is not None:
+            self.learner.close()
+        try:
+            ray.get([worker.shutdown.remote() for worker in self._workers], timeout=30)
+        except (RayActorError, GetTimeoutError) as error:
+            logger.warning(f"an engine did not shut down by itself: {error}")
+        for actor in [*self._workers, *self._retrievers, self._weighting]:
+            ray.kill(actor)
+        remove_placement_group(self._group)
+
+    # ---------------------------------------------------------------- E-step
+
+    def expectation(
+        self, questions: Sequence[Question], rollouts: Path, weighted: Path, *, seed: int, on_done: OnDone
+    ) -> Json:
+        """Sample K trajectories per question, weight them, and write both as shards.
+
+        Args:
+            rollouts, weighted: empty directories on a file system that the weighting actor reaches.
+            seed: of this iteration's E-step.
+
+        Returns:
+            the statistics of `Weighting.finish`, and generation counts.
+        """
+        rollout = self.config.rollout
+        ray.get(self._weighting.begin.remote(list(questions), rollouts, weighted), timeout=60)
+        requests = [
+            RolloutRequest(
+                question=question,
+                agent=self.config.agent,
+                samples=rollout.samples,
+                temperature=rollout.temperature,
+                top_p=rollout.top_p,
+                top_k=rollout.top_k,
+                seed=seed,
+            )
+            for question in questions
+        ]
+
+        async def weigh(group: Any, worker: Any) -> None:
+            await self._weighting.add.remote(group, worker)
+
+        summaries = asyncio.run(self._sample(requests, weigh, on_done))
+        statistics: Json = ray.get(self._weighting.finish.remote(), timeout=300)
+        return statistics | {
+            "trajectories": sum(s.trajectories for s in summaries),
+            "generated_tokens": sum(s.generated_tokens for s in summaries),
+        }
+
+    def greedy(self, questions: Sequence[Question], agent: AgentConfig, on_done: OnDone) -> list[Trajectory]:
+        """One greedy trajectory per question, in the order of the questions.
+
+        Args:
+            agent: how to search; the baselines of an evaluation differ from the run here.
+        """
+        requests = [
+            RolloutRequest(question, agent, samples=1, temperature=0.0, top_p=1.0, top_k=0, seed=0)
+            for question in questions
+        ]
+        found: dict[str, Trajectory] = {}
+
+        async def keep(group: Any, worker: Any) -> None:
+            (trajectory,) = await group
+            found[trajectory.question_id] = trajectory
+
+        asyncio.run(self._sample(requests, keep, on_done))
+        return [found[question.id] for question in questions]
+
+    async def retrieve(self, query: str, k: int) -> Sequence[Hit]:
+        """The k best passages for one query."""
+        return await self.retriever.search(query, k)
+
+    # ---------------------------------------------------------------- M-step
+
+    def start_learner(self, model: str, state: Path | None) -> None:
+        """Bring the learner's ranks up on `model`, at the optimiser state in `state` if there is one."""
+        if self.learner is not None:
+            self.learner.close()
+        self.learner = LearnerGroup(
+            self.config.learner,
+            model,
+            state=state,
+            options=[self._learner_options(rank) for rank in range(self.config.learner.num_ranks)],
+            seed=self.config.seed,
+        )
+
+    def push(self, model: Path, version: int) -> Json:
+        """Learner -> engines. Afterwards every engine serves `version`, whose exported form is `model`."""
+        assert self.learner is not None
+        engines = [
+            EngineRef(worker, node, self.config.rollout.tensor_parallel_size)
+            for worker, node in zip(self._workers, self._nodes, strict=True)
+        ]
+        report = self.learner.push(
+            engines, self.placement.transport, version, deadline_s=self.config.cluster.push_timeout_s
+        )
+        self.serving = Serving(str(model), version)
+        return report
+
+    def serve(self, model: Path | str, version: int) -> None:
+        """Let the engines load an exported model from disk, unless they serve that version already."""
+        if self.serving.version == version:
+            return
+        seconds = self.config.cluster.start_timeout_s
+        calls = [worker.reload.remote(str(model), version, seconds) for worker in self._workers]
+        _get(calls, seconds, f"engines to load {model}")
+        self.serving = Serving(str(model), version)
+
+    # ---------------------------------------------------------------- inside
+
+    async def _sample(
+        self, requests: Sequence[RolloutRequest], sink: Sink, on_done: OnDone
+    ) -> list[RolloutSummary]:
+        """Serve all requests with all workers; `sink` gets each group before `on_done` hears of it."""
+        queue, summaries = deque(requests), list[RolloutSummary]()
+        restarts = 0
+        lock = asyncio.Lock()
+
+        async def slot(index: int) -> None:
+            nonlocal restarts
+            while queue:
+                request, worker = queue.popleft(), self._workers[index]
+                try:
+                    summary_ref, group_ref = worker.rollout.remote(request)
+                    summary = await summary_ref
+                    await sink(group_ref, worker)
+                except (RayActorError, RayTaskError) as error:
+                    if not _worker_died(error):
+                        raise
+                    queue.appendleft(request)
+                    async with lock:
+                        if self._workers[index] is worker:
+                            restarts += 1
+                            if restarts > self.config.rollout.max_restarts:
+                                raise ClusterError(
+                                    f"rollout workers died {restarts} times in one phase (rollout.max_restarts: "
+                                    f"{self.config.rollout.max_restarts}); last: {error}"
+                                ) from error
+                            logger.warning(f"rollout worker {index} died and is replaced: {error}")
+                            await self._replace_worker(index)
+                    continue
+                summaries.append(summary)
+                self._check_failures(summaries)
+                on_done(summary)
+
+        samples = max((request.samples for request in requests), default=1)
+        slots = math.ceil(self.config.rollout.concurrency / samples) + 1
+        async with asyncio.TaskGroup() as tasks:
+            for index in range(len(self._workers)):
+                for _ in range(slots):
+                    tasks.create_task(slot(index))
+        return summaries
+
+    def _check_failures(self, summaries: Sequence[RolloutSummary]) -> None:
+        total = sum(s.trajectories for s in summaries)
+        failed = sum(s.infrastructure_failures for s in summaries)
+        allowed = self.config.retriever.max_failure_share
+        if total >= MIN_FOR_FAILURE_SHARE and failed > allowed * total:
+            last = next(s.last_failure for s in reversed(summaries) if s.last_failure)
+            raise ClusterError(
+                f"{failed} of {total} trajectories failed for reasons outside of the model, more than "
+                f"retriever.max_failure_share ({allowed:.0%}) allows; last: {last}"
+            )
+
+    def _reserve(self) -> PlacementGroup:
+        bundles = self.placement.bundles
+        group = placement_group(bundles, strategy="PACK" if self.placement.device == "gpu" else "SPREAD")
+        if not group.wait(self.config.cluster.start_timeout_s):
+            remove_placement_group(group)
+            raise ClusterError(
+                f"the cluster did not free {bundles} within {self.config.cluster.start_timeout_s:.0f} s "
+                f"(cluster.start_timeout_s); it has {_amounts(ray.cluster_resources())} in all and "
+                f"{_amounts(ray.available_resources())} free"
+            )
+        return group
+
+    def _new_retriever(self) -> Any:
+        retriever = self.config.retriever
+        on_gpu = retriever.device == "cuda" or (retriever.device == "auto" and retriever.gpus_per_replica > 0)
+        return RetrieverActor.options(
+            num_cpus=0,
+            num_gpus=retriever.gpus_per_replica,
+            scheduling_strategy="SPREAD",
+            max_concurrency=10_000,
+        ).remote(
+            str(self._index_dir),
+            device="cuda" if on_gpu else "cpu",
+            max_batch=retriever.max_batch,
+            num_threads=None if on_gpu else os.cpu_count(),
+        )
+
+    def _new_worker(self, index: int) -> Any:
+        rollout, placement = self.config.rollout, self.placement
+        cpu = placement.device == "cpu"
+        options = EngineOptions(
+            model=self.serving.model,
+            dtype=self.config.model.dtype,
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            max_model_len=self.config.model.max_length,
+            max_num_seqs=rollout.concurrency,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            kv_cache_gib=rollout.kv_cache_gib,
+            enforce_eager=rollout.enforce_eager or cpu,
+            num_threads=os.cpu_count() if cpu else None,
+            weight_transport=placement.transport,
+            request_timeout_s=rollout.timeout_s,
+            record_proposal=self.config.weighting.correct_proposal,
+        )
+        return RolloutActor.options(
+            **self._bundle(placement.engine_bundles[index], placement.engine_gpus), max_concurrency=10_000
+        ).remote(options, self.retriever, concurrency=rollout.concurrency)
+
+    async def _replace_worker(self, index: int) -> None:
+        """A new worker that serves the current model; it gets no work before."""
+        worker = self._new_worker(index)
+        start = worker.start.remote(self.serving.version)
+        self._nodes[index] = await asyncio.wait_for(start, self.config.cluster.start_timeout_s)
+        self._workers[index] = worker
+
+    def _learner_options(self, rank: int) -> dict[str, Any]:
+        return self._bundle(self.placement.rank_bundles[rank], self.placement.rank_gpus)
+
+    def _bundle(self, index: int, gpus: float) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        return {"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": strategy}
+
+    def _wait_until_up(self) -> None:
+        seconds = self.config.cluster.start_timeout_s
+        _get([retriever.ready.remote() for retriever in self._retrievers], seconds, "retrievers to open their index")
+        starts = [worker.start.remote(self.serving.version) for worker in self._workers]
+        self._nodes = _get(starts, seconds, "vLLM engines to start")
+
+
+def _worker_died(error: RayActorError | RayTaskError) -> bool:
+    """True also for a sink that failed because the worker died under it."""
+    return isinstance(error, RayActorError) or isinstance(error.cause, RayActorError)
+
+
+def _get(references: list[Any], timeout_s: float, what: str) -> list[Any]:
+    try:
+        return list(ray.get(references, timeout=timeout_s))
+    except GetTimeoutError as error:
+        raise ClusterError(
+            f"waited {timeout_s:.0f} s for {what} (cluster.start_timeout_s); the cluster has "
+            f"{_amounts(ray.available_resources())} free of {_amounts(ray.cluster_resources())}"
+        ) from error
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Connect to the configured cluster, or start a local one, for the duration."""
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    ray.init(
+        address=address,
+        include_dashboard=None if address else False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+        namespace=f"exsearch-{os.getpid()}-{time.time_ns()}",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

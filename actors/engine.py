@@ -1,0 +1,433 @@
+"""One vLLM engine: token ids in, token ids out. Plain class, no Ray; a rollout actor wraps it.
+
+Guarantees:
+
+- The ids of a completion are exactly those that the model produced, an end-of-sequence id included; its
+  log-probabilities are the model's own, before temperature and truncation (but see `record_proposal`).
+- A request's seed decides its tokens: alone or among others, the same (float32 on CPU).
+- `score` equals the sum of a plain forward pass' log-probabilities, whether or not the prefix cache held the text.
+- While a push of weights is under way, or after one failed, nothing is served (`EngineError`); cached keys and values
+  never outlive the weights they were computed with.
+- Every wait is bounded; what goes wrong inside vLLM comes out as `EngineError` or `WeightTransferError`.
+
+CPU and GPU share this code. What differs is in `_engine_args` and `_set_environment`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from actors.weight_transfer import Segment, Transport, WeightTransferError, backend_name
+from pipeline.records import ScoreRequest
+from pipeline.search_agent import Completion, EngineError, Sampling
+
+if TYPE_CHECKING:
+    from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+logger = logging.getLogger(__name__)
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How an engine is built."""
+
+    model: str
+    """Model directory or hub name; also holds the tokenizer."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format. `auto`: bfloat16 on GPUs, float32 on CPUs (reproducible)."""
+    tensor_parallel_size: int = 1
+    """Workers (GPUs) that share one copy of the model."""
+    max_model_len: int = 4096
+    """Longest context in tokens, prompt and completion together."""
+    max_num_seqs: int = 256
+    """Sequences generated at once; more wait in the engine's queue."""
+    gpu_memory_utilization: float = 0.9
+    """Share of each GPU's memory that the engine takes. Not used on CPUs."""
+    kv_cache_gib: float = 1.0
+    """Memory for cached keys and values on CPUs, in GiB. Not used on GPUs."""
+    seed: int = 0
+    """Seed of requests that bring none; ours always do."""
+    enforce_eager: bool = False
+    """Skip compilation and CUDA graphs: quick start, slower generation."""
+    num_threads: int | None = None
+    """Threads on CPUs, not bound to cores, so that other processes may share them. Null: vLLM binds one thread to each
+    core it may use."""
+    weight_transport: Transport = "shared_memory"
+    """How pushed weights arrive (actors.weight_transfer)."""
+    start_timeout_s: float = 900.0
+    """Longest start, in seconds: loading, compiling, measuring memory."""
+    record_proposal: bool = False
+    """Completions carry log-probabilities of the distribution that was sampled from, after temperature and truncation,
+    instead of the model's own."""
+    request_timeout_s: float = 600.0
+    """Longest that one request may take, waiting in the engine's queue included, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightState:
+    """Which weights an engine serves. `digest` is "" for those it was started with."""
+
+    version: int
+    digest: str
+    refusal: str
+    """Why nothing is served at the moment; empty while serving."""
+
+
+class VllmEngine:
+    """A vLLM engine with its own engine process.
+
+    vLLM is configured through the environment in places, so a process should hold one engine, or several with the same
+    options.
+
+    Example:
+        engine = VllmEngine(EngineOptions(model="models/tiny-searcher"))
+        await engine.start()
+        completion = await engine.generate([1, 2, 3], sampling)
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.options = options
+        self._llm: AsyncLLM | None = None
+        self._request_numbers = itertools.count()
+        self._version = 0
+        self._digest = ""
+        self._refusal = "the engine has not been started"
+        self._pushed_version = 0
+        self._push_deadline = 0.0
+        self._segment: Segment | None = None
+
+    async def start(self, version: int = 0) -> None:
+        """Loads the model, which holds weight version `version`.
+
+        Raises:
+            EngineError: vLLM could not start (the cause is in its log and in `__cause__`) or took too long.
+        """
+        _set_environment(self.options)
+        # The engine process and its workers check VLLM_ENGINE_READY_TIMEOUT_S themselves: the thread below ends.
+        try:
+            self._llm = await asyncio.to_thread(_create_llm, self.options)
+            async with asyncio.timeout(self.options.start_timeout_s):
+                await self._llm.update_weight_version(str(version))
+        except (RuntimeError, ValueError, OSError) as error:
+            raise EngineError(f"vLLM could not start with {self.options.model}: {error}") from error
+        self._version, self._digest, self._refusal = version, "", ""
+
+    def shutdown(self) -> None:
+        """Ends the engine process. Requests under way fail."""
+        self._refusal = "the engine was shut down"
+        if self._llm is not None:
+            self._llm.shutdown(timeout=10)
+            self._llm = None
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+
+    # ------------------------------------------------------------ requests
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """Samples one continuation.
+
+        Args:
+            prompt_ids: the context. Where it leaves fewer than `sampling.max_tokens` of room in `max_model_len`, the
+                completion is that much shorter; with no room at all it is empty, with finish_reason "length".
+
+        Returns:
+            Its `text` ends right after a matched stop string; the ids are whole tokens, so the last one may reach past
+            it.
+
+        Raises:
+            EngineError: the engine died, serves nothing at the moment, refused the request or took too long.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        room = self.options.max_model_len - len(prompt_ids)
+        max_tokens = min(sampling.max_tokens, room)
+        if max_tokens <= 0:
+            return Completion([], [], "", None, "length")
+        output = await self._request(
+            prompt_ids,
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                seed=sampling.seed,
+                max_tokens=max_tokens,
+                stop=list(sampling.stop),
+                include_stop_str_in_output=True,
+                skip_special_tokens=False,
+                spaces_between_special_tokens=False,
+                logprobs=0,
+                flat_logprobs=True,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            ),
+        )
+        return _completion(output)
+
+    async def score(self, token_ids: Sequence[int], start: int) -> float:
+        """log p(token_ids[start:] | token_ids[:start]): the sum of `token_logprobs`."""
+        return sum(await self.token_logprobs(token_ids, start))
+
+    async def token_logprobs(self, token_ids: Sequence[int], start: int) -> list[float]:
+        """log p(token_ids[i] | token_ids[:i]) for each i >= start, reading the prefix cache.
+
+        Args:
+            token_ids: context and continuation; one token shorter than `max_model_len` at most.
+            start: index of the first token that is scored, at least 1.
+
+        Raises:
+            EngineError: as `generate`; also where the ids do not fit into the engine.
+        """
+        num_tokens = len(token_ids)
+        if not 1 <= start <= num_tokens:
+            raise ValueError(f"start must lie in 1..{num_tokens}, the number of ids; it is {start}")
+        if num_tokens >= self.options.max_model_len:
+            raise EngineError(
+                f"{num_tokens} ids cannot be scored: max_model_len is {self.options.max_model_len} and vLLM needs room "
+                "for one more"
+            )
+        if start == num_tokens:
+            return []
+        output = await self._request(token_ids, _scoring_params(skip_cache=False))
+        # Row i of the prompt's log-probabilities comes from position i - 1, so positions that were read from the cache
+        # have none for the token after them.
+        if (output.num_cached_tokens or 0) >= start:
+            output = await self._request(token_ids, _scoring_params(skip_cache=True))
+        return [float(logprob) for logprob in output.prompt_logprobs.logprobs[start - num_tokens :]]
+
+    async def score_many(self, requests: Sequence[ScoreRequest]) -> list[float]:
+        """`score` of every request, all at once, in order."""
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self.score(r.token_ids.tolist(), r.start)) for r in requests]
+        return [task.result() for task in tasks]
+
+    async def _request(self, prompt_ids: Sequence[int], params: SamplingParams) -> RequestOutput:
+        from vllm.exceptions import VLLMError
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._refusal or self._llm is None:
+            raise EngineError(self._refusal)
+        prompt = tokens_input([int(i) for i in prompt_ids])
+        output = None
+        try:
+            async with asyncio.timeout(self.options.request_timeout_s):
+                async for latest in self._llm.generate(prompt, params, str(next(self._request_numbers))):
+                    output = latest
+        except TimeoutError as error:
+            raise EngineError(
+                f"a request of {len(prompt_ids)} prompt tokens did not end within {self.options.request_timeout_s} s"
+            ) from error
+        except EngineDeadError as error:
+            self._refusal = "the engine process died"
+            raise EngineError(self._refusal) from error
+        except (VLLMError, ValueError) as error:
+            cause = error.__cause__ or error
+            raise EngineError(
+                f"vLLM failed on a request of {len(prompt_ids)} prompt tokens: {cause}"
+            ) from error
+        if output is None or output.outputs[0].finish_reason not in ("stop", "length"):
+            reason = output.outputs[0].finish_reason if output is not None else "no output"
+            raise EngineError(f"vLLM gave up a request of {len(prompt_ids)} prompt tokens: {reason}")
+        return output
+
+    # ------------------------------------------------------------ weights
+
+    async def reload(self, model: str, version: int, timeout_s: float) -> None:
+        """Loads weight version `version` from a model directory of the same architecture, without a learner.
+
+        Raises:
+            WeightTransferError: it took too long or failed; nothing is served from then on.
+        """
+        self._refusal = f"weight version {version} is being loaded from {model}"
+        self._pushed_version = version
+        self._push_deadline = asyncio.get_running_loop().time() + timeout_s
+        async with self._push_step("reloading") as llm:
+            await llm.pause_generation(mode="wait", clear_cache=True)
+            await llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
+            await llm.collective_rpc("refresh_tied_heads")
+            await llm.update_weight_version(str(version))
+            if not await llm.reset_prefix_cache():
+                raise WeightTransferError("the prefix cache could not be dropped: requests are still running")
+            await llm.resume_generation()
+        self._version, self._digest, self._refusal = version, "", ""
+
+    @property
+    def weights(self) -> WeightState:
+        """What is served at the moment."""
+        return WeightState(self._version, self._digest, self._refusal)
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any], timeout_s: float = 300.0) -> None:
+        """Meets the sender (see `actors.weight_transfer`). Once per learner, before its first push."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        self._push_deadline = asyncio.get_running_loop().time() + timeout_s
+        async with self._push_step("meeting the learner") as llm:
+            await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info))
+
+    async def start_weight_update(self, version: int, timeout_s: float) -> None:
+        """Stops serving, waits for running requests and drops the cached keys and values.
+
+        Args:
+            version: what is going to be pushed.
+            timeout_s: from now until the end of the whole push, in seconds.
+        """
+        self._refusal = f"weight version {version} is being pushed"
+        self._pushed_version = version
+        self._push_deadline = asyncio.get_running_loop().time() + timeout_s
+        async with self._push_step("pausing") as llm:
+            await llm.pause_generation(mode="wait", clear_cache=True)
+            await llm.collective_rpc("discard_weight_update")
+            await llm.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any], payload: Any = None) -> None:
+        """Loads one bucket.
+
+        Args:
+            update_info: what the transport's sender says about it.
+            payload: uint8[nbytes], the bucket's bytes where the sender's shared memory is on another node.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        async with self._push_step("loading") as llm:
+            if payload is None:
+                await llm.update_weights(WeightTransferUpdateRequest(update_info))
+                return
+            self._segment = self._segment or Segment()
+            self._segment.room(len(payload)).numpy()[:] = payload
+            await llm.update_weights(WeightTransferUpdateRequest({**update_info, "path": self._segment.path}))
+
+    async def finish_weight_update(self, version: int, digest: str) -> WeightState:
+        """Checks that exactly what was sent has arrived, and serves it.
+
+        Args:
+            version: as in `start_weight_update`.
+            digest: of all tensors as they were sent.
+
+        Raises:
+            WeightTransferError: another digest, missing parameters, another version, or the deadline has passed.
+                Nothing is served from then on.
+        """
+        async with self._push_step("finishing") as llm:
+            if version != self._pushed_version:
+                raise WeightTransferError(f"version {self._pushed_version} was being pushed, not {version}")
+            for receipt in await llm.collective_rpc("weight_receipt"):
+                _check_receipt(receipt, digest)
+            await llm.finish_weight_update(weight_version=str(version))
+            if not await llm.reset_prefix_cache():
+                raise WeightTransferError("the prefix cache could not be dropped: requests are still running")
+            await llm.resume_generation()
+        self._version, self._digest, self._refusal = version, digest, ""
+        return self.weights
+
+    @asynccontextmanager
+    async def _push_step(self, step: str) -> AsyncIterator[AsyncLLM]:
+        """Bounds one step by the push's deadline and turns every failure into a refusal to serve."""
+        if self._llm is None:
+            raise WeightTransferError(self._refusal)
+        try:
+            async with asyncio.timeout_at(self._push_deadline):
+                yield self._llm
+        # Whatever vLLM or a transport raises here leaves the weights in an unknown state: this is the one place where
+        # it becomes a refusal, and nothing may slip past it.
+        except Exception as error:
+            reason = "the deadline has passed" if isinstance(error, TimeoutError) else str(error)
+            self._refusal = f"push of weight version {self._pushed_version} failed while {step}: {reason}"
+            raise WeightTransferError(self._refusal) from error
+
+
+def _check_receipt(receipt: dict[str, Any], digest: str) -> None:
+    if receipt["digest"] != digest:
+        raise WeightTransferError(
+            f"{receipt['tensors']} tensors arrived with digest {receipt['digest'][:12]}, sent was {digest[:12]}"
+        )
+    if receipt["incomplete"]:
+        names = receipt["incomplete"]
+        raise WeightTransferError(f"nobody sent all weights of {len(names)} layers: {', '.join(names[:5])}")
+
+
+def _completion(output: RequestOutput) -> Completion:
+    generated = output.outputs[0]
+    reason: Literal["stop", "eos", "length"] = "length"
+    stop = None
+    if generated.finish_reason == "stop":
+        # A matched string, or else an end-of-sequence id (None, or the id itself where a model has several).
+        stop = generated.stop_reason if isinstance(generated.stop_reason, str) else None
+        reason = "stop" if stop is not None else "eos"
+    logprobs = generated.logprobs
+    assert logprobs is not None and len(logprobs) == len(generated.token_ids)
+    return Completion(list(generated.token_ids), list(logprobs.logprobs), generated.text, stop, reason)
+
+
+def _scoring_params(*, skip_cache: bool) -> SamplingParams:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    # Without detokenize=False vLLM decodes the token ids of cached positions, which it never set.
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        prompt_logprobs=0,
+        flat_logprobs=True,
+        skip_reading_prefix_cache=skip_cache,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _create_llm(options: EngineOptions) -> AsyncLLM:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(_engine_args(options))
+
+
+def _set_environment(options: EngineOptions) -> None:
+    """What vLLM reads from the environment only; its processes inherit it."""
+    os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(options.start_timeout_s))
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if options.num_threads is not None:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        os.environ["OMP_NUM_THREADS"] = str(options.num_threads)
+    if options.weight_transport == "ipc":
+        # CUDA memory handles can only be pickled; they come from our own learner.
+        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+
+
+def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    on_cpu = current_platform.is_cpu()
+    device: dict[str, Any] = {"gpu_memory_utilization": options.gpu_memory_utilization}
+    if on_cpu:
+        device = {
+            "kv_cache_memory_bytes": int(options.kv_cache_gib * _GIB),
+            # vLLM's CPU generator cannot continue a seeded request whose prompt was prefilled in several chunks.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(options.max_model_len, options.max_num_seqs, 4096),
+        }
+    return AsyncEngineArgs(
+        model=options.model,
+        dtype=("float32" if on_cpu else "bfloat16") if options.dtype == "auto" else options.dtype,
+        tensor_parallel_size=options.tensor_parallel_size,
+        max_model_len=options.max_model_len,
+        max_num_seqs=options.max_num_seqs,
+        seed=options.seed,
+        enforce_eager=options.enforce_eager,
+        enable_prefix_caching=True,
+        logprobs_mode="processed_logprobs" if options.record_proposal else "raw_logprobs",
+        disable_log_stats=True,
+        weight_transfer_config={"backend": backend_name(options.weight_transport)},
+        worker_extension_cls="actors.weight_receiver.WeightReceipts",
+        **device,
+    )

@@ -1,0 +1,131 @@
+"""What the learner reads from and writes to disk, besides DeepSpeed's own files. No collectives, no engine.
+
+A checkpoint directory has two slots, `a` and `b`. `checkpoint.json` names the complete one and is replaced
+as the last act of a save, so at every instant there is a complete checkpoint once the first has been
+written. An exported model appears under its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+MARKER = "checkpoint.json"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def local_directory(model_path: str | Path) -> Path:
+    """A model directory as it is; a hub name downloaded (or found in the cache)."""
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model_path)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"model.path: {model_path} is neither a directory nor a model that the hub gives out ({error})"
+        ) from error
+
+
+def free_slot(directory: Path) -> str:
+    """The slot that a save may overwrite, emptied."""
+    slot = "b" if _committed(directory).get("slot") == "a" else "a"
+    shutil.rmtree(directory / slot, ignore_errors=True)
+    return slot
+
+
+def commit_slot(directory: Path, slot: str, layout: Mapping[str, Any]) -> None:
+    """Make `slot` the checkpoint and remove the one before it."""
+    for file in (directory / slot).rglob("*"):
+        _flush(file)
+    temporary = directory / f".{MARKER}"
+    temporary.write_text(json.dumps({"slot": slot, "layout": dict(layout)}, indent=2) + "\n")
+    _flush(temporary)
+    os.replace(temporary, directory / MARKER)
+    _flush(directory)
+    shutil.rmtree(directory / ("a" if slot == "b" else "b"), ignore_errors=True)
+
+
+def committed_slot(directory: Path, layout: Mapping[str, Any]) -> str:
+    """The slot of the complete checkpoint.
+
+    Raises:
+        UserError: there is none, or a learner of another layout wrote it.
+    """
+    committed = _committed(directory)
+    if not committed:
+        raise UserError(f"{directory} has no complete learner checkpoint (no {MARKER})")
+    different = [
+        f"{key}: {committed['layout'].get(key)} (now {value})"
+        for key, value in layout.items()
+        if committed["layout"].get(key) != value
+    ]
+    if different:
+        raise UserError(
+            f"the learner checkpoint {directory} was written with {', '.join(different)}. "
+            "Set these keys back, or start from the exported model."
+        )
+    return str(committed["slot"])
+
+
+def write_model_directory(
+    path: Path, state: Mapping[str, torch.Tensor], config: PretrainedConfig, source: Path
+) -> None:
+    """A Hugging Face model directory at `path`: weights, configuration, the tokenizer files of `source`."""
+    from huggingface_hub import save_torch_state_dict
+
+    temporary, replaced = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
+    for leftover in (temporary, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_torch_state_dict(dict(state), temporary, metadata={"format": "pt"})
+    config.save_pretrained(temporary)
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, temporary / file.name)
+    for file in temporary.iterdir():
+        _flush(file)
+    if path.exists():
+        os.replace(path, replaced)
+    os.replace(temporary, path)
+    _flush(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _committed(directory: Path) -> dict[str, Any]:
+    try:
+        committed: dict[str, Any] = json.loads((directory / MARKER).read_text())
+    except FileNotFoundError:
+        return {}
+    return committed
+
+
+def _flush(path: Path) -> None:
+    """Force a file's bytes, or a directory's entries, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

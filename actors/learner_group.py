@@ -1,0 +1,154 @@
+"""All ranks of the learner, seen from the driver as one.
+
+A rank that dies takes the others with it: the whole group is started again from its last checkpoint and the M-step is
+repeated with the same batches.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from actors.learner import LearnerRank
+from actors.weight_transfer import EngineRef, PushReport, Transport
+from pipeline.config import LearnerConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 2
+"""Times that a dead group is started again in one M-step."""
+POLL_S = 0.5
+"""Seconds between two looks at the progress of an M-step."""
+
+
+class LearnerError(RuntimeError):
+    """The learner died too often, or did not start in time."""
+
+
+class LearnerGroup:
+    """Starts one `LearnerRank` per set of actor options.
+
+    Args:
+        config: the `learner` section.
+        model: directory or hub name of the weights to start from.
+        state: a checkpoint of `save` to go on from; None to start with a fresh optimiser.
+        options: Ray actor options of each rank.
+        seed: of adapters and dropout.
+    """
+
+    def __init__(
+        self, config: LearnerConfig, model: str, *, state: Path | None, options: Sequence[dict[str, Any]], seed: int
+    ) -> None:
+        self.config = config
+        self._model, self._state = model, state
+        self._options = options
+        self._seed = seed
+        self._start()
+
+    def train(
+        self,
+        shards: Sequence[Path],
+        *,
+        phase_seed: int,
+        learning_rate: float | None = None,
+        epochs: int | None = None,
+        on_progress: Callable[[float, float], None],
+    ) -> dict[str, Any]:
+        """One M-step over Parquet shards of weighted examples; see `Learner.train`.
+
+        Raises:
+            LearnerError: ranks died more than `MAX_RESTARTS` times.
+        """
+        for attempt in range(MAX_RESTARTS + 1):
+            calls = [
+                rank.train.remote(list(shards), phase_seed=phase_seed, learning_rate=learning_rate, epochs=epochs)
+                for rank in self.ranks
+            ]
+            try:
+                self._watch(calls, on_progress)
+                metrics: dict[str, Any] = ray.get(calls)[0]
+                return metrics
+            except RayActorError as error:
+                if attempt == MAX_RESTARTS:
+                    raise LearnerError(f"learner ranks died {attempt + 1} times in one M-step; last: {error}") from error
+                logger.warning(f"a learner rank died; all start again from the last checkpoint: {error}")
+                self.close()
+                self._start()
+        raise AssertionError("unreachable")
+
+    def save(self, path: Path) -> None:
+        """Write everything needed to go on; later restarts begin there."""
+        self._all("save", path)
+        self._state = path
+
+    def export(self, path: Path) -> None:
+        """Write a Hugging Face model directory."""
+        self._all("export", path)
+
+    def push(
+        self, engines: Sequence[EngineRef], transport: Transport, version: int, *, deadline_s: float
+    ) -> dict[str, Any]:
+        """Send the weights to all engines as `version`; returns the `PushReport`."""
+        address, port = ray.get(self.ranks[0].rendezvous.remote(), timeout=60)
+        reports: list[PushReport | None] = self._all("push", engines, transport, version, address, port, deadline_s)
+        report = next(r for r in reports if r is not None)
+        return asdict(report)
+
+    def close(self) -> None:
+        """End all ranks."""
+        for rank in self.ranks:
+            ray.kill(rank)
+
+    def _start(self) -> None:
+        address, port = ray.get(
+            ray.remote(_free_address).options(**self._options[0]).remote(), timeout=self.config.start_timeout_s
+        )
+        self.ranks = [
+            LearnerRank.options(**options).remote(
+                self.config,
+                self._model,
+                rank=rank,
+                world_size=len(self._options),
+                master_addr=address,
+                master_port=port,
+                seed=self._seed,
+            )
+            for rank, options in enumerate(self._options)
+        ]
+        try:
+            ray.get([rank.progress.remote() for rank in self.ranks], timeout=self.config.start_timeout_s)
+        except GetTimeoutError as error:
+            self.close()
+            raise LearnerError(
+                f"{len(self.ranks)} learner ranks did not start within {self.config.start_timeout_s:.0f} s "
+                "(learner.start_timeout_s)"
+            ) from error
+        if self._state is not None:
+            self._all("load", self._state)
+
+    def _watch(self, calls: list[Any], on_progress: Callable[[float, float], None]) -> None:
+        """Report progress until all ranks are done; one that dies raises at once, while the others still wait."""
+        pending = list(calls)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=POLL_S)
+            ray.get(done)
+            if pending and not done:
+                state = ray.get(self.ranks[0].progress.remote(), timeout=60)
+                on_progress(state["step"], state["num_steps"] or 1)
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        return list(ray.get([getattr(rank, method).remote(*arguments) for rank in self.ranks]))
+
+
+def _free_address() -> tuple[str, int]:
+    """This node's address and a port that is free on it."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return ray.util.get_node_ip_address(), int(listener.getsockname()[1])

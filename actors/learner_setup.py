@@ -1,0 +1,160 @@
+"""How one learner rank comes up: process group, threads, model, DeepSpeed's configuration, random seeds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pipeline.config import LearnerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Longest wait of a rank for the others in one collective operation."""
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed takes seconds to import, and must be told about a machine without GPUs before that."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    # DeepSpeed would compile its own shared-memory collectives at the first start: that needs a C++ compiler,
+    # and a process killed meanwhile leaves a lock on which every later one waits for ever. gloo does as well.
+    deepspeed.ops.__compatible_ops__ = {}
+    # Old names of torch collectives, which DeepSpeed still uses: a line per call and rank.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return deepspeed
+
+
+def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """DeepSpeed's configuration for `config`.
+
+    Accumulation is bounded by hand (`set_gradient_accumulation_boundary`): the number of packs differs from
+    step to step. bfloat16 keeps float32 master weights and sums gradients in float32; stage 0 cannot do
+    that and runs as stage 1, which on one rank is the same thing.
+    """
+    bfloat16 = dtype == torch.bfloat16
+    zero: dict[str, Any] = {"stage": max(config.zero_stage, 1) if bfloat16 else config.zero_stage}
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.gradient_clipping,
+        "bf16": {"enabled": bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW everywhere: nothing to compile
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+def join_process_group(
+    address: str, port: int, *, rank: int, world_size: int, local_rank: int
+) -> torch.device:
+    """Meet the other ranks (nccl on GPUs, gloo on CPUs); returns this rank's device."""
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes its device from here
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    # No device_id: with it, nccl is known to hang under DeepSpeed.
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        init_method=f"tcp://{address}:{port}",
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
+    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def fair_share_of_threads() -> int:
+    """Cores of this machine divided by the ranks on it (collective)."""
+    hosts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    return max(1, len(os.sched_getaffinity(0)) // hosts.count(socket.gethostname()))
+
+
+def resolve_dtype(config: LearnerConfig, device: torch.device) -> torch.dtype:
+    """Number format of weights and activations."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+
+
+def load_model(
+    config: LearnerConfig, source: Path, dtype: torch.dtype, device: torch.device, ds_config: dict[str, Any]
+) -> tuple[PreTrainedModel, Any]:
+    """The model with its adapters, and an object that must live as long as it.
+
+    Under ZeRO-3 the parameters are partitioned while they are read: no rank ever holds the whole model.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.utils import is_flash_attn_2_available
+
+    from pipeline.attention import PACKED_SDPA
+
+    attention: str = config.attention
+    if attention == "auto":
+        attention = "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+    zero_init = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, attn_implementation=PACKED_SDPA if attention == "sdpa" else attention
+    )
+    if config.lora is not None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        targets = config.lora.target_modules
+        adapters = LoraConfig(
+            r=config.lora.rank,
+            lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft divides it; annotated int
+            lora_dropout=config.lora.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+        )
+        model = inject_adapter_in_model(adapters, model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, zero_init
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python's, numpy's and torch's generators of this process."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every random number generator of this process."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Inverse of `rng_state`."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,512 @@
+"""Learner -> engines: how one version of the weights travels, and how both sides know that it arrived whole.
+
+A push is one pass over the learner's weights, in buckets of (Hugging Face name, tensor):
+
+    learner rank 0                          every engine (each of its workers)
+    --------------                          ----------------------------------
+    start_weight_update(version)     --->   stops serving, lets running requests end
+    per bucket: update_weights       --->   checksums what arrived, then loads it
+    finish_weight_update(version, digest) ->  compares digests, drops cached KV, serves `version`
+
+Guarantees:
+
+- The digest covers name, dtype, shape and bytes of every tensor. The learner computes it over what it sends, each
+  worker over what it received. A worker that differs, or that was left with parameters nobody sent, fails the push.
+- Between the start of a push and its successful end an engine serves nothing; after a failure it serves nothing until
+  another push succeeds. A half-pushed version is never sampled from.
+- A push ends by its deadline, with success or with `WeightTransferError`.
+- All learner ranks take part in the pass even when the push fails half-way, so that no rank is left waiting in a
+  gather.
+
+Transports: "shared_memory" writes each bucket to anonymous shared memory that every process of the node can map (other
+nodes get the bytes through Ray's object store first); "nccl" broadcasts between GPUs; "ipc" hands over CUDA memory
+handles where learner and engine share a GPU. The last two are vLLM's own engines
+(vllm.distributed.weight_transfer), with the same checksums around them.
+
+This module is light: it imports vLLM only when a GPU transport is chosen. The receiving half is `weight_receiver`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import itertools
+import logging
+import mmap
+import os
+import pickle
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+Bucket = Sequence[tuple[str, torch.Tensor]]
+"""Some of the model's parameters under their Hugging Face names, whole (not sharded)."""
+
+Transport = Literal["shared_memory", "nccl", "ipc"]
+
+_ALIGNMENT = 64
+_ROW_WORDS = 4096
+
+
+class WeightTransferError(RuntimeError):
+    """A push failed. The engines concerned serve nothing until the next push succeeds."""
+
+
+# ---------------------------------------------------------------- checksums
+
+
+def tensor_checksum(tensor: torch.Tensor) -> int:
+    """A 64-bit checksum of the tensor's bytes, the same on every device.
+
+    One pass at memory speed: sums of 32 KiB rows of 64-bit words, combined with odd weights, modulo 2**64. It finds
+    damaged, missing and misplaced data; it is no defence against an attacker.
+    """
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if data.data_ptr() % 8 or data.storage_offset() % 8:
+        data = data.clone()
+    whole = data.numel() // 8 * 8
+    words = data[:whole].view(torch.int64)
+    rows = words.numel() // _ROW_WORDS
+    tail = data[whole:].to(torch.int64)
+    sums = torch.cat(
+        [words[: rows * _ROW_WORDS].view(rows, _ROW_WORDS).sum(dim=1), words[rows * _ROW_WORDS :], tail + 1]
+    )
+    weights = 2 * torch.arange(sums.numel(), device=sums.device) + 1
+    return int((sums * weights).sum().item()) & (2**64 - 1)
+
+
+class Digest:
+    """The digest of a set of named tensors: order of arrival and bucket borders do not matter."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        self._lines[name] = f"{name} {dtype} {tuple(tensor.shape)} {tensor_checksum(tensor):016x}"
+
+    def update(self, other: Digest) -> None:
+        self._lines.update(other._lines)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(
+            "\n".join(self._lines[name] for name in sorted(self._lines)).encode()
+        ).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+
+# ---------------------------------------------------------------- shared memory
+
+
+class Segment:
+    """Anonymous shared memory that any process of this user and node can map through `path`; it grows as needed.
+
+    A memfd, not a named segment: a killed process leaves nothing behind, and the size of /dev/shm (64 MiB in a default
+    container) does not matter. Used again for bucket after bucket, because touching fresh memory costs several times
+    as much as copying; readers therefore must not hold on to it.
+    """
+
+    def __init__(self) -> None:
+        self._fd = os.memfd_create("exsearch-weights", os.MFD_CLOEXEC)
+        self.close = weakref.finalize(self, os.close, self._fd)
+        """Gives the memory back once every reader has unmapped it; happens by itself when the segment is collected."""
+        self._data = torch.empty(0, dtype=torch.uint8)
+        self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+
+    def room(self, nbytes: int) -> torch.Tensor:
+        """The first `nbytes` bytes as uint8[nbytes], writable."""
+        if nbytes > self._data.numel():
+            os.ftruncate(self._fd, nbytes)
+            self._data = torch.frombuffer(mmap.mmap(self._fd, nbytes), dtype=torch.uint8)
+        return self._data[:nbytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Where each tensor of a bucket lies in its segment; `digest` covers the bucket."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    offsets: list[int]
+    nbytes: int
+    digest: str
+
+    def tensors(self, data: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        """Views into `data` (uint8[nbytes])."""
+        views = []
+        for name, dtype_name, shape, offset in zip(
+            self.names, self.dtype_names, self.shapes, self.offsets, strict=True
+        ):
+            dtype = getattr(torch, dtype_name)
+            size = torch.Size(shape).numel() * dtype.itemsize
+            views.append((name, data[offset : offset + size].view(dtype).view(shape)))
+        return views
+
+
+def write_bucket(bucket: Bucket, segment: Segment, sent: Digest) -> Manifest:
+    """Copies a bucket into the segment and adds its tensors to `sent`."""
+    sizes = [tensor.numel() * tensor.element_size() for _, tensor in bucket]
+    starts = list(itertools.accumulate((-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes), initial=0))
+    digest = Digest()
+    for name, tensor in bucket:
+        digest.add(name, tensor)
+    sent.update(digest)
+    manifest = Manifest(
+        names=[name for name, _ in bucket],
+        dtype_names=[str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
+        shapes=[list(tensor.shape) for _, tensor in bucket],
+        offsets=starts[:-1],
+        nbytes=max(starts[-1], _ALIGNMENT),
+        digest=digest.hexdigest(),
+    )
+    targets = manifest.tensors(segment.room(manifest.nbytes))
+    for (_, target), (_, tensor) in zip(targets, bucket, strict=True):
+        target.copy_(tensor.detach())
+    return manifest
+
+
+# ---------------------------------------------------------------- the engines, seen from the learner
+
+
+class Engines(Protocol):
+    """All engines that are to receive a push, called as one. Every call is bounded by `timeout_s`, in seconds."""
+
+    world_sizes: Sequence[int]
+    """Number of workers of each engine."""
+
+    def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        """`method(*args)` on every engine at once; their results. Raises WeightTransferError."""
+
+    def call_each(self, method: str, args: Sequence[Any], timeout_s: float) -> list[Any]:
+        """`method(args[i])` on engine i."""
+
+    def send_segment(self, manifest: dict[str, Any], segment: Segment, timeout_s: float) -> None:
+        """`update_weights` on every engine, with the bucket's bytes in a segment of that engine's node."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRef:
+    """One rollout actor: its Ray handle, its node and the number of workers of its engine."""
+
+    handle: Any
+    node_id: str
+    world_size: int = 1
+
+
+class RayEngines:
+    """`Engines` as Ray actors that pass the calls on to their `VllmEngine`.
+
+    Args:
+        engines: whom to push to.
+        node_id: the node of the caller; engines elsewhere get bucket bytes through the object store.
+    """
+
+    def __init__(self, engines: Sequence[EngineRef], node_id: str) -> None:
+        self.engines = list(engines)
+        self.node_id = node_id
+        self.world_sizes = [engine.world_size for engine in engines]
+
+    def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        return self._wait(method, [getattr(e.handle, method).remote(*args) for e in self.engines], timeout_s)
+
+    def call_each(self, method: str, args: Sequence[Any], timeout_s: float) -> list[Any]:
+        calls = zip(self.engines, args, strict=True)
+        return self._wait(method, [getattr(e.handle, method).remote(a) for e, a in calls], timeout_s)
+
+    def send_segment(self, manifest: dict[str, Any], segment: Segment, timeout_s: float) -> None:
+        import ray
+
+        payload = None
+        if any(engine.node_id != self.node_id for engine in self.engines):
+            payload = ray.put(segment.room(manifest["nbytes"]).numpy())
+        references = [
+            engine.handle.update_weights.remote({**manifest, "path": segment.path})
+            if engine.node_id == self.node_id
+            else engine.handle.update_weights.remote(manifest, payload)
+            for engine in self.engines
+        ]
+        self._wait("update_weights", references, timeout_s)
+
+    @staticmethod
+    def _wait(method: str, references: list[Any], timeout_s: float) -> list[Any]:
+        import ray
+
+        try:
+            return list(ray.get(references, timeout=timeout_s))
+        except ray.exceptions.GetTimeoutError as error:
+            raise WeightTransferError(
+                f"{method} on {len(references)} engines did not end within {timeout_s:.1f} s, the rest of the deadline"
+            ) from error
+        except ray.exceptions.RayError as error:
+            raise WeightTransferError(f"{method} failed on an engine: {error}") from error
+
+
+# ---------------------------------------------------------------- senders
+
+
+@dataclass(frozen=True, slots=True)
+class PushReport:
+    """What a push moved. `digest` is that of the tensors as sent, confirmed by every engine."""
+
+    version: int
+    digest: str
+    nbytes: int
+    tensors: int
+    seconds: float
+
+
+class _Deadline:
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+        self._seconds = seconds
+
+    def left(self) -> float:
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise WeightTransferError(f"the push did not end within its deadline of {self._seconds} s")
+        return left
+
+
+class _Pass:
+    """One pass over the learner's weights that digests what goes by and can be completed after a failure."""
+
+    def __init__(self, buckets: Iterable[Bucket]) -> None:
+        self._buckets = iter(buckets)
+        self.sent = Digest()
+        self.nbytes = 0
+
+    def buckets(self) -> Iterator[Bucket]:
+        for bucket in self._buckets:
+            self.nbytes += sum(tensor.numel() * tensor.element_size() for _, tensor in bucket)
+            yield bucket
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for bucket in self.buckets():
+            for name, tensor in bucket:
+                self.sent.add(name, tensor)
+                yield name, tensor
+
+    def drain(self) -> None:
+        """Runs the rest of the pass: it may be a collective in which other ranks wait for this one."""
+        for _ in self._buckets:
+            pass
+
+
+class WeightSender(Protocol):
+    """The learner's end of a transport. All ranks call `push`; rank 0 sends."""
+
+    def push(self, version: int) -> PushReport | None:
+        """Sends one version to every engine. Returns the report on rank 0, None elsewhere.
+
+        Raises:
+            WeightTransferError: an engine did not confirm the version in time.
+        """
+
+
+class SharedMemorySender:
+    """Sends through shared memory; CPU and GPU learners alike.
+
+    Args:
+        engines: rank 0's view of the engines; None on the other ranks.
+        weights: starts a pass over the learner's weights; every rank must make it.
+        deadline_s: the longest a push may take, in seconds.
+    """
+
+    def __init__(
+        self, engines: Engines | None, weights: Callable[[], Iterable[Bucket]], *, deadline_s: float
+    ) -> None:
+        self.engines = engines
+        self.weights = weights
+        self.deadline_s = deadline_s
+        self._segment = Segment()
+
+    def push(self, version: int) -> PushReport | None:
+        weights = _Pass(self.weights())
+        try:
+            return None if self.engines is None else self._send(self.engines, weights, version)
+        finally:
+            weights.drain()
+
+    def _send(self, engines: Engines, weights: _Pass, version: int) -> PushReport:
+        started, deadline = time.monotonic(), _Deadline(self.deadline_s)
+        engines.call("start_weight_update", version, deadline.left(), timeout_s=deadline.left())
+        for bucket in weights.buckets():
+            manifest = write_bucket(bucket, self._segment, weights.sent)
+            engines.send_segment(asdict(manifest), self._segment, deadline.left())
+        digest = weights.sent.hexdigest()
+        engines.call("finish_weight_update", version, digest, timeout_s=deadline.left())
+        return PushReport(version, digest, weights.nbytes, len(weights.sent), time.monotonic() - started)
+
+
+class VllmSender:
+    """Sends with vLLM's own trainer-side engines, between GPUs. For one push: the engines may be others next time.
+
+    A broadcast in which an engine died cannot be broken off from within: whoever calls `push` bounds it too, and ends
+    the learner rank and the engines of a failed push.
+
+    Args:
+        transport: "nccl" where learner and engines have their own GPUs, "ipc" where they share one.
+        engines: as in `SharedMemorySender`.
+        weights: as in `SharedMemorySender`.
+        rank: this learner rank; 0 sends.
+        master_address: address of rank 0's node for the NCCL rendezvous (nccl only).
+        master_port: a free port there (nccl only).
+        deadline_s: the longest a push may take, in seconds.
+    """
+
+    def __init__(
+        self,
+        transport: Literal["nccl", "ipc"],
+        engines: Engines | None,
+        weights: Callable[[], Iterable[Bucket]],
+        *,
+        rank: int,
+        master_address: str,
+        master_port: int,
+        deadline_s: float,
+    ) -> None:
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        self.deadline_s = deadline_s
+        self.client = _EngineClient(engines, deadline_s)
+        self.source = _learner_source(weights)
+        num_workers = sum(engines.world_sizes) if engines is not None else 0
+        self.trainer = WeightTransferTrainerFactory.trainer_init(
+            trainer_init_info(transport, rank, 1 + num_workers, master_address, master_port),
+            client=self.client,
+            source=self.source,
+        )
+
+    def push(self, version: int) -> PushReport | None:
+        started = time.monotonic()
+        self.client.begin(version, self.source, self.deadline_s)
+        try:
+            self.trainer.send_weights()
+        finally:
+            self.source.current.drain()
+        self.trainer.shutdown()
+        if self.client.engines is None:
+            return None
+        sent = self.source.current
+        return PushReport(
+            version, sent.sent.hexdigest(), sent.nbytes, len(sent.sent), time.monotonic() - started
+        )
+
+
+def trainer_init_info(
+    transport: Literal["nccl", "ipc"], rank: int, world_size: int, master_address: str, master_port: int
+) -> Any:
+    """vLLM's init info of one learner rank; `world_size` counts the sender and every engine worker."""
+    if transport == "nccl":
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        return NCCLTrainerInitInfo(
+            master_address=master_address, master_port=master_port, world_size=world_size, rank=rank
+        )
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    return IPCTrainerInitInfo(packed=True, rank=rank)
+
+
+class _EngineClient:
+    """vLLM's `VLLMWeightSyncClient` over `Engines`: adds version, digest and deadline to the four plain calls."""
+
+    def __init__(self, engines: Engines | None, deadline_s: float) -> None:
+        self.engines = engines
+        self._deadline = _Deadline(deadline_s)
+        self._version = -1
+        self._source: Any = None
+
+    def begin(self, version: int, source: Any, deadline_s: float) -> None:
+        self._version, self._source, self._deadline = version, source, _Deadline(deadline_s)
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Each engine's workers take their own ranks in the transfer group, after those of the engines before it."""
+        assert self.engines is not None
+        infos = [dict(init_info) for _ in self.engines.world_sizes]
+        if "rank_offset" in init_info:
+            starts = itertools.accumulate(self.engines.world_sizes, initial=init_info["rank_offset"])
+            for info, start in zip(infos, starts, strict=False):
+                info["rank_offset"] = start
+        self.engines.call_each("init_weight_transfer_engine", infos, self._deadline.left())
+
+    def start_weight_update(self) -> None:
+        assert self.engines is not None
+        left = self._deadline.left()
+        self.engines.call("start_weight_update", self._version, left, timeout_s=left)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        assert self.engines is not None
+        info = {key: value for key, value in update_info.items() if value is not None}
+        if "ipc_handles" in info:
+            # CUDA handles are no plain data; this is the form that the engine accepts over any wire.
+            handles = pickle.dumps(info.pop("ipc_handles"))
+            info["ipc_handles_pickled"] = base64.b64encode(handles).decode("ascii")
+        self.engines.call("update_weights", info, timeout_s=self._deadline.left())
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        assert self.engines is not None
+        digest = self._source.current.sent.hexdigest()
+        self.engines.call("finish_weight_update", self._version, digest, timeout_s=self._deadline.left())
+
+
+def _learner_source(weights: Callable[[], Iterable[Bucket]]) -> Any:
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class LearnerSource(WeightSource):
+        """The learner's weights as vLLM wants them. Names and shapes are learnt in one extra pass, once."""
+
+        def __init__(self) -> None:
+            self.current = _Pass(())
+            self._metadata: list[ParamMeta] = []
+
+        def metadata(self) -> list[ParamMeta]:
+            if not self._metadata:
+                self._metadata = [
+                    ParamMeta(name, tensor.dtype, tuple(tensor.shape))
+                    for b in weights()
+                    for name, tensor in b
+                ]
+            return self._metadata
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            self.current = _Pass(weights())
+            return self.current.tensors()
+
+    return LearnerSource()
+
+
+# ---------------------------------------------------------------- registration
+
+
+def backend_name(transport: Transport) -> str:
+    """The name under which vLLM knows our receiving engine of a transport."""
+    return f"exsearch_{transport}"
+
+
+def register() -> None:
+    """Makes the receiving engines known to vLLM in this process; may be called again.
+
+    An entry point of the group `vllm.general_plugins`, which every vLLM process runs.
+    """
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    receivers: dict[Transport, str] = {
+        "shared_memory": "SharedMemoryReceiver",
+        "nccl": "NcclReceiver",
+        "ipc": "IpcReceiver",
+    }
+    for transport, class_name in receivers.items():
+        if backend_name(transport) not in WeightTransferEngineFactory._registry:
+            WeightTransferEngineFactory.register_engine(
+                backend_name(transport), "actors.weight_receiver", class_name
+            )

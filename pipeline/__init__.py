@@ -1,0 +1,1 @@
+"""Decides: the algorithm, its records, its configuration and the command line."""

@@ -1,0 +1,209 @@
+"""The command line: parse, call, print. No logic.
+
+    exsearch --help
+    python -m pipeline.cli --help       (what `ray job submit` runs)
+
+Exit codes: 0 done, 2 the user can mend it (one clear message), 130 interrupted, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pipeline.display import Display
+from pipeline.errors import UserError
+from retriever_service.errors import RetrieverError
+
+
+class _Commands(TyperGroup):
+    """Turns what the user can mend into one message and exit code 2, and Ctrl-C into advice."""
+
+    def invoke(self, ctx: Any) -> Any:
+        display = Display()
+        try:
+            return super().invoke(ctx)
+        except (UserError, RetrieverError) as error:
+            display.error(str(error))
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as interrupt:
+            display.error("interrupted; what was finished is kept, and the same command goes on from there")
+            raise typer.Exit(130) from interrupt
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Train a language model to search, from question-answer pairs alone, by generalised EM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+index_app = typer.Typer(help="Build and search a dense retrieval index.", no_args_is_help=True)
+app.add_typer(index_app, name="index")
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; see configs/ and docs/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.")]
+RunOption = Annotated[Path | None, typer.Option("--run", help="Run directory. Resumes what it holds.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
+
+
+@app.command()
+def train(config: ConfigFile = None, run: RunOption = None, overrides: Overrides = None) -> None:
+    """Train by EM; the same command goes on with an interrupted run.
+
+    Example: exsearch train --config configs/real-cpu.yaml --run runs/real data.root=DIR em.iterations=2
+    """
+    from pipeline.config_loading import load_config
+    from pipeline.em import train as run_training
+
+    display = Display()
+    loaded = load_config(config, overrides or [])
+    path = run or Path("runs") / (config.stem if config else "default")
+    report = run_training(loaded, path, display)
+    display.report(report)
+    display.line(f"report: {path / 'report.json'}")
+
+
+@app.command()
+def demo(
+    run: Annotated[Path, typer.Option("--run", help="Run directory. Resumes what it holds.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """The whole EM loop on a generated encyclopedia: a tiny model teaches itself to search."""
+    from pipeline.recipes.demo import run_demo
+
+    display = Display()
+    run_demo(run, overrides or [], display)
+
+
+@app.command()
+def world(
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; new or empty.")],
+    seed: Annotated[int, typer.Option("--seed", help="Another seed is another world.")] = 0,
+    size: Annotated[str, typer.Option("--size", help="small, medium or large: 2e3, 1e5 or 2e6 passages.")] = "small",
+) -> None:
+    """Generate an encyclopedia with multi-hop questions."""
+    from pipeline.recipes.demo import make_world
+
+    summary = make_world(out, seed, size, Display())
+    typer.echo(json.dumps(summary))
+
+
+@index_app.command("build")
+def index_build(
+    corpus: Annotated[list[str], typer.Option("--corpus", help="JSONL file, data set directory or hf:NAME.")],
+    out: Annotated[Path, typer.Option("--out", help="Index directory to write.")],
+    encoder: Annotated[str, typer.Option(help="minilm or any sentence-transformers model.")] = "minilm",
+    factory: Annotated[str, typer.Option(help="FAISS index factory string.")] = "Flat",
+    query_prefix: Annotated[str | None, typer.Option(help="In front of queries (default: the family's).")] = None,
+    passage_prefix: Annotated[str | None, typer.Option(help="In front of passages (default: the family's).")] = None,
+    device: Annotated[str, typer.Option(help="Torch device that encodes.")] = "cpu",
+) -> None:
+    """Encode a corpus and build a FAISS index."""
+    from retriever_service.encoder import EncoderSpec
+    from retriever_service.index import build_index
+
+    display = Display()
+    spec = EncoderSpec(encoder, query_prefix, passage_prefix)
+    with display.progress("encoding the corpus", None, "passages") as advance:
+        manifest = build_index(corpus, out, spec, factory=factory, device=device, on_progress=advance.to)
+    display.line(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
+
+
+@index_app.command("search")
+def index_search(
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    index: Annotated[Path, typer.Option("--index", help="Index directory.")],
+    k: Annotated[int, typer.Option("-k", help="Number of passages.")] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Search a built index."""
+    from retriever_service.search import DenseSearcher
+
+    (hits,) = DenseSearcher.open(index).search([query], k)
+    rows = [{"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score} for h in hits]
+    if as_json:
+        typer.echo(json.dumps({"query": query, "hits": rows}, ensure_ascii=False))
+        return
+    for rank, row in enumerate(rows, start=1):
+        typer.echo(f"[{rank}] {row['score']:.3f}  {row['title']} ({row['id']})\n    {row['text']}")
+
+
+@app.command()
+def warmup(
+    out: Annotated[Path, typer.Option("--out", help="Parquet file to write.")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Synthesise warm-up trajectories from gold supervision, for `warmup.trajectories`."""
+    from pipeline.config_loading import load_config
+    from pipeline.recipes.warmup import write_warm_up
+
+    typer.echo(json.dumps(write_warm_up(load_config(config, overrides or []), out, Display())))
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile = None,
+    run: Annotated[Path | None, typer.Option("--run", help="Take model, index and configuration of this run.")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="Model directory (default: the run's best).")] = None,
+    split: Annotated[str, typer.Option("--split", help="train, dev or test.")] = "dev",
+    out: Annotated[Path | None, typer.Option("--out", help="Also write scores (.json) and trajectories.")] = None,
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+) -> None:
+    """Score a model on a split: EM, F1, accuracy, retrieval recall, per hop and type; one row per question file."""
+    from pipeline.recipes.evaluate import evaluate_model
+
+    display = Display()
+    scores = evaluate_model(config, overrides or [], run=run, model=model, split=split, out=out, display=display)
+    if as_json:
+        typer.echo(json.dumps(scores, ensure_ascii=False))
+    else:
+        display.scores(scores)
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What you want to know.")],
+    model: Annotated[str, typer.Option("--model", help="Model directory.")],
+    index: Annotated[Path, typer.Option("--index", help="Index directory.")],
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    overrides: Overrides = None,
+) -> None:
+    """Ask one question and watch the agent think, search and record."""
+    from pipeline.config_loading import load_config
+    from pipeline.recipes.ask import ask as run_ask
+
+    display = Display()
+    loaded = load_config(config, overrides or [])
+    trajectory = run_ask(question, model, index, loaded, display, quiet=as_json)
+    if as_json:
+        typer.echo(json.dumps(trajectory, ensure_ascii=False))
+
+
+@app.command("config")
+def show_config(
+    config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Print the resolved configuration."""
+    import yaml
+
+    from pipeline.config_loading import load_config
+
+    tree: dict[str, Any] = load_config(config, overrides or []).model_dump(mode="json")
+    typer.echo(json.dumps(tree) if as_json else yaml.safe_dump(tree, sort_keys=False), nl=as_json)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

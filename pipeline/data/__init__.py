@@ -1,0 +1,1 @@
+"""Questions, corpora, warm-up trajectories and the generated encyclopedia."""

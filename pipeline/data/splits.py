@@ -1,0 +1,41 @@
+"""The questions of a run, checked before anything expensive starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config import Config
+from pipeline.data.questions import check_splits_disjoint, read_questions
+from pipeline.errors import UserError
+from pipeline.records import Question
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """`test` may be empty; so may `train` and `dev` where nothing is trained."""
+
+    train: list[Question]
+    dev: list[Question]
+    test: list[Question]
+
+
+def load_splits(config: Config) -> Splits:
+    """Read and sample the three splits.
+
+    Raises:
+        UserError: a bad file, overlapping splits, or training without training or dev questions.
+    """
+    data = config.data
+    if config.em.iterations > 0:
+        for key in ("train", "dev"):
+            if not getattr(data, key):
+                raise UserError(f"data.{key} is empty; name at least one file of questions (docs/formats.md)")
+
+    def read(split: str) -> list[Question]:
+        paths = getattr(data, split)
+        limit = getattr(data, f"{split}_limit")
+        return read_questions(paths, root=data.root, limit=limit, seed=config.seed) if paths else []
+
+    splits = Splits(read("train"), read("dev"), read("test"))
+    check_splits_disjoint(splits.train, splits.dev, splits.test)
+    return splits

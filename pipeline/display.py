@@ -1,0 +1,163 @@
+"""What a person sees: progress, status lines and tables on the terminal; everything else goes to the run's log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+from rich.table import Table
+
+
+class Advance:
+    """Moves one progress bar: call it with a number of finished things, or `to(done, total)`."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self._progress = progress
+        self._task = task
+
+    def __call__(self, count: int) -> None:
+        self._progress.advance(self._task, count)
+
+    def to(self, done: float, total: float) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+class Display:
+    """The terminal of one command. Where it is none (a log file, a job), finished steps are plain lines."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+
+    @contextmanager
+    def progress(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
+        """A bar while the block runs; afterwards one line with how long it took."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        start = time.perf_counter()
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield Advance(progress, progress.add_task(description, total=total))
+        self.line(f"{description}: {time.perf_counter() - start:.1f} s")
+
+    @contextmanager
+    def status(self, description: str) -> Iterator[None]:
+        """A spinner while the block runs; afterwards one line with how long it took."""
+        start = time.perf_counter()
+        with self.console.status(description):
+            yield
+        self.line(f"{description}: {time.perf_counter() - start:.1f} s")
+
+    def line(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def error(self, text: str) -> None:
+        self.console.print(f"error: {text}", style="bold red", highlight=False, markup=False)
+
+    def log_to(self, path: Path) -> None:
+        """Send the log of this process to a file, and warnings also to the terminal."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        terminal = logging.StreamHandler()
+        terminal.setLevel(logging.WARNING)
+        terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[file, terminal], force=True)
+
+    def report(self, report: Mapping[str, Any]) -> None:
+        """The table of a finished run."""
+        table = Table(title=f"run {report['run']}: iterations", caption="scores in percent, times in seconds")
+        for column in ("iteration", "bound", "ESS", "all failed", "dev EM", "dev F1", "searches", "E-step", "M-step"):
+            table.add_column(column, justify="right")
+        for row in [report["warm_up"], *report["iterations"]]:
+            if row is not None:
+                table.add_row(*_iteration_cells(row, best=report["best_iteration"]))
+        self.console.print(table)
+        tests = _score_table("test questions", first="model")
+        for name, scores in _in_order(report["test"]):
+            tests.add_row(name, *_score_cells(scores))
+        if report["test"]:
+            self.console.print(tests)
+
+
+    def scores(self, scores: Mapping[str, Any]) -> None:
+        """The table of `exsearch evaluate`: one row per set, and the details of all together."""
+        table = _score_table("scores")
+        for name, row in scores["sets"].items():
+            table.add_row(name, *_score_cells(row))
+        table.add_row("all", *_score_cells(scores["all"]))
+        self.console.print(table)
+        for title, key in (("hops", "by_hops"), ("type", "by_type")):
+            groups = _score_table(f"by {title}", first=title, columns=("n", "EM", "F1", "accuracy", "gold recall"))
+            for name, row in scores["all"][key].items():
+                cells = (row["em"], row["f1"], row["accuracy"], row["gold_recall"])
+                groups.add_row(name, str(row["n"]), *(_number(cell) for cell in cells))
+            self.console.print(groups)
+        stops = ", ".join(f"{name} {count}" for name, count in scores["all"]["stop_reasons"].items() if count)
+        recall = ", ".join(_number(value) for value in scores["all"]["gold_recall_by_step"])
+        self.line(f"stop reasons: {stops}\ngold recall after each search: {recall or 'no gold passages named'}")
+
+
+_SCORE_COLUMNS = ("n", "EM", "95 %", "F1", "accuracy", "gold recall", "searches")
+
+
+def _score_table(title: str, first: str = "set", columns: Sequence[str] = _SCORE_COLUMNS) -> Table:
+    table = Table(title=title, caption="percent; [low, high]: bootstrap 95 %" if columns is _SCORE_COLUMNS else None)
+    table.add_column(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+_ORDER = ("base", "no_search", "one_search", "warm_up", "best")
+
+
+def _in_order(tests: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(tests.items(), key=lambda item: _ORDER.index(item[0]) if item[0] in _ORDER else len(_ORDER))
+
+
+def _iteration_cells(row: Mapping[str, Any], best: int) -> Sequence[str]:
+    train, dev, seconds = row["train"], row["dev"] or {}, row["phase_seconds"]
+    bound = f"{train['likelihood_bound']:.2f} ± {train['likelihood_bound_stderr']:.2f}" if row["iteration"] else ""
+    name = {0: "0 (warm-up)"}.get(row["iteration"], str(row["iteration"]))
+    return (
+        f"[bold]{name} *[/bold]" if row["iteration"] == best else name,
+        bound if "likelihood_bound" in train else "",
+        _number(train.get("effective_sample_size"), 2),
+        _number(train.get("all_failed_share")),
+        _number(dev.get("em")),
+        _number(dev.get("f1")),
+        _number(dev.get("searches"), 2),
+        _number(seconds.get("expectation"), 0),
+        _number(seconds.get("maximisation"), 0),
+    )
+
+
+def _score_cells(scores: Mapping[str, Any]) -> Sequence[str]:
+    low, high = scores.get("em_interval") or (None, None)
+    interval = f"\\[{low:.1f}, {high:.1f}]" if low is not None and high is not None else ""
+    return (
+        str(scores["n"]),
+        _number(scores["em"]),
+        interval,
+        _number(scores["f1"]),
+        _number(scores["accuracy"]),
+        _number(scores["gold_recall"]),
+        _number(scores["searches"], 2),
+    )
+
+
+def _number(value: float | None, digits: int = 1) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,1 @@
+"""Each training system as a readable function over the cluster's verbs."""

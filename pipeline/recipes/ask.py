@@ -1,0 +1,91 @@
+"""One question to a trained searcher, watched step by step. No Ray: one engine and one index in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.engine import EngineOptions, VllmEngine
+from pipeline.config import Config
+from pipeline.display import Display
+from pipeline.models import check_model, load_tokenizer
+from pipeline.protocol import Protocol
+from pipeline.records import Question, Trajectory
+from pipeline.run import Json
+from pipeline.search_agent import Event, Sampling, SearchAgent
+from retriever_service.search import DenseSearcher, Hit
+
+
+def ask(question: str, model: str, index: Path, config: Config, display: Display, *, quiet: bool) -> Json:
+    """Answer greedily.
+
+    Args:
+        config: its `agent` section says how to search; the model should have been trained with the same.
+        quiet: show nothing of the trajectory while it unfolds.
+
+    Returns:
+        `{"question", "answer", "stop_reason", "steps": [{"query", "hits": [{"id", "title", "text", "score"}],
+        "record"}]}`.
+
+    Raises:
+        UserError, RetrieverError: no such model or index.
+    """
+    check_model(model)
+    searcher = DenseSearcher.open(index)
+    protocol = Protocol(load_tokenizer(model), config.agent)
+
+    async def retrieve(query: str, k: int) -> Sequence[Hit]:
+        (hits,) = searcher.search([query], k)
+        return hits
+
+    async def run() -> Trajectory:
+        engine = VllmEngine(
+            EngineOptions(model=model, max_model_len=config.model.max_length, max_num_seqs=1, enforce_eager=True)
+        )
+        with display.status("starting vLLM"):
+            await engine.start()
+        try:
+            agent = SearchAgent(protocol, engine, retrieve, max_length=config.model.max_length)
+            greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=0, seed=0, stop=())
+            return await agent.run(
+                Question("ask", question, ("",)),
+                sampling=greedy,
+                on_event=(lambda event: None) if quiet else (lambda event: show(event, display)),
+            )
+        finally:
+            engine.shutdown()
+
+    return as_json(question, asyncio.run(run()))
+
+
+def show(event: Event, display: Display) -> None:
+    """One event of a trajectory on the terminal."""
+    if event.kind == "search":
+        for rank, hit in enumerate(event.hits, start=1):
+            display.line(f"    [{rank}] {hit.score:.2f}  {hit.passage.title}: {hit.passage.text}")
+    elif event.kind == "stop":
+        if event.text != "answered":
+            display.line(f"stopped: {event.text}")
+    else:
+        display.line(f"{event.kind:>7}  {event.text}")
+
+
+def as_json(question: str, trajectory: Trajectory) -> Json:
+    """A trajectory for programs."""
+    return {
+        "question": question,
+        "answer": trajectory.answer,
+        "stop_reason": trajectory.stop_reason.value,
+        "steps": [
+            {
+                "query": step.query,
+                "hits": [
+                    {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score}
+                    for h in step.hits
+                ],
+                "record": step.record,
+            }
+            for step in trajectory.steps
+        ],
+    }

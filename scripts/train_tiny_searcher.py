@@ -1,0 +1,224 @@
+"""Train the tiny base model that ships in `models/tiny-searcher`, from scratch, on two CPU cores.
+
+    python scripts/train_tiny_searcher.py --out models/tiny-searcher
+
+A Qwen2-architecture model of about 3.4 million parameters with its own byte-level BPE learns the agent's protocol
+from gold trajectories on generated worlds of the partition `pretrain`, whose names occur in no world of the partition
+`default` (`pipeline/data/world/names.py`): what it can learn here is to read, to copy and to follow the format, not a
+single fact of the demo. Training stops early on purpose: multi-hop questions are left for EM.
+
+The steps: worlds -> tokenizer -> gold trajectories with passages from a real dense search -> next-token training,
+mostly on what the agent writes (length-sorted batches, right-padded, bfloat16 autocast).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.config import AgentConfig
+from pipeline.data.questions import read_questions
+from pipeline.data.warmup import synthesise
+from pipeline.data.world.writer import write_world
+from pipeline.losses import token_logprobs
+from pipeline.protocol import Protocol
+from pipeline.records import Question, WeightedExample
+from retriever_service.corpus import Passage, read_corpus
+from retriever_service.encoder import EncoderSpec
+from retriever_service.index import build_index
+from retriever_service.search import DenseSearcher, Hit
+
+VOCABULARY = 1024
+PAD, EOS = "<|pad|>", "<|end|>"
+AGENT = AgentConfig(documents=2, max_document_tokens=128, max_turn_tokens=96)
+MAX_LENGTH = 1536
+READING_WEIGHT = 0.25
+"""Weight of predicting the passages and questions: it teaches the names' tokens and how to copy them."""
+
+console = Console()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="model directory to write")
+    parser.add_argument("--work", type=Path, help="keep worlds and indexes here (default: a temporary directory)")
+    parser.add_argument("--worlds", type=int, default=6, help="generated worlds of 2,000 passages each")
+    parser.add_argument("--tokens", type=float, default=5.0, help="millions of tokens to train on")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per optimiser step")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.manual_seed(arguments.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = arguments.work or Path(scratch)
+        worlds = [make_world(work, seed) for seed in range(1000, 1000 + arguments.worlds)]
+        tokenizer = train_tokenizer(worlds[:2])
+        protocol = Protocol(tokenizer, AGENT)
+        examples = [e for world in worlds for e in gold_examples(world, protocol)]
+    console.print(f"{len(examples):,} gold trajectories, {sum(len(e.token_ids) for e in examples):,} tokens")
+    model = new_model(len(tokenizer), tokenizer)
+    console.print(f"{model.num_parameters():,} parameters")
+    train(model, examples, arguments)
+    model.to(torch.float32).save_pretrained(arguments.out)
+    tokenizer.save_pretrained(arguments.out)
+
+
+def make_world(work: Path, seed: int) -> Path:
+    out = work / f"world-{seed}"
+    write_world(out, seed=seed, size="small", partition="pretrain")
+    build_index([str(out / "corpus.jsonl")], work / f"index-{seed}", EncoderSpec("minilm"))
+    return out
+
+
+def train_tokenizer(worlds: Sequence[Path]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE with single digits; the protocol's tags and the chat marks are tokens of their own."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    tags = [s for pair in (AGENT.tags.think, AGENT.tags.search, AGENT.tags.record, AGENT.tags.answer) for s in pair]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(tags) - 2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((line for world in worlds for line in _texts(world)), trainer)
+    bpe.add_special_tokens([PAD, EOS])
+    bpe.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token=PAD, eos_token=EOS, model_max_length=4096)
+
+
+def _texts(world: Path) -> Iterator[str]:
+    for passage in read_corpus([world / "corpus.jsonl"]):
+        yield f"{passage.title}: {passage.text}"
+    for question in read_questions([str(world / "train.jsonl")]):
+        yield question.text
+        yield from (f"{hop.question} {hop.evidence}" for hop in question.decomposition)
+
+
+def gold_examples(world: Path, protocol: Protocol) -> list[WeightedExample]:
+    """The world's training questions as trajectories that a perfect agent would live through."""
+    searcher = DenseSearcher.open(world.with_name(world.name.replace("world", "index")))
+    passages = {p.id: p for p in read_corpus([world / "corpus.jsonl"])}
+    questions = read_questions([str(world / "train.jsonl")])
+    hits = search_all(searcher, questions)
+
+    async def retrieve(query: str, k: int) -> Sequence[Hit]:
+        return hits[query][:k]
+
+    result = asyncio.run(
+        synthesise(questions, protocol, retrieve, passages.get, max_length=MAX_LENGTH, seed=0)
+    )
+    console.print(f"{world.name}: {len(result.trajectories)} trajectories, skipped {dict(result.skipped)}")
+    answers = {q.id: q.answers[0] for q in questions}
+    return [protocol.with_gold_answer(t, answers[t.question_id], 1.0) for t in result.trajectories]
+
+
+def search_all(searcher: DenseSearcher, questions: Sequence[Question]) -> dict[str, list[Hit]]:
+    queries = sorted({hop.question for question in questions for hop in question.decomposition})
+    return dict(zip(queries, searcher.search(queries, AGENT.documents), strict=True))
+
+
+def new_model(vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def train(model: Qwen2ForCausalLM, examples: Sequence[WeightedExample], arguments: argparse.Namespace) -> None:
+    generator = np.random.default_rng(arguments.seed)
+    budget, start = int(arguments.tokens * 1e6), time.perf_counter()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    seen = step = 0
+    with Progress(console=console) as progress:
+        bar = progress.add_task("training", total=budget)
+        while seen < budget:
+            for batch in batches(examples, arguments.batch_tokens, generator):
+                rate = schedule(seen / budget)
+                for group in optimiser.param_groups:
+                    group["lr"] = arguments.learning_rate * rate
+                ids, mask, written = collate(batch, model.config.pad_token_id)
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[written[:, 1:]]
+                targets, own = ids[:, 1:][written[:, 1:]], mask[:, 1:][written[:, 1:]]
+                logprobs = token_logprobs(logits, targets)
+                loss = -logprobs[own].mean() - READING_WEIGHT * logprobs[~own].mean()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimiser.step()
+                optimiser.zero_grad()
+                seen += sum(len(e.token_ids) for e in batch)
+                step += 1
+                if step % 100 == 0:
+                    accuracy = (logits.argmax(-1) == targets)[own].float().mean().item()
+                    seconds = time.perf_counter() - start
+                    console.print(
+                        json.dumps({"step": step, "loss": round(loss.item(), 4), "accuracy": round(accuracy, 4),
+                                    "tokens_per_s": round(seen / seconds), "seconds": round(seconds)})
+                    )  # fmt: skip
+                progress.update(bar, completed=min(seen, budget))
+                if seen >= budget:
+                    break
+
+
+def batches(
+    examples: Sequence[WeightedExample], batch_tokens: int, generator: np.random.Generator
+) -> Iterator[list[WeightedExample]]:
+    """Batches of examples of similar length, in random order."""
+    keys = np.array([len(e.token_ids) for e in examples]) + generator.uniform(0, 64, len(examples))
+    groups: list[list[WeightedExample]] = [[]]
+    for index in np.argsort(keys):
+        example = examples[index]
+        if groups[-1] and len(example.token_ids) * (len(groups[-1]) + 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(example)
+    for index in generator.permutation(len(groups)):
+        yield groups[index]
+
+
+def collate(batch: Sequence[WeightedExample], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids, what the agent wrote, what anyone wrote; [B, T], padded on the right: causal attention needs no mask."""
+    length = max(len(e.token_ids) for e in batch)
+    ids = torch.full((len(batch), length), pad, dtype=torch.long)
+    mask = torch.zeros((len(batch), length), dtype=torch.bool)
+    written = torch.zeros((len(batch), length), dtype=torch.bool)
+    for row, example in enumerate(batch):
+        ids[row, : len(example.token_ids)] = torch.from_numpy(example.token_ids.astype(np.int64))
+        mask[row, : len(example.token_ids)] = torch.from_numpy(example.loss_mask)
+        written[row, : len(example.token_ids)] = True
+    return ids, mask, written
+
+
+def schedule(progress: float) -> float:
+    """Linear warm-up over 3 %, then cosine to a tenth."""
+    if progress < 0.03:
+        return max(progress, 1e-3) / 0.03
+    return 0.1 + 0.45 * (1 + float(np.cos(np.pi * progress)))
+
+
+if __name__ == "__main__":
+    main()

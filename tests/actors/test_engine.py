@@ -1,0 +1,236 @@
+"""The engine against transformers on the same tiny random model. One shared engine, float32, CPU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from actors.engine import EngineOptions, VllmEngine
+from pipeline.records import ScoreRequest
+from pipeline.search_agent import Completion, EngineError, Sampling
+from tests.actors.support import EngineFixture, HfModel
+
+pytestmark = pytest.mark.component
+
+SAMPLE = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=40, seed=3, stop=())
+GREEDY = replace(SAMPLE, temperature=0.0)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Random ids of the tiny vocabulary's multi-letter tokens: readable text, no broken characters."""
+    return np.random.default_rng(seed).integers(258, 300, length).tolist()
+
+
+def generate(shared: EngineFixture, prompt_ids: list[int], sampling: Sampling) -> Completion:
+    return shared.run(shared.engine.generate(prompt_ids, sampling))
+
+
+def generate_many(
+    shared: EngineFixture, prompts: list[list[int]], samplings: list[Sampling]
+) -> list[Completion]:
+    async def all_at_once() -> list[Completion]:
+        return await asyncio.gather(
+            *(shared.engine.generate(p, s) for p, s in zip(prompts, samplings, strict=True))
+        )
+
+    return shared.run(all_at_once())
+
+
+def score(shared: EngineFixture, token_ids: list[int], start: int) -> float:
+    return shared.run(shared.engine.score(token_ids, start))
+
+
+def test_greedy_completion_is_that_of_transformers(shared_engine: EngineFixture, hf_model: HfModel) -> None:
+    ids = prompt(20)
+    completion = generate(shared_engine, ids, GREEDY)
+    assert completion.token_ids == hf_model.greedy(ids, 40)[: len(completion.token_ids)]
+
+
+def test_logprobs_are_the_models_own_before_temperature_and_truncation(
+    shared_engine: EngineFixture, hf_model: HfModel
+) -> None:
+    ids = prompt(20)
+    completion = generate(shared_engine, ids, replace(SAMPLE, temperature=0.5, top_p=0.8, top_k=20))
+    expected = hf_model.logprobs(ids + completion.token_ids)[len(ids) - 1 :]
+    np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+
+
+def test_text_is_the_decoded_ids_with_added_tokens(shared_engine: EngineFixture, hf_model: HfModel) -> None:
+    samplings = [replace(SAMPLE, seed=seed) for seed in range(64)]
+    completions = generate_many(shared_engine, [prompt(10)] * 64, samplings)
+    assert any("</answer>" in completion.text for completion in completions)
+    for completion in completions:
+        decoded = hf_model.tokenizer.decode(completion.token_ids, skip_special_tokens=False)
+        # The engine holds back the bytes of a character that was never completed.
+        assert decoded.rstrip("\ufffd") == completion.text.rstrip("\ufffd")
+
+
+def test_stop_string_ends_the_completion_and_stays_in_it(shared_engine: EngineFixture) -> None:
+    free = generate_many(shared_engine, [prompt(10)] * 64, [replace(SAMPLE, seed=seed) for seed in range(64)])
+    stopping = [replace(SAMPLE, seed=seed, stop=("</answer>", "</think>")) for seed in range(64)]
+    stopped = 0
+    for full, completion in zip(free, generate_many(shared_engine, [prompt(10)] * 64, stopping), strict=True):
+        assert full.token_ids[: len(completion.token_ids)] == completion.token_ids
+        assert len(completion.logprobs) == len(completion.token_ids)
+        if "</answer>" in full.text:
+            stopped += 1
+            assert completion.text.endswith("</answer>")
+            assert (completion.stop, completion.finish_reason) == ("</answer>", "stop")
+        else:
+            assert completion.stop is None and completion.finish_reason in ("eos", "length")
+    assert stopped
+
+
+def test_text_stops_inside_the_last_token_but_ids_stay_whole(shared_engine: EngineFixture) -> None:
+    full = generate(shared_engine, prompt(20), GREEDY)
+    stop = full.text[6:8]
+    completion = generate(shared_engine, prompt(20), replace(GREEDY, stop=(stop,)))
+    assert completion.text.endswith(stop) and completion.stop == stop
+    assert completion.token_ids == full.token_ids[: len(completion.token_ids)]
+
+
+def test_end_of_sequence_id_is_kept(shared_engine: EngineFixture) -> None:
+    samplings = [replace(SAMPLE, seed=seed, max_tokens=100) for seed in range(64)]
+    completions = generate_many(shared_engine, [prompt(10)] * 64, samplings)
+    ended = [completion for completion in completions if completion.finish_reason == "eos"]
+    assert ended
+    for completion in completions:
+        assert (completion.token_ids[-1] == 1) == (completion.finish_reason == "eos")
+        assert completion.text.endswith("<eos>") == (completion.finish_reason == "eos")
+
+
+def test_seed_gives_the_same_tokens_alone_and_in_company(shared_engine: EngineFixture) -> None:
+    ids = prompt(150)
+    alone = generate(shared_engine, ids, SAMPLE)
+    prompts = [ids] + [prompt(5 + 9 * i, seed=i) for i in range(1, 32)]
+    samplings = [SAMPLE] + [replace(SAMPLE, seed=100 + i, max_tokens=10 + 2 * i) for i in range(1, 32)]
+    together = generate_many(shared_engine, prompts, samplings)
+    assert together[0] == alone
+    assert generate_many(shared_engine, prompts[::-1], samplings[::-1])[::-1] == together
+
+
+def test_different_seeds_give_different_tokens(shared_engine: EngineFixture) -> None:
+    first, second = generate_many(shared_engine, [prompt(20)] * 2, [SAMPLE, replace(SAMPLE, seed=4)])
+    assert first.token_ids != second.token_ids
+
+
+def test_completion_is_shortened_to_the_room_that_is_left(shared_engine: EngineFixture) -> None:
+    completion = generate(shared_engine, prompt(508), GREEDY)
+    assert (len(completion.token_ids), completion.finish_reason) == (4, "length")
+
+
+@pytest.mark.parametrize("length", [512, 600])
+def test_no_room_gives_an_empty_completion(shared_engine: EngineFixture, length: int) -> None:
+    assert generate(shared_engine, prompt(length), GREEDY) == Completion([], [], "", None, "length")
+
+
+def test_score_is_that_of_a_forward_pass(shared_engine: EngineFixture, hf_model: HfModel) -> None:
+    ids = prompt(200, seed=11)
+    expected = sum(hf_model.logprobs(ids)[149:])
+    cold = score(shared_engine, ids, 150)
+    assert cold == pytest.approx(expected, abs=1e-4)
+    assert score(shared_engine, ids, 150) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("start", [1, 100, 127, 128, 129, 130, 200, 255, 256, 257, 299])
+def test_score_does_not_depend_on_where_the_cached_text_ends(
+    shared_engine: EngineFixture, hf_model: HfModel, start: int
+) -> None:
+    ids = prompt(300, seed=12)
+    generate(shared_engine, ids, replace(GREEDY, max_tokens=1))
+    assert score(shared_engine, ids, start) == pytest.approx(
+        sum(hf_model.logprobs(ids)[start - 1 :]), abs=1e-4
+    )
+
+
+def test_score_of_a_new_answer_after_just_generated_text(
+    shared_engine: EngineFixture, hf_model: HfModel
+) -> None:
+    ids = prompt(150, seed=13)
+    ids += generate(shared_engine, ids, replace(SAMPLE, max_tokens=150)).token_ids
+    gold = prompt(7, seed=14)
+    expected = sum(hf_model.logprobs(ids + gold)[len(ids) - 1 :])
+    assert score(shared_engine, ids + gold, len(ids)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_score_of_a_generated_answer_is_the_sum_of_its_logprobs(
+    shared_engine: EngineFixture, hf_model: HfModel
+) -> None:
+    ids = prompt(100, seed=15)
+    answer = generate(shared_engine, ids, replace(SAMPLE, max_tokens=200))
+    scored = score(shared_engine, ids + answer.token_ids, len(ids))
+    assert scored == pytest.approx(sum(answer.logprobs), abs=1e-4)
+    assert scored == pytest.approx(sum(hf_model.logprobs(ids + answer.token_ids)[len(ids) - 1 :]), abs=1e-3)
+
+
+def test_score_many_keeps_the_order(shared_engine: EngineFixture, hf_model: HfModel) -> None:
+    texts = [prompt(20 + 13 * i, seed=20 + i) for i in range(20)]
+    requests = [ScoreRequest(np.array(ids, np.int32), len(ids) - 6) for ids in texts]
+    scores = shared_engine.run(shared_engine.engine.score_many(requests))
+    expected = [sum(hf_model.logprobs(ids)[-6:]) for ids in texts]
+    np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+def test_score_of_nothing_is_zero(shared_engine: EngineFixture) -> None:
+    assert score(shared_engine, [5, 6, 7], 3) == 0.0
+
+
+def test_score_refuses_a_start_outside_the_text(shared_engine: EngineFixture) -> None:
+    with pytest.raises(ValueError, match=r"start must lie in 1\.\.3"):
+        score(shared_engine, [5, 6, 7], 4)
+
+
+def test_score_refuses_text_that_does_not_fit(shared_engine: EngineFixture) -> None:
+    with pytest.raises(EngineError, match="max_model_len is 512"):
+        score(shared_engine, prompt(512), 500)
+
+
+def test_invalid_request_is_an_engine_error_and_harms_nobody(shared_engine: EngineFixture) -> None:
+    with pytest.raises(EngineError, match="vLLM failed"):
+        generate(shared_engine, [100_000], GREEDY)
+    assert generate(shared_engine, prompt(5), GREEDY).token_ids
+
+
+def test_request_is_bounded_in_time(shared_engine: EngineFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            shared_engine.engine, "options", replace(shared_engine.engine.options, request_timeout_s=0.02)
+        )
+        with pytest.raises(EngineError, match="did not end within"):
+            generate(shared_engine, prompt(5), replace(SAMPLE, max_tokens=500, seed=1))
+    assert generate(shared_engine, prompt(5), GREEDY).token_ids
+
+
+def test_engine_that_was_not_started_refuses() -> None:
+    with pytest.raises(EngineError, match="not been started"):
+        asyncio.run(VllmEngine(EngineOptions(model="unused")).generate([1], GREEDY))
+
+
+def test_missing_model_is_an_engine_error(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="could not start"):
+        asyncio.run(VllmEngine(EngineOptions(model=str(tmp_path / "nowhere"))).start())
+
+
+def test_death_of_the_engine_process_is_an_engine_error(shared_engine: EngineFixture) -> None:
+    async def scenario() -> None:
+        engine = VllmEngine(shared_engine.engine.options)
+        await engine.start()
+        try:
+            request = asyncio.create_task(engine.generate(prompt(5), replace(SAMPLE, max_tokens=500)))
+            await asyncio.sleep(0.1)
+            assert engine._llm is not None
+            os.kill(engine._llm.engine_core.resources.engine_manager.processes[0].pid, signal.SIGKILL)
+            with pytest.raises(EngineError):
+                await request
+            with pytest.raises(EngineError, match="died"):
+                await engine.generate(prompt(5), GREEDY)
+        finally:
+            engine.shutdown()
+
+    asyncio.run(scenario())

@@ -1,0 +1,562 @@
+"""Weight transfer: checksums and segments, the senders against fakes, and whole pushes into a real engine."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import subprocess
+import sys
+from base64 import b64decode
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actors import weight_transfer
+from actors.engine import EngineOptions, VllmEngine
+from actors.weight_transfer import (
+    Bucket,
+    Digest,
+    EngineRef,
+    RayEngines,
+    Segment,
+    SharedMemorySender,
+    VllmSender,
+    WeightTransferError,
+    tensor_checksum,
+    trainer_init_info,
+    write_bucket,
+)
+from pipeline.search_agent import EngineError, Sampling
+from tests.actors.support import EngineFixture, HfModel, LocalEngines, build_model
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=20, seed=0, stop=())
+PROMPT = list(range(260, 290)) * 10
+
+# ---------------------------------------------------------------- checksums and segments
+
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.int8, torch.float64])
+
+
+@given(
+    size=st.integers(0, 70_000),
+    dtype=dtypes,
+    seed=st.integers(0, 99),
+    where=st.floats(0, 1, exclude_max=True),
+)
+@settings(max_examples=50, deadline=None)
+def test_checksum_notices_any_changed_byte(size: int, dtype: torch.dtype, seed: int, where: float) -> None:
+    torch.manual_seed(seed)
+    tensor = torch.randint(-100, 100, (size,)).to(dtype)
+    changed = tensor.clone()
+    if size:
+        data = changed.view(torch.uint8)
+        data[int(where * data.numel())] ^= 1
+        assert tensor_checksum(changed) != tensor_checksum(tensor)
+    assert tensor_checksum(tensor.clone()) == tensor_checksum(tensor)
+
+
+def test_checksum_is_that_of_the_values_not_of_the_layout() -> None:
+    tensor = torch.arange(6 * 7, dtype=torch.bfloat16).view(6, 7)
+    assert tensor_checksum(tensor.t()) == tensor_checksum(tensor.t().contiguous())
+    assert tensor_checksum(tensor[1:]) == tensor_checksum(tensor[1:].clone())
+
+
+def test_checksum_notices_exchanged_halves() -> None:
+    tensor = torch.randn(100_000)
+    assert tensor_checksum(tensor) != tensor_checksum(torch.cat([tensor[50_000:], tensor[:50_000]]))
+
+
+def digest_of(*named: tuple[str, torch.Tensor]) -> str:
+    digest = Digest()
+    for name, tensor in named:
+        digest.add(name, tensor)
+    return digest.hexdigest()
+
+
+def test_digest_covers_names_dtypes_and_shapes_but_not_order() -> None:
+    a, b = ("a", torch.ones(4)), ("b", torch.zeros(4))
+    assert digest_of(a, b) == digest_of(b, a)
+    others = [
+        digest_of(a),
+        digest_of(("a", b[1]), ("b", a[1])),
+        digest_of(a, ("b", torch.zeros(2, 2))),
+        digest_of(a, ("b", torch.zeros(4, dtype=torch.int32))),
+    ]
+    assert digest_of(a, b) not in others and len(set(others)) == 4
+
+
+def test_bucket_comes_out_of_its_segment_as_it_went_in() -> None:
+    bucket = [
+        ("scalar", torch.tensor(3.0)),
+        ("odd", torch.arange(5, dtype=torch.int8)),
+        ("half", torch.randn(3, 7).to(torch.bfloat16)),
+        ("empty", torch.empty(0, 4)),
+        ("transposed", torch.randn(4, 6).t()),
+    ]
+    sent, segment = Digest(), Segment()
+    manifest = write_bucket(bucket, segment, sent)
+    data = torch.from_file(segment.path, shared=False, size=manifest.nbytes, dtype=torch.uint8)
+    segment.close()
+    received = manifest.tensors(data)
+    assert [name for name, _ in received] == [name for name, _ in bucket]
+    for (_, got), (_, expected) in zip(received, bucket, strict=True):
+        assert torch.equal(got, expected) and got.dtype == expected.dtype
+    assert digest_of(*received) == sent.hexdigest() == manifest.digest
+
+
+def filled(content: bytes) -> Segment:
+    segment = Segment()
+    segment.room(len(content)).numpy()[:] = np.frombuffer(content, np.uint8)
+    return segment
+
+
+def test_segment_is_readable_from_another_process() -> None:
+    segment = filled(b"weights")
+    read = subprocess.run(
+        [sys.executable, "-c", f"print(open('{segment.path}').read())"], capture_output=True
+    )
+    assert read.stdout == b"weights\n"
+
+
+def test_segment_keeps_its_path_as_it_grows() -> None:
+    segment = filled(b"short")
+    path = segment.path
+    segment.room(1000).fill_(65)
+    assert segment.path == path
+    assert Path(path).read_bytes() == b"A" * 1000
+
+
+def test_closed_segment_can_no_longer_be_opened() -> None:
+    segment = filled(b"gone")
+    segment.close()
+    assert not Path(segment.path).exists()
+
+
+# ---------------------------------------------------------------- senders, against fakes
+
+
+class RecordingEngines:
+    """Two engines, of two workers and one, that confirm everything; `fail_on` names a call that they refuse."""
+
+    def __init__(self, fail_on: str = "") -> None:
+        self.world_sizes = [2, 1]
+        self.calls: list[tuple[str, Any]] = []
+        self.fail_on = fail_on
+
+    def _record(self, method: str, args: Any) -> list[Any]:
+        self.calls.append((method, args))
+        if method == self.fail_on:
+            raise WeightTransferError(f"{method} failed")
+        return [None, None]
+
+    def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        assert timeout_s > 0
+        return self._record(method, args)
+
+    def call_each(self, method: str, args: Any, timeout_s: float) -> list[Any]:
+        return self._record(method, args)
+
+    def send_segment(self, manifest: dict[str, Any], segment: Segment, timeout_s: float) -> None:
+        self._record("update_weights", manifest["names"])
+
+
+def weights() -> Iterator[Bucket]:
+    yield [("a", torch.ones(3)), ("b", torch.zeros(2, 2))]
+    yield [("c", torch.full((5,), 2.0))]
+
+
+def test_shared_memory_push_is_start_buckets_finish() -> None:
+    engines = RecordingEngines()
+    report = SharedMemorySender(engines, weights, deadline_s=10).push(7)
+    digest = digest_of(*(pair for bucket in weights() for pair in bucket))
+    assert [name for name, _ in engines.calls] == [
+        "start_weight_update",
+        "update_weights",
+        "update_weights",
+        "finish_weight_update",
+    ]
+    assert engines.calls[0][1][0] == 7
+    assert [names for _, names in engines.calls[1:3]] == [["a", "b"], ["c"]]
+    assert engines.calls[3][1] == (7, digest)
+    assert report is not None
+    assert (report.version, report.digest, report.nbytes, report.tensors) == (7, digest, 4 * 12, 3)
+
+
+@pytest.mark.parametrize("fail_on", ["start_weight_update", "update_weights", "finish_weight_update"])
+def test_failed_push_still_completes_the_learners_pass(fail_on: str) -> None:
+    seen = []
+
+    def watched() -> Iterator[Bucket]:
+        for bucket in weights():
+            seen.extend(name for name, _ in bucket)
+            yield bucket
+
+    with pytest.raises(WeightTransferError, match=fail_on):
+        SharedMemorySender(RecordingEngines(fail_on), watched, deadline_s=10).push(1)
+    assert seen == ["a", "b", "c"]
+
+
+def test_other_ranks_only_make_the_pass() -> None:
+    passes = []
+    sender = SharedMemorySender(None, lambda: (passes.append(b) or b for b in weights()), deadline_s=10)
+    assert sender.push(1) is None
+    assert len(passes) == 2
+
+
+def test_push_past_its_deadline_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(weight_transfer.time, "monotonic", lambda: now[0])
+
+    def slow() -> Iterator[Bucket]:
+        for bucket in weights():
+            now[0] += 6
+            yield bucket
+
+    with pytest.raises(WeightTransferError, match="deadline of 10 s"):
+        SharedMemorySender(RecordingEngines(), slow, deadline_s=10).push(1)
+
+
+class FakeRay:
+    """Ray with immediate answers: `remote` calls return their outcome, `get` raises the errors among them."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+        class GetTimeoutError(RayError):
+            pass
+
+    @staticmethod
+    def put(value: Any) -> Any:
+        return ("in the object store", value.tobytes())
+
+    @staticmethod
+    def get(references: list[Any], timeout: float) -> list[Any]:
+        for reference in references:
+            if isinstance(reference, Exception):
+                raise reference
+        return references
+
+
+def fake_actor(calls: list[Any], outcome: Any = None) -> Any:
+    def remote(*args: Any) -> Any:
+        calls.append(args)
+        return outcome
+
+    return SimpleNamespace(update_weights=SimpleNamespace(remote=remote))
+
+
+def test_engines_on_other_nodes_get_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay)
+    here: list[Any] = []
+    there: list[Any] = []
+    engines = RayEngines([EngineRef(fake_actor(here), "n1"), EngineRef(fake_actor(there), "n2", 4)], "n1")
+    segment = filled(b"bytes, and older ones behind them")
+    manifest = {"names": ["a"], "nbytes": 5}
+    engines.send_segment(manifest, segment, timeout_s=5)
+    assert here == [({**manifest, "path": segment.path},)]
+    assert there == [(manifest, ("in the object store", b"bytes"))]
+    assert engines.world_sizes == [1, 4]
+
+
+def test_ray_errors_and_timeouts_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay)
+    for error in (FakeRay.exceptions.GetTimeoutError("slow"), FakeRay.exceptions.RayError("died")):
+        engines = RayEngines([EngineRef(fake_actor([], error), "n1")], "n1")
+        with pytest.raises(WeightTransferError, match="update_weights"):
+            engines.call("update_weights", {}, timeout_s=1)
+
+
+class FakeTrainer:
+    """Stands in for vLLM's trainer-side engine: passes over the source and drives the client as the real ones do."""
+
+    def __init__(self, init_info: Any, client: Any, source: Any) -> None:
+        self.init_info, self.client, self.source = init_info, client, source
+        self.is_shut_down = False
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+    def send_weights(self) -> None:
+        self.client.start_weight_update()
+        names = [meta.name for meta in self.source.metadata()]
+        assert [name for name, _ in self.source] == names
+        self.client.update_weights(
+            {"names": names, "ipc_handles": {"gpu": (1, torch.float32)}, "tensor_sizes": None}
+        )
+        self.client.finish_weight_update()
+
+
+def vllm_sender(monkeypatch: pytest.MonkeyPatch, transport: Any, engines: Any) -> VllmSender:
+    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+    def trainer_init(init_info: Any, *, client: Any, source: Any) -> FakeTrainer:
+        return FakeTrainer(init_info, client, source)
+
+    monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
+    return VllmSender(
+        transport, engines, weights, rank=0, master_address="10.0.0.1", master_port=29600, deadline_s=10
+    )
+
+
+def test_gpu_push_carries_version_and_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = RecordingEngines()
+    sender = vllm_sender(monkeypatch, "nccl", engines)
+    report = sender.push(3)
+    assert sender.trainer.is_shut_down
+    digest = digest_of(*(pair for bucket in weights() for pair in bucket))
+    assert [name for name, _ in engines.calls] == [
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+    ]
+    assert engines.calls[0][1][0] == 3
+    assert engines.calls[2][1] == (3, digest)
+    assert report is not None
+    assert (report.version, report.digest, report.nbytes, report.tensors) == (3, digest, 48, 3)
+
+
+def test_ipc_handles_travel_in_the_form_that_vllm_takes_over_a_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = RecordingEngines()
+    vllm_sender(monkeypatch, "ipc", engines).push(1)
+    (info,) = engines.calls[1][1]
+    assert pickle.loads(b64decode(info.pop("ipc_handles_pickled"))) == {"gpu": (1, torch.float32)}
+    assert info == {"names": ["a", "b", "c"]}
+
+
+def test_each_engine_takes_its_own_ranks_in_the_nccl_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = RecordingEngines()
+    sender = vllm_sender(monkeypatch, "nccl", engines)
+    info = sender.trainer.init_info
+    assert (info.master_address, info.master_port, info.world_size, info.rank) == ("10.0.0.1", 29600, 4, 0)
+    sender.client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 4})
+    method, infos = engines.calls[0]
+    assert method == "init_weight_transfer_engine"
+    assert infos == [{"rank_offset": 1, "world_size": 4}, {"rank_offset": 3, "world_size": 4}]
+
+
+def test_ipc_init_is_packed() -> None:
+    info = trainer_init_info("ipc", 2, 0, "", 0)
+    assert (info.packed, info.rank, info.is_sender) == (True, 2, False)
+
+
+def test_every_transport_is_known_to_vllm_once_registered() -> None:
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    weight_transfer.register()
+    weight_transfer.register()
+    names = {"exsearch_shared_memory", "exsearch_nccl", "exsearch_ipc"}
+    classes = {WeightTransferEngineFactory._registry[name]().__name__ for name in names}
+    assert classes == {"SharedMemoryReceiver", "NcclReceiver", "IpcReceiver"}
+
+
+# ---------------------------------------------------------------- whole pushes into a real engine
+
+
+def score(fixture: EngineFixture, start: int = 290) -> float:
+    return fixture.run(fixture.engine.score(PROMPT, start))
+
+
+def greedy(fixture: EngineFixture) -> list[int]:
+    return fixture.run(fixture.engine.generate(PROMPT[:40], GREEDY)).token_ids
+
+
+def assert_serves(fixture: EngineFixture, model: HfModel) -> None:
+    """The engine computes what transformers computes with `model`'s weights; nothing of older ones is left anywhere."""
+    assert score(fixture) == pytest.approx(sum(model.logprobs(PROMPT)[289:]), abs=2e-4)
+    assert score(fixture, 1) == pytest.approx(sum(model.logprobs(PROMPT)), abs=5e-3)
+    completion = greedy(fixture)
+    assert completion == model.greedy(PROMPT[:40], 20)[: len(completion)]
+
+
+@pytest.fixture
+def engines(shared_engine: EngineFixture, tiny_model_path: Path) -> Iterator[LocalEngines]:
+    """The shared engine, which gets its original weights back afterwards."""
+    local = LocalEngines(shared_engine)
+    yield local
+    local.remote = False
+    original = HfModel(tiny_model_path)
+    SharedMemorySender(local, original.buckets, deadline_s=60).push(0)
+    assert_serves(shared_engine, original)
+
+
+@pytest.mark.component
+def test_engine_serves_exactly_what_was_pushed(engines: LocalEngines, hf_model: HfModel) -> None:
+    fixture = engines.fixture
+    assert_serves(fixture, hf_model)
+    for version, seed in ((5, 50), (6, 60)):
+        hf_model.perturb(seed)
+        report = SharedMemorySender(engines, hf_model.buckets, deadline_s=60).push(version)
+        assert report is not None
+        state = fixture.engine.weights
+        assert (state.version, state.digest, state.refusal) == (version, report.digest, "")
+        assert_serves(fixture, hf_model)
+
+
+@pytest.mark.component
+@pytest.mark.parametrize("num_tensors", [1, 100])
+def test_bucket_borders_do_not_matter(engines: LocalEngines, hf_model: HfModel, num_tensors: int) -> None:
+    hf_model.perturb(1)
+    SharedMemorySender(engines, lambda: hf_model.buckets(num_tensors), deadline_s=60).push(1)
+    assert_serves(engines.fixture, hf_model)
+
+
+@pytest.mark.component
+def test_weights_reach_an_engine_on_another_node(engines: LocalEngines, hf_model: HfModel) -> None:
+    engines.remote = True
+    hf_model.perturb(2)
+    SharedMemorySender(engines, hf_model.buckets, deadline_s=60).push(1)
+    assert_serves(engines.fixture, hf_model)
+
+
+@pytest.mark.component
+def test_weights_are_reloaded_from_a_model_directory(
+    engines: LocalEngines, hf_model: HfModel, tmp_path: Path
+) -> None:
+    hf_model.perturb(7)
+    hf_model.model.save_pretrained(tmp_path)
+    engines.call("reload", str(tmp_path), 12, 60.0, timeout_s=60)
+    assert engines.fixture.engine.weights.version == 12
+    assert_serves(engines.fixture, hf_model)
+
+
+@pytest.mark.component
+def test_push_waits_for_running_requests(engines: LocalEngines, hf_model: HfModel) -> None:
+    fixture = engines.fixture
+    expected = hf_model.greedy(PROMPT[:40], 150)
+
+    async def push_during_generation() -> list[int]:
+        engine = fixture.engine
+        sampling = Sampling(0.0, 1.0, 0, 150, 0, ())
+        request = asyncio.create_task(engine.generate(PROMPT[:40], sampling))
+        await asyncio.sleep(0.02)
+        await engine.start_weight_update(9, 60.0)
+        return (await request).token_ids
+
+    tokens = fixture.run(push_during_generation())
+    assert tokens == expected[: len(tokens)]
+    with pytest.raises(EngineError, match="version 9 is being pushed"):
+        greedy(fixture)
+
+
+def damaged(buckets: Iterator[Bucket]) -> Iterator[Bucket]:
+    """The last bucket changes after it was digested."""
+    buckets = list(buckets)
+    yield from buckets[:-1]
+    yield [(name, _Changing(tensor)) for name, tensor in buckets[-1]]
+
+
+class _Changing(torch.Tensor):
+    """A tensor that gives other values once it has been read for the checksum."""
+
+    @staticmethod
+    def __new__(cls, tensor: torch.Tensor) -> _Changing:
+        return torch.Tensor._make_subclass(cls, tensor.detach().clone())
+
+    def detach(self) -> torch.Tensor:
+        seen, self.seen = getattr(self, "seen", False), True
+        plain = self.as_subclass(torch.Tensor)
+        return plain + 1 if seen else plain
+
+
+@pytest.mark.component
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (damaged, "arrived damaged"),
+        (lambda buckets: list(buckets)[:-1], "nobody sent all weights"),
+        (
+            lambda buckets: ([p for p in b if "k_proj.weight" not in p[0]] for b in buckets),
+            "self_attn.qkv_proj",
+        ),
+        (
+            lambda buckets: ([p for p in b if "k_proj.bias" not in p[0]] for b in buckets),
+            "self_attn.qkv_proj",
+        ),
+    ],
+)
+def test_spoilt_push_is_never_served_and_the_next_one_mends_it(
+    engines: LocalEngines, hf_model: HfModel, spoil: Any, message: str
+) -> None:
+    fixture = engines.fixture
+    hf_model.perturb(3)
+    with pytest.raises(WeightTransferError, match=message):
+        SharedMemorySender(engines, lambda: spoil(hf_model.buckets()), deadline_s=60).push(4)
+    with pytest.raises(EngineError, match="push of weight version 4 failed"):
+        greedy(fixture)
+    with pytest.raises(EngineError, match="push of weight version 4 failed"):
+        score(fixture)
+    SharedMemorySender(engines, hf_model.buckets, deadline_s=60).push(5)
+    assert_serves(fixture, hf_model)
+
+
+@pytest.mark.component
+def test_sender_that_vanishes_leaves_an_engine_that_refuses_until_the_next_push(
+    engines: LocalEngines, hf_model: HfModel
+) -> None:
+    fixture = engines.fixture
+    hf_model.perturb(4)
+    engines.call("start_weight_update", 2, 60.0, timeout_s=60)
+    segment = Segment()
+    engines.send_segment(asdict(write_bucket(next(hf_model.buckets(4)), segment, Digest())), segment, 60)
+    with pytest.raises(EngineError, match="version 2 is being pushed"):
+        greedy(fixture)
+    hf_model.perturb(5)
+    SharedMemorySender(engines, hf_model.buckets, deadline_s=60).push(3)
+    assert_serves(fixture, hf_model)
+
+
+@pytest.mark.component
+def test_wrong_digest_or_version_is_refused(engines: LocalEngines, hf_model: HfModel) -> None:
+    fixture = engines.fixture
+    for version, digest, message in (
+        (8, "0" * 64, "sent was 000"),
+        (7, "", "version 8 was being pushed, not 7"),
+    ):
+        engines.call("start_weight_update", 8, 60.0, timeout_s=60)
+        segment = Segment()
+        for bucket in hf_model.buckets():
+            engines.send_segment(asdict(write_bucket(bucket, segment, Digest())), segment, 60)
+        with pytest.raises(WeightTransferError, match=message):
+            engines.call("finish_weight_update", version, digest, timeout_s=60)
+        with pytest.raises(EngineError):
+            greedy(fixture)
+
+
+@pytest.mark.component
+def test_push_step_past_the_deadline_is_refused(engines: LocalEngines) -> None:
+    with pytest.raises(WeightTransferError, match="deadline"):
+        engines.call("start_weight_update", 8, -1.0, timeout_s=60)
+    with pytest.raises(EngineError, match="push of weight version 8 failed"):
+        greedy(engines.fixture)
+
+
+@pytest.mark.component
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("Qwen2", False), ("Qwen3", True), ("Llama", False), ("Mistral", False)]
+)
+def test_other_architectures_take_pushed_weights(architecture: str, tied: bool, tmp_path: Path) -> None:
+    path = build_model(tmp_path / architecture, architecture, tied=tied)
+    options = EngineOptions(
+        model=str(path), max_model_len=512, kv_cache_gib=0.1, enforce_eager=True, num_threads=1
+    )
+    model = HfModel(path)
+    with asyncio.Runner() as runner:
+        engine = VllmEngine(options)
+        runner.run(engine.start())
+        try:
+            fixture = EngineFixture(engine, path, runner.run)
+            assert_serves(fixture, model)
+            model.perturb(6)
+            SharedMemorySender(LocalEngines(fixture), model.buckets, deadline_s=60).push(1)
+            assert_serves(fixture, model)
+        finally:
+            engine.shutdown()

@@ -1,0 +1,112 @@
+"""Fixtures without files, networks or engines: tiny tokenizers that are built in milliseconds.
+
+`tokenizer` knows nothing of the agent's tags; `tag_tokenizer` holds each tag as one (not special) token;
+`chat_tokenizer` has special tokens and a chat template, `chat_templates` has more templates for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+# A slow or busy machine is no reason for a property test to fail.
+settings.register_profile("exsearch", deadline=None)
+settings.load_profile("exsearch")
+
+TAGS = [f"<{slash}{name}>" for name in ("think", "search", "record", "answer") for slash in ("", "/")]
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+]
+TRAINING_TEXT = [
+    "Question: Who founded the maker of the Silver Harp?",
+    "<think> Which company makes the Silver Harp? </think>",
+    "<search>\n[1] Silver Harp: The Silver Harp is made by Orvane.\n</search>",
+    "<record> Orvane was founded by Mara Velin in 1984. </record>",
+    "<answer> Mara Velin </answer>",
+]
+
+QWEN = (
+    "{%- if messages[0].role != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+    "{%- for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_3 = (
+    "<|begin_of_text|>{%- for message in messages %}"
+    "<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+    "{{ message.content | trim }}<|eot_id|>{% endfor %}"
+    "{%- if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "<s>{%- for message in messages %}"
+    "{%- if message.role == 'system' %}{{ raise_exception('no system role') }}"
+    "{%- elif message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{%- else %} {{ message.content }}</s>{%- endif %}{%- endfor %}"
+)
+MISTRAL_LAST_USER_SYSTEM = (  # Mistral-7B-Instruct-v0.3: the system message moves into the last user turn
+    "<s>{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}"
+    "{%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}"
+    "{%- for message in loop_messages %}"
+    "{%- if message.role == 'user' %}[INST]"
+    "{%- if loop.last and system is defined %} {{ system }}\n\n{%- endif %}"
+    " {{ message.content }} [/INST]"
+    "{%- else %} {{ message.content }}</s>{%- endif %}{%- endfor %}"
+)
+
+
+def _byte_level_bpe() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(TRAINING_TEXT * 4, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """Byte-level BPE, tags are plain text."""
+    return PreTrainedTokenizerFast(tokenizer_object=_byte_level_bpe(), eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def tag_tokenizer() -> Any:
+    """Byte-level BPE, each tag is one added token that is not special."""
+    built = PreTrainedTokenizerFast(tokenizer_object=_byte_level_bpe(), eos_token="<|endoftext|>")
+    built.add_tokens(TAGS)
+    return built
+
+
+@pytest.fixture(scope="session")
+def chat_templates() -> dict[str, str]:
+    return {
+        "qwen": QWEN,
+        "llama-3": LLAMA_3,
+        "mistral": MISTRAL,
+        "mistral-v0.3": MISTRAL_LAST_USER_SYSTEM,
+    }
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer() -> Any:
+    """Byte-level BPE with special tokens and a Qwen-like chat template."""
+    built = PreTrainedTokenizerFast(tokenizer_object=_byte_level_bpe(), eos_token="<|im_end|>")
+    built.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS})
+    built.chat_template = QWEN
+    return built

@@ -1,0 +1,67 @@
+"""An encoder without a model, and tiny corpora, for tests of everything around the encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retriever_service.corpus import Passage
+from retriever_service.encoder import EncoderSpec, Vectors, passage_text
+
+DIMENSION = 32
+
+
+class HashEncoder:
+    """A bag of hashed words: texts that share words are close. Deterministic; records what it encodes."""
+
+    dimension = DIMENSION
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self.spec = dataclasses.replace(spec, query_prefix=spec.query_prefix or "")
+        self.fingerprint = hashlib.sha256(repr(self.spec).encode()).hexdigest()
+        self.query_batches: list[list[str]] = []
+
+    def encode_queries(self, queries: Sequence[str]) -> Vectors:
+        self.query_batches.append(list(queries))
+        return np.stack([self._vector(query) for query in queries])
+
+    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+        for passage in passages:
+            yield self._vector(passage_text(passage))[None]
+
+    def _vector(self, text: str) -> Vectors:
+        total = np.zeros(DIMENSION, dtype=np.float32)
+        for word in ["", *text.lower().split()]:
+            seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
+            total += np.random.default_rng(seed).standard_normal(DIMENSION, dtype=np.float32)
+        unit: Vectors = total / np.linalg.norm(total)
+        return unit
+
+
+def load_hash_encoder(spec: EncoderSpec, device: str) -> HashEncoder:
+    return HashEncoder(spec)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_animals(path: Path) -> Path:
+    """Six passages; the last two have the same content under different ids."""
+    facts = [
+        ("Lion", "the lion lives on the savanna"),
+        ("Tiger", "the tiger lives in the jungle"),
+        ("Otter", "the otter swims in rivers"),
+        ("Eagle", "the eagle nests on cliffs"),
+        ("Twin", "twins look the same"),
+        ("Twin", "twins look the same"),
+    ]
+    rows = [{"id": f"a{i}", "title": title, "text": text} for i, (title, text) in enumerate(facts)]
+    return write_jsonl(path, rows)

@@ -1,0 +1,129 @@
+"""The bundled sentence encoder: offline, deterministic whatever the batch, identified by what it computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from retriever_service.corpus import Passage
+from retriever_service.encoder import Encoder, EncoderSpec, _bundled_model, _resolve, passage_text
+from retriever_service.errors import RetrieverError
+
+QUERIES = [
+    "who wrote it?",
+    "In which city was the director of the film that won the first prize born?",
+    "lion",
+    "the capital of France",
+    "What is the population of the country whose flag has a red maple leaf, as of the latest census?",
+]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder.load(EncoderSpec())
+
+
+def test_what_the_spec_leaves_open_is_filled_in(encoder: Encoder) -> None:
+    assert encoder.spec == EncoderSpec("minilm", "", "", normalise=True, max_length=256)
+    assert encoder.dimension == 384
+
+
+def test_vector_of_a_query_does_not_depend_on_its_company(encoder: Encoder) -> None:
+    together = encoder.encode_queries(QUERIES * 3)
+    alone = np.concatenate([encoder.encode_queries([query]) for query in QUERIES * 3])
+    assert np.array_equal(together, alone)
+
+
+def test_vectors_are_float32_of_unit_length(encoder: Encoder) -> None:
+    vectors = encoder.encode_queries(QUERIES)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    assert encoder.encode_queries([]).shape == (0, 384)
+
+
+def test_question_is_closest_to_its_passage(encoder: Encoder) -> None:
+    passages = [
+        Passage("1", "Paris", "Paris is the capital and largest city of France."),
+        Passage("2", "Lion", "The lion is a large cat of Africa and India."),
+    ]
+    vectors = np.concatenate(list(encoder.encode_passages(passages)))
+    scores = encoder.encode_queries(["the capital of France", "big African cats"]) @ vectors.T
+    assert scores.argmax(axis=1).tolist() == [0, 1]
+
+
+def test_passage_is_encoded_with_its_title() -> None:
+    assert passage_text(Passage("1", "Paris", "A city.")) == "Paris A city."
+    assert passage_text(Passage("1", "", "A city.")) == "A city."
+
+
+def test_prefixes_change_vectors_and_fingerprint(encoder: Encoder) -> None:
+    prefixed = Encoder.load(EncoderSpec(query_prefix="query: "))
+    assert prefixed.fingerprint != encoder.fingerprint
+    assert np.array_equal(prefixed.encode_queries(["lion"]), encoder.encode_queries(["query: lion"]))
+
+
+def test_copy_in_another_directory_is_the_same_encoder(encoder: Encoder, tmp_path: Path) -> None:
+    copy = shutil.copytree(_bundled_model(), tmp_path / "copy-of-minilm")
+    loaded = Encoder.load(EncoderSpec(str(copy)))
+    assert loaded.fingerprint == encoder.fingerprint
+    assert dataclasses.replace(loaded.spec, model="minilm") == encoder.spec
+
+
+@pytest.mark.parametrize("max_length", [0, 513])
+def test_length_that_the_model_cannot_take_is_refused(max_length: int) -> None:
+    with pytest.raises(RetrieverError, match=f"max_length {max_length}, but it takes 1 to 512"):
+        Encoder.load(EncoderSpec(max_length=max_length))
+
+
+def test_model_that_does_not_exist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RetrieverError, match="nowhere' cannot be loaded"):
+        Encoder.load(EncoderSpec(str(tmp_path / "nowhere")))
+
+
+class StubModel:
+    """As much of a sentence-transformers model as the resolution of a spec looks at."""
+
+    def __init__(self, prompts: dict[str, str] | None = None, model_type: str = "bert") -> None:
+        self.prompts = prompts or {"query": "", "document": ""}
+        self.max_seq_length = 514
+        self._config = SimpleNamespace(max_position_embeddings=514, model_type=model_type, pad_token_id=1)
+
+    def __getitem__(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(auto_model=SimpleNamespace(config=self._config))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("intfloat/e5-base-v2", ("query: ", "passage: ", True)),
+        ("intfloat/multilingual-e5-large", ("query: ", "passage: ", True)),
+        ("BAAI/bge-small-en-v1.5", ("Represent this sentence for searching relevant passages: ", "", True)),
+        ("facebook/contriever-msmarco", ("", "", False)),
+        ("sentence-transformers/all-MiniLM-L12-v2", ("", "", True)),
+        ("someone/unknown", ("find: ", "store: ", True)),
+    ],
+)
+def test_known_families_get_the_prefixes_they_were_trained_with(
+    name: str, expected: tuple[str, str, bool]
+) -> None:
+    stub: Any = StubModel({"query": "find: ", "document": "store: "})
+    spec = _resolve(EncoderSpec(name), stub)
+    assert (spec.query_prefix, spec.passage_prefix, spec.normalise) == expected
+
+
+def test_given_prefixes_win_over_the_family() -> None:
+    stub: Any = StubModel()
+    spec = _resolve(EncoderSpec("intfloat/e5-base-v2", query_prefix="", normalise=False), stub)
+    assert (spec.query_prefix, spec.passage_prefix, spec.normalise) == ("", "passage: ", False)
+
+
+def test_positions_that_roberta_models_reserve_are_not_offered() -> None:
+    stub: Any = StubModel(model_type="xlm-roberta")
+    assert _resolve(EncoderSpec("m"), stub).max_length == 512

@@ -1,0 +1,190 @@
+"""What README and docs/ say exists: links, files, commands, options, configuration keys, shapes of files."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer.main
+
+from pipeline.cli import app
+from pipeline.config import Config
+from pipeline.config_loading import all_keys, load_config
+from pipeline.evaluation import evaluate
+from pipeline.records import EXAMPLE_SCHEMA, TRAJECTORY_SCHEMA, Question, StopReason
+from pipeline.report import build_report
+from pipeline.run import RunDirectory
+from pipeline.weighting import WeightingSummary
+from retriever_service.index import Manifest
+from scripts.generate_configuration_docs import PAGE, render
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def test_the_configuration_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == render(), "run python scripts/generate_configuration_docs.py"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    load_config(path)
+
+
+@each_page
+def test_pages_are_plain_ascii(page: Path) -> None:
+    assert page.read_text(encoding="utf-8").isascii()
+
+
+@each_page
+def test_relative_links_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for target, _, anchor in (link.partition("#") for link in relative_links(page)):
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in headings(file), f"{page.name}: {target}#{anchor}"
+
+
+@each_page
+def test_files_that_are_named_exist(page: Path) -> None:
+    folders = "actors|bench|configs|docs|models|pipeline|retriever_service|scripts|tests"
+    named = re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@each_page
+def test_configuration_keys_that_are_named_exist(page: Path) -> None:
+    sections = "|".join(Config.model_fields)
+    named = re.findall(rf"`((?:{sections})\.[a-z_.]+)(?:=[^`]*|: [^`]*)?`", page.read_text(encoding="utf-8"))
+    keys = [name for name in named if Path(name).suffix not in (".json", ".jsonl", ".py", ".yaml", ".parquet")]
+    known = all_keys(Config)
+    assert [key for key in keys if not any(k == key or k.startswith(f"{key}.") for k in known)] == []
+
+
+@each_page
+def test_commands_that_are_shown_exist_with_their_options(page: Path) -> None:
+    for words in shown_commands(page):
+        check_command(words, where=page.name)
+
+
+@each_page
+def test_make_targets_that_are_named_exist(page: Path) -> None:
+    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
+    if named:
+        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+        assert named <= targets
+
+
+def test_the_documented_columns_are_those_of_the_shards() -> None:
+    assert documented_rows("trajectory-columns") == TRAJECTORY_SCHEMA.names
+    assert documented_rows("weighted-example-columns") == EXAMPLE_SCHEMA.names
+
+
+def test_the_documented_report_has_the_shape_of_a_real_one(tmp_path: Path) -> None:
+    documented = documented_json("reportjson")
+    (row,) = documented["iterations"]
+    config = load_config(ROOT / "configs" / "demo.yaml")
+    run = RunDirectory(tmp_path / "demo", config)
+    phases = {"expectation": row["train"], "maximisation": row["learner"], "evaluation": {"scores": row["dev"]}}
+    for number in (0, 1):
+        for phase, result in phases.items():
+            run.phase(number, phase, lambda result=result: dict(result))
+    run.test("best", lambda: dict(documented["test"]["best"]))
+    report = build_report(run, config)
+    assert report.keys() == documented.keys()
+    assert report["iterations"][0].keys() == row.keys()
+    assert report["warm_up"].keys() == documented["warm_up"].keys()
+
+
+def test_the_documented_scores_and_statistics_are_those_that_are_computed() -> None:
+    documented = documented_json("reportjson")
+    question = Question("q", "?", ("a",), type="bridge", hops=2, supporting_ids=("p",))
+    (row,) = documented["iterations"]
+    scores = evaluate([question], [], bootstrap_samples=2)
+    assert keys_of(scores) == keys_of(row["dev"])
+    assert scores.keys() | {"seconds"} == documented["test"]["best"].keys()
+    assert {field.name for field in fields(WeightingSummary)} < row["train"].keys()
+    assert set(row["train"]["stop_reasons"]) == {reason.value for reason in StopReason}
+
+
+def test_the_documented_manifest_is_that_of_an_index() -> None:
+    assert documented_json("index-directory").keys() == {field.name for field in fields(Manifest)}
+
+
+# ---------------------------------------------------------------- reading the pages
+
+
+def relative_links(page: Path) -> list[str]:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    return [link for link in links if not re.match(r"[a-z]+:", link)]
+
+
+def headings(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {anchor(title) for title in titles}
+
+
+def anchor(title: str) -> str:
+    return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+
+
+def shown_commands(page: Path) -> Iterator[list[str]]:
+    """Words behind `exsearch` or `python -m pipeline.cli`, in code blocks and inline."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    inline = re.findall(r"`(exsearch [^`\n]+)`", text)
+    blocks = [line for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    for line in [*inline, *blocks]:
+        words = shlex.split(line, comments=True)
+        for start in (["exsearch"], [".venv/bin/exsearch"], ["python", "-m", "pipeline.cli"]):
+            position = next((i for i in range(len(words)) if words[i : i + len(start)] == start), None)
+            if position is not None:
+                yield words[position + len(start) :]
+
+
+def check_command(words: list[str], where: str) -> None:
+    command: click.Command = typer.main.get_command(app)
+    rest = list(words)
+    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+        assert rest[0] in command.commands, f"{where}: no command {rest[0]} in {' '.join(words)}"
+        command = command.commands[rest.pop(0)]
+    options = {name for parameter in command.params for name in parameter.opts} | {"--help"}
+    for word in rest:
+        if word.startswith("-"):
+            assert word in options, f"{where}: no option {word} in {' '.join(words)}"
+        elif override := re.match(r"([a-z_]+(?:\.[a-z_]+)*)=", word):
+            known = {*all_keys(Config), *Config.model_fields}
+            assert override[1] in known, f"{where}: no key {override[1]} in {' '.join(words)}"
+
+
+def section(title_anchor: str) -> str:
+    """Text of a section of docs/formats.md, up to the next heading."""
+    text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
+    parts = re.split(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return next(body for title, body in zip(parts[1::2], parts[2::2], strict=True) if anchor(title) == title_anchor)
+
+
+def documented_rows(title_anchor: str) -> list[str]:
+    return re.findall(r"^\| `(\w+)` \|", section(title_anchor), re.MULTILINE)
+
+
+def documented_json(title_anchor: str) -> Any:
+    block = re.search(r"```json\n(.*?)```", section(title_anchor), re.DOTALL)
+    assert block is not None
+    return json.loads(block[1])
+
+
+def keys_of(scores: dict[str, Any]) -> set[str]:
+    """Keys of scores, and of their break-down by hops (the groups themselves depend on the data)."""
+    (group,) = scores["by_hops"].values()
+    return {*scores, *(f"by_hops.{key}" for key in group)}
