@@ -14,7 +14,6 @@ import asyncio
 import logging
 import math
 import os
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.engine import EngineOptions
 from actors.learner_group import LearnerGroup
-from actors.placement import Placement, plan_placement
+from actors.placement import plan_placement
 from actors.retriever import RetrieverActor, RetrieverClient
 from actors.rollout import RolloutActor, RolloutRequest, RolloutSummary
 from actors.weight_transfer import EngineRef
@@ -45,8 +44,21 @@ OnDone = Callable[[RolloutSummary], None]
 Sink = Callable[[Any, Any], Awaitable[None]]
 """(reference to a question's trajectories, the worker that sampled them)."""
 
+MAX_RETRIEVER_RESTARTS = 3
+"""Times that Ray starts a dead retriever replica again; clients fail over or wait meanwhile."""
+
 MIN_FOR_FAILURE_SHARE = 50
 """Trajectories after which the share of infrastructure failures can stop an E-step."""
+
+
+CPU_ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+"""For actors that compute on CPUs. By default glibc gives each large tensor back to the kernel and faults it in again,
+which takes more time than the arithmetic of a small model (docs/results.md)."""
 
 
 class ClusterError(RuntimeError):
@@ -75,6 +87,7 @@ class Cluster:
         self.serving = serving
         self.placement = plan_placement(config, ray.cluster_resources())
         self._index_dir = index_dir
+        self._runtime_env = {"env_vars": CPU_ENVIRONMENT} if self.placement.device == "cpu" else {}
         self._group = self._reserve()
         self._retrievers = [self._new_retriever() for _ in range(config.retriever.replicas)]
         self.retriever = RetrieverClient(
@@ -273,17 +286,17 @@ class Cluster:
 
     def _new_retriever(self) -> Any:
         retriever = self.config.retriever
-        on_gpu = retriever.device == "cuda" or (retriever.device == "auto" and retriever.gpus_per_replica > 0)
         return RetrieverActor.options(
             num_cpus=0,
             num_gpus=retriever.gpus_per_replica,
+            runtime_env=self._runtime_env,
             scheduling_strategy="SPREAD",
-            max_concurrency=10_000,
+            max_restarts=MAX_RETRIEVER_RESTARTS,
         ).remote(
             str(self._index_dir),
-            device="cuda" if on_gpu else "cpu",
+            device=retriever.torch_device,
             max_batch=retriever.max_batch,
-            num_threads=None if on_gpu else os.cpu_count(),
+            num_threads=os.cpu_count() if retriever.torch_device == "cpu" else None,
         )
 
     def _new_worker(self, index: int) -> Any:
@@ -319,11 +332,20 @@ class Cluster:
 
     def _bundle(self, index: int, gpus: float) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        return {"num_cpus": 0, "num_gpus": gpus, "scheduling_strategy": strategy}
+        return {
+            "num_cpus": 0,
+            "num_gpus": gpus,
+            "scheduling_strategy": strategy,
+            "runtime_env": self._runtime_env,
+        }
 
     def _wait_until_up(self) -> None:
         seconds = self.config.cluster.start_timeout_s
-        _get([retriever.ready.remote() for retriever in self._retrievers], seconds, "retrievers to open their index")
+        _get(
+            [retriever.ready.remote() for retriever in self._retrievers],
+            seconds,
+            "retrievers to open their index",
+        )
         starts = [worker.start.remote(self.serving.version) for worker in self._workers]
         self._nodes = _get(starts, seconds, "vLLM engines to start")
 
@@ -349,14 +371,16 @@ def _amounts(resources: dict[str, float]) -> str:
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connect to the configured cluster, or start a local one, for the duration."""
+    """Connect to the configured cluster, or start a local one, for the duration. An open connection is left as it is."""
+    if ray.is_initialized():
+        yield
+        return
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     ray.init(
         address=address,
         include_dashboard=None if address else False,
         log_to_driver=False,
         logging_level=logging.WARNING,
-        namespace=f"exsearch-{os.getpid()}-{time.time_ns()}",
     )
     try:
         yield

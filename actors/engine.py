@@ -24,7 +24,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from actors.weight_transfer import Segment, Transport, WeightTransferError, backend_name
+from actors.weight_bucket import Segment
+from actors.weight_transfer import Transport, WeightTransferError, backend_name
 from pipeline.records import ScoreRequest
 from pipeline.search_agent import Completion, EngineError, Sampling
 
@@ -104,7 +105,7 @@ class VllmEngine:
         self._refusal = "the engine has not been started"
         self._pushed_version = 0
         self._push_deadline = 0.0
-        self._segment: Segment | None = None
+        self._segment = Segment()
 
     async def start(self, version: int = 0) -> None:
         """Loads the model, which holds weight version `version`.
@@ -115,12 +116,12 @@ class VllmEngine:
         _set_environment(self.options)
         # The engine process and its workers check VLLM_ENGINE_READY_TIMEOUT_S themselves: the thread below ends.
         try:
-            self._llm = await asyncio.to_thread(_create_llm, self.options)
+            llm = await asyncio.to_thread(_create_llm, self.options)
             async with asyncio.timeout(self.options.start_timeout_s):
-                await self._llm.update_weight_version(str(version))
+                await llm.update_weight_version(str(version))
         except (RuntimeError, ValueError, OSError) as error:
             raise EngineError(f"vLLM could not start with {self.options.model}: {error}") from error
-        self._version, self._digest, self._refusal = version, "", ""
+        self._llm, self._version, self._digest, self._refusal = llm, version, "", ""
 
     def shutdown(self) -> None:
         """Ends the engine process. Requests under way fail."""
@@ -128,9 +129,6 @@ class VllmEngine:
         if self._llm is not None:
             self._llm.shutdown(timeout=10)
             self._llm = None
-        if self._segment is not None:
-            self._segment.close()
-            self._segment = None
 
     # ------------------------------------------------------------ requests
 
@@ -263,6 +261,11 @@ class VllmEngine:
         self._version, self._digest, self._refusal = version, "", ""
 
     @property
+    def is_dead(self) -> bool:
+        """True once the engine process has died; it does not come back."""
+        return self._llm is not None and self._llm.errored
+
+    @property
     def weights(self) -> WeightState:
         """What is served at the moment."""
         return WeightState(self._version, self._digest, self._refusal)
@@ -277,6 +280,8 @@ class VllmEngine:
 
     async def start_weight_update(self, version: int, timeout_s: float) -> None:
         """Stops serving, waits for running requests and drops the cached keys and values.
+
+        Requests that vLLM still holds in its queue are served after the push, by the new weights.
 
         Args:
             version: what is going to be pushed.
@@ -303,7 +308,6 @@ class VllmEngine:
             if payload is None:
                 await llm.update_weights(WeightTransferUpdateRequest(update_info))
                 return
-            self._segment = self._segment or Segment()
             self._segment.room(len(payload)).numpy()[:] = payload
             await llm.update_weights(WeightTransferUpdateRequest({**update_info, "path": self._segment.path}))
 

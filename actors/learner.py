@@ -149,7 +149,8 @@ class Learner:
         records = _read_examples(examples)
         peak = learning_rate or self.config.learning_rate
         num_tokens = [num_targets(e) for e in records]
-        weights = iteration_weights([e.weight for e in records], num_tokens)
+        exact = iteration_weights([e.weight for e in records], num_tokens)
+        weights = [v if v >= self.config.negligible_weight else 0.0 for v in exact]
         # A zero-weight example counts in its batch's normaliser only: it has no length to compute.
         lengths = [
             len(e.token_ids) if w and n else 0 for e, w, n in zip(records, weights, num_tokens, strict=True)
@@ -159,6 +160,7 @@ class Learner:
         plan = self._plan(records, lengths, phase_seed, epochs or self.config.epochs) if any(lengths) else []
 
         history = self._enter_phase(_phase_key(records, phase_seed, peak, len(plan)))
+        self._progress = {"step": len(history), "num_steps": len(plan)}
         remaining, started = plan[len(history) :], time.perf_counter()
         self.engine.train()
         for step in remaining:
@@ -385,7 +387,7 @@ class Learner:
         with self._gathered([parameter for _, parameter in parameters] + adapters):
             for name, parameter in parameters:
                 if name in adapted:
-                    delta = adapted[name].get_delta_weight("default")  # type: ignore[operator]
+                    delta = adapted[name].get_delta_weight("default")
                     tensor = (parameter.float() + delta.float()).to(dtype)
                 else:
                     tensor = parameter.detach().to(dtype, copy=True)

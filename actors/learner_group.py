@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 2
 """Times that a dead group is started again in one M-step."""
+COLLECTIVE_TIMEOUT_S = 3600.0
+"""Longest wait for all ranks to save, load or export, in seconds."""
 POLL_S = 0.5
 """Seconds between two looks at the progress of an M-step."""
 
@@ -44,7 +46,13 @@ class LearnerGroup:
     """
 
     def __init__(
-        self, config: LearnerConfig, model: str, *, state: Path | None, options: Sequence[dict[str, Any]], seed: int
+        self,
+        config: LearnerConfig,
+        model: str,
+        *,
+        state: Path | None,
+        options: Sequence[dict[str, Any]],
+        seed: int,
     ) -> None:
         self.config = config
         self._model, self._state = model, state
@@ -68,7 +76,9 @@ class LearnerGroup:
         """
         for attempt in range(MAX_RESTARTS + 1):
             calls = [
-                rank.train.remote(list(shards), phase_seed=phase_seed, learning_rate=learning_rate, epochs=epochs)
+                rank.train.remote(
+                    list(shards), phase_seed=phase_seed, learning_rate=learning_rate, epochs=epochs
+                )
                 for rank in self.ranks
             ]
             try:
@@ -77,7 +87,9 @@ class LearnerGroup:
                 return metrics
             except RayActorError as error:
                 if attempt == MAX_RESTARTS:
-                    raise LearnerError(f"learner ranks died {attempt + 1} times in one M-step; last: {error}") from error
+                    raise LearnerError(
+                        f"learner ranks died {attempt + 1} times in one M-step; last: {error}"
+                    ) from error
                 logger.warning(f"a learner rank died; all start again from the last checkpoint: {error}")
                 self.close()
                 self._start()
@@ -97,7 +109,9 @@ class LearnerGroup:
     ) -> dict[str, Any]:
         """Send the weights to all engines as `version`; returns the `PushReport`."""
         address, port = ray.get(self.ranks[0].rendezvous.remote(), timeout=60)
-        reports: list[PushReport | None] = self._all("push", engines, transport, version, address, port, deadline_s)
+        reports: list[PushReport | None] = self._all(
+            "push", engines, transport, version, address, port, deadline_s, timeout_s=2 * deadline_s
+        )
         report = next(r for r in reports if r is not None)
         return asdict(report)
 
@@ -108,7 +122,8 @@ class LearnerGroup:
 
     def _start(self) -> None:
         address, port = ray.get(
-            ray.remote(_free_address).options(**self._options[0]).remote(), timeout=self.config.start_timeout_s
+            ray.remote(_free_address).options(**self._options[0]).remote(),
+            timeout=self.config.start_timeout_s,
         )
         self.ranks = [
             LearnerRank.options(**options).remote(
@@ -143,8 +158,12 @@ class LearnerGroup:
                 state = ray.get(self.ranks[0].progress.remote(), timeout=60)
                 on_progress(state["step"], state["num_steps"] or 1)
 
-    def _all(self, method: str, *arguments: Any) -> list[Any]:
-        return list(ray.get([getattr(rank, method).remote(*arguments) for rank in self.ranks]))
+    def _all(self, method: str, *arguments: Any, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> list[Any]:
+        calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
+        try:
+            return list(ray.get(calls, timeout=timeout_s))
+        except GetTimeoutError as error:
+            raise LearnerError(f"{len(calls)} learner ranks did not end {method} within {timeout_s:.0f} s") from error
 
 
 def _free_address() -> tuple[str, int]:

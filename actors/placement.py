@@ -48,12 +48,16 @@ def plan_placement(config: Config, resources: Mapping[str, float]) -> Placement:
 def _on_cpus(config: Config, cpus: int) -> Placement:
     workers, ranks = config.rollout.workers, config.learner.num_ranks
     if config.rollout.tensor_parallel_size > 1:
-        raise UserError("rollout.tensor_parallel_size above 1 needs GPUs; set it to 1 on this cluster of CPUs")
+        raise UserError(
+            "rollout.tensor_parallel_size above 1 needs GPUs; set it to 1 on this cluster of CPUs"
+        )
     for key, wanted in (("rollout.workers", workers), ("learner.num_ranks", ranks)):
         if wanted > cpus:
             raise UserError(f"{key} is {wanted}, but the cluster has {cpus} CPUs; lower it or add nodes")
     if config.cluster.transport not in ("auto", "shared_memory"):
-        raise UserError(f"cluster.transport: {config.cluster.transport} needs GPUs; use auto or shared_memory")
+        raise UserError(
+            f"cluster.transport: {config.cluster.transport} needs GPUs; use auto or shared_memory"
+        )
     return Placement(
         device="cpu",
         transport="shared_memory",
@@ -86,7 +90,7 @@ def _on_gpus(config: Config, gpus: int) -> Placement:
     transport = config.cluster.transport
     if transport == "auto":
         transport = "ipc" if colocate else "nccl"
-    if transport == "ipc" and not colocate or transport == "nccl" and colocate:
+    if (transport == "ipc" and not colocate) or (transport == "nccl" and colocate):
         raise UserError(
             f"cluster.transport: {transport} does not go with engines and learner "
             f"{'on the same GPUs' if colocate else 'on GPUs of their own'}; use auto"

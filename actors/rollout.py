@@ -8,6 +8,7 @@ and the trajectories themselves, which the driver passes on by reference only.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ INFRASTRUCTURE_ATTEMPTS = 2
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """Sample `samples` trajectories of `question`. `seed` is the run's and the iteration's; `temperature` 0 is greedy."""
+    """Sample `samples` trajectories of `question`; `seed` is that of the run and the iteration, `temperature` 0 greedy."""
 
     question: Question
     agent: AgentConfig
@@ -94,13 +95,21 @@ class RolloutWorker:
         )
         return summary, list(trajectories)
 
+    def _exit_if_dead(self) -> None:
+        """An engine process that died cannot come back: this actor ends, and the driver replaces it as a whole."""
+        if self.engine.is_dead:
+            os._exit(1)
+
     async def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
         """log p of the tokens from `start` on, of each request."""
+        self._exit_if_dead()
         return list(await asyncio.gather(*(self.engine.score(r.token_ids, r.start) for r in requests)))
 
     async def token_logprobs(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """The same, token by token."""
-        return list(await asyncio.gather(*(self.engine.token_logprobs(r.token_ids, r.start) for r in requests)))
+        return list(
+            await asyncio.gather(*(self.engine.token_logprobs(r.token_ids, r.start) for r in requests))
+        )
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         await self.engine.init_weight_transfer_engine(init_info)
@@ -132,8 +141,12 @@ class RolloutWorker:
         )
         async with self._slots:
             for _ in range(INFRASTRUCTURE_ATTEMPTS):
+                self._exit_if_dead()
                 trajectory = await agent.run(
-                    request.question, sampling=sampling, sample=sample, policy_version=self.engine.weights.version
+                    request.question,
+                    sampling=sampling,
+                    sample=sample,
+                    policy_version=self.engine.weights.version,
                 )
                 if not trajectory.stop_reason.is_infrastructure:
                     break

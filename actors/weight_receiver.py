@@ -29,7 +29,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
-from actors.weight_transfer import Digest, Manifest, WeightTransferError, register
+from actors.weight_bucket import Digest, Manifest
+from actors.weight_transfer import WeightTransferError, register
 
 
 def tied_heads(model: torch.nn.Module) -> list[ParallelLMHead]:
@@ -52,6 +53,8 @@ def refresh_tied_heads(heads: Iterable[ParallelLMHead]) -> None:
 
 class _Verified(WeightTransferEngine[Any, Any]):
     """Keeps the digest of what one update received, and survives an update that was broken off."""
+
+    model: Any
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class SharedMemoryInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
-    """One bucket: the fields of `actors.weight_transfer.Manifest` and the segment's path."""
+    """One bucket: the fields of `actors.weight_bucket.Manifest` and the segment's path."""
 
     path: str
     names: list[str]

@@ -86,10 +86,14 @@ class Weighting:
         """
         missing = len(self._questions) - len(self._scored)
         if missing:
-            raise RuntimeError(f"the E-step is not complete: {missing} of {len(self._questions)} questions are missing")
+            raise RuntimeError(
+                f"the E-step is not complete: {missing} of {len(self._questions)} questions are missing"
+            )
         groups = [self._scored[index] for index in sorted(self._scored) if self._scored[index][0]]
         if not groups:
-            raise RuntimeError("no trajectory of the E-step could be weighted; see the stop reasons in the log")
+            raise RuntimeError(
+                "no trajectory of the E-step could be weighted; see the stop reasons in the log"
+            )
         summary = summarise([scored for scored, _ in groups], [weights for _, weights in groups])
         infrastructure = self._counts["retriever_unavailable"] + self._counts["engine_error"]
         unscorable = self._counts.pop("unscorable")
@@ -114,9 +118,11 @@ class Weighting:
         by_trajectory: dict[int, list[tuple[int, float]]] = {}
         for (number, gold_number), value in zip(owners, log_likelihoods, strict=True):
             by_trajectory.setdefault(number, []).append((gold_number, value))
-        log_ratios = await self._log_ratios(usable, worker)
+        scorable = sorted(by_trajectory)
+        log_ratios = await self._log_ratios([usable[number] for number in scorable], worker)
         scored, examples = [], []
-        for number, candidates in sorted(by_trajectory.items()):
+        for number, log_ratio in zip(scorable, log_ratios, strict=True):
+            candidates = by_trajectory[number]
             gold_number, log_likelihood = candidates[best_answer([value for _, value in candidates])]
             answer, ids = golds[gold_number]
             own = score_answer(usable[number].answer, question.answers)
@@ -126,7 +132,7 @@ class Weighting:
                     num_tokens=len(ids),
                     correct=own.em == 1.0,
                     reward=getattr(own, self.config.weighting.reward),
-                    log_ratio=log_ratios[number],
+                    log_ratio=log_ratio,
                 )
             )
             examples.append((usable[number], answer))
@@ -149,15 +155,20 @@ class Weighting:
         """
         if not self.config.weighting.correct_proposal:
             return [0.0] * len(trajectories)
-        starts = [int(t.loss_mask.argmax()) for t in trajectories]
+        sampled = [np.flatnonzero(t.loss_mask[: t.answer_start]) for t in trajectories]
         requests = [
-            ScoreRequest(t.token_ids[: t.answer_start], start) for t, start in zip(trajectories, starts, strict=True)
+            ScoreRequest(trajectory.token_ids[: trajectory.answer_start], int(positions[0]))
+            for trajectory, positions in zip(trajectories, sampled, strict=True)
+            if len(positions)
         ]
+        scores = iter(await worker.token_logprobs.remote(requests) if requests else [])
         ratios = []
-        for trajectory, start, log_p in zip(trajectories, starts, await worker.token_logprobs.remote(requests), strict=True):
-            span = slice(start, trajectory.answer_start)
-            sampled = trajectory.loss_mask[span]
-            ratios.append(float((np.asarray(log_p)[sampled] - trajectory.logprobs[span][sampled]).sum()))
+        for trajectory, positions in zip(trajectories, sampled, strict=True):
+            if len(positions) == 0:  # the environment opened the answer at once
+                ratios.append(0.0)
+                continue
+            log_p = np.asarray(next(scores))[positions - positions[0]]
+            ratios.append(float((log_p - trajectory.logprobs[positions]).sum()))
         return ratios
 
     def _write_shard_if_complete(self, shard: int) -> None:

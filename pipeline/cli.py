@@ -46,7 +46,9 @@ index_app = typer.Typer(help="Build and search a dense retrieval index.", no_arg
 app.add_typer(index_app, name="index")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; see configs/ and docs/.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.")
+]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run directory. Resumes what it holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
 
@@ -70,7 +72,9 @@ def train(config: ConfigFile = None, run: RunOption = None, overrides: Overrides
 
 @app.command()
 def demo(
-    run: Annotated[Path, typer.Option("--run", help="Run directory. Resumes what it holds.")] = Path("runs/demo"),
+    run: Annotated[Path, typer.Option("--run", help="Run directory. Resumes what it holds.")] = Path(
+        "runs/demo"
+    ),
     overrides: Overrides = None,
 ) -> None:
     """The whole EM loop on a generated encyclopedia: a tiny model teaches itself to search."""
@@ -84,7 +88,9 @@ def demo(
 def world(
     out: Annotated[Path, typer.Option("--out", help="Directory to write; new or empty.")],
     seed: Annotated[int, typer.Option("--seed", help="Another seed is another world.")] = 0,
-    size: Annotated[str, typer.Option("--size", help="small, medium or large: 2e3, 1e5 or 2e6 passages.")] = "small",
+    size: Annotated[
+        str, typer.Option("--size", help="small, medium or large: 2e3, 1e5 or 2e6 passages.")
+    ] = "small",
 ) -> None:
     """Generate an encyclopedia with multi-hop questions."""
     from pipeline.recipes.demo import make_world
@@ -99,8 +105,12 @@ def index_build(
     out: Annotated[Path, typer.Option("--out", help="Index directory to write.")],
     encoder: Annotated[str, typer.Option(help="minilm or any sentence-transformers model.")] = "minilm",
     factory: Annotated[str, typer.Option(help="FAISS index factory string.")] = "Flat",
-    query_prefix: Annotated[str | None, typer.Option(help="In front of queries (default: the family's).")] = None,
-    passage_prefix: Annotated[str | None, typer.Option(help="In front of passages (default: the family's).")] = None,
+    query_prefix: Annotated[
+        str | None, typer.Option(help="In front of queries (default: the family's).")
+    ] = None,
+    passage_prefix: Annotated[
+        str | None, typer.Option(help="In front of passages (default: the family's).")
+    ] = None,
     device: Annotated[str, typer.Option(help="Torch device that encodes.")] = "cpu",
 ) -> None:
     """Encode a corpus and build a FAISS index."""
@@ -125,7 +135,9 @@ def index_search(
     from retriever_service.search import DenseSearcher
 
     (hits,) = DenseSearcher.open(index).search([query], k)
-    rows = [{"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score} for h in hits]
+    rows = [
+        {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score} for h in hits
+    ]
     if as_json:
         typer.echo(json.dumps({"query": query, "hits": rows}, ensure_ascii=False))
         return
@@ -149,10 +161,16 @@ def warmup(
 @app.command()
 def evaluate(
     config: ConfigFile = None,
-    run: Annotated[Path | None, typer.Option("--run", help="Take model, index and configuration of this run.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="Model directory (default: the run's best).")] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Take model, index and configuration of this run.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model directory (default: the run's best).")
+    ] = None,
     split: Annotated[str, typer.Option("--split", help="train, dev or test.")] = "dev",
-    out: Annotated[Path | None, typer.Option("--out", help="Also write scores (.json) and trajectories.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write scores (.json) and trajectories.")
+    ] = None,
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
@@ -160,7 +178,9 @@ def evaluate(
     from pipeline.recipes.evaluate import evaluate_model
 
     display = Display()
-    scores = evaluate_model(config, overrides or [], run=run, model=model, split=split, out=out, display=display)
+    scores = evaluate_model(
+        config, overrides or [], run=run, model=model, split=split, out=out, display=display
+    )
     if as_json:
         typer.echo(json.dumps(scores, ensure_ascii=False))
     else:
@@ -179,18 +199,17 @@ def ask(
     """Ask one question and watch the agent think, search and record."""
     from pipeline.config_loading import load_config
     from pipeline.recipes.ask import ask as run_ask
+    from pipeline.recipes.ask import run_config_of
 
     display = Display()
-    loaded = load_config(config, overrides or [])
+    loaded = load_config(config or run_config_of(model), overrides or [])
     trajectory = run_ask(question, model, index, loaded, display, quiet=as_json)
     if as_json:
         typer.echo(json.dumps(trajectory, ensure_ascii=False))
 
 
 @app.command("config")
-def show_config(
-    config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False
-) -> None:
+def show_config(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print the resolved configuration."""
     import yaml
 

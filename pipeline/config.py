@@ -18,7 +18,9 @@ Weighting = Literal["likelihood", "posterior", "length_normalised", "reward", "u
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -143,6 +145,12 @@ class RetrieverConfig(Section):
     max_failure_share: float = Field(0.02, ge=0, le=1)
     """The iteration stops with an error when more than this share of trajectories fails for infrastructure reasons."""
 
+    @property
+    def torch_device(self) -> Literal["cpu", "cuda"]:
+        """Where the encoder and, with GPU support in FAISS, the index go."""
+        on_gpu = self.device == "cuda" or (self.device == "auto" and self.gpus_per_replica > 0)
+        return "cuda" if on_gpu else "cpu"
+
 
 class RolloutConfig(Section):
     workers: int = Field(1, ge=1)
@@ -233,6 +241,9 @@ class LearnerConfig(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     epochs: int = Field(1, ge=1)
     """Passes over the weighted examples per M-step."""
+    negligible_weight: float = Field(1e-3, ge=0, lt=1)
+    """Examples with less than this share of the average weight are counted in the loss's normaliser, but not computed:
+    where half of the trajectories fail it halves the time. 0 computes all."""
     batch_size: int = Field(64, ge=1)
     """Examples per optimiser step, over all ranks."""
     tokens_per_microbatch: int = Field(4096, ge=16)
@@ -241,8 +252,6 @@ class LearnerConfig(Section):
     """Attention kernel of transformers. `auto`: flash_attention_2 where installed, else sdpa."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all parameters."""
-    gpus_per_rank: float = Field(1.0, ge=0)
-    """GPU share of each rank on a GPU cluster; below 1 when it shares with an engine."""
     threads_per_rank: int | None = Field(None, ge=1)
     """CPU threads of a rank. Null: the machine's cores divided by its ranks."""
     start_timeout_s: float = Field(600.0, gt=0)
@@ -296,7 +305,8 @@ class EvaluationConfig(Section):
 
 class ClusterConfig(Section):
     address: str | None = None
-    """Ray address. Null: RAY_ADDRESS or the cluster of the submitted job if there is one, else a local one."""
+    """Ray address. Null: RAY_ADDRESS, the cluster of the submitted job or one that runs on this machine if there is
+    one, else a local one for this command."""
     devices: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto`: gpu if the cluster has any."""
     colocate: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_as_word)] = "auto"
@@ -343,11 +353,17 @@ class Config(Section):
                 "rollout.samples of at least 2, not 1; raise rollout.samples or use weighting=likelihood"
             )
         if self.rollout.samples < 2 and weighting.method == "length_normalised" and weighting.self_normalised:
-            raise ValueError("weighting.self_normalised needs rollout.samples of at least 2; raise it or turn it off")
+            raise ValueError(
+                "weighting.self_normalised needs rollout.samples of at least 2; raise it or turn it off"
+            )
         if weighting.floor > 0 and weighting.method != "posterior":
-            raise ValueError(f"weighting.floor belongs to method: posterior, not {weighting.method}; remove it")
+            raise ValueError(
+                f"weighting.floor belongs to method: posterior, not {weighting.method}; remove it"
+            )
         if weighting.self_normalised and weighting.method != "length_normalised":
             raise ValueError("weighting.self_normalised belongs to method: length_normalised; remove it")
+        if self.warmup.mix > 0 and not self.warmup.questions and self.warmup.trajectories is None:
+            raise ValueError("warmup.mix needs warm-up examples: set warmup.questions or warmup.trajectories, or mix to 0")
         if self.learner.tokens_per_microbatch < self.model.max_length:
             raise ValueError(
                 f"learner.tokens_per_microbatch ({self.learner.tokens_per_microbatch}) must hold the longest example "

@@ -69,7 +69,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         elif isinstance(child, str) and section == "weighting":
             child = node[section] = {"method": child}
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {section} is a single value here, it has no keys below it")
+            raise UserError(
+                f"override {override!r}: {section} is a single value here, it has no keys below it"
+            )
         node = child
     node[name] = value
 

@@ -9,9 +9,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
@@ -61,10 +71,14 @@ class Display:
         self.line(f"{description}: {time.perf_counter() - start:.1f} s")
 
     def line(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        """Print text as it is; the terminal wraps it, so that paths and commands can be copied."""
+        self._print(text)
 
     def error(self, text: str) -> None:
-        self.console.print(f"error: {text}", style="bold red", highlight=False, markup=False)
+        self._print(f"error: {text}", style="bold red")
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self.console.print(text, style=style, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def log_to(self, path: Path) -> None:
         """Send the log of this process to a file, and warnings also to the terminal."""
@@ -77,47 +91,53 @@ class Display:
         logging.basicConfig(level=logging.INFO, handlers=[file, terminal], force=True)
 
     def report(self, report: Mapping[str, Any]) -> None:
-        """The table of a finished run."""
-        table = Table(title=f"run {report['run']}: iterations", caption="scores in percent, times in seconds")
-        for column in ("iteration", "bound", "ESS", "all failed", "dev EM", "dev F1", "searches", "E-step", "M-step"):
-            table.add_column(column, justify="right")
+        """The tables of a finished run."""
+        columns = ("bound", "ESS", "failed", "dev EM", "dev F1", "searches", "E-step", "M-step")
+        table = _table(f"run {report['run']}: iterations", "iter", columns)
+        table.caption = (
+            "bound: mean log p(answer) with its standard error; failed: % of questions without a right trajectory; "
+            "times in seconds; * best"
+        )
         for row in [report["warm_up"], *report["iterations"]]:
             if row is not None:
                 table.add_row(*_iteration_cells(row, best=report["best_iteration"]))
         self.console.print(table)
-        tests = _score_table("test questions", first="model")
-        for name, scores in _in_order(report["test"]):
-            tests.add_row(name, *_score_cells(scores))
         if report["test"]:
+            tests = _table("test questions, in percent", "model", _SCORE_COLUMNS)
+            for name, scores in _in_order(report["test"]):
+                tests.add_row(name, *_score_cells(scores))
             self.console.print(tests)
 
-
     def scores(self, scores: Mapping[str, Any]) -> None:
-        """The table of `exsearch evaluate`: one row per set, and the details of all together."""
-        table = _score_table("scores")
+        """The tables of `exsearch evaluate`: one row per set, and the details of all together."""
+        table = _table(f"{scores['model']} on {scores['split']}, in percent", "set", _SCORE_COLUMNS)
         for name, row in scores["sets"].items():
-            table.add_row(name, *_score_cells(row))
+            table.add_row(escape(name), *_score_cells(row))
         table.add_row("all", *_score_cells(scores["all"]))
         self.console.print(table)
         for title, key in (("hops", "by_hops"), ("type", "by_type")):
-            groups = _score_table(f"by {title}", first=title, columns=("n", "EM", "F1", "accuracy", "gold recall"))
+            groups = _table(f"by {title}", title, ("n", "EM", "F1", "accuracy", "gold recall"))
             for name, row in scores["all"][key].items():
                 cells = (row["em"], row["f1"], row["accuracy"], row["gold_recall"])
-                groups.add_row(name, str(row["n"]), *(_number(cell) for cell in cells))
-            self.console.print(groups)
+                groups.add_row(escape(name), str(row["n"]), *(_number(cell) for cell in cells))
+            if groups.row_count:
+                self.console.print(groups)
         stops = ", ".join(f"{name} {count}" for name, count in scores["all"]["stop_reasons"].items() if count)
         recall = ", ".join(_number(value) for value in scores["all"]["gold_recall_by_step"])
-        self.line(f"stop reasons: {stops}\ngold recall after each search: {recall or 'no gold passages named'}")
+        self.line(
+            f"stop reasons: {stops}\ngold recall after each search: {recall or 'no gold passages named'}"
+        )
 
 
-_SCORE_COLUMNS = ("n", "EM", "95 %", "F1", "accuracy", "gold recall", "searches")
+_SCORE_COLUMNS = ("n", "EM", "95 % of EM", "F1", "accuracy", "recall", "searches")
 
 
-def _score_table(title: str, first: str = "set", columns: Sequence[str] = _SCORE_COLUMNS) -> Table:
-    table = Table(title=title, caption="percent; [low, high]: bootstrap 95 %" if columns is _SCORE_COLUMNS else None)
-    table.add_column(first)
+def _table(title: str, first: str, columns: Sequence[str]) -> Table:
+    """Narrow enough for 80 columns."""
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, overflow="fold", min_width=7)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -130,10 +150,14 @@ def _in_order(tests: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 def _iteration_cells(row: Mapping[str, Any], best: int) -> Sequence[str]:
     train, dev, seconds = row["train"], row["dev"] or {}, row["phase_seconds"]
-    bound = f"{train['likelihood_bound']:.2f} ± {train['likelihood_bound_stderr']:.2f}" if row["iteration"] else ""
-    name = {0: "0 (warm-up)"}.get(row["iteration"], str(row["iteration"]))
+    bound = (
+        f"{train['likelihood_bound']:.2f} ± {train['likelihood_bound_stderr']:.2f}"
+        if row["iteration"]
+        else ""
+    )
+    name = "warm-up" if row["iteration"] == 0 else str(row["iteration"])
     return (
-        f"[bold]{name} *[/bold]" if row["iteration"] == best else name,
+        f"{name} *" if row["iteration"] == best else name,
         bound if "likelihood_bound" in train else "",
         _number(train.get("effective_sample_size"), 2),
         _number(train.get("all_failed_share")),
@@ -147,7 +171,7 @@ def _iteration_cells(row: Mapping[str, Any], best: int) -> Sequence[str]:
 
 def _score_cells(scores: Mapping[str, Any]) -> Sequence[str]:
     low, high = scores.get("em_interval") or (None, None)
-    interval = f"\\[{low:.1f}, {high:.1f}]" if low is not None and high is not None else ""
+    interval = f"{low:.1f}-{high:.1f}" if low is not None and high is not None else ""
     return (
         str(scores["n"]),
         _number(scores["em"]),

@@ -34,10 +34,10 @@ from pipeline.evaluation import evaluate
 from pipeline.models import check_model
 from pipeline.records import Question, examples_from_table, examples_to_table, trajectories_to_table
 from pipeline.report import best_iteration, build_report, scalars, should_stop
+from pipeline.retrieval import prepare_index
 from pipeline.run import Json, RunDirectory, write_json, write_table
 from pipeline.search_agent import derive_seed
 from pipeline.tracking import Tracker
-from pipeline.retrieval import prepare_index
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,13 @@ class ExpectationMaximisation:
     """One run: the algorithm above, phase by phase."""
 
     def __init__(
-        self, config: Config, splits: Splits, run: RunDirectory, index: Path, tracker: Tracker, display: Display
+        self,
+        config: Config,
+        splits: Splits,
+        run: RunDirectory,
+        index: Path,
+        tracker: Tracker,
+        display: Display,
     ) -> None:
         self.config = config
         self.splits = splits
@@ -95,7 +101,9 @@ class ExpectationMaximisation:
             self.run.close_iteration(t)
             self.report()
             if should_stop(self.run, t, self.config.em):
-                logger.info(f"stopped early: no better dev {self.config.em.select_by} for {self.config.em.patience}")
+                logger.info(
+                    f"stopped early: no better dev {self.config.em.select_by} for {self.config.em.patience}"
+                )
                 break
         if self.splits.test:
             self.test("best", best_iteration(self.run, self.config.em))
@@ -124,7 +132,9 @@ class ExpectationMaximisation:
         def sample() -> Json:
             self.serve(t - 1)
             iteration = self.run.iteration(t)
-            with self.display.progress(f"iteration {t}: E-step", len(self.splits.train), "questions") as advance:
+            with self.display.progress(
+                f"iteration {t}: E-step", len(self.splits.train), "questions"
+            ) as advance:
                 return self.cluster.expectation(
                     self.splits.train,
                     self.run.fresh(iteration / "rollouts"),
@@ -192,9 +202,9 @@ class ExpectationMaximisation:
             self.serve(version)
             agent = self.config.agent.model_copy(update=switches)
             at = self.run.path / "test" / f"{name}.parquet"
-            return self.evaluate(self.splits.test, agent, f"test: {name}", at)
+            return {"iteration": version} | self.evaluate(self.splits.test, agent, f"test: {name}", at)
 
-        self.run.test(name, measure)
+        self.run.test(name, version, measure)
         self.report()
 
     # ---------------------------------------------------------------- what they stand on
@@ -204,9 +214,13 @@ class ExpectationMaximisation:
         if (finished := self.run.finished(t, name)) is not None:
             return finished
         self.tracker.rollback(t, name)
-        result = self.run.phase(t, name, work)
-        self.tracker.log(scalars(result), iteration=t, phase=name)
-        return result
+
+        def logged() -> Json:
+            result = work()
+            self.tracker.log(scalars(result), iteration=t, phase=name)
+            return result
+
+        return self.run.phase(t, name, logged)
 
     def policy(self, version: int) -> str:
         """The model directory of a version."""
@@ -239,7 +253,9 @@ class ExpectationMaximisation:
         self.cluster.serve(self.policy(version), version)
         return None
 
-    def evaluate(self, questions: Sequence[Question], agent: AgentConfig, name: str, trajectories_at: Path) -> Json:
+    def evaluate(
+        self, questions: Sequence[Question], agent: AgentConfig, name: str, trajectories_at: Path
+    ) -> Json:
         """Greedy scores; the trajectories are kept beside them for whoever wants to read them."""
         with self.display.progress(name, len(questions), "questions") as advance:
             trajectories = self.cluster.greedy(questions, agent, on_done=lambda summary: advance(1))

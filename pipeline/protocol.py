@@ -79,7 +79,9 @@ class Protocol:
         """The context in front of the first turn."""
         bos = self._bos()
         before, after = self._prompt_parts
-        return [*bos, *self._trusted(before), *self._untrusted(question), *self._trusted(after)]
+        # A space before a word belongs to the word's first token.
+        lead, space = (before[:-1], " ") if before.endswith(" ") else (before, "")
+        return [*bos, *self._trusted(lead), *self._untrusted(space + question), *self._trusted(after)]
 
     def observation_ids(self, hits: Sequence[Hit]) -> list[int]:
         """What the environment appends behind a sub-query. Without search: just the way to the next turn."""
@@ -90,8 +92,8 @@ class Protocol:
         ids = self._trusted(f"{before}{opening}\n")
         for rank, hit in enumerate(hits, start=1):
             text = f"{hit.passage.title}: {hit.passage.text}" if hit.passage.title else hit.passage.text
-            ids += self._trusted(f"[{rank}] ")
-            ids += self._untrusted(text)[: self.config.max_document_tokens]
+            ids += self._trusted(f"[{rank}]")
+            ids += self._untrusted(f" {text}")[: self.config.max_document_tokens]
             ids += self._trusted("\n")
         return ids + self._trusted(f"{closing}{after}")
 
@@ -111,7 +113,11 @@ class Protocol:
 
     def answer_ids(self, answer: str) -> list[int]:
         """A gold answer and the closing tag, to stand behind `token_ids[:answer_start]`."""
-        return [*self._untrusted(f" {answer} "), *self._trusted(self.tags.answer[1])]
+        closing = self.tags.answer[1]
+        if closing in self.tokenizer.all_special_tokens:
+            return [*self._untrusted(f" {answer} "), *self._trusted(closing)]
+        # In one piece, so that the closing tag has the tokens that the model itself writes behind a space.
+        return self._untrusted(f" {answer} {closing}")
 
     def turn_text(self, turn: Turn) -> str:
         """A turn as a well-behaved model writes it; inverse of `parse_turn`."""
@@ -147,7 +153,9 @@ class Protocol:
             if not content:
                 raise MalformedTurn("empty sub-query")
             return Turn(record=record, query=content)
-        raise MalformedTurn(f"expected {self.tags.think[0]} or {self.tags.answer[0]}, closed, and nothing else")
+        raise MalformedTurn(
+            f"expected {self.tags.think[0]} or {self.tags.answer[0]}, closed, and nothing else"
+        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included, byte for byte."""
@@ -195,33 +203,37 @@ class Protocol:
             )
         instructions = self.config.instructions or default_instructions(self.config)
         question = f"Question: {_SLOT}0"
-        head = self._render_head(instructions, question)
-        conversation = [
-            *head,
-            {"role": "assistant", "content": f"{_SLOT}1"},
-            {"role": "user", "content": f"{_SLOT}2"},
-        ]
-        text = self._render(conversation)
-        before, _, rest = text.partition(f"{_SLOT}1")
-        between, _, after = rest.partition(f"{_SLOT}2")
-        prompt = self._render(head)
-        if not (before and between and after) or not prompt.startswith(before.split(f"{_SLOT}0")[0]):
-            raise UserError("the tokenizer's chat template loses message contents; use agent.layout=plain")
-        prompt_before, _, prompt_after = prompt.partition(f"{_SLOT}0")
-        return (prompt_before, prompt_after), (between, after)
+        system = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
+        folded = [{"role": "user", "content": f"{instructions}\n\n{question}"}]
+        for head in (system, folded):
+            parts = self._split_template(head, instructions)
+            if parts is not None:
+                return parts
+        raise UserError(
+            "the tokenizer's chat template loses message contents or moves them; use agent.layout=plain"
+        )
 
-    def _render_head(self, instructions: str, question: str) -> list[dict[str, str]]:
-        """The first messages; templates without a system role get the instructions in the user turn."""
+    def _split_template(
+        self, head: list[dict[str, str]], instructions: str
+    ) -> tuple[tuple[str, str], tuple[str, str]] | None:
+        """The template's text around the slots; None if it does not take these first messages as they are.
+
+        Some templates have no system role; some move the system message into the last user turn, which is another
+        place in every turn.
+        """
         import jinja2
 
-        head = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
+        later = [{"role": "assistant", "content": f"{_SLOT}1"}, {"role": "user", "content": f"{_SLOT}2"}]
         try:
-            rendered = self._render(head)
+            prompt, conversation = self._render(head), self._render([*head, *later])
         except jinja2.TemplateError:
-            rendered = ""
-        if instructions in rendered:
-            return head
-        return [{"role": "user", "content": f"{instructions}\n\n{question}"}]
+            return None
+        before, _, rest = conversation.partition(f"{_SLOT}1")
+        between, _, after = rest.partition(f"{_SLOT}2")
+        prompt_before, _, prompt_after = prompt.partition(f"{_SLOT}0")
+        if not between or instructions not in before or not before.startswith(prompt_before):
+            return None
+        return (prompt_before, prompt_after), (between, after)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -113,7 +113,9 @@ class Trajectory:
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.loss_mask), len(self.logprobs)}
         if len(lengths) != 1:
-            raise ValueError(f"trajectory {self.question_id}/{self.sample}: arrays of different lengths {lengths}")
+            raise ValueError(
+                f"trajectory {self.question_id}/{self.sample}: arrays of different lengths {lengths}"
+            )
         if not 0 <= self.answer_start <= len(self.token_ids):
             raise ValueError(f"trajectory {self.question_id}/{self.sample}: answer_start {self.answer_start}")
 
@@ -145,7 +147,9 @@ class WeightedExample:
         return int(self.loss_mask.sum())
 
 
-_HIT = pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("score", pa.float32())])
+_HIT = pa.struct(
+    [("id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("score", pa.float32())]
+)
 _STEP = pa.struct([("query", pa.string()), ("hits", pa.list_(_HIT)), ("record", pa.string())])
 
 TRAJECTORY_SCHEMA = pa.schema(

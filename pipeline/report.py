@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config import Config, EmConfig
-from pipeline.run import Json, RunDirectory
+from pipeline.run import Json, RunFiles
 
 SCORES = ("em", "f1", "accuracy")
 PHASES = ("expectation", "maximisation", "evaluation")
 
 
-def build_report(run: RunDirectory, config: Config) -> Json:
+def build_report(run: RunFiles, config: Config) -> Json:
     """The report as far as the run has come. Scores are percentages, times seconds.
 
     `iterations` has the EM iterations (1, 2, ...); `warm_up` is iteration 0; `proposal` says whether trajectories were
@@ -33,14 +33,14 @@ def build_report(run: RunDirectory, config: Config) -> Json:
     }
 
 
-def best_iteration(run: RunDirectory, em: EmConfig) -> int:
+def best_iteration(run: RunFiles, em: EmConfig) -> int:
     """The iteration with the highest dev score; the earliest of equals; 0 if there are none."""
     scores = {t: _dev_score(run, t, em) for t in range(em.iterations + 1)}
     known = {t: score for t, score in scores.items() if score is not None}
     return max(known, key=lambda t: (known[t], -t), default=0)
 
 
-def should_stop(run: RunDirectory, t: int, em: EmConfig) -> bool:
+def should_stop(run: RunFiles, t: int, em: EmConfig) -> bool:
     """True if the last `em.patience` iterations up to t brought no better dev score."""
     return em.patience is not None and t - best_iteration(run, em) >= em.patience
 
@@ -56,12 +56,12 @@ def scalars(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def _dev_score(run: RunDirectory, t: int, em: EmConfig) -> float | None:
+def _dev_score(run: RunFiles, t: int, em: EmConfig) -> float | None:
     result = run.finished(t, "evaluation")
     return None if result is None else result["scores"][em.select_by]
 
 
-def _row(run: RunDirectory, t: int) -> Json | None:
+def _row(run: RunFiles, t: int) -> Json | None:
     """One iteration's figures, as soon as its first phase is finished."""
     phases = {name: result for name in PHASES if (result := run.finished(t, name)) is not None}
     if not phases:
@@ -71,7 +71,9 @@ def _row(run: RunDirectory, t: int) -> Json | None:
         "iteration": t,
         "phase_seconds": {name: result["seconds"] for name, result in phases.items()},
         "train": {name: value for name, value in phases.get("expectation", {}).items() if name != "seconds"},
-        "learner": {name: value for name, value in phases.get("maximisation", {}).items() if name != "seconds"},
+        "learner": {
+            name: value for name, value in phases.get("maximisation", {}).items() if name != "seconds"
+        },
         "push": evaluation.get("push"),
         "dev": evaluation.get("scores"),
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.config import Config
 from pipeline.display import Display
 from pipeline.errors import UserError
-from retriever_service.encoder import EncoderSpec
-from retriever_service.index import build_index, read_manifest
+from retriever_service.encoder import Encoder, EncoderSpec
+from retriever_service.index import build_index, check_encoder, read_manifest
 
 
 def encoder_spec(config: Config) -> EncoderSpec:
@@ -34,8 +35,11 @@ def prepare_index(config: Config, default: Path, display: Display) -> Path:
         UserError, RetrieverError: no corpus and no index, a bad corpus, or an index of another encoder.
     """
     if config.retriever.index is not None:
-        index = Path(config.retriever.index)
-        read_manifest(index)
+        index, spec = Path(config.retriever.index), encoder_spec(config)
+        manifest = read_manifest(index)
+        if not _asks_for_nothing_else(spec, manifest.encoder):
+            # Under another name it may still be the same encoder: a copy in another directory.
+            check_encoder(manifest, Encoder.load(spec), index)
         return index
     if not config.data.corpus:
         raise UserError("there is nothing to search: set data.corpus, or retriever.index to a built index")
@@ -45,7 +49,12 @@ def prepare_index(config: Config, default: Path, display: Display) -> Path:
             default,
             encoder_spec(config),
             factory=config.retriever.factory,
-            device="cuda" if config.retriever.device == "cuda" else "cpu",
+            device=config.retriever.torch_device,
             on_progress=advance.to,
         )
     return default
+
+
+def _asks_for_nothing_else(asked: EncoderSpec, built: EncoderSpec) -> bool:
+    """True if every setting is left open or is the one that the index was built with."""
+    return all(value in (None, asdict(built)[name]) for name, value in asdict(asked).items())

@@ -20,14 +20,16 @@ finished phases and repeats the one that was cut off, with the same seeds.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -43,8 +45,11 @@ FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency
                   "rollout.tensor_parallel_size", "rollout.enforce_eager", "retriever.replicas", "retriever.device",
                   "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
                   "retriever.max_attempts", "retriever.max_failure_share", "em.iterations", "em.patience",
-                  "learner.threads_per_rank", "learner.start_timeout_s", "learner.gpus_per_rank")  # fmt: skip
+                  "learner.threads_per_rank", "learner.start_timeout_s")  # fmt: skip
 """Keys that say where and how long a run goes, not what it computes: a resumed run may have others."""
+
+
+_LOCK_FILE = "lock"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -54,7 +59,17 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Strict JSON: a number that is not finite becomes null."""
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, text + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_table(path: Path, table: pa.Table) -> None:
@@ -78,22 +93,11 @@ def _whole_or_absent(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-class RunDirectory:
-    """Opens or creates the directory of one run.
+class RunFiles:
+    """Reads the directory of a run, whoever may be writing it."""
 
-    Raises:
-        UserError: it holds something else, or a run with a configuration that computes something else.
-    """
-
-    def __init__(self, path: Path, config: Config) -> None:
-        self.path = path
-        stored = path / "config.yaml"
-        if stored.exists():
-            self._check_same(stored, config)
-        elif path.exists() and not _is_empty(path):
-            raise UserError(f"{path} is not empty and holds no run (no config.yaml); choose another --run directory")
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
 
     def iteration(self, number: int) -> Path:
         return self.path / "iterations" / f"{number:04d}"
@@ -108,17 +112,40 @@ class RunDirectory:
         """What the phase left behind, or None if it is not finished."""
         return _read_json(self.iteration(number) / f"{phase}.json")
 
+    def test_results(self) -> dict[str, Json]:
+        found = {path.stem: _read_json(path) for path in sorted((self.path / "test").glob("*.json"))}
+        return {name: result for name, result in found.items() if result is not None}
+
+
+class RunDirectory(RunFiles):
+    """Opens or creates the directory of one run, for one process.
+
+    Raises:
+        UserError: it holds something else, a run with a configuration that computes something else, or a run that
+            another process is working on.
+    """
+
+    def __init__(self, path: Path, config: Config) -> None:
+        super().__init__(path)
+        stored = self.path / "config.yaml"
+        if stored.exists():
+            self._check_same(stored, config)
+        elif path.exists() and not _is_empty(path):
+            raise UserError(f"{path} is not empty and holds no run (no config.yaml); choose another --run directory")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path / _LOCK_FILE)
+        write_atomically(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
     def phase(self, number: int, phase: str, work: Callable[[], Json]) -> Json:
         """The phase's result: read if it is finished, computed by `work` and then written otherwise."""
         return self._once(self.iteration(number) / f"{phase}.json", work)
 
-    def test(self, name: str, work: Callable[[], Json]) -> Json:
-        """Like `phase`, for one evaluation on the test questions."""
-        return self._once(self.path / "test" / f"{name}.json", work)
-
-    def test_results(self) -> dict[str, Json]:
-        found = {path.stem: _read_json(path) for path in sorted((self.path / "test").glob("*.json"))}
-        return {name: result for name, result in found.items() if result is not None}
+    def test(self, name: str, version: int, work: Callable[[], Json]) -> Json:
+        """Like `phase`, for one evaluation on the test questions; done again if another version is to be evaluated."""
+        path = self.path / "test" / f"{name}.json"
+        if (_read_json(path) or {}).get("iteration") != version:
+            path.unlink(missing_ok=True)
+        return self._once(path, work)
 
     def close_iteration(self, number: int) -> None:
         """Mark an iteration as whole and drop the learner state of the one before it."""
@@ -139,7 +166,7 @@ class RunDirectory:
         start = time.perf_counter()
         result = work() | {"seconds": round(time.perf_counter() - start, 3)}
         write_json(path, result)
-        return result
+        return _read_json(path) or {}
 
     @staticmethod
     def _check_same(stored: Path, config: Config) -> None:
@@ -161,7 +188,9 @@ class RunDirectory:
 
 def _is_empty(directory: Path) -> bool:
     """True also if all there is is what a kill left of the very first write."""
-    return directory.is_dir() and all(path.suffix == ".tmp" for path in directory.iterdir())
+    return directory.is_dir() and all(
+        path.suffix == ".tmp" or path.name == _LOCK_FILE for path in directory.iterdir()
+    )
 
 
 def _is_free_to_change(key: str) -> bool:
@@ -177,6 +206,17 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _lock(path: Path) -> IO[str]:
+    """An exclusive lock that ends with this process, however it ends."""
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(f"another process is working on {path.parent}; wait for it or choose another --run") from error
+    return file
 
 
 def _read_json(path: Path) -> Json | None:

@@ -61,6 +61,9 @@ class Generator(Protocol):
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
 
 
+ANSWER_RESERVE = 32
+"""Tokens kept free for an answer at the end of the context."""
+
 Retrieve = Callable[[str, int], Awaitable[Sequence[Hit]]]
 """(query, k) -> the k best passages. Raises RetrieverUnavailable when it has given up."""
 
@@ -125,6 +128,9 @@ class SearchAgent:
             self.allowed_searches = self.config.max_searches
         else:
             self.allowed_searches = 1 if self.config.search else 0
+        demand = protocol.answer_demand_ids(at_turn_start=False)
+        self.answer_reserve = len(demand) + min(self.config.max_turn_tokens, ANSWER_RESERVE)
+        """Tokens that no turn and no passage may take: an answer can always be demanded and written."""
 
     async def run(
         self,
@@ -221,7 +227,8 @@ class _Run:
     async def _generate(self, stop: tuple[str, ...] | None = None) -> Completion:
         seed = derive_seed(self.sampling.seed, self.num_turns)
         self.num_turns += 1
-        max_tokens = min(self.agent.config.max_turn_tokens, self._room)
+        room = self._room if stop else self._room - self.agent.answer_reserve
+        max_tokens = min(self.agent.config.max_turn_tokens, room)
         if max_tokens < 1:
             return Completion([], [], "", None, "length")
         sampling = replace(
@@ -235,7 +242,7 @@ class _Run:
         if self.agent.config.search:
             hits = tuple(await self.agent.retrieve(query, self.agent.config.documents))
         ids = self.protocol.observation_ids(hits)
-        if len(ids) + self.agent.config.max_turn_tokens > self._room:
+        if len(ids) + self.agent.config.max_turn_tokens + self.agent.answer_reserve > self._room:
             return False
         self.transcript.append_environment(ids)
         self.transcript.steps.append(Step(query, hits))
@@ -270,4 +277,7 @@ class _Run:
         """Index right behind the opening answer tag that the model wrote in its last turn."""
         ids, opening = completion.token_ids, self.protocol.tags.answer[0]
         lengths = range(1, len(ids) + 1)
-        return turn_start + lengths[bisect_left(lengths, True, key=lambda n: opening in self.protocol.decode(ids[:n]))]
+        return (
+            turn_start
+            + lengths[bisect_left(lengths, True, key=lambda n: opening in self.protocol.decode(ids[:n]))]
+        )

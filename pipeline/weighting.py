@@ -132,6 +132,8 @@ def _likelihood(scored: Sequence[Scored], log_likelihoods: Array, config: Weight
 def _posterior(scored: Sequence[Scored], log_likelihoods: Array, config: WeightingConfig) -> Array:
     tempered = log_likelihoods / config.temperature
     log_total = np.logaddexp.reduce(tempered)
+    if np.isneginf(log_total):
+        return np.zeros(len(tempered))
     if config.floor > 0:
         log_total = np.logaddexp(log_total, np.log(config.floor))
     return np.asarray(np.exp(tempered - log_total))
@@ -140,7 +142,7 @@ def _posterior(scored: Sequence[Scored], log_likelihoods: Array, config: Weighti
 def _length_normalised(scored: Sequence[Scored], log_likelihoods: Array, config: WeightingConfig) -> Array:
     lengths = np.array([s.num_tokens for s in scored], dtype=np.float64)
     tempered = log_likelihoods / (lengths * config.temperature)
-    if config.self_normalised:
+    if config.self_normalised and not np.isneginf(tempered).all():
         tempered = tempered - np.logaddexp.reduce(tempered)
     return np.asarray(np.exp(tempered))
 

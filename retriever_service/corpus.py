@@ -59,8 +59,8 @@ class CorpusReader:
     - `hf:NAME[:CONFIG[:SPLIT]]`, a data set of the Hugging Face hub, streamed (split `train` unless named).
 
     After the iteration `num_passages`, `num_duplicates` and `checksum` describe what was read; the checksum
-    depends on the ids, titles and texts and their order only. Duplicate detection holds every id and 16 bytes
-    per passage.
+    depends on the ids, titles and texts and their order only. Until then duplicate detection holds every id and
+    16 bytes per passage.
 
     Raises:
         RetrieverError: while iterating, at the first mistake.
@@ -72,6 +72,7 @@ class CorpusReader:
                 f"a list with at least one corpus file or data set is needed, got {sources!r}"
             )
         self.sources = tuple(str(source) for source in sources)
+        self.num_passages = 0
         self.num_duplicates = 0
         self._checksum = hashlib.sha256()
         self._ordinals: dict[str, int] = {}
@@ -79,10 +80,6 @@ class CorpusReader:
         self._lines = array("Q")
         self._digests = array("Q")
         self._source_starts: list[int] = []
-
-    @property
-    def num_passages(self) -> int:
-        return len(self._ordinals)
 
     @property
     def checksum(self) -> str:
@@ -104,6 +101,8 @@ class CorpusReader:
                 logger.info(
                     f"{source}: {self.num_duplicates - before} of {count} passages were in earlier sources"
                 )
+        self._ordinals.clear()
+        del self._lines[:], self._digests[:]
 
     def _is_new(self, passage: Passage, source: str, line: int) -> bool:
         try:
@@ -114,6 +113,7 @@ class CorpusReader:
         first = self._ordinals.get(passage.id)
         if first is None:
             self._ordinals[passage.id] = self.num_passages
+            self.num_passages += 1
             self._lines.append(line)
             self._digests.append(content_hash)
             self._checksum.update(digest)

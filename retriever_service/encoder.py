@@ -122,10 +122,14 @@ class Encoder:
         """Load the model onto `device` (a torch device name) and fill in what the spec left open.
 
         Raises:
-            RetrieverError: the model cannot be found or opened, or cannot take `max_length` tokens.
+            RetrieverError: the model cannot be found or opened, or cannot take `max_length` tokens, or there is
+                no such device.
         """
+        import torch
         from sentence_transformers import SentenceTransformer
 
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise RetrieverError(f"the encoder cannot run on {device!r}: torch finds no GPU; use 'cpu'")
         path = _bundled_model() if spec.model == BUNDLED_MODEL else spec.model
         try:
             model = SentenceTransformer(path, device=device, model_kwargs={"dtype": spec.dtype})
@@ -143,10 +147,9 @@ class Encoder:
         """Vectors [len(queries), dimension].
 
         The padded length changes the last bits of a vector, and with them the order of near-equal passages.
-        On the CPU
-        it therefore depends on the query alone: only queries that pad to the same multiple of 8 tokens share
-        a batch. That is no slower, for padding is work too. On a GPU one padded batch is much faster than
-        several small ones.
+        On the CPU it therefore depends on the query alone: only queries that pad to the same multiple of 8
+        tokens share a batch. That is no slower, for padding is work too. On a GPU one padded batch is much
+        faster than several small ones.
         """
         prefix = self.spec.query_prefix or ""
         vectors = np.empty((len(queries), self.dimension), dtype=np.float32)
@@ -170,14 +173,15 @@ class Encoder:
             yield self._encode([passage_text(passage) for passage in chunk], self.spec.passage_prefix or "")
 
     def _encode(self, texts: Sequence[str], prefix: str) -> Vectors:
-        vectors = self._model.encode(
+        encoded = self._model.encode(
             list(texts),
             prompt=prefix,
             batch_size=self._batch,
             normalize_embeddings=bool(self.spec.normalise),
             show_progress_bar=False,
             processing_kwargs={"text": {"pad_to_multiple_of": _PAD_TO_MULTIPLE}},
-        ).astype(np.float32, copy=False)
+        )
+        vectors: Vectors = np.asarray(encoded, dtype=np.float32)
         if not np.isfinite(vectors).all():
             raise RuntimeError(
                 f"encoder {self.spec.model} gave infinite or undefined vectors in {self.spec.dtype}"
@@ -224,13 +228,14 @@ def _resolve(spec: EncoderSpec, model: SentenceTransformer) -> EncoderSpec:
 
 
 def _token_limit(model: SentenceTransformer) -> int:
-    """The longest input that the position embeddings allow (tokens)."""
+    """The longest input that the position embeddings allow (tokens), padding included."""
     transformer: Any = model[0]
     config = transformer.auto_model.config
     positions = getattr(config, "max_position_embeddings", None) or model.max_seq_length or 512
     # RoBERTa-like models number their positions from padding_idx + 1.
     offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
-    return int(positions) - offset
+    limit = int(positions) - offset
+    return limit - limit % _PAD_TO_MULTIPLE
 
 
 def _fingerprint(model: SentenceTransformer, spec: EncoderSpec) -> str:

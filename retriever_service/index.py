@@ -232,7 +232,8 @@ def check_encoder(manifest: Manifest, encoder: TextEncoder, index_dir: str | Pat
     differing = [f"{key} {built[key]!r} -> {given[key]!r}" for key in built if built[key] != given[key]]
     raise RetrieverError(
         f"{index_dir} was built with encoder {manifest.encoder.model!r} "
-        f"({manifest.encoder_fingerprint[:12]}), but encoder {encoder.spec.model!r} ({encoder.fingerprint[:12]}) was given; they differ in "
+        f"({manifest.encoder_fingerprint[:12]}), but encoder {encoder.spec.model!r} "
+        f"({encoder.fingerprint[:12]}) was given; they differ in "
         f"{', '.join(differing) or 'weights or vocabulary'}. Use the encoder of the index, or build another"
     )
 

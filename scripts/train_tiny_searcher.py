@@ -35,12 +35,12 @@ from pipeline.data.world.writer import write_world
 from pipeline.losses import token_logprobs
 from pipeline.protocol import Protocol
 from pipeline.records import Question, WeightedExample
-from retriever_service.corpus import Passage, read_corpus
+from retriever_service.corpus import read_corpus
 from retriever_service.encoder import EncoderSpec
 from retriever_service.index import build_index
 from retriever_service.search import DenseSearcher, Hit
 
-VOCABULARY = 1024
+VOCABULARY = 512
 PAD, EOS = "<|pad|>", "<|end|>"
 AGENT = AgentConfig(documents=2, max_document_tokens=128, max_turn_tokens=96)
 MAX_LENGTH = 1536
@@ -51,11 +51,15 @@ console = Console()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="model directory to write")
-    parser.add_argument("--work", type=Path, help="keep worlds and indexes here (default: a temporary directory)")
-    parser.add_argument("--worlds", type=int, default=6, help="generated worlds of 2,000 passages each")
-    parser.add_argument("--tokens", type=float, default=5.0, help="millions of tokens to train on")
+    parser.add_argument(
+        "--work", type=Path, help="keep worlds and indexes here (default: a temporary directory)"
+    )
+    parser.add_argument("--worlds", type=int, default=8, help="generated worlds of 2,000 passages each")
+    parser.add_argument("--tokens", type=float, default=8.0, help="millions of tokens to train on")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per optimiser step")
     parser.add_argument("--seed", type=int, default=0)
@@ -64,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
         worlds = [make_world(work, seed) for seed in range(1000, 1000 + arguments.worlds)]
-        tokenizer = train_tokenizer(worlds[:2])
+        tokenizer = train_tokenizer(worlds)
         protocol = Protocol(tokenizer, AGENT)
         examples = [e for world in worlds for e in gold_examples(world, protocol)]
     console.print(f"{len(examples):,} gold trajectories, {sum(len(e.token_ids) for e in examples):,} tokens")
@@ -89,7 +93,11 @@ def train_tokenizer(worlds: Sequence[Path]) -> PreTrainedTokenizerFast:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     bpe.decoder = decoders.ByteLevel()
-    tags = [s for pair in (AGENT.tags.think, AGENT.tags.search, AGENT.tags.record, AGENT.tags.answer) for s in pair]
+    tags = [
+        s
+        for pair in (AGENT.tags.think, AGENT.tags.search, AGENT.tags.record, AGENT.tags.answer)
+        for s in pair
+    ]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(tags) - 2,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -138,8 +146,8 @@ def new_model(vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
         hidden_size=256,
         intermediate_size=768,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -149,10 +157,14 @@ def new_model(vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
     return Qwen2ForCausalLM(config)
 
 
-def train(model: Qwen2ForCausalLM, examples: Sequence[WeightedExample], arguments: argparse.Namespace) -> None:
+def train(
+    model: Qwen2ForCausalLM, examples: Sequence[WeightedExample], arguments: argparse.Namespace
+) -> None:
     generator = np.random.default_rng(arguments.seed)
     budget, start = int(arguments.tokens * 1e6), time.perf_counter()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     seen = step = 0
     with Progress(console=console) as progress:
         bar = progress.add_task("training", total=budget)

@@ -7,12 +7,13 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer.main
+from typer.core import TyperGroup
 
 from pipeline.cli import app
 from pipeline.config import Config
@@ -41,6 +42,21 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
     load_config(path)
 
 
+def test_the_demo_is_described_as_it_is_configured() -> None:
+    demo = load_config(ROOT / "configs" / "demo.yaml")
+    readme, quickstart = (
+        " ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/quickstart.md")
+    )
+    assert f"{demo.em.iterations} EM iterations on {demo.data.train_limit} of the questions" in readme
+    assert f"with {demo.rollout.samples} trajectories per question" in readme
+    assert f"{demo.warmup.questions} trajectories are synthesised" in quickstart
+    assert (
+        f"{demo.em.iterations} iterations: sample and weight {demo.rollout.samples} trajectories"
+        in quickstart
+    )
+    assert f"for each of {demo.data.train_limit} questions" in quickstart
+
+
 @each_page
 def test_pages_are_plain_ascii(page: Path) -> None:
     assert page.read_text(encoding="utf-8").isascii()
@@ -66,9 +82,20 @@ def test_files_that_are_named_exist(page: Path) -> None:
 def test_configuration_keys_that_are_named_exist(page: Path) -> None:
     sections = "|".join(Config.model_fields)
     named = re.findall(rf"`((?:{sections})\.[a-z_.]+)(?:=[^`]*|: [^`]*)?`", page.read_text(encoding="utf-8"))
-    keys = [name for name in named if Path(name).suffix not in (".json", ".jsonl", ".py", ".yaml", ".parquet")]
+    keys = [
+        name for name in named if Path(name).suffix not in (".json", ".jsonl", ".py", ".yaml", ".parquet")
+    ]
     known = all_keys(Config)
     assert [key for key in keys if not any(k == key or k.startswith(f"{key}.") for k in known)] == []
+
+
+@each_page
+def test_configurations_that_are_shown_load(page: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block, encoding="utf-8")
+        load_config(path)
 
 
 @each_page
@@ -81,7 +108,9 @@ def test_commands_that_are_shown_exist_with_their_options(page: Path) -> None:
 def test_make_targets_that_are_named_exist(page: Path) -> None:
     named = set(re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(encoding="utf-8"), re.MULTILINE))
     if named:
-        targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+        targets = set(
+            re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+        )
         assert named <= targets
 
 
@@ -95,11 +124,15 @@ def test_the_documented_report_has_the_shape_of_a_real_one(tmp_path: Path) -> No
     (row,) = documented["iterations"]
     config = load_config(ROOT / "configs" / "demo.yaml")
     run = RunDirectory(tmp_path / "demo", config)
-    phases = {"expectation": row["train"], "maximisation": row["learner"], "evaluation": {"scores": row["dev"]}}
+    phases = {
+        "expectation": row["train"],
+        "maximisation": row["learner"],
+        "evaluation": {"scores": row["dev"]},
+    }
     for number in (0, 1):
         for phase, result in phases.items():
-            run.phase(number, phase, lambda result=result: dict(result))
-    run.test("best", lambda: dict(documented["test"]["best"]))
+            run.phase(number, phase, partial(dict, result))
+    run.test("best", 1, partial(dict, documented["test"]["best"]))
     report = build_report(run, config)
     assert report.keys() == documented.keys()
     assert report["iterations"][0].keys() == row.keys()
@@ -140,22 +173,18 @@ def anchor(title: str) -> str:
 
 
 def shown_commands(page: Path) -> Iterator[list[str]]:
-    """Words behind `exsearch` or `python -m pipeline.cli`, in code blocks and inline."""
+    """Words behind `exsearch` or `python -m pipeline.cli`, in shell blocks and inline."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    inline = re.findall(r"`(exsearch [^`\n]+)`", text)
-    blocks = [line for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    for line in [*inline, *blocks]:
-        words = shlex.split(line, comments=True)
-        for start in (["exsearch"], [".venv/bin/exsearch"], ["python", "-m", "pipeline.cli"]):
-            position = next((i for i in range(len(words)) if words[i : i + len(start)] == start), None)
-            if position is not None:
-                yield words[position + len(start) :]
+    inline = re.findall(r"`exsearch ([^`\n]+)`", text)
+    shell = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
+    for words in [*inline, *re.findall(r"(?:exsearch|python -m pipeline\.cli) (.*)", shell)]:
+        yield shlex.split(words, comments=True)
 
 
 def check_command(words: list[str], where: str) -> None:
-    command: click.Command = typer.main.get_command(app)
+    command = typer.main.get_command(app)
     rest = list(words)
-    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
+    while isinstance(command, TyperGroup) and rest and not rest[0].startswith("-"):
         assert rest[0] in command.commands, f"{where}: no command {rest[0]} in {' '.join(words)}"
         command = command.commands[rest.pop(0)]
     options = {name for parameter in command.params for name in parameter.opts} | {"--help"}
@@ -171,7 +200,9 @@ def section(title_anchor: str) -> str:
     """Text of a section of docs/formats.md, up to the next heading."""
     text = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     parts = re.split(r"^#+ (.+)$", text, flags=re.MULTILINE)
-    return next(body for title, body in zip(parts[1::2], parts[2::2], strict=True) if anchor(title) == title_anchor)
+    return next(
+        body for title, body in zip(parts[1::2], parts[2::2], strict=True) if anchor(title) == title_anchor
+    )
 
 
 def documented_rows(title_anchor: str) -> list[str]:

@@ -36,8 +36,14 @@ async def warm_up_examples(
     protocol = Protocol(load_tokenizer(config.model.path), config.agent)
     if warmup.trajectories is not None:
         ready = read_trajectories(Path(warmup.trajectories), protocol)
-        questions = [*train, *read_questions(config.data.train, root=config.data.root)]
-        return warmup_examples(ready, questions, protocol), {"trajectories": len(ready)}
+        files = (config.data.train, warmup.sources)
+        known = [*train, *(q for paths in files for q in read_questions(paths, root=config.data.root))]
+        if unknown := sorted({t.question_id for t in ready} - {q.id for q in known}):
+            raise UserError(
+                f"{warmup.trajectories} has trajectories of {len(unknown)} questions that are neither in data.train "
+                f"nor in warmup.sources ({', '.join(unknown[:5])}); name the files that they come from there"
+            )
+        return warmup_examples(ready, known, protocol), {"trajectories": len(ready)}
     result, questions = await synthesise_warm_up(config, train, protocol, retrieve, index)
     return warmup_examples(result.trajectories, questions, protocol), {
         "trajectories": len(result.trajectories),

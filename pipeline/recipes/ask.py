@@ -41,7 +41,9 @@ def ask(question: str, model: str, index: Path, config: Config, display: Display
 
     async def run() -> Trajectory:
         engine = VllmEngine(
-            EngineOptions(model=model, max_model_len=config.model.max_length, max_num_seqs=1, enforce_eager=True)
+            EngineOptions(
+                model=model, max_model_len=config.model.max_length, max_num_seqs=1, enforce_eager=True
+            )
         )
         with display.status("starting vLLM"):
             await engine.start()
@@ -57,6 +59,13 @@ def ask(question: str, model: str, index: Path, config: Config, display: Display
             engine.shutdown()
 
     return as_json(question, asyncio.run(run()))
+
+
+def run_config_of(model: str) -> Path | None:
+    """The configuration of the run that a model directory (RUN/iterations/N/model) belongs to, if it does."""
+    parents = Path(model).resolve().parents
+    config = parents[2] / "config.yaml" if len(parents) > 2 else None
+    return config if config is not None and config.is_file() else None
 
 
 def show(event: Event, display: Display) -> None:

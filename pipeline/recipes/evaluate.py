@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from actors.cluster import Cluster, Serving, ray_session
 from pipeline.config import Config
 from pipeline.config_loading import load_config
@@ -18,7 +16,7 @@ from pipeline.models import check_model
 from pipeline.records import Question, trajectories_to_table
 from pipeline.report import best_iteration
 from pipeline.retrieval import prepare_index
-from pipeline.run import Json, RunDirectory, write_json, write_table
+from pipeline.run import Json, RunFiles, write_json, write_table
 
 
 def evaluate_model(
@@ -50,7 +48,9 @@ def evaluate_model(
         raise UserError(f"--split is {split}; choose train, dev or test")
     sets = _read_sets(config, split)
     if run is None and config.retriever.index is None:
-        raise UserError("evaluation needs an index: give --run, or retriever.index=DIR (see exsearch index build)")
+        raise UserError(
+            "evaluation needs an index: give --run, or retriever.index=DIR (see exsearch index build)"
+        )
     index = prepare_index(config, (run or Path()) / "index", display)
     config = config.model_copy(update={"learner": config.learner.model_copy(update={"num_ranks": 1})})
     questions = [question for members in sets.values() for question in members]
@@ -79,8 +79,8 @@ def evaluate_model(
 
 def _best_model(run: Path, config: Config) -> str:
     """The model directory of the run's best iteration; the model it started from if that is iteration 0 without one."""
-    directory = RunDirectory(run, config)
-    best = directory.model(best_iteration(directory, config.em))
+    files = RunFiles(run)
+    best = files.model(best_iteration(files, config.em))
     return str(best) if best.exists() else config.model.path
 
 
@@ -93,5 +93,7 @@ def _read_sets(config: Config, split: str) -> dict[str, list[Question]]:
         paths, root=config.data.root, limit=getattr(config.data, f"{split}_limit"), seed=config.seed
     )
     wanted = {question.id: question for question in chosen}
-    sets = {path: [q for q in read_questions([path], root=config.data.root) if q.id in wanted] for path in paths}
+    sets = {
+        path: [q for q in read_questions([path], root=config.data.root) if q.id in wanted] for path in paths
+    }
     return {path: members for path, members in sets.items() if members}

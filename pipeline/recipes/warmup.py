@@ -27,7 +27,9 @@ def write_warm_up(config: Config, out: Path, display: Display) -> Json:
         UserError: `warmup.questions` is 0, or bad input.
     """
     if config.warmup.questions == 0:
-        raise UserError("warmup.questions is 0: there is nothing to synthesise; give a number, warmup.questions=1000")
+        raise UserError(
+            "warmup.questions is 0: there is nothing to synthesise; give a number, warmup.questions=1000"
+        )
     protocol = Protocol(load_tokenizer(config.model.path), config.agent)
     train = load_splits(config).train
     with tempfile.TemporaryDirectory() as scratch:

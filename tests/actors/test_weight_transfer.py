@@ -21,18 +21,14 @@ from hypothesis import strategies as st
 
 from actors import weight_transfer
 from actors.engine import EngineOptions, VllmEngine
+from actors.weight_bucket import Bucket, Digest, Segment, tensor_checksum, write_bucket
 from actors.weight_transfer import (
-    Bucket,
-    Digest,
     EngineRef,
     RayEngines,
-    Segment,
     SharedMemorySender,
     VllmSender,
     WeightTransferError,
-    tensor_checksum,
     trainer_init_info,
-    write_bucket,
 )
 from pipeline.search_agent import EngineError, Sampling
 from tests.actors.support import EngineFixture, HfModel, LocalEngines, build_model

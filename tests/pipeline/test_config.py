@@ -74,6 +74,12 @@ def test_optimiser_states_are_offloaded_only_where_they_are_partitioned() -> Non
     assert config(learner={"offload_parameters": True, "offload_optimizer": True, "zero_stage": 3})
 
 
+def test_warm_up_examples_can_only_be_mixed_in_where_there_are_some() -> None:
+    assert "warmup.mix needs warm-up examples" in refusal(warmup={"mix": 0.5})
+    assert config(warmup={"mix": 0.5, "questions": 10})
+    assert config(warmup={"mix": 0.5, "trajectories": "warmup.parquet"})
+
+
 @pytest.mark.parametrize(
     "tags", [{"think": ("<a>", "<a>")}, {"record": ("<search>", "</record>")}, {"answer": (" ", "</answer>")}]
 )

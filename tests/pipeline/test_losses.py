@@ -45,7 +45,6 @@ def test_a_weight_that_is_no_weight_is_refused(bad: float) -> None:
 
 
 @settings(deadline=None)
-@settings(deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(1, 7),

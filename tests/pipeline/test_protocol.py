@@ -99,7 +99,8 @@ def test_a_long_passage_is_cut_at_its_token_limit_and_others_are_not(tokenizer: 
     assert text.startswith("\n<search>\n[1] Title: ")
     assert text.endswith("\n[2] tiny\n</search>\n")
     without = protocol.observation_ids([Hit(Passage("p", "", ""), 1.0), short])
-    assert len(protocol.observation_ids([long, short])) == len(without) + 8
+    space = 1  # all that stands for a passage without text
+    assert len(protocol.observation_ids([long, short])) == len(without) - space + 8
 
 
 SMUGGLED = ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<s>", "</s>", "[INST]"]
@@ -193,7 +194,7 @@ def test_the_chat_layout_without_a_template_is_refused(tokenizer: Any) -> None:
 
 def test_a_template_that_loses_contents_is_refused(chat_tokenizer: Any) -> None:
     deaf = with_template(chat_tokenizer, "<|im_start|>{{ messages[0].content }}")
-    with pytest.raises(UserError, match="loses message contents"):
+    with pytest.raises(UserError, match="loses"):
         Protocol(deaf, AgentConfig(layout="chat"))
 
 

@@ -14,7 +14,7 @@ import yaml
 from pipeline.config import Config
 from pipeline.config_loading import all_keys, load_config
 from pipeline.errors import UserError
-from pipeline.run import FREE_TO_CHANGE, RunDirectory, flatten, write_atomically, write_json
+from pipeline.run import FREE_TO_CHANGE, RunDirectory, RunFiles, flatten, write_atomically, write_json
 
 
 class Killed(BaseException):
@@ -27,6 +27,12 @@ def kill(*_: object, **__: object) -> Any:
 
 def config(*overrides: str) -> Config:
     return load_config(None, overrides)
+
+
+def restarted(run: RunDirectory, *overrides: str) -> RunDirectory:
+    """The same command once more, after its process has come to an end; with that goes its lock."""
+    run._lock.close()
+    return RunDirectory(run.path, config(*overrides))
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -99,9 +105,20 @@ def test_an_empty_directory_may_become_a_run(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_the_same_configuration(run: RunDirectory) -> None:
     run.phase(1, "expectation", lambda: {"value": 1})
     before = contents(run.path)
-    again = RunDirectory(run.path, config())
+    again = restarted(run)
     assert contents(run.path) == before
     assert again.finished(1, "expectation") == run.finished(1, "expectation")
+
+
+def test_two_processes_do_not_work_on_one_run(run: RunDirectory) -> None:
+    with pytest.raises(UserError, match=f"another process is working on {run.path}"):
+        RunDirectory(run.path, config())
+    assert restarted(run).path == run.path
+
+
+def test_a_run_can_be_read_while_it_is_written(run: RunDirectory) -> None:
+    run.phase(1, "evaluation", lambda: {"em": 1.0})
+    assert (RunFiles(run.path).finished(1, "evaluation") or {})["em"] == 1.0
 
 
 def test_a_directory_with_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -127,7 +144,7 @@ def test_a_run_that_was_killed_while_it_was_made_is_made_by_the_next_start(
         patched.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process does not tidy up
         with pytest.raises(Killed):
             RunDirectory(tmp_path / "run", config())
-    assert [p.suffix for p in (tmp_path / "run").iterdir()] == [".tmp"]
+    assert not (tmp_path / "run" / "config.yaml").exists()
     RunDirectory(tmp_path / "run", config())
     assert load_config(tmp_path / "run" / "config.yaml") == config()
 
@@ -149,7 +166,7 @@ def test_another_configuration_is_refused_with_the_keys_that_differ_and_nothing_
 ) -> None:
     before = contents(run.path)
     with pytest.raises(UserError) as caught:
-        RunDirectory(run.path, config(f"{key}={value}", "em.iterations=7"))
+        restarted(run, f"{key}={value}", "em.iterations=7")
     message = str(caught.value)
     assert f"\n  {key}" in message
     assert " -> " in message
@@ -161,23 +178,23 @@ def test_another_configuration_is_refused_with_the_keys_that_differ_and_nothing_
 
 def test_every_difference_is_listed_with_the_old_and_the_new_value(run: RunDirectory) -> None:
     with pytest.raises(UserError) as caught:
-        RunDirectory(run.path, config("seed=3", "rollout.samples=8", "weighting.temperature=2"))
+        restarted(run, "seed=3", "rollout.samples=8", "weighting.temperature=2")
     lines = [line for line in str(caught.value).splitlines() if " -> " in line]
     assert lines == ["  seed: 0 -> 3", "  rollout.samples: 4 -> 8", "  weighting.temperature: 1.0 -> 2.0"]
 
 
 def test_removing_a_section_is_a_difference_too(tmp_path: Path) -> None:
-    RunDirectory(tmp_path, config("learner.lora.rank=4"))
+    run = RunDirectory(tmp_path, config("learner.lora.rank=4"))
     with pytest.raises(UserError, match=r"learner\.lora"):
-        RunDirectory(tmp_path, config())
+        restarted(run)
 
 
 @pytest.mark.parametrize(
     "override",
-    ["em.iterations=9", "em.patience=1", "rollout.workers=3", "cluster.start_timeout_s=9", "tracking.tensorboard=false"],
+    ["em.iterations=9", "em.patience=1", "rollout.workers=3", "cluster.address=auto", "tracking.tensorboard=false"],
 )
 def test_where_and_how_long_a_run_goes_may_change_and_is_remembered(run: RunDirectory, override: str) -> None:
-    RunDirectory(run.path, config(override))
+    restarted(run, override)
     assert load_config(run.path / "config.yaml") == config(override)
 
 
@@ -187,8 +204,8 @@ def test_only_the_keys_themselves_are_free_to_change_not_keys_that_begin_like_th
     monkeypatch.setattr("pipeline.run.FREE_TO_CHANGE", ("rollout.sample", "se", "rollout.top", "em"))
     for override in ("rollout.samples=8", "seed=1", "rollout.top_k=5"):
         with pytest.raises(UserError, match=override.split("=")[0]):
-            RunDirectory(run.path, config(override))
-    RunDirectory(run.path, config("em.iterations=1"))
+            restarted(run, override)
+    restarted(run, "em.iterations=1")
 
 
 def test_the_free_keys_exist() -> None:
@@ -217,7 +234,7 @@ def test_a_phase_is_computed_once_and_then_read(run: RunDirectory) -> None:
         return {"bound": -3.25, "counts": {"answered": 2}}
 
     first = run.phase(1, "expectation", work)
-    again = RunDirectory(run.path, config()).phase(1, "expectation", work)
+    again = restarted(run).phase(1, "expectation", work)
     assert len(calls) == 1
     assert first == again == run.finished(1, "expectation")
     assert {k: v for k, v in first.items() if k != "seconds"} == {"bound": -3.25, "counts": {"answered": 2}}
@@ -248,7 +265,7 @@ def test_a_phase_that_was_cut_off_is_repeated(run: RunDirectory, failure: BaseEx
     with pytest.raises(type(failure)):
         run.phase(1, "expectation", half)
     assert run.finished(1, "expectation") is None
-    resumed = RunDirectory(run.path, config())
+    resumed = restarted(run)
     assert resumed.phase(1, "expectation", whole)["shards"] == 1
     assert contents(run.iteration(1) / "rollouts") == {"000000.parquet": b"whole"}
 
@@ -264,13 +281,26 @@ def test_a_phase_that_was_killed_while_its_result_was_written_is_repeated(
     assert run.phase(1, "maximisation", lambda: {"loss": 0.5})["loss"] == 0.5
 
 
+def test_figures_that_are_not_finite_are_null_from_the_start(run: RunDirectory) -> None:
+    result = run.phase(1, "maximisation", lambda: {"loss": float("nan"), "norms": [1.0, float("inf")]})
+    assert (result["loss"], result["norms"]) == (None, [1.0, None])
+    assert result == run.finished(1, "maximisation")
+    assert "NaN" not in (run.iteration(1) / "maximisation.json").read_text()
+
+
 def test_test_results_are_computed_once_and_listed_by_name(run: RunDirectory) -> None:
     assert run.test_results() == {}
-    run.test("base", lambda: {"em": 10.0})
-    run.test("best", lambda: {"em": 50.0})
-    run.test("best", lambda: pytest.fail("computed twice"))
+    run.test("base", 0, lambda: {"iteration": 0, "em": 10.0})
+    run.test("best", 2, lambda: {"iteration": 2, "em": 50.0})
+    run.test("best", 2, lambda: pytest.fail("computed twice"))
     (run.path / "test" / "best.parquet").write_bytes(b"trajectories")
     assert {name: result["em"] for name, result in run.test_results().items()} == {"base": 10.0, "best": 50.0}
+
+
+def test_another_best_iteration_is_tested_again(run: RunDirectory) -> None:
+    run.test("best", 1, lambda: {"iteration": 1, "em": 50.0})
+    run.test("best", 3, lambda: {"iteration": 3, "em": 60.0})
+    assert run.test_results()["best"]["em"] == 60.0
 
 
 def test_a_fresh_directory_is_empty_whatever_was_there(run: RunDirectory) -> None:

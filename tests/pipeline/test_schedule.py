@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from pipeline.schedule import learning_rate_at
@@ -18,7 +20,7 @@ def test_rate_rises_linearly_to_the_peak_and_falls_as_a_cosine() -> None:
     found = rates(20, warmup_ratio=0.2)
     assert found[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert found[12] == pytest.approx(1.0)  # half-way down
-    assert all(a > b for a, b in zip(found[4:], found[5:], strict=False))
+    assert all(a > b for a, b in pairwise(found[4:]))
 
 
 def test_no_step_is_without_learning_even_in_the_shortest_phases() -> None:

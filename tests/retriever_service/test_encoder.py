@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from retriever_service.corpus import Passage
 from retriever_service.encoder import Encoder, EncoderSpec, _bundled_model, _resolve, passage_text
@@ -79,6 +80,12 @@ def test_copy_in_another_directory_is_the_same_encoder(encoder: Encoder, tmp_pat
 def test_length_that_the_model_cannot_take_is_refused(max_length: int) -> None:
     with pytest.raises(RetrieverError, match=f"max_length {max_length}, but it takes 1 to 512"):
         Encoder.load(EncoderSpec(max_length=max_length))
+
+
+def test_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RetrieverError, match="torch finds no GPU"):
+        Encoder.load(EncoderSpec(), "cuda")
 
 
 def test_model_that_does_not_exist_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

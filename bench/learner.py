@@ -1,0 +1,100 @@
+"""M-step: total tokens per second of the packed DeepSpeed learner against a plain torch loop with padded batches."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from bench.measure import Ratio, in_turn
+from pipeline.config import LearnerConfig
+from pipeline.records import WeightedExample
+
+NUM_EXAMPLES, BATCH = 192, 32
+PADDED_MICROBATCH = 8
+
+
+def run() -> list[Ratio]:
+    """One rank with all cores, float32, the size of the demo's model and trajectories."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "model"
+        _save_model(model)
+        examples = _examples()
+        ours, limit = in_turn(_packed(model, examples), _padded(model, examples))
+    return [Ratio("M-step, 1 rank", "plain torch loop, padded", "tokens", ours, limit, goal=1.3)]
+
+
+def _save_model(path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    ).save_pretrained(path)
+
+
+def _examples() -> list[WeightedExample]:
+    """Lengths from 200 to 500 tokens, a third of them trained."""
+    rng = np.random.default_rng(0)
+    examples = []
+    for number in range(NUM_EXAMPLES):
+        length = int(rng.integers(200, 501))
+        mask = np.arange(length) % 100 >= 65
+        ids = rng.integers(0, 1024, length).astype(np.int32)
+        examples.append(WeightedExample(f"q{number}", 0, ids, mask, float(rng.uniform(0.5, 1.0))))
+    return examples
+
+
+def _packed(model: Path, examples: list[WeightedExample]):  # type: ignore[no-untyped-def]
+    from actors.learner import Learner
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    config = LearnerConfig(batch_size=BATCH, dtype="float32", zero_stage=0, tokens_per_microbatch=4096)
+    learner = Learner(config, model, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
+    return lambda: learner.train(examples, phase_seed=0)["total_tokens_per_s"]
+
+
+def _padded(model: Path, examples: list[WeightedExample]):  # type: ignore[no-untyped-def]
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    optimiser = torch.optim.AdamW(network.parameters(), lr=2e-6)
+
+    def epoch() -> float:
+        start = time.perf_counter()
+        for first in range(0, len(examples), BATCH):
+            for at in range(first, first + BATCH, PADDED_MICROBATCH):
+                network(**_pad(examples[at : at + PADDED_MICROBATCH]), use_cache=False).loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        return sum(len(e.token_ids) for e in examples) / (time.perf_counter() - start)
+
+    return epoch
+
+
+def _pad(batch: list[WeightedExample]) -> dict[str, torch.Tensor]:
+    shape = len(batch), max(len(e.token_ids) for e in batch)
+    ids, attention = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, -100)
+    for row, example in enumerate(batch):
+        length, mask = len(example.token_ids), torch.from_numpy(example.loss_mask)
+        ids[row, :length] = torch.from_numpy(example.token_ids.astype(np.int64))
+        attention[row, :length] = 1
+        labels[row, :length][mask] = ids[row, :length][mask]
+    return {"input_ids": ids, "attention_mask": attention, "labels": labels}

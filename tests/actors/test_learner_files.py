@@ -1,0 +1,85 @@
+"""Checkpoint slots and model directories: complete or absent, at every instant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from actors.learner_files import (
+    commit_slot,
+    committed_slot,
+    free_slot,
+    local_directory,
+    write_model_directory,
+)
+from pipeline.errors import UserError
+
+LAYOUT = {"learner.num_ranks": 2}
+
+
+def save(directory: Path, content: str) -> None:
+    slot = free_slot(directory)
+    (directory / slot).mkdir(parents=True)
+    (directory / slot / "state").write_text(content)
+    commit_slot(directory, slot, LAYOUT)
+
+
+def load(directory: Path) -> str:
+    return (directory / committed_slot(directory, LAYOUT) / "state").read_text()
+
+
+def test_the_last_complete_save_counts_and_only_that_is_kept(tmp_path: Path) -> None:
+    for content in ("first", "second", "third"):
+        save(tmp_path, content)
+        assert load(tmp_path) == content
+    assert len(list(tmp_path.iterdir())) == 2  # one slot and the marker
+
+
+def test_a_save_that_died_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
+    save(tmp_path, "complete")
+    slot = free_slot(tmp_path)
+    (tmp_path / slot).mkdir()
+    (tmp_path / slot / "state").write_text("half")
+    assert load(tmp_path) == "complete"
+    save(tmp_path, "next")
+    assert load(tmp_path) == "next"
+
+
+def test_a_first_save_that_died_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / free_slot(tmp_path)).mkdir()
+    with pytest.raises(UserError, match="no complete learner checkpoint"):
+        committed_slot(tmp_path, LAYOUT)
+
+
+def test_a_checkpoint_of_another_layout_is_refused_with_the_key_to_set(tmp_path: Path) -> None:
+    save(tmp_path, "two ranks")
+    with pytest.raises(UserError, match=r"learner\.num_ranks: 2 \(now 4\)"):
+        committed_slot(tmp_path, {"learner.num_ranks": 4})
+
+
+def test_a_model_directory_has_the_tokenizer_of_its_source_and_replaces_an_older_one(tmp_path: Path) -> None:
+    source, path = tmp_path / "source", tmp_path / "model"
+    source.mkdir()
+    for name in ("tokenizer.json", "vocab.json", "chat_template.jinja", "model.safetensors", "notes.md"):
+        (source / name).write_text(f"{name} of the source")
+    config = transformers.LlamaConfig(vocab_size=4, hidden_size=8, num_attention_heads=2)
+    for value in (1.0, 2.0):
+        write_model_directory(path, {"weight": torch.full((2, 3), value)}, config, source)
+    from safetensors.torch import load_file
+
+    assert load_file(path / "model.safetensors")["weight"].tolist() == [[2.0] * 3] * 2
+    assert sorted(p.name for p in path.iterdir()) == [
+        "chat_template.jinja",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "vocab.json",
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "source"]
+
+
+def test_a_model_directory_is_used_where_it_is(tmp_path: Path) -> None:
+    assert local_directory(tmp_path) == tmp_path

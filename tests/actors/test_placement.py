@@ -1,0 +1,138 @@
+"""Where engines and learner ranks go, for clusters of every kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from actors.placement import Placement, plan_placement
+from pipeline.config import Config
+from pipeline.errors import UserError
+
+
+def plan(
+    *, cpus: int = 64, gpus: int = 0, workers: int = 1, ranks: int = 1, tensor_parallel: int = 1, **cluster: Any
+) -> Placement:
+    config = Config.model_validate(
+        {
+            "rollout": {"workers": workers, "tensor_parallel_size": tensor_parallel},
+            "learner": {"num_ranks": ranks},
+            "cluster": cluster,
+        }
+    )
+    return plan_placement(config, {"CPU": float(cpus), "GPU": float(gpus), "memory": 1e9})
+
+
+def gpus_used(placement: Placement) -> list[float]:
+    """GPUs that engines and ranks take of each bundle."""
+    used = [0.0] * len(placement.bundles)
+    for bundles, share in (
+        (placement.engine_bundles, placement.engine_gpus),
+        (placement.rank_bundles, placement.rank_gpus),
+    ):
+        for bundle in bundles:
+            used[bundle] += share
+    return used
+
+
+@pytest.mark.parametrize(("workers", "ranks", "bundles"), [(1, 1, 1), (1, 2, 2), (3, 2, 3)])
+def test_on_cpus_engine_and_rank_of_one_number_share_a_bundle(workers: int, ranks: int, bundles: int) -> None:
+    placement = plan(workers=workers, ranks=ranks)
+    assert (placement.device, placement.transport) == ("cpu", "shared_memory")
+    assert placement.bundles == [{"CPU": 1.0}] * bundles
+    assert placement.engine_bundles == list(range(workers))
+    assert placement.rank_bundles == list(range(ranks))
+    assert gpus_used(placement) == [0.0] * bundles
+
+
+@pytest.mark.parametrize(
+    ("asked", "key"), [({"workers": 3}, "rollout.workers is 3"), ({"ranks": 4}, "learner.num_ranks is 4")]
+)
+def test_more_processes_than_cpus_are_refused(asked: dict[str, int], key: str) -> None:
+    with pytest.raises(UserError, match=f"{key}, but the cluster has 2 CPUs; lower it or add nodes"):
+        plan(cpus=2, **asked)
+
+
+def test_tensor_parallelism_on_cpus_is_refused() -> None:
+    with pytest.raises(UserError, match="tensor_parallel_size above 1 needs GPUs"):
+        plan(tensor_parallel=2)
+
+
+@pytest.mark.parametrize("transport", ["nccl", "ipc"])
+def test_gpu_transports_on_cpus_are_refused(transport: str) -> None:
+    with pytest.raises(UserError, match=f"cluster.transport: {transport} needs GPUs"):
+        plan(transport=transport)
+
+
+def test_a_cluster_with_gpus_is_used_as_cpus_where_that_is_asked_for() -> None:
+    assert plan(gpus=8, devices="cpu").device == "cpu"
+    assert plan(gpus=8).device == "gpu"
+
+
+def test_gpus_that_are_asked_for_must_be_there() -> None:
+    with pytest.raises(UserError, match="the cluster has 0"):
+        plan(gpus=0, devices="gpu")
+
+
+def test_with_enough_gpus_engines_and_ranks_have_their_own() -> None:
+    placement = plan(gpus=5, workers=3, ranks=2)
+    assert (placement.device, placement.transport) == ("gpu", "nccl")
+    assert placement.engine_bundles == [0, 1, 2]
+    assert placement.rank_bundles == [3, 4]
+    assert gpus_used(placement) == [bundle["GPU"] for bundle in placement.bundles] == [1.0] * 5
+
+
+def test_an_engine_of_several_gpus_has_them_in_one_bundle() -> None:
+    placement = plan(gpus=8, workers=2, tensor_parallel=3, ranks=2)
+    assert [bundle["GPU"] for bundle in placement.bundles] == [3.0, 3.0, 1.0, 1.0]
+    assert gpus_used(placement) == [3.0, 3.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("workers", "ranks"), [(2, 2), (1, 2), (2, 1)])
+def test_with_too_few_gpus_for_both_they_share(workers: int, ranks: int) -> None:
+    placement = plan(gpus=2, workers=workers, ranks=ranks)
+    assert (placement.transport, len(placement.bundles)) == ("ipc", 2)
+    assert placement.engine_bundles == list(range(workers))
+    assert placement.rank_bundles == list(range(ranks))
+    assert all(used <= 1.0 for used in gpus_used(placement))
+    assert all(bundle["GPU"] == 1.0 for bundle in placement.bundles)
+
+
+def test_sharing_can_be_asked_for_and_forbidden() -> None:
+    assert plan(gpus=8, workers=2, ranks=2, colocate="yes").transport == "ipc"
+    assert plan(gpus=4, workers=2, ranks=2, colocate="no").transport == "nccl"
+    with pytest.raises(UserError, match="need 4 GPUs, but the cluster has 3"):
+        plan(gpus=3, workers=2, ranks=2, colocate="no")
+
+
+def test_too_few_gpus_even_to_share_are_refused_with_the_figures() -> None:
+    with pytest.raises(UserError) as caught:
+        plan(gpus=2, workers=4, ranks=3)
+    message = str(caught.value)
+    assert "rollout.workers (4)" in message
+    assert "learner.num_ranks (3)" in message
+    assert "need 4 GPUs even when they share, but the cluster has 2" in message
+
+
+@pytest.mark.parametrize("colocate", ["auto", "yes"])
+def test_engines_of_several_gpus_do_not_share_with_the_learner(colocate: str) -> None:
+    with pytest.raises(UserError, match=r"tensor_parallel_size above 1 cannot share.*6 GPUs in all"):
+        plan(gpus=4, workers=2, tensor_parallel=2, ranks=2, colocate=colocate)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "colocate", "transport", "where"),
+    [(2, "no", "ipc", "on GPUs of their own"), (2, "yes", "nccl", "on the same GPUs")],
+)
+def test_a_transport_that_does_not_fit_the_layout_is_refused(
+    gpus: int, colocate: str, transport: str, where: str
+) -> None:
+    with pytest.raises(UserError, match=f"cluster.transport: {transport} .* {where}; use auto"):
+        plan(gpus=gpus, colocate=colocate, transport=transport)
+
+
+@pytest.mark.parametrize(("colocate", "own"), [("no", "nccl"), ("yes", "ipc")])
+def test_shared_memory_goes_with_every_layout(colocate: str, own: str) -> None:
+    assert plan(gpus=2, colocate=colocate, transport="shared_memory").transport == "shared_memory"
+    assert plan(gpus=2, colocate=colocate, transport=own).transport == own

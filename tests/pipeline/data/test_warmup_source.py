@@ -1,0 +1,187 @@
+"""Where warm-up examples come from. The retriever is a list of passages; nothing else is faked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Config
+from pipeline.config_loading import load_config
+from pipeline.data.questions import read_questions
+from pipeline.data.warmup import write_trajectories
+from pipeline.data.warmup_source import synthesise_warm_up, warm_up_examples
+from pipeline.errors import UserError
+from pipeline.protocol import Protocol
+from pipeline.records import Question, WeightedExample
+from retriever_service.corpus import Passage, write_passages
+from retriever_service.search import Hit
+
+PASSAGES = [Passage(f"p{i}", f"Maker {i}", f"Maker {i} was founded by Ada {i}.") for i in range(6)]
+
+
+@pytest.fixture(autouse=True)
+def model(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.data.warmup_source.load_tokenizer", lambda path: tokenizer)
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    """Of a built index only the passages are looked at."""
+    (tmp_path / "index").mkdir()
+    write_passages(PASSAGES, tmp_path / "index" / "passages.arrow")
+    return tmp_path / "index"
+
+
+def write_questions(path: Path, numbers: Sequence[int], prefix: str = "q", *, gold: bool = True) -> Path:
+    rows = []
+    for i in numbers:
+        hop = {
+            "question": f"Who founded Maker {i}?",
+            "answer": f"Ada {i}",
+            "evidence": f"Maker {i} was founded by Ada {i}.",
+            "supporting_id": f"p{i}",
+        }
+        row = {"id": f"{prefix}{i}", "question": f"Who founded Maker {i}?", "answers": [f"Ada {i}"]}
+        rows.append(row | ({"decomposition": [hop]} if gold else {}))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+async def retrieve(query: str, k: int) -> list[Hit]:
+    """Finds the first passages, whatever the query."""
+    return [Hit(passage, 1.0 - 0.1 * rank) for rank, passage in enumerate(PASSAGES[:k])]
+
+
+def config(tmp_path: Path, *overrides: str) -> Config:
+    fixed = (f"data.root={tmp_path}", "data.train=train.jsonl", "agent.documents=2", "warmup.questions=3")
+    return load_config(None, [*fixed, *overrides])
+
+
+def made(
+    config: Config, index: Path, train: Sequence[Question] | None = None
+) -> tuple[list[WeightedExample], dict[str, Any]]:
+    if train is None:
+        train = read_questions(config.data.train, root=config.data.root)
+    return asyncio.run(warm_up_examples(config, train, retrieve, index))
+
+
+def text(config: Config, tokenizer: Any, example: WeightedExample) -> str:
+    return Protocol(tokenizer, config.agent).decode(example.token_ids.tolist())
+
+
+def test_the_first_training_questions_become_examples_of_weight_one(
+    tmp_path: Path, index: Path, tokenizer: Any
+) -> None:
+    write_questions(tmp_path / "train.jsonl", range(6))
+    settings = config(tmp_path)
+    examples, statistics = made(settings, index)
+    assert [(e.question_id, e.weight) for e in examples] == [("q0", 1.0), ("q1", 1.0), ("q2", 1.0)]
+    # Two of the three gold passages are always found; the third has to be put among the hits.
+    assert statistics == {"trajectories": 3, "skipped": {}, "searches": 3, "gold_passages_inserted": 1}
+    for number, example in enumerate(examples):
+        written = text(settings, tokenizer, example)
+        assert f"Maker {number}: Maker {number} was founded by Ada {number}." in written
+        assert written.endswith(f"<answer> Ada {number} </answer>")
+
+
+def test_the_same_questions_and_seed_give_the_same_examples(tmp_path: Path, index: Path) -> None:
+    write_questions(tmp_path / "train.jsonl", range(6))
+    first, _ = made(config(tmp_path), index)
+    again, _ = made(config(tmp_path), index)
+    assert [e.token_ids.tolist() for e in first] == [e.token_ids.tolist() for e in again]
+
+
+def test_warm_up_questions_may_come_from_files_of_their_own(tmp_path: Path, index: Path) -> None:
+    write_questions(tmp_path / "train.jsonl", range(6))
+    write_questions(tmp_path / "gold.jsonl", range(6), prefix="g")
+    examples, _ = made(config(tmp_path, "warmup.sources=gold.jsonl"), index)
+    assert len(examples) == 3
+    assert all(e.question_id.startswith("g") for e in examples)
+
+
+def test_questions_without_supervision_are_skipped_and_counted(tmp_path: Path, index: Path) -> None:
+    write_questions(tmp_path / "a.jsonl", range(2))
+    write_questions(tmp_path / "b.jsonl", [2], prefix="bare", gold=False)
+    examples, statistics = made(config(tmp_path, "data.train=[a.jsonl, b.jsonl]"), index)
+    assert [e.question_id for e in examples] == ["q0", "q1"]
+    assert statistics["skipped"] == {"no supporting passages": 1}
+
+
+def test_a_gold_passage_that_the_corpus_lacks_is_counted(tmp_path: Path, index: Path) -> None:
+    write_questions(tmp_path / "train.jsonl", [0, 9])
+    examples, statistics = made(config(tmp_path), index)
+    assert [e.question_id for e in examples] == ["q0"]
+    assert sum(statistics["skipped"].values()) == 1
+
+
+def test_a_warm_up_without_any_supervision_is_refused(tmp_path: Path, index: Path) -> None:
+    write_questions(tmp_path / "train.jsonl", range(6), gold=False)
+    with pytest.raises(UserError) as caught:
+        made(config(tmp_path), index)
+    message = str(caught.value)
+    assert "warmup.questions is 3, but none of 3 questions" in message
+    assert "'no supporting passages': 3" in message
+    assert "warmup.questions=0" in message
+
+
+# ---------------------------------------------------------------- ready trajectories
+
+
+def ready(settings: Config, index: Path, tokenizer: Any, path: Path) -> Path:
+    """What `exsearch warmup` writes with these settings."""
+    protocol = Protocol(tokenizer, settings.agent)
+    train = read_questions(settings.data.train, root=settings.data.root)
+    result, _ = asyncio.run(synthesise_warm_up(settings, train, protocol, retrieve, index))
+    write_trajectories(path, result.trajectories, protocol)
+    return path
+
+
+@pytest.mark.parametrize("sources", [(), ("warmup.sources=gold.jsonl",)])
+def test_ready_trajectories_give_the_same_examples_as_synthesising_them(
+    tmp_path: Path, index: Path, tokenizer: Any, sources: tuple[str, ...]
+) -> None:
+    write_questions(tmp_path / "train.jsonl", range(6))
+    write_questions(tmp_path / "gold.jsonl", range(6), prefix="g")
+    synthesised, _ = made(config(tmp_path, *sources), index)
+    path = ready(config(tmp_path, *sources), index, tokenizer, tmp_path / "warmup.parquet")
+    examples, statistics = made(config(tmp_path, *sources, f"warmup.trajectories={path}"), index)
+    assert [(e.question_id, e.token_ids.tolist()) for e in examples] == [
+        (e.question_id, e.token_ids.tolist()) for e in synthesised
+    ]
+    assert statistics == {"trajectories": 3}
+
+
+def test_ready_trajectories_of_questions_outside_of_the_training_sample_are_used(
+    tmp_path: Path, index: Path, tokenizer: Any
+) -> None:
+    write_questions(tmp_path / "train.jsonl", range(6))
+    path = ready(config(tmp_path), index, tokenizer, tmp_path / "warmup.parquet")
+    settings = config(tmp_path, f"warmup.trajectories={path}", "data.train_limit=1")
+    sample = read_questions(settings.data.train, root=settings.data.root, limit=1)
+    assert len(made(settings, index, sample)[0]) == 3
+
+
+def test_ready_trajectories_of_unknown_questions_are_refused(tmp_path: Path, index: Path, tokenizer: Any) -> None:
+    write_questions(tmp_path / "train.jsonl", range(6))
+    write_questions(tmp_path / "gold.jsonl", range(6), prefix="g")
+    path = ready(config(tmp_path, "warmup.sources=gold.jsonl"), index, tokenizer, tmp_path / "warmup.parquet")
+    with pytest.raises(UserError, match=r"3 questions that are neither in data\.train nor in warmup\.sources \(g"):
+        made(config(tmp_path, f"warmup.trajectories={path}"), index)
+
+
+def test_ready_trajectories_of_other_agent_settings_are_refused(tmp_path: Path, index: Path, tokenizer: Any) -> None:
+    write_questions(tmp_path / "train.jsonl", range(6))
+    path = ready(config(tmp_path), index, tokenizer, tmp_path / "warmup.parquet")
+    with pytest.raises(UserError, match="another tokenizer or other agent"):
+        made(config(tmp_path, f"warmup.trajectories={path}", "agent.record=false"), index)
+
+
+def test_a_missing_trajectory_file_is_refused(tmp_path: Path, index: Path) -> None:
+    write_questions(tmp_path / "train.jsonl", range(6))
+    with pytest.raises(UserError, match=r"no trajectory file .*nothing\.parquet"):
+        made(config(tmp_path, f"warmup.trajectories={tmp_path / 'nothing.parquet'}"), index)

@@ -1,0 +1,156 @@
+"""Which index a run searches. A small hashing encoder stands in for the sentence encoder; FAISS is real."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline.config_loading import load_config
+from pipeline.display import Display
+from pipeline.errors import UserError
+from pipeline.retrieval import corpus_paths, encoder_spec, prepare_index
+from retriever_service.encoder import EncoderSpec
+from retriever_service.errors import RetrieverError
+from retriever_service.index import build_index, read_manifest
+from tests.retriever_service.support import HashEncoder
+
+
+class HashingEncoder(HashEncoder):
+    """Encoders whose directories have the same name are the same; `missing` cannot be loaded."""
+
+    def __init__(self, spec: EncoderSpec, device: str = "cpu") -> None:
+        if spec.model == "missing":
+            raise RetrieverError("encoder 'missing' cannot be loaded")
+        super().__init__(replace(spec, max_length=spec.max_length or 256))
+        same = replace(self.spec, model=Path(spec.model).name)
+        self.fingerprint = hashlib.sha256(repr(same).encode()).hexdigest()
+
+
+@pytest.fixture(autouse=True)
+def hashing_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.retrieval.build_index", partial(build_index, load_encoder=HashingEncoder))
+    monkeypatch.setattr("pipeline.retrieval.Encoder.load", HashingEncoder)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    path = tmp_path / "data" / "corpus.jsonl"
+    path.parent.mkdir()
+    rows = [{"id": f"p{i}", "title": "", "text": f"Passage number {i}."} for i in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def prepare(tmp_path: Path, *overrides: str) -> Path:
+    config = load_config(None, [f"data.root={tmp_path / 'data'}", *overrides])
+    return prepare_index(config, tmp_path / "run" / "index", Display(Console(file=io.StringIO())))
+
+
+def test_corpus_files_lie_below_the_root_and_data_sets_of_the_hub_do_not() -> None:
+    given = "data.corpus=[a.jsonl, /abs/b.jsonl, 'hf:name:config']"
+    assert corpus_paths(load_config(None, ["data.root=/data", given])) == [
+        "/data/a.jsonl",
+        "/abs/b.jsonl",
+        "hf:name:config",
+    ]
+    assert corpus_paths(load_config(None, ["data.corpus=a.jsonl"])) == ["a.jsonl"]
+
+
+def test_the_encoder_is_the_configured_one() -> None:
+    overrides = ["retriever.encoder=intfloat/e5-base-v2", "retriever.query_prefix='q: '", "retriever.max_tokens=64"]
+    assert encoder_spec(load_config(None, overrides)) == EncoderSpec("intfloat/e5-base-v2", "q: ", None, None, 64)
+
+
+def test_an_index_is_built_from_the_corpus_once(tmp_path: Path, corpus: Path) -> None:
+    index = prepare(tmp_path, "data.corpus=corpus.jsonl")
+    assert index == tmp_path / "run" / "index"
+    assert read_manifest(index).count == 4
+    written = (index / "index.faiss").stat().st_mtime_ns
+    assert prepare(tmp_path, "data.corpus=corpus.jsonl") == index
+    assert (index / "index.faiss").stat().st_mtime_ns == written
+
+
+def test_a_corpus_that_changed_is_refused_and_the_index_kept(tmp_path: Path, corpus: Path) -> None:
+    index = prepare(tmp_path, "data.corpus=corpus.jsonl")
+    corpus.write_text(corpus.read_text().replace("number 3", "number three"))
+    with pytest.raises(RetrieverError, match="holds another index"):
+        prepare(tmp_path, "data.corpus=corpus.jsonl")
+    assert read_manifest(index).count == 4
+
+
+@pytest.mark.parametrize("encoder", ["other", "missing"])
+def test_a_run_does_not_go_on_with_another_encoder(tmp_path: Path, corpus: Path, encoder: str) -> None:
+    prepare(tmp_path, "data.corpus=corpus.jsonl")
+    with pytest.raises(RetrieverError, match=encoder):
+        prepare(tmp_path, "data.corpus=corpus.jsonl", f"retriever.encoder={encoder}")
+
+
+def test_without_corpus_and_index_there_is_nothing_to_search(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"set data\.corpus, or retriever\.index"):
+        prepare(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("not json", r"corpus\.jsonl:5: not valid JSON"),
+        ('{"id": "p9"}', r"corpus\.jsonl:5: no field 'text'"),
+        ('{"id": "p0", "text": "Something else."}', r"corpus\.jsonl:5: id 'p0' appears twice"),
+    ],
+)
+def test_a_mistake_in_the_corpus_is_named_and_leaves_no_index(
+    tmp_path: Path, corpus: Path, line: str, message: str
+) -> None:
+    with corpus.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(RetrieverError, match=message):
+        prepare(tmp_path, "data.corpus=corpus.jsonl")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+# ---------------------------------------------------------------- a given index
+
+
+@pytest.fixture
+def index(tmp_path: Path, corpus: Path) -> Path:
+    """An index that was built with the encoder minilm."""
+    build_index([corpus], tmp_path / "built", EncoderSpec("minilm", "q: "), load_encoder=HashingEncoder)
+    return tmp_path / "built"
+
+
+def test_a_given_index_is_used_and_the_corpus_not_read(tmp_path: Path, index: Path) -> None:
+    assert prepare(tmp_path, f"retriever.index={index}", "data.corpus=missing.jsonl") == index
+    assert prepare(tmp_path, f"retriever.index={index}", "retriever.query_prefix='q: '") == index
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "differs"),
+    [
+        ("retriever.encoder=e5", r"encoder 'minilm' .* encoder 'e5'"),
+        ("retriever.query_prefix='query: '", r"query_prefix 'q: ' -> 'query: '"),
+        ("retriever.max_tokens=64", "max_length 256 -> 64"),
+        ("retriever.encoder=missing", "'missing' cannot be loaded"),
+    ],
+)
+def test_an_index_of_another_encoder_is_refused(tmp_path: Path, index: Path, override: str, differs: str) -> None:
+    with pytest.raises(RetrieverError, match=differs):
+        prepare(tmp_path, f"retriever.index={index}", override)
+
+
+def test_the_same_encoder_in_another_place_is_accepted(tmp_path: Path, index: Path) -> None:
+    settings = ("retriever.encoder=/copies/minilm", "retriever.query_prefix='q: '")
+    assert prepare(tmp_path, f"retriever.index={index}", *settings) == index
+
+
+@pytest.mark.parametrize("name", ["data", "nothing-here"])
+def test_a_directory_that_is_no_index_is_refused(tmp_path: Path, corpus: Path, name: str) -> None:
+    with pytest.raises(RetrieverError, match=f"{name} is not a built index"):
+        prepare(tmp_path, f"retriever.index={tmp_path / name}")

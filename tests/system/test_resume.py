@@ -1,0 +1,97 @@
+"""A run that is killed in the E-step and again in the M-step, and started again by the same command, ends as one that
+was never disturbed: same trajectories, same weights, same scores, same model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors.numpy import load_file
+
+from pipeline.records import examples_from_table, trajectories_from_table
+from tests.system.conftest import overrides, random_model
+
+pytestmark = pytest.mark.system
+DEADLINE_S = 420
+
+
+def test_a_killed_run_ends_like_an_undisturbed_one(world: Path, index: Path, tmp_path: Path) -> None:
+    settings = overrides(world, index, random_model(tmp_path / "model", "Qwen2"))
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    finish(undisturbed, settings)
+
+    kill_when(killed, settings, lambda: (killed / "iterations/0001/rollouts").exists())
+    assert not (killed / "iterations/0001/maximisation.json").exists()
+    kill_when(killed, settings, lambda: (killed / "iterations/0001/expectation.json").exists())
+    assert not (killed / "iterations/0001/DONE").exists()
+    finish(killed, settings)
+
+    assert scores(killed) == scores(undisturbed)
+    for ours, theirs in zip(trajectories(killed), trajectories(undisturbed), strict=True):
+        assert ours.question_id == theirs.question_id
+        np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
+    for mine, other in zip(examples(killed), examples(undisturbed), strict=True):
+        assert mine.weight == pytest.approx(other.weight, rel=1e-4)
+    for name, tensor in weights(undisturbed).items():
+        np.testing.assert_allclose(weights(killed)[name], tensor, atol=1e-5)
+
+
+def command(run: Path, settings: list[str]) -> list[str]:
+    return [sys.executable, "-m", "pipeline.cli", "train", "--run", str(run), *settings]
+
+
+def finish(run: Path, settings: list[str]) -> None:
+    """Run the command to its end. Its cluster is its own: no other Ray address is passed on."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    result = subprocess.run(
+        command(run, settings),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def kill_when(run: Path, settings: list[str], reached: Callable[[], bool]) -> None:
+    """Start the command and SIGKILL the driver, without warning, as soon as `reached` says so."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        command(run, settings), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + DEADLINE_S
+    while not reached():
+        assert process.poll() is None, f"ended by itself with {process.returncode}"
+        assert time.monotonic() < deadline, "did not get there in time"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+
+
+def scores(run: Path) -> dict[str, float]:
+    report = json.loads((run / "report.json").read_text())
+    return {name: result["f1"] for name, result in report["test"].items()} | {
+        "dev": report["iterations"][0]["dev"]["f1"]
+    }
+
+
+def trajectories(run: Path) -> list:  # type: ignore[type-arg]
+    return trajectories_from_table(pq.read_table(run / "iterations/0001/rollouts"))
+
+
+def examples(run: Path) -> list:  # type: ignore[type-arg]
+    return examples_from_table(pq.read_table(run / "iterations/0001/weighted"))
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    return load_file(run / "iterations/0001/model/model.safetensors")
