@@ -145,7 +145,7 @@ def test_the_documented_scores_and_statistics_are_those_that_are_computed() -> N
     (row,) = documented["iterations"]
     scores = evaluate([question], [], bootstrap_samples=2)
     assert keys_of(scores) == keys_of(row["dev"])
-    assert scores.keys() | {"seconds"} == documented["test"]["best"].keys()
+    assert scores.keys() | {"iteration", "seconds"} == documented["test"]["best"].keys()
     assert {field.name for field in fields(WeightingSummary)} < row["train"].keys()
     assert set(row["train"]["stop_reasons"]) == {reason.value for reason in StopReason}
 
