@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -223,11 +223,9 @@ class Cluster:
     ) -> list[RolloutSummary]:
         """Serve all requests with all workers; `sink` gets each group before `on_done` hears of it."""
         queue, summaries = deque(requests), list[RolloutSummary]()
-        restarts = 0
-        lock = asyncio.Lock()
+        self._restarts, self._replacing = 0, asyncio.Lock()
 
         async def slot(index: int) -> None:
-            nonlocal restarts
             while queue:
                 request, worker = queue.popleft(), self._workers[index]
                 try:
@@ -238,16 +236,7 @@ class Cluster:
                     if not _worker_died(error):
                         raise
                     queue.appendleft(request)
-                    async with lock:
-                        if self._workers[index] is worker:
-                            restarts += 1
-                            if restarts > self.config.rollout.max_restarts:
-                                raise ClusterError(
-                                    f"rollout workers died {restarts} times in one phase (rollout.max_restarts: "
-                                    f"{self.config.rollout.max_restarts}); last: {error}"
-                                ) from error
-                            logger.warning(f"rollout worker {index} died and is replaced: {error}")
-                            await self._replace_worker(index)
+                    await self._replace_worker(index, worker, error)
                     continue
                 summaries.append(summary)
                 self._check_failures(summaries)
@@ -255,10 +244,13 @@ class Cluster:
 
         samples = max((request.samples for request in requests), default=1)
         slots = math.ceil(self.config.rollout.concurrency / samples) + 1
-        async with asyncio.TaskGroup() as tasks:
-            for index in range(len(self._workers)):
-                for _ in range(slots):
-                    tasks.create_task(slot(index))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for index in range(len(self._workers)):
+                    for _ in range(slots):
+                        tasks.create_task(slot(index))
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
         return summaries
 
     def _check_failures(self, summaries: Sequence[RolloutSummary]) -> None:
@@ -286,7 +278,7 @@ class Cluster:
 
     def _new_retriever(self) -> Any:
         retriever = self.config.retriever
-        return RetrieverActor.options(
+        return RetrieverActor.options(  # type: ignore[attr-defined]
             num_cpus=0,
             num_gpus=retriever.gpus_per_replica,
             runtime_env=self._runtime_env,
@@ -320,12 +312,22 @@ class Cluster:
             **self._bundle(placement.engine_bundles[index], placement.engine_gpus), max_concurrency=10_000
         ).remote(options, self.retriever, concurrency=rollout.concurrency)
 
-    async def _replace_worker(self, index: int) -> None:
-        """A new worker that serves the current model; it gets no work before."""
-        worker = self._new_worker(index)
-        start = worker.start.remote(self.serving.version)
-        self._nodes[index] = await asyncio.wait_for(start, self.config.cluster.start_timeout_s)
-        self._workers[index] = worker
+    async def _replace_worker(self, index: int, dead: Any, error: RayError) -> None:
+        """Put a new worker, which serves the current model, in the place of a dead one; once, whoever notices first."""
+        async with self._replacing:
+            if self._workers[index] is not dead:
+                return
+            self._restarts += 1
+            if self._restarts > self.config.rollout.max_restarts:
+                raise ClusterError(
+                    f"rollout workers died {self._restarts} times in one phase (rollout.max_restarts: "
+                    f"{self.config.rollout.max_restarts}); last: {error}"
+                ) from error
+            logger.warning(f"rollout worker {index} died and is replaced: {error}")
+            worker = self._new_worker(index)
+            start = worker.start.remote(self.serving.version)
+            self._nodes[index] = await asyncio.wait_for(start, self.config.cluster.start_timeout_s)
+            self._workers[index] = worker
 
     def _learner_options(self, rank: int) -> dict[str, Any]:
         return self._bundle(self.placement.rank_bundles[rank], self.placement.rank_gpus)

@@ -103,6 +103,7 @@ class Learner:
             betas=config.adam_betas,
             eps=config.adam_epsilon,
             weight_decay=config.weight_decay,
+            fused=True,
         )
         self.engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, model_parameters=trainable, config=ds_config
@@ -135,12 +136,11 @@ class Learner:
             on_step: called on each rank after each optimiser step, with that step's metrics.
 
         Returns:
-            examples, skipped_examples (zero weight: counted in the normaliser, not computed), steps,
-            loss (weighted NLL per trained token), nll (unweighted, of the computed examples), grad_norm
-            (mean), learning_rate (peak), trained_tokens, total_tokens, seconds, trained_tokens_per_s,
-            total_tokens_per_s (of the steps that this process ran), pack_fill, rank_balance
-            (`packing_efficiency`), history (one
-            dictionary per step: loss, nll, tokens, grad_norm, learning_rate).
+            examples, skipped_examples (negligible weight: counted in the normaliser, not computed), steps, loss
+            (weighted NLL per trained token), nll (unweighted, of the computed examples), grad_norm (mean),
+            learning_rate (peak), trained_tokens, total_tokens, seconds, trained_tokens_per_s and
+            total_tokens_per_s (of the steps that this process ran), pack_fill and rank_balance
+            (`packing_efficiency`), history (one dictionary per step: loss, nll, tokens, grad_norm, learning_rate).
 
         Raises:
             UserError: an example does not fit the token budget.
@@ -151,7 +151,7 @@ class Learner:
         num_tokens = [num_targets(e) for e in records]
         exact = iteration_weights([e.weight for e in records], num_tokens)
         weights = [v if v >= self.config.negligible_weight else 0.0 for v in exact]
-        # A zero-weight example counts in its batch's normaliser only: it has no length to compute.
+        # A negligible example counts in its batch's normaliser only: it has no length to compute.
         lengths = [
             len(e.token_ids) if w and n else 0 for e, w, n in zip(records, weights, num_tokens, strict=True)
         ]

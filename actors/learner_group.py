@@ -126,7 +126,7 @@ class LearnerGroup:
             timeout=self.config.start_timeout_s,
         )
         self.ranks = [
-            LearnerRank.options(**options).remote(
+            LearnerRank.options(**options).remote(  # type: ignore[attr-defined]
                 self.config,
                 self._model,
                 rank=rank,
@@ -163,7 +163,9 @@ class LearnerGroup:
         try:
             return list(ray.get(calls, timeout=timeout_s))
         except GetTimeoutError as error:
-            raise LearnerError(f"{len(calls)} learner ranks did not end {method} within {timeout_s:.0f} s") from error
+            raise LearnerError(
+                f"{len(calls)} learner ranks did not end {method} within {timeout_s:.0f} s"
+            ) from error
 
 
 def _free_address() -> tuple[str, int]:

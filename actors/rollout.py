@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -21,7 +21,9 @@ from pipeline.config import AgentConfig
 from pipeline.models import load_tokenizer
 from pipeline.protocol import Protocol
 from pipeline.records import Question, ScoreRequest, Trajectory
-from pipeline.search_agent import Sampling, SearchAgent, derive_seed
+from pipeline.search_agent import EngineError, Sampling, SearchAgent, derive_seed
+
+T = TypeVar("T")
 
 INFRASTRUCTURE_ATTEMPTS = 2
 """A trajectory that an infrastructure failure ended is run this many times before it is given up."""
@@ -102,14 +104,19 @@ class RolloutWorker:
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
         """log p of the tokens from `start` on, of each request."""
-        self._exit_if_dead()
-        return list(await asyncio.gather(*(self.engine.score(r.token_ids, r.start) for r in requests)))
+        return await self._answers([self.engine.score(r.token_ids.tolist(), r.start) for r in requests])
 
     async def token_logprobs(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """The same, token by token."""
-        return list(
-            await asyncio.gather(*(self.engine.token_logprobs(r.token_ids, r.start) for r in requests))
-        )
+        calls = [self.engine.token_logprobs(r.token_ids.tolist(), r.start) for r in requests]
+        return await self._answers(calls)
+
+    async def _answers(self, calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        try:
+            return list(await asyncio.gather(*calls))
+        except EngineError:
+            self._exit_if_dead()
+            raise
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         await self.engine.init_weight_transfer_engine(init_info)
@@ -141,7 +148,6 @@ class RolloutWorker:
         )
         async with self._slots:
             for _ in range(INFRASTRUCTURE_ATTEMPTS):
-                self._exit_if_dead()
                 trajectory = await agent.run(
                     request.question,
                     sampling=sampling,
@@ -150,6 +156,7 @@ class RolloutWorker:
                 )
                 if not trajectory.stop_reason.is_infrastructure:
                     break
+                self._exit_if_dead()
         return trajectory
 
     def _agent(self, config: AgentConfig) -> SearchAgent:

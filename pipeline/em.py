@@ -23,15 +23,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import ray
 
 from actors.cluster import Cluster, Serving, ray_session
 from actors.learner_group import LearnerGroup
+from actors.placement import plan_placement
 from pipeline.config import AgentConfig, Config
 from pipeline.data.splits import Splits, load_splits
 from pipeline.data.warmup_source import warm_up_examples
 from pipeline.display import Display
 from pipeline.evaluation import evaluate
-from pipeline.models import check_model
+from pipeline.models import load_tokenizer
+from pipeline.protocol import Protocol
 from pipeline.records import Question, examples_from_table, examples_to_table, trajectories_to_table
 from pipeline.report import best_iteration, build_report, scalars, should_stop
 from pipeline.retrieval import prepare_index
@@ -51,15 +54,16 @@ def train(config: Config, run_path: Path, display: Display) -> Json:
     Raises:
         UserError: bad input, before anything expensive.
     """
-    check_model(config.model.path)
+    Protocol(load_tokenizer(config.model.path), config.agent)
     splits = load_splits(config)
-    run = RunDirectory(run_path, config)
-    display.log_to(run.path / "run.log")
-    with ray_session(config), Tracker(run.path, config.tracking, run.path.name) as tracker:
-        index = prepare_index(config, run.path / "index", display)
-        em = ExpectationMaximisation(config, splits, run, index, tracker, display)
-        with em.start_cluster():
-            return em.run_all()
+    with RunDirectory(run_path, config) as run, Tracker(run.path, config.tracking, run.path.name) as tracker:
+        display.log_to(run.path / "run.log")
+        with ray_session(config):
+            plan_placement(config, ray.cluster_resources())
+            index = prepare_index(config, run.path / "index", display)
+            em = ExpectationMaximisation(config, splits, run, index, tracker, display)
+            with em.start_cluster():
+                return em.run_all()
 
 
 class ExpectationMaximisation:

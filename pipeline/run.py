@@ -136,6 +136,12 @@ class RunDirectory(RunFiles):
         self._lock = _lock(self.path / _LOCK_FILE)
         write_atomically(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.close()
+
     def phase(self, number: int, phase: str, work: Callable[[], Json]) -> Json:
         """The phase's result: read if it is finished, computed by `work` and then written otherwise."""
         return self._once(self.iteration(number) / f"{phase}.json", work)
@@ -178,7 +184,9 @@ class RunDirectory(RunFiles):
         changed = [
             key for key in now | before if before.get(key) != now.get(key) and not _is_free_to_change(key)
         ]
-        if changed:
+        # A run that stopped before its first result, say over a bad corpus, may go on with another configuration.
+        has_results = any(stored.parent.glob("iterations/*/*.json")) or any(stored.parent.glob("test/*.json"))
+        if changed and has_results:
             lines = "\n".join(f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
             raise UserError(
                 f"{stored.parent} holds a run with another configuration; going on with this one would mix two "

@@ -38,4 +38,6 @@ def load_splits(config: Config) -> Splits:
 
     splits = Splits(read("train"), read("dev"), read("test"))
     check_splits_disjoint(splits.train, splits.dev, splits.test)
+    if config.warmup.sources:
+        check_splits_disjoint(read_questions(config.warmup.sources, root=data.root), splits.dev, splits.test)
     return splits

@@ -150,7 +150,13 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # A server that has imported everything forks the ranks: they start in a moment, without this process's threads.
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["actors.learner", "deepspeed", "pipeline.attention", "torch._dynamo", "peft"]
+    [
+        "actors.learner",
+        "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it for every optimiser, and torch.compile
+        "peft",
+        "pipeline.attention",
+        "transformers.models.qwen2.modeling_qwen2",
+    ]
 )
 
 
@@ -284,6 +290,14 @@ def test_metrics_say_what_was_trained(model_path: Path) -> None:
     assert metrics["rank_balance"] == 1.0
 
 
+def test_examples_of_negligible_weight_count_but_are_not_computed(model_path: Path) -> None:
+    config = CONFIG.model_copy(update={"negligible_weight": 0.5})  # the examples of weight 0.3 are below it
+    found, full = (run_ranks(c, model_path, train_only, make_examples()) for c in (config, CONFIG))
+    assert (found["skipped_examples"], full["skipped_examples"]) == (6, 3)
+    assert [step["tokens"] for step in found["history"]] == [step["tokens"] for step in full["history"]]
+    assert found["history"][0]["loss"] < full["history"][0]["loss"]
+
+
 def test_an_example_that_does_not_fit_is_an_error_that_names_it(model_path: Path) -> None:
     config = CONFIG.model_copy(update={"tokens_per_microbatch": 16})
     with pytest.raises(
@@ -389,7 +403,8 @@ def test_an_exported_model_opens_in_transformers_with_the_trained_weights(
     assert opened.get_output_embeddings().weight is opened.get_input_embeddings().weight
     original = transformers.AutoModelForCausalLM.from_pretrained(model_path)
     assert opened.config.to_diff_dict() == original.config.to_diff_dict()
-    assert sorted(p.name for p in path.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
+    files = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert sorted(p.name for p in path.iterdir()) == files
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 

@@ -12,7 +12,13 @@ from pipeline.errors import UserError
 
 
 def plan(
-    *, cpus: int = 64, gpus: int = 0, workers: int = 1, ranks: int = 1, tensor_parallel: int = 1, **cluster: Any
+    *,
+    cpus: int = 64,
+    gpus: int = 0,
+    workers: int = 1,
+    ranks: int = 1,
+    tensor_parallel: int = 1,
+    **cluster: Any,
 ) -> Placement:
     config = Config.model_validate(
         {

@@ -48,7 +48,11 @@ class FakeWorker:
     """
 
     def __init__(
-        self, protocol: Protocol, table: dict[tuple[str, str], float], token_logprob: float = 0.0, limit: int = 4096
+        self,
+        protocol: Protocol,
+        table: dict[tuple[str, str], float],
+        token_logprob: float = 0.0,
+        limit: int = 4096,
     ) -> None:
         self.protocol, self.table, self.token_logprob, self.limit = protocol, table, token_logprob, limit
         self.scored: list[ScoreRequest] = []
@@ -66,7 +70,9 @@ class FakeWorker:
     def _one(self, request: ScoreRequest) -> float:
         context = self.protocol.decode(request.token_ids[: request.start].tolist())
         answer = self.protocol.decode(request.token_ids[request.start :].tolist())
-        found = [v for (mark, gold), v in self.table.items() if mark in context and answer == f" {gold} </answer>"]
+        found = [
+            v for (mark, gold), v in self.table.items() if mark in context and answer == f" {gold} </answer>"
+        ]
         return found[0] if found else -20.0
 
     def _token_logprobs(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
@@ -101,7 +107,9 @@ class Bench:
 
     def trajectories(self) -> list[Trajectory]:
         shards = sorted(self.rollouts.glob("*.parquet"))
-        return [trajectory for shard in shards for trajectory in trajectories_from_table(pq.read_table(shard))]
+        return [
+            trajectory for shard in shards for trajectory in trajectories_from_table(pq.read_table(shard))
+        ]
 
     def files(self) -> dict[str, bytes]:
         paths = [*self.rollouts.iterdir(), *self.weighted.iterdir()]
@@ -123,7 +131,10 @@ class Bench:
         pieces = [(self.protocol.prompt_ids(question.text), False)]
         if thinks:
             turn = f"<think> {mark} </think>", f"<record> {mark} </record> <answer>"
-            pieces += [(encode(turn[0])["input_ids"], True), (encode("<search></search>")["input_ids"], False)]
+            pieces += [
+                (encode(turn[0])["input_ids"], True),
+                (encode("<search></search>")["input_ids"], False),
+            ]
             pieces += [(encode(turn[1])["input_ids"], True)]
         else:
             pieces += [(encode("<answer>")["input_ids"], False)]
@@ -337,7 +348,9 @@ def group_of(at: Bench, question: Question) -> list[Trajectory]:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (2, 0, 4, 1, 3)])
-def test_shards_do_not_depend_on_the_order_in_which_questions_finish(bench: Any, order: tuple[int, ...]) -> None:
+def test_shards_do_not_depend_on_the_order_in_which_questions_finish(
+    bench: Any, order: tuple[int, ...]
+) -> None:
     asked = questions(5)
     expected, at = bench(asked), bench(asked)
     table = {(f"q{i} {k}", f"answer {i}"): -float(i + k) for i in range(5) for k in range(2)}
@@ -347,7 +360,9 @@ def test_shards_do_not_depend_on_the_order_in_which_questions_finish(bench: Any,
         at.add(group_of(at, asked[index]), at.worker(table))
     assert at.files() == expected.files()
     assert at.finish() == expected.finish()
-    assert sorted(at.files()) == [f"{kind}/00000{n}.parquet" for kind in ("rollouts", "weighted") for n in range(3)]
+    assert sorted(at.files()) == [
+        f"{kind}/00000{n}.parquet" for kind in ("rollouts", "weighted") for n in range(3)
+    ]
     assert [e.question_id for e in at.examples()] == [q.id for q in asked for _ in range(2)]
 
 
@@ -471,7 +486,13 @@ def test_the_statistics_are_those_of_the_formulas(bench: Any) -> None:
     ]
     expected = summarise(groups, [importance_weights(group, at.config.weighting) for group in groups])
     report = at.finish()
-    for name in ("questions", "likelihood_bound", "likelihood_bound_stderr", "effective_sample_size", "mean_weight"):
+    for name in (
+        "questions",
+        "likelihood_bound",
+        "likelihood_bound_stderr",
+        "effective_sample_size",
+        "mean_weight",
+    ):
         assert report[name] == pytest.approx(getattr(expected, name)), name
     assert report["all_failed_share"] == 50.0
     assert report["excluded"] == 0

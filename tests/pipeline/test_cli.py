@@ -28,11 +28,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def passage(number: int, **other: Any) -> dict[str, Any]:
-    return {"id": f"p{number}", "title": f"Maker {number}", "text": f"Maker {number} was founded by Ada."} | other
+    return {
+        "id": f"p{number}",
+        "title": f"Maker {number}",
+        "text": f"Maker {number} was founded by Ada.",
+    } | other
 
 
 def question(name: str) -> dict[str, Any]:
-    hop = {"question": "Who founded Maker 1?", "answer": "Ada", "evidence": "Ada founded it.", "supporting_id": "p1"}
+    hop = {
+        "question": "Who founded Maker 1?",
+        "answer": "Ada",
+        "evidence": "Ada founded it.",
+        "supporting_id": "p1",
+    }
     return {"id": name, "question": f"Question {name}?", "answers": ["Ada"], "decomposition": [hop]}
 
 
@@ -61,13 +70,19 @@ def folder(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> P
 def run_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a command; Ray and real encoders are out of reach."""
 
-    def expensive(*_: object) -> None:
+    def expensive(*_: object, **__: object) -> None:
         raise AssertionError("something expensive was started")
 
     monkeypatch.setattr("actors.cluster.ray.init", expensive)
-    monkeypatch.setattr("retriever_service.index.build_index", partial(build_index, load_encoder=load_hash_encoder))
-    monkeypatch.setattr("pipeline.retrieval.build_index", partial(build_index, load_encoder=load_hash_encoder))
-    monkeypatch.setattr("retriever_service.encoder.Encoder.load", lambda spec, device="cpu": HashEncoder(spec))
+    monkeypatch.setattr(
+        "retriever_service.index.build_index", partial(build_index, load_encoder=load_hash_encoder)
+    )
+    monkeypatch.setattr(
+        "pipeline.retrieval.build_index", partial(build_index, load_encoder=load_hash_encoder)
+    )
+    monkeypatch.setattr(
+        "retriever_service.encoder.Encoder.load", lambda spec, device="cpu": HashEncoder(spec)
+    )
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -110,7 +125,9 @@ def test_an_unknown_key_in_the_file(refused: Any, folder: Path) -> None:
 
 def test_one_trajectory_per_question_with_posterior_weights(refused: Any) -> None:
     message = refused(*TRAIN, "rollout.samples=1", "weighting=posterior")
-    assert "rollout.samples of at least 2, not 1; raise rollout.samples or use weighting=likelihood" in message
+    assert (
+        "rollout.samples of at least 2, not 1; raise rollout.samples or use weighting=likelihood" in message
+    )
 
 
 def test_an_override_that_is_no_assignment(refused: Any) -> None:
@@ -195,7 +212,9 @@ CORPUS_MISTAKES = {
 
 @pytest.mark.parametrize(("lines", "message"), CORPUS_MISTAKES.values(), ids=CORPUS_MISTAKES)
 @pytest.mark.parametrize(
-    "command", [WARMUP, ("index", "build", "--corpus", "corpus.jsonl", "--out", "index")], ids=["warmup", "index"]
+    "command",
+    [WARMUP, ("index", "build", "--corpus", "corpus.jsonl", "--out", "index")],
+    ids=["warmup", "index"],
 )
 def test_a_mistake_in_the_corpus(
     refused: Any, folder: Path, command: tuple[str, ...], lines: list[str], message: str
@@ -285,11 +304,14 @@ def test_nothing_to_synthesise(refused: Any) -> None:
 
 
 def test_a_run_directory_that_holds_something_else(refused: Any, folder: Path) -> None:
-    assert "model is not empty and holds no run" in refused("train", "--config", "config.yaml", "--run", "model")
+    assert "model is not empty and holds no run" in refused(
+        "train", "--config", "config.yaml", "--run", "model"
+    )
 
 
 def test_a_run_with_another_configuration(refused: Any, folder: Path) -> None:
-    RunDirectory(folder / "run", load_config(folder / "config.yaml", ["rollout.samples=8"]))
+    run = RunDirectory(folder / "run", load_config(folder / "config.yaml", ["rollout.samples=8"]))
+    run.phase(0, "expectation", dict)
     message = refused(*TRAIN)
     assert "rollout.samples: 8 -> 4" in message
     assert "another --run directory" in message
@@ -303,7 +325,10 @@ def test_a_run_with_another_configuration(refused: Any, folder: Path) -> None:
     [
         (("--run", "run", "--config", "config.yaml"), "give --run or --config, not both"),
         (("--run", "run"), "no configuration file run/config.yaml"),
-        (("--config", "config.yaml", "--split", "validation"), "--split is validation; choose train, dev or test"),
+        (
+            ("--config", "config.yaml", "--split", "validation"),
+            "--split is validation; choose train, dev or test",
+        ),
         (("--config", "config.yaml", "--split", "test"), "data.test is empty"),
         (("--config", "config.yaml"), "give --run, or retriever.index=DIR"),
         (("--config", "config.yaml", "--model", "./nothing"), "./nothing does not exist"),
@@ -315,7 +340,9 @@ def test_an_evaluation_that_cannot_be_done(refused: Any, arguments: tuple[str, .
 
 def test_an_evaluation_leaves_the_run_as_it_is(refused: Any, folder: Path) -> None:
     RunDirectory(folder / "run", load_config(folder / "config.yaml"))
-    message = refused("evaluate", "--run", "run", "--split", "test", "rollout.workers=2", "agent.max_searches=1")
+    message = refused(
+        "evaluate", "--run", "run", "--split", "test", "rollout.workers=2", "agent.max_searches=1"
+    )
     assert "data.test is empty" in message
 
 
@@ -333,7 +360,10 @@ def test_a_question_that_cannot_be_asked(refused: Any, arguments: tuple[str, ...
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--out", "world", "--size", "gigantic"), "size 'gigantic' is unknown; choose one of small, medium, large"),
+        (
+            ("--out", "world", "--size", "gigantic"),
+            "size 'gigantic' is unknown; choose one of small, medium, large",
+        ),
         (("--out", "model"), "model"),
         (("--out", "corpus.jsonl"), "corpus.jsonl is not a directory"),
     ],
@@ -342,7 +372,9 @@ def test_a_world_that_cannot_be_made(refused: Any, arguments: tuple[str, ...], m
     assert message in refused("world", *arguments)
 
 
-@pytest.mark.parametrize("arguments", [("train", "--no-such-option"), ("no-such-command",), ("index", "search")])
+@pytest.mark.parametrize(
+    "arguments", [("train", "--no-such-option"), ("no-such-command",), ("index", "search")]
+)
 def test_a_command_that_does_not_exist(refused: Any, arguments: tuple[str, ...]) -> None:
     assert "Usage" in refused(*arguments)
 
@@ -354,7 +386,16 @@ def test_the_resolved_configuration_is_printed(run_command: Any, folder: Path) -
     assert Config.model_validate(json.loads(run_command(*arguments, "--json").stdout)) == expected
 
 
-COMMANDS = [[], ["train"], ["demo"], ["world"], ["index"], ["index", "build"], ["index", "search"], ["warmup"]]
+COMMANDS = [
+    [],
+    ["train"],
+    ["demo"],
+    ["world"],
+    ["index"],
+    ["index", "build"],
+    ["index", "search"],
+    ["warmup"],
+]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, ["evaluate"], ["ask"], ["config"]], ids=" ".join)
@@ -374,7 +415,9 @@ def test_training_says_where_the_report_is(
     run_command: Any, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], path: str
 ) -> None:
     seen = []
-    monkeypatch.setattr("pipeline.em.train", lambda config, run, display: seen.append((config, run)) or REPORT)
+    monkeypatch.setattr(
+        "pipeline.em.train", lambda config, run, display: seen.append((config, run)) or REPORT
+    )
     result = run_command("train", "--config", "config.yaml", *given, "seed=3")
     assert result.exit_code == 0, result.output
     assert f"report: {path}/report.json" in result.stderr
@@ -392,7 +435,9 @@ def test_an_interrupted_command_says_how_to_go_on(run_command: Any, monkeypatch:
     assert "the same command goes on from there" in result.stderr
 
 
-def test_a_failure_that_is_not_the_users_is_not_hidden(run_command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_that_is_not_the_users_is_not_hidden(
+    run_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 

@@ -136,6 +136,8 @@ def test_every_key_of_the_configuration_has_its_own_name() -> None:
     assert {"seed", "agent.tags.think", "learner.lora.rank", "weighting.method"} <= set(keys)
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("configs/*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].glob("configs/*.yaml")), ids=lambda p: p.stem
+)
 def test_shipped_configurations_are_valid(path: Path) -> None:
     assert load_config(path).em.iterations >= 1

@@ -18,8 +18,12 @@ def model_directory(path: Path, *files: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"])
-@pytest.mark.parametrize("tokenizer_file", ["tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"])
+@pytest.mark.parametrize(
+    "weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+)
+@pytest.mark.parametrize(
+    "tokenizer_file", ["tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"]
+)
 def test_a_complete_directory_is_accepted(tmp_path: Path, weights: str, tokenizer_file: str) -> None:
     check_model(model_directory(tmp_path / "model", "config.json", weights, tokenizer_file))
 
@@ -49,9 +53,13 @@ def test_a_file_is_no_model_directory(tmp_path: Path) -> None:
         check_model(str(tmp_path / "model.safetensors"))
 
 
-@pytest.mark.parametrize("path", ["/no/such/model", "./model", "../model", "~/model", "runs/a/model", "model"])
+@pytest.mark.parametrize(
+    "path", ["/no/such/model", "./model", "../model", "~/model", "runs/a/model", "model"]
+)
 def test_a_path_that_does_not_exist_is_refused(path: str) -> None:
-    with pytest.raises(UserError, match=f"model.path: {path} does not exist; give a model directory or a hub name"):
+    with pytest.raises(
+        UserError, match=f"model.path: {path} does not exist; give a model directory or a hub name"
+    ):
         check_model(path)
 
 

@@ -109,7 +109,15 @@ def test_a_report_can_be_made_again_and_is_the_same(run: RunDirectory) -> None:
 
 @pytest.mark.parametrize(
     ("ems", "best"),
-    [((10, 20, 30), 2), ((10, 30, 20), 1), ((30, 20, 10), 0), ((10, 30, 30), 1), ((5, 5, 5), 0), ((), 0), ((0,), 0)],
+    [
+        ((10, 20, 30), 2),
+        ((10, 30, 20), 1),
+        ((30, 20, 10), 0),
+        ((10, 30, 30), 1),
+        ((5, 5, 5), 0),
+        ((), 0),
+        ((0,), 0),
+    ],
 )
 def test_the_best_iteration_is_the_earliest_with_the_highest_dev_score(
     run: RunDirectory, ems: tuple[float, ...], best: int
@@ -147,7 +155,10 @@ def test_without_patience_training_never_stops_early(run: RunDirectory) -> None:
     ("settings", "expected"),
     [
         ({}, "the model itself"),
-        ({"rollout": {"temperature": 0.8, "top_p": 0.95}}, "temperature 0.8, top_p 0.95, top_k 0; not corrected"),
+        (
+            {"rollout": {"temperature": 0.8, "top_p": 0.95}},
+            "temperature 0.8, top_p 0.95, top_k 0; not corrected",
+        ),
         (
             {"rollout": {"top_k": 20}, "weighting": {"correct_proposal": True}},
             "temperature 1, top_p 1, top_k 20; corrected by the clipped ratio p/q",

@@ -64,8 +64,14 @@ def test_corpus_files_lie_below_the_root_and_data_sets_of_the_hub_do_not() -> No
 
 
 def test_the_encoder_is_the_configured_one() -> None:
-    overrides = ["retriever.encoder=intfloat/e5-base-v2", "retriever.query_prefix='q: '", "retriever.max_tokens=64"]
-    assert encoder_spec(load_config(None, overrides)) == EncoderSpec("intfloat/e5-base-v2", "q: ", None, None, 64)
+    overrides = [
+        "retriever.encoder=intfloat/e5-base-v2",
+        "retriever.query_prefix='q: '",
+        "retriever.max_tokens=64",
+    ]
+    assert encoder_spec(load_config(None, overrides)) == EncoderSpec(
+        "intfloat/e5-base-v2", "q: ", None, None, 64
+    )
 
 
 def test_an_index_is_built_from_the_corpus_once(tmp_path: Path, corpus: Path) -> None:
@@ -140,7 +146,9 @@ def test_a_given_index_is_used_and_the_corpus_not_read(tmp_path: Path, index: Pa
         ("retriever.encoder=missing", "'missing' cannot be loaded"),
     ],
 )
-def test_an_index_of_another_encoder_is_refused(tmp_path: Path, index: Path, override: str, differs: str) -> None:
+def test_an_index_of_another_encoder_is_refused(
+    tmp_path: Path, index: Path, override: str, differs: str
+) -> None:
     with pytest.raises(RetrieverError, match=differs):
         prepare(tmp_path, f"retriever.index={index}", override)
 

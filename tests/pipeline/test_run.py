@@ -35,6 +35,11 @@ def restarted(run: RunDirectory, *overrides: str) -> RunDirectory:
     return RunDirectory(run.path, config(*overrides))
 
 
+def with_a_result(run: RunDirectory) -> RunDirectory:
+    run.phase(0, "expectation", dict)
+    return run
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
@@ -164,7 +169,7 @@ CHANGES = {
 def test_another_configuration_is_refused_with_the_keys_that_differ_and_nothing_is_overwritten(
     run: RunDirectory, key: str, value: str
 ) -> None:
-    before = contents(run.path)
+    before = contents(with_a_result(run).path)
     with pytest.raises(UserError) as caught:
         restarted(run, f"{key}={value}", "em.iterations=7")
     message = str(caught.value)
@@ -178,20 +183,31 @@ def test_another_configuration_is_refused_with_the_keys_that_differ_and_nothing_
 
 def test_every_difference_is_listed_with_the_old_and_the_new_value(run: RunDirectory) -> None:
     with pytest.raises(UserError) as caught:
-        restarted(run, "seed=3", "rollout.samples=8", "weighting.temperature=2")
+        restarted(with_a_result(run), "seed=3", "rollout.samples=8", "weighting.temperature=2")
     lines = [line for line in str(caught.value).splitlines() if " -> " in line]
     assert lines == ["  seed: 0 -> 3", "  rollout.samples: 4 -> 8", "  weighting.temperature: 1.0 -> 2.0"]
 
 
+def test_a_run_without_any_result_may_be_started_with_another_configuration(run: RunDirectory) -> None:
+    restarted(run, "data.corpus=mended.jsonl")
+    assert load_config(run.path / "config.yaml") == config("data.corpus=mended.jsonl")
+
+
 def test_removing_a_section_is_a_difference_too(tmp_path: Path) -> None:
-    run = RunDirectory(tmp_path, config("learner.lora.rank=4"))
+    run = with_a_result(RunDirectory(tmp_path, config("learner.lora.rank=4")))
     with pytest.raises(UserError, match=r"learner\.lora"):
         restarted(run)
 
 
 @pytest.mark.parametrize(
     "override",
-    ["em.iterations=9", "em.patience=1", "rollout.workers=3", "cluster.address=auto", "tracking.tensorboard=false"],
+    [
+        "em.iterations=9",
+        "em.patience=1",
+        "rollout.workers=3",
+        "cluster.address=auto",
+        "tracking.tensorboard=false",
+    ],
 )
 def test_where_and_how_long_a_run_goes_may_change_and_is_remembered(run: RunDirectory, override: str) -> None:
     restarted(run, override)
@@ -204,7 +220,7 @@ def test_only_the_keys_themselves_are_free_to_change_not_keys_that_begin_like_th
     monkeypatch.setattr("pipeline.run.FREE_TO_CHANGE", ("rollout.sample", "se", "rollout.top", "em"))
     for override in ("rollout.samples=8", "seed=1", "rollout.top_k=5"):
         with pytest.raises(UserError, match=override.split("=")[0]):
-            restarted(run, override)
+            restarted(with_a_result(run), override)
     restarted(run, "em.iterations=1")
 
 
@@ -320,7 +336,9 @@ def with_learner(run: RunDirectory, number: int) -> Path:
     return state
 
 
-def test_the_learner_state_of_the_previous_iteration_goes_when_the_iteration_is_done(run: RunDirectory) -> None:
+def test_the_learner_state_of_the_previous_iteration_goes_when_the_iteration_is_done(
+    run: RunDirectory,
+) -> None:
     states = [with_learner(run, t) for t in range(3)]
     write_atomically(run.model(1) / "model.safetensors", "weights")
     run.close_iteration(1)

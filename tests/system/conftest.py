@@ -11,7 +11,7 @@ import pytest
 from tests.actors.support import build_model
 from tests.conftest import QWEN
 
-MODEL_LENGTH = 768
+MODEL_LENGTH = 1024
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +71,7 @@ def overrides(world: Path, index: Path, model: Path) -> list[str]:
         "agent.documents=1",
         "agent.max_searches=2",
         "agent.max_document_tokens=48",
-        "agent.max_turn_tokens=16",
+        "agent.max_turn_tokens=128",
         "rollout.samples=2",
         "rollout.concurrency=16",
         "rollout.kv_cache_gib=0.25",

@@ -78,5 +78,7 @@ def test_questions_that_are_trained_on_are_not_measured_on(root: Path, split: st
 
 
 def test_a_missing_file_is_named_with_what_is_there(root: Path) -> None:
-    with pytest.raises(UserError, match=r"no question file .*trian\.jsonl; there are dev\.jsonl, more\.jsonl"):
+    with pytest.raises(
+        UserError, match=r"no question file .*trian\.jsonl; there are dev\.jsonl, more\.jsonl"
+    ):
         load(root, "data.train=trian.jsonl", "data.dev=dev.jsonl")

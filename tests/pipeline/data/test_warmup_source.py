@@ -166,15 +166,21 @@ def test_ready_trajectories_of_questions_outside_of_the_training_sample_are_used
     assert len(made(settings, index, sample)[0]) == 3
 
 
-def test_ready_trajectories_of_unknown_questions_are_refused(tmp_path: Path, index: Path, tokenizer: Any) -> None:
+def test_ready_trajectories_of_unknown_questions_are_refused(
+    tmp_path: Path, index: Path, tokenizer: Any
+) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     write_questions(tmp_path / "gold.jsonl", range(6), prefix="g")
     path = ready(config(tmp_path, "warmup.sources=gold.jsonl"), index, tokenizer, tmp_path / "warmup.parquet")
-    with pytest.raises(UserError, match=r"3 questions that are neither in data\.train nor in warmup\.sources \(g"):
+    with pytest.raises(
+        UserError, match=r"3 questions that are neither in data\.train nor in warmup\.sources \(g"
+    ):
         made(config(tmp_path, f"warmup.trajectories={path}"), index)
 
 
-def test_ready_trajectories_of_other_agent_settings_are_refused(tmp_path: Path, index: Path, tokenizer: Any) -> None:
+def test_ready_trajectories_of_other_agent_settings_are_refused(
+    tmp_path: Path, index: Path, tokenizer: Any
+) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     path = ready(config(tmp_path), index, tokenizer, tmp_path / "warmup.parquet")
     with pytest.raises(UserError, match="another tokenizer or other agent"):
