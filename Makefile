@@ -55,7 +55,10 @@ $(READY): $(LOCK) pyproject.toml
 	    exit 1
 	  fi
 	  echo "Making $(VENV) with $$("$$python" --version)."
-	  "$$python" -m venv --clear $(VENV)
+	  rm -rf $(VENV)
+	  mkdir $(VENV)
+	  touch $(VENV)/.incomplete
+	  "$$python" -m venv $(VENV)
 	fi
 	touch $(VENV)/.incomplete
 	echo $(DEVICE) > $(VENV)/.device

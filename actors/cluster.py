@@ -373,7 +373,7 @@ def _amounts(resources: dict[str, float]) -> str:
 
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
-    """Connect to the configured cluster, or start a local one, for the duration. An open connection is left as it is."""
+    """Connect to the configured cluster, or start a local one, for the duration; an open connection is left alone."""
     if ray.is_initialized():
         yield
         return

@@ -31,7 +31,7 @@ INFRASTRUCTURE_ATTEMPTS = 2
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """Sample `samples` trajectories of `question`; `seed` is that of the run and the iteration, `temperature` 0 greedy."""
+    """Sample `samples` trajectories of `question`. `seed`: of run and iteration. `temperature`: 0 is greedy."""
 
     question: Question
     agent: AgentConfig

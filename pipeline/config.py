@@ -363,7 +363,9 @@ class Config(Section):
         if weighting.self_normalised and weighting.method != "length_normalised":
             raise ValueError("weighting.self_normalised belongs to method: length_normalised; remove it")
         if self.warmup.mix > 0 and not self.warmup.questions and self.warmup.trajectories is None:
-            raise ValueError("warmup.mix needs warm-up examples: set warmup.questions or warmup.trajectories, or mix to 0")
+            raise ValueError(
+                "warmup.mix needs warm-up examples: set warmup.questions or warmup.trajectories, or mix to 0"
+            )
         if self.learner.tokens_per_microbatch < self.model.max_length:
             raise ValueError(
                 f"learner.tokens_per_microbatch ({self.learner.tokens_per_microbatch}) must hold the longest example "

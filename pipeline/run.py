@@ -131,7 +131,9 @@ class RunDirectory(RunFiles):
         if stored.exists():
             self._check_same(stored, config)
         elif path.exists() and not _is_empty(path):
-            raise UserError(f"{path} is not empty and holds no run (no config.yaml); choose another --run directory")
+            raise UserError(
+                f"{path} is not empty and holds no run (no config.yaml); choose another --run directory"
+            )
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path / _LOCK_FILE)
         write_atomically(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -223,7 +225,9 @@ def _lock(path: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise UserError(f"another process is working on {path.parent}; wait for it or choose another --run") from error
+        raise UserError(
+            f"another process is working on {path.parent}; wait for it or choose another --run"
+        ) from error
     return file
 
 
