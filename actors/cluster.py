@@ -52,13 +52,15 @@ MIN_FOR_FAILURE_SHARE = 50
 
 
 CPU_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
 }
-"""For actors that compute on CPUs. By default glibc gives each large tensor back to the kernel and faults it in again,
-which takes more time than the arithmetic of a small model (docs/results.md)."""
+"""For actors that compute on CPUs. They share the cores, so a thread that waits must not spin. And by default glibc
+gives each large tensor back to the kernel and faults it in again, which takes more time than the arithmetic of a small
+model."""
 
 
 class ClusterError(RuntimeError):

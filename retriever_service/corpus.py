@@ -16,6 +16,8 @@ import gzip
 import hashlib
 import json
 import logging
+import re
+import unicodedata
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -109,17 +111,17 @@ class CorpusReader:
             digest = _content_digest(passage)
         except UnicodeEncodeError as error:
             raise RetrieverError(f"{source}:{line}: not valid Unicode (lone surrogate): {error}") from error
-        content_hash = int.from_bytes(digest[:8], "little")
+        words_hash = _words_hash(passage)
         first = self._ordinals.get(passage.id)
         if first is None:
             self._ordinals[passage.id] = self.num_passages
             self.num_passages += 1
             self._lines.append(line)
-            self._digests.append(content_hash)
+            self._digests.append(words_hash)
             self._checksum.update(digest)
             return True
         in_this_source = first >= self._source_starts[-1]
-        if in_this_source or self._digests[first] != content_hash:
+        if in_this_source or self._digests[first] != words_hash:
             position = sum(start <= first for start in self._source_starts) - 1
             problem = "appears twice" if in_this_source else "has different content in two sources"
             raise RetrieverError(
@@ -137,6 +139,13 @@ def _content_digest(passage: Passage) -> bytes:
         encoded = field.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.digest()
+
+
+def _words_hash(passage: Passage) -> int:
+    """64 bits of the letters and digits only: copies of a passage often differ in spacing and punctuation."""
+    folded = unicodedata.normalize("NFKC", f"{passage.title} {passage.text}").casefold()
+    letters = re.sub(r"[\W_]+", "", folded)
+    return int.from_bytes(hashlib.sha256(letters.encode()).digest()[:8], "little")
 
 
 def _read_records(source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:

@@ -119,6 +119,14 @@ def test_union_counts_equal_passages_once(tmp_path: Path) -> None:
     assert (reader.num_passages, reader.num_duplicates) == (2, 1)
 
 
+def test_union_takes_copies_that_differ_in_spacing_and_punctuation_for_equal_and_keeps_the_first(
+    tmp_path: Path,
+) -> None:
+    first = write_jsonl(tmp_path / "a.jsonl", [GOOD | {"text": "Rucker (born 1954) sang."}])
+    second = write_jsonl(tmp_path / "b.jsonl", [GOOD | {"text": "Rucker( born 1954)  sang"}])
+    assert [passage.text for passage in read_corpus([first, second])] == ["Rucker (born 1954) sang."]
+
+
 def test_union_refuses_one_id_with_two_contents_and_names_both_lines(tmp_path: Path) -> None:
     first = write_jsonl(tmp_path / "a.jsonl", [{"id": "0", "text": "x"}, GOOD])
     second = write_jsonl(tmp_path / "b.jsonl", [GOOD | {"text": "other"}])

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from pipeline.records import examples_from_table, trajectories_from_table
 from tests.system.conftest import overrides, random_model
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 DEADLINE_S = 420
 
 
