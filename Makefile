@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench lock clean
+.PHONY: help setup demo test lint base-model bench lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ LOCK := requirements/$(DEVICE).txt
 READY := $(VENV)/.ready-$(DEVICE)
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: $(READY)  ## install everything into .venv (DEVICE=cpu or gpu to choose; else what the machine has)
 	@echo "$(VENV) is ready ($(DEVICE) set)."
@@ -99,6 +99,14 @@ lint: $(READY)  ## ruff, mypy and the rules on who may import whom
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# By default glibc gives every large tensor back to the kernel and faults it in again: more work than the arithmetic.
+base-model: export MALLOC_ARENA_MAX := 1
+base-model: export MALLOC_MMAP_MAX_ := 0
+base-model: export MALLOC_TRIM_THRESHOLD_ := 17179869184
+base-model: export MALLOC_TOP_PAD_ := 268435456
+base-model: $(READY)  ## train models/tiny-searcher again, from scratch (ARGS=... for the script)
+	$(BIN)/python scripts/train_tiny_searcher.py --out models/tiny-searcher $(ARGS)
 
 bench: $(READY)  ## measure what is fast, as ratios to the limit beside it
 	$(BIN)/python -m bench $(ARGS)

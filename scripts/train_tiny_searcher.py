@@ -1,6 +1,6 @@
 """Train the tiny base model that ships in `models/tiny-searcher`, from scratch, on two CPU cores.
 
-    python scripts/train_tiny_searcher.py --out models/tiny-searcher
+    make base-model
 
 A Qwen2-architecture model of about 3.4 million parameters with its own byte-level BPE learns the agent's protocol
 from gold trajectories on generated worlds of the partition `pretrain`, whose names occur in no world of the partition
