@@ -1,6 +1,6 @@
 """Retrieval alone: recall of the gold passages in the top 5 and 10 of one search with the question.
 
-    python -m bench.recall --index DIR [--root DIR] FILE.jsonl [FILE.jsonl ...]
+python -m bench.recall --index DIR [--root DIR] FILE.jsonl [FILE.jsonl ...]
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ DEPTHS = (5, 10)
 
 def main() -> None:
     """Prints one row per question file, in percent."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--index", type=Path, required=True, help="a built index")
     parser.add_argument("--root", default="", help="folder that the files are in")
     parser.add_argument("files", nargs="+", help="questions with supporting_ids")
@@ -31,7 +33,10 @@ def main() -> None:
         questions = [q for q in read_questions([file], root=arguments.root) if q.supporting_ids]
         results = searcher.search([q.text for q in questions], DEPTHS[-1])
         found = [
-            [sum(hit.passage.id in q.supporting_ids for hit in hits[:k]) / len(q.supporting_ids) for k in DEPTHS]
+            [
+                sum(hit.passage.id in q.supporting_ids for hit in hits[:k]) / len(q.supporting_ids)
+                for k in DEPTHS
+            ]
             for q, hits in zip(questions, results, strict=True)
         ]
         shares = [sum(row[column] for row in found) / len(found) for column in range(len(DEPTHS))]

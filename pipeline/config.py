@@ -242,8 +242,8 @@ class LearnerConfig(Section):
     epochs: int = Field(1, ge=1)
     """Passes over the weighted examples per M-step."""
     negligible_weight: float = Field(1e-3, ge=0, lt=1)
-    """Examples with less than this share of the average weight are counted in the loss's normaliser, but not computed:
-    where half of the trajectories fail it halves the time. 0 computes all."""
+    """Examples with less than this share of the average weight are counted in the loss's normaliser, but not computed.
+    0 computes all."""
     batch_size: int = Field(64, ge=1)
     """Examples per optimiser step, over all ranks."""
     tokens_per_microbatch: int = Field(4096, ge=16)
