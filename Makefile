@@ -101,7 +101,6 @@ lint: $(READY)  ## ruff, mypy and the rules on who may import whom
 	$(BIN)/lint-imports --no-logo
 
 # By default glibc gives every large tensor back to the kernel and faults it in again: more work than the arithmetic.
-base-model: export MALLOC_ARENA_MAX := 1
 base-model: export MALLOC_MMAP_MAX_ := 0
 base-model: export MALLOC_TRIM_THRESHOLD_ := 17179869184
 base-model: export MALLOC_TOP_PAD_ := 268435456

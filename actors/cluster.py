@@ -53,7 +53,6 @@ MIN_FOR_FAILURE_SHARE = 50
 
 CPU_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
     "MALLOC_TOP_PAD_": str(256 << 20),
@@ -380,6 +379,8 @@ def ray_session(config: Config) -> Iterator[None]:
         yield
         return
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    # It announces Ray's new default, token authentication, at every start.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.init(
         address=address,
         include_dashboard=None if address else False,

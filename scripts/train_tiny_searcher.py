@@ -5,10 +5,15 @@
 A Qwen2-architecture model of about 3.4 million parameters with its own byte-level BPE learns the agent's protocol
 from gold trajectories on generated worlds of the partition `pretrain`, whose names occur in no world of the partition
 `default` (`pipeline/data/world/names.py`): what it can learn here is to read, to copy and to follow the format, not a
-single fact of the demo. Training stops early on purpose: multi-hop questions are left for EM.
+single fact of the demo. The searcher that it imitates is impatient: it often stops after a step that is not the last
+and answers with what it found there. To go on until the question is answered is left for EM to discover.
 
-The steps: worlds -> tokenizer -> gold trajectories with passages from a real dense search -> next-token training,
-mostly on what the agent writes (length-sorted batches, right-padded, bfloat16 autocast).
+The steps: worlds -> tokenizer -> gold trajectories with passages from a real dense search -> copying random strings
+-> next-token training, mostly on what the agent writes (length-sorted batches, right-padded, bfloat16 autocast).
+
+Copying comes first because a small model finds it late: it needs induction heads (Olsson et al. 2022, "In-context
+Learning and Induction Heads"), which look for what followed an earlier occurrence of the current token. Two helps make
+them appear within minutes: initial biases with which some heads look at the previous token, and strings that repeat.
 """
 
 from __future__ import annotations
@@ -16,9 +21,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +53,9 @@ AGENT = AgentConfig(documents=2, max_document_tokens=128, max_turn_tokens=96)
 MAX_LENGTH = 1536
 READING_WEIGHT = 0.25
 """Weight of predicting the passages and questions: it teaches the names' tokens and how to copy them."""
+PREVIOUS_TOKEN_BIAS = 4.0
+COPY_LENGTHS = (32, 64, 128, 256, 512)
+COPY_ACCURACY = 0.9
 
 console = Console()
 
@@ -59,7 +69,13 @@ def main() -> None:
         "--work", type=Path, help="keep worlds and indexes here (default: a temporary directory)"
     )
     parser.add_argument("--worlds", type=int, default=8, help="generated worlds of 2,000 passages each")
-    parser.add_argument("--tokens", type=float, default=8.0, help="millions of tokens to train on")
+    parser.add_argument(
+        "--give-up",
+        type=float,
+        default=0.6,
+        help="probability that the searcher it imitates stops after a step that is not the last",
+    )
+    parser.add_argument("--tokens", type=float, default=4.0, help="millions of tokens of trajectories")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per optimiser step")
     parser.add_argument("--seed", type=int, default=0)
@@ -70,11 +86,13 @@ def main() -> None:
         worlds = [make_world(work, seed) for seed in range(1000, 1000 + arguments.worlds)]
         tokenizer = train_tokenizer(worlds)
         protocol = Protocol(tokenizer, AGENT)
-        examples = [e for world in worlds for e in gold_examples(world, protocol)]
+        examples = [e for world in worlds for e in gold_examples(world, protocol, arguments)]
     console.print(f"{len(examples):,} gold trajectories, {sum(len(e.token_ids) for e in examples):,} tokens")
     model = new_model(len(tokenizer), tokenizer)
     console.print(f"{model.num_parameters():,} parameters")
-    train(model, examples, arguments)
+    learner = Learner(model, arguments.learning_rate)
+    learn_to_copy(learner, arguments)
+    train(learner, examples, arguments)
     model.to(torch.float32).save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
 
@@ -117,11 +135,15 @@ def _texts(world: Path) -> Iterator[str]:
         yield from (f"{hop.question} {hop.evidence}" for hop in question.decomposition)
 
 
-def gold_examples(world: Path, protocol: Protocol) -> list[WeightedExample]:
-    """The world's training questions as trajectories that a perfect agent would live through."""
+def gold_examples(world: Path, protocol: Protocol, arguments: argparse.Namespace) -> list[WeightedExample]:
+    """The world's training questions as trajectories of a searcher who does every step right, but is impatient."""
     searcher = DenseSearcher.open(world.with_name(world.name.replace("world", "index")))
     passages = {p.id: p for p in read_corpus([world / "corpus.jsonl"])}
-    questions = read_questions([str(world / "train.jsonl")])
+    generator = random.Random(f"{arguments.seed} {world.name}")
+    questions = [
+        impatient(question, arguments.give_up, generator)
+        for question in read_questions([str(world / "train.jsonl")])
+    ]
     hits = search_all(searcher, questions)
 
     async def retrieve(query: str, k: int) -> Sequence[Hit]:
@@ -133,6 +155,14 @@ def gold_examples(world: Path, protocol: Protocol) -> list[WeightedExample]:
     console.print(f"{world.name}: {len(result.trajectories)} trajectories, skipped {dict(result.skipped)}")
     answers = {q.id: q.answers[0] for q in questions}
     return [protocol.with_gold_answer(t, answers[t.question_id], 1.0) for t in result.trajectories]
+
+
+def impatient(question: Question, give_up: float, generator: random.Random) -> Question:
+    """The question as a searcher sees it who may stop after any step and answer with what that step found."""
+    for number, hop in enumerate(question.decomposition[:-1], start=1):
+        if generator.random() < give_up:
+            return replace(question, answers=(hop.answer,), decomposition=question.decomposition[:number])
+    return question
 
 
 def search_all(searcher: DenseSearcher, questions: Sequence[Question]) -> dict[str, list[Hit]]:
@@ -154,47 +184,105 @@ def new_model(vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCa
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return Qwen2ForCausalLM(config)
+    model = Qwen2ForCausalLM(config)
+    look_at_previous_token(model)
+    return model
 
 
-def train(
-    model: Qwen2ForCausalLM, examples: Sequence[WeightedExample], arguments: argparse.Namespace
-) -> None:
+def look_at_previous_token(model: Qwen2ForCausalLM) -> None:
+    """Initial query and key biases with which half of the heads of the first two layers prefer the token before.
+
+    The rotary embedding turns the bias pair i by position * theta_i; a query turned back by one more theta_i has its
+    largest product, the sum of cos((distance - 1) * theta_i), at distance one.
+    """
+    config = model.config
+    kv_heads, width = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    queries_per_kv = config.num_attention_heads // kv_heads
+    theta = config.rope_parameters["rope_theta"] ** (-torch.arange(width // 2) / (width // 2))
+    key = PREVIOUS_TOKEN_BIAS * torch.cat([torch.ones_like(theta), torch.zeros_like(theta)])
+    query = PREVIOUS_TOKEN_BIAS * torch.cat([theta.cos(), -theta.sin()])
+    for layer in model.model.layers[:2]:
+        heads = kv_heads // 2
+        layer.self_attn.k_proj.bias.data[: heads * width] = key.repeat(heads)
+        layer.self_attn.q_proj.bias.data[: heads * queries_per_kv * width] = query.repeat(
+            heads * queries_per_kv
+        )
+
+
+class Learner:
+    """A model and its optimiser: one call, one step."""
+
+    def __init__(self, model: Qwen2ForCausalLM, learning_rate: float) -> None:
+        self.model = model
+        self._peak = learning_rate
+        self._optimiser = torch.optim.AdamW(
+            model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        )
+
+    def logits(self, ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+        """Next-token logits [N, V] of the N true places of `where` [B, T] (never the first column)."""
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits: torch.Tensor = self.model(input_ids=ids[:, :-1], use_cache=False).logits
+        return logits[where[:, 1:]]
+
+    def step(self, loss: torch.Tensor, rate: float) -> None:
+        for group in self._optimiser.param_groups:
+            group["lr"] = self._peak * rate
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._optimiser.step()
+        self._optimiser.zero_grad()
+
+
+def learn_to_copy(learner: Learner, arguments: argparse.Namespace) -> None:
+    """Random strings that repeat with a random period, longer whenever the model has learnt to copy these."""
+    generator = np.random.default_rng(arguments.seed)
+    start, step = time.perf_counter(), 0
+    for length in COPY_LENGTHS:
+        accuracies: list[float] = []
+        while len(accuracies) < 5 or np.mean(accuracies[-5:]) < COPY_ACCURACY:
+            periods = generator.integers(4, length // 2, max(1, arguments.batch_tokens // length))
+            strings = [generator.integers(2, VOCABULARY, period) for period in periods]
+            ids = torch.from_numpy(np.stack([np.resize(string, length) for string in strings]))
+            logits = learner.logits(ids, torch.ones_like(ids, dtype=torch.bool))
+            targets = ids[:, 1:].flatten()
+            learner.step(-token_logprobs(logits, targets).mean(), rate=min(1.0, (step + 1) / 50))
+            right = (logits.argmax(-1) == targets).view(len(ids), -1)
+            accuracies.append(right[:, length // 2 :].float().mean().item())
+            step += 1
+            if step % 50 == 0:
+                log(start, copying=length, step=step, accuracy=accuracies[-1])
+    log(start, copying="learnt", step=step)
+
+
+def train(learner: Learner, examples: Sequence[WeightedExample], arguments: argparse.Namespace) -> None:
     generator = np.random.default_rng(arguments.seed)
     budget, start = int(arguments.tokens * 1e6), time.perf_counter()
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
     seen = step = 0
+    accuracies: list[float] = []
     with Progress(console=console) as progress:
         bar = progress.add_task("training", total=budget)
         while seen < budget:
             for batch in batches(examples, arguments.batch_tokens, generator):
-                rate = schedule(seen / budget)
-                for group in optimiser.param_groups:
-                    group["lr"] = arguments.learning_rate * rate
-                ids, mask, written = collate(batch, model.config.pad_token_id)
-                with torch.autocast("cpu", dtype=torch.bfloat16):
-                    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[written[:, 1:]]
+                ids, mask, written = collate(batch, learner.model.config.pad_token_id)
+                logits = learner.logits(ids, written)
                 targets, own = ids[:, 1:][written[:, 1:]], mask[:, 1:][written[:, 1:]]
                 logprobs = token_logprobs(logits, targets)
                 loss = -logprobs[own].mean() - READING_WEIGHT * logprobs[~own].mean()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimiser.step()
-                optimiser.zero_grad()
+                learner.step(loss, schedule(seen / budget))
+                accuracies.append((logits.argmax(-1) == targets)[own].float().mean().item())
                 seen += sum(len(e.token_ids) for e in batch)
                 step += 1
                 if step % 100 == 0:
-                    accuracy = (logits.argmax(-1) == targets)[own].float().mean().item()
-                    seconds = time.perf_counter() - start
-                    console.print(
-                        json.dumps({"step": step, "loss": round(loss.item(), 4), "accuracy": round(accuracy, 4),
-                                    "tokens_per_s": round(seen / seconds), "seconds": round(seconds)})
-                    )  # fmt: skip
+                    log(start, step=step, tokens=seen, loss=loss.item(), accuracy=np.mean(accuracies[-100:]))
                 progress.update(bar, completed=min(seen, budget))
                 if seen >= budget:
                     break
+
+
+def log(start: float, **values: object) -> None:
+    rounded = {k: round(float(v), 4) if isinstance(v, float) else v for k, v in values.items()}
+    print(json.dumps(rounded | {"seconds": round(time.perf_counter() - start)}), flush=True)
 
 
 def batches(

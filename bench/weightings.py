@@ -1,0 +1,86 @@
+"""The demo under several weightings and seeds: `python -m bench.weightings --out DIR [--seeds 0 1 2]`.
+
+Every run is an ordinary `exsearch demo` over one world and one index; finished ones are kept, so the same command
+goes on after an interruption. Ends with a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+WEIGHTINGS = {
+    "likelihood": ["weighting=likelihood"],
+    "posterior": ["weighting=posterior"],
+    "posterior, floor 0.1": ["weighting=posterior", "weighting.floor=0.1"],
+    "uniform": ["weighting=uniform"],
+}
+COMMON = ["evaluation.baselines=false"]
+
+
+def main() -> int:
+    """Runs what is missing and prints the table. Returns the exit code of the first run that fails, else 0."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("overrides", nargs="*", help="configuration for all runs, key=value")
+    arguments = parser.parse_args()
+    reports: dict[str, list[dict[str, Any]]] = {}
+    for seed in arguments.seeds:
+        for name, keys in WEIGHTINGS.items():
+            run = arguments.out / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
+            index = next(arguments.out.glob("*/index"), None)
+            shared = [f"retriever.index={index}"] if index and index.parent != run else []
+            code = demo(run, [f"seed={seed}", *keys, *COMMON, *shared, *arguments.overrides])
+            if code != 0:
+                return code
+            reports.setdefault(name, []).append(json.loads((run / "report.json").read_text()))
+    print(table(reports))
+    return 0
+
+
+def demo(run: Path, overrides: Sequence[str]) -> int:
+    """The exit code of one run, 0 at once if it is finished."""
+    report = run / "report.json"
+    if report.exists() and "best" in json.loads(report.read_text())["test"]:
+        return 0
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "demo", "--run", str(run), *overrides], check=False
+    ).returncode
+
+
+def table(reports: dict[str, list[dict[str, Any]]]) -> str:
+    """One row per weighting: means over the seeds, with the standard deviation."""
+    rows = [
+        "| weighting | test EM, warm-up | test EM, best iteration | dev EM by iteration | bound by iteration |",
+        "|---|---|---|---|---|",
+    ]
+    for name, runs in reports.items():
+        iterations = list(zip(*(run["iterations"] for run in runs), strict=True))
+        cells = [
+            f"`{name}`",
+            spread([run["test"]["warm_up"]["em"] for run in runs]),
+            spread([run["test"]["best"]["em"] for run in runs]),
+            ", ".join(spread([run["dev"]["em"] for run in runs]) for runs in iterations),
+            ", ".join(spread([run["train"]["likelihood_bound"] for run in runs], 2) for runs in iterations),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """`mean (standard deviation)` of one figure over the seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.{digits}f} ({deviation:.{digits}f})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
