@@ -5,8 +5,8 @@
 A Qwen2-architecture model of about 3.4 million parameters with its own byte-level BPE learns the agent's protocol
 from gold trajectories on generated worlds of the partition `pretrain`, whose names occur in no world of the partition
 `default` (`pipeline/data/world/names.py`): what it can learn here is to read, to copy and to follow the format, not a
-single fact of the demo. The searcher that it imitates is impatient: it often stops after a step that is not the last
-and answers with what it found there. To go on until the question is answered is left for EM to discover.
+single fact of the demo. The searcher that it imitates is impatient: it mostly settles for what its first search found.
+To search on until the question is answered is left for EM to discover.
 
 The steps: worlds -> tokenizer -> gold trajectories with passages from a real dense search -> copying random strings
 -> next-token training, mostly on what the agent writes (length-sorted batches, right-padded, bfloat16 autocast).
@@ -70,12 +70,12 @@ def main() -> None:
     )
     parser.add_argument("--worlds", type=int, default=8, help="generated worlds of 2,000 passages each")
     parser.add_argument(
-        "--give-up",
+        "--settle",
         type=float,
         default=0.6,
-        help="probability that the searcher it imitates stops after a step that is not the last",
+        help="probability that the searcher it imitates settles for what the first search found",
     )
-    parser.add_argument("--tokens", type=float, default=4.0, help="millions of tokens of trajectories")
+    parser.add_argument("--tokens", type=float, default=5.0, help="millions of tokens of trajectories")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per optimiser step")
     parser.add_argument("--seed", type=int, default=0)
@@ -136,12 +136,12 @@ def _texts(world: Path) -> Iterator[str]:
 
 
 def gold_examples(world: Path, protocol: Protocol, arguments: argparse.Namespace) -> list[WeightedExample]:
-    """The world's training questions as trajectories of a searcher who does every step right, but is impatient."""
+    """The world's training questions as trajectories of a searcher who does each step right, but is impatient."""
     searcher = DenseSearcher.open(world.with_name(world.name.replace("world", "index")))
     passages = {p.id: p for p in read_corpus([world / "corpus.jsonl"])}
     generator = random.Random(f"{arguments.seed} {world.name}")
     questions = [
-        impatient(question, arguments.give_up, generator)
+        first_step(question) if generator.random() < arguments.settle else question
         for question in read_questions([str(world / "train.jsonl")])
     ]
     hits = search_all(searcher, questions)
@@ -157,12 +157,10 @@ def gold_examples(world: Path, protocol: Protocol, arguments: argparse.Namespace
     return [protocol.with_gold_answer(t, answers[t.question_id], 1.0) for t in result.trajectories]
 
 
-def impatient(question: Question, give_up: float, generator: random.Random) -> Question:
-    """The question as a searcher sees it who may stop after any step and answer with what that step found."""
-    for number, hop in enumerate(question.decomposition[:-1], start=1):
-        if generator.random() < give_up:
-            return replace(question, answers=(hop.answer,), decomposition=question.decomposition[:number])
-    return question
+def first_step(question: Question) -> Question:
+    """The question as an impatient searcher sees it, who answers with what the first search found."""
+    hop = question.decomposition[0]
+    return replace(question, answers=(hop.answer,), decomposition=(hop,))
 
 
 def search_all(searcher: DenseSearcher, questions: Sequence[Question]) -> dict[str, list[Hit]]:
