@@ -100,10 +100,6 @@ lint: $(READY)  ## ruff, mypy and the rules on who may import whom
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# By default glibc gives every large tensor back to the kernel and faults it in again: more work than the arithmetic.
-base-model: export MALLOC_MMAP_MAX_ := 0
-base-model: export MALLOC_TRIM_THRESHOLD_ := 17179869184
-base-model: export MALLOC_TOP_PAD_ := 268435456
 base-model: $(READY)  ## train models/tiny-searcher again, from scratch (ARGS=... for the script)
 	$(BIN)/python scripts/train_tiny_searcher.py --out models/tiny-searcher $(ARGS)
 

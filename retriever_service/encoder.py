@@ -9,7 +9,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import hashlib
 import importlib.util
@@ -43,7 +42,6 @@ PASSAGE_TEMPLATE = "{title} {text}"
 _CPU_BATCH, _GPU_BATCH = 32, 256
 _BATCHES_PER_SLICE = 32
 _PAD_TO_MULTIPLE = 8
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _TOKENIZER_PROBE = "Probe \u00c9t\u00e9 42nd-street (naive)"
 
 
@@ -118,8 +116,6 @@ class Encoder:
         self._model = model
         self._on_cpu = model.device.type == "cpu"
         self._batch = _CPU_BATCH if self._on_cpu else _GPU_BATCH
-        if self._on_cpu:
-            _keep_freed_memory()
 
     @classmethod
     def load(cls, spec: EncoderSpec, device: str = "cpu") -> Encoder:
@@ -194,20 +190,6 @@ class Encoder:
                 f"encoder {self.spec.model} gave infinite or undefined vectors in {self.spec.dtype}"
             )
         return vectors
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of freed tensors for the next ones (mallopt(3)); elsewhere nothing happens.
-
-    By default it gives every large tensor back to the kernel and faults it in again page by page, which takes
-    longer than the arithmetic of a small model.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "gnu_get_libc_version"):
-        return
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    libc.mallopt(_M_TOP_PAD, 256 << 20)
 
 
 def passage_text(passage: Passage) -> str:

@@ -2,7 +2,7 @@
 
     make base-model
 
-A Qwen2-architecture model of about 3.4 million parameters with its own byte-level BPE learns the agent's protocol
+A Qwen2-architecture model of about 3.3 million parameters with its own byte-level BPE learns the agent's protocol
 from gold trajectories on generated worlds of the partition `pretrain`, whose names occur in no world of the partition
 `default` (`pipeline/data/world/names.py`): what it can learn here is to read, to copy and to follow the format, not a
 single fact of the demo. The searcher that it imitates is impatient: it mostly settles for what its first search found.
