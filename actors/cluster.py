@@ -304,7 +304,7 @@ class Cluster:
             gpu_memory_utilization=rollout.gpu_memory_utilization,
             kv_cache_gib=rollout.kv_cache_gib,
             enforce_eager=rollout.enforce_eager or cpu,
-            num_threads=os.cpu_count() if cpu else None,
+            num_threads=self._threads_per_engine() if cpu else None,
             weight_transport=placement.transport,
             request_timeout_s=rollout.timeout_s,
             record_proposal=self.config.weighting.correct_proposal,
@@ -312,6 +312,11 @@ class Cluster:
         return RolloutActor.options(
             **self._bundle(placement.engine_bundles[index], placement.engine_gpus), max_concurrency=10_000
         ).remote(options, self.retriever, concurrency=rollout.concurrency)
+
+    def _threads_per_engine(self) -> int:
+        """Cores of a node divided by the engines on it. Nodes are taken to be like the driver's."""
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        return max(1, len(os.sched_getaffinity(0)) // math.ceil(self.config.rollout.workers / nodes))
 
     async def _replace_worker(self, index: int, dead: Any, error: RayError) -> None:
         """Put a new worker, which serves the current model, in the place of a dead one; once, whoever notices first."""
@@ -391,3 +396,9 @@ def ray_session(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def count_devices() -> int:
+    """GPUs of the connected cluster, or its CPUs where it has none."""
+    resources = ray.cluster_resources()
+    return int(resources.get("GPU", 0)) or int(resources.get("CPU", 0))

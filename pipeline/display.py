@@ -152,13 +152,14 @@ def _iteration_cells(row: Mapping[str, Any], best: int) -> Sequence[str]:
     train, dev, seconds = row["train"], row["dev"] or {}, row["phase_seconds"]
     bound = (
         f"{train['likelihood_bound']:.2f} ± {train['likelihood_bound_stderr']:.2f}"
-        if row["iteration"]
+        if "likelihood_bound" in train
         else ""
     )
-    name = "warm-up" if row["iteration"] == 0 else str(row["iteration"])
+    start = "warm-up" if "maximisation" in seconds else "base"
+    name = str(row["iteration"]) if row["iteration"] else start
     return (
         f"{name} *" if row["iteration"] == best else name,
-        bound if "likelihood_bound" in train else "",
+        bound,
         _number(train.get("effective_sample_size"), 2),
         _number(train.get("all_failed_share")),
         _number(dev.get("em")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config import Config
@@ -19,15 +20,18 @@ class Splits:
     test: list[Question]
 
 
-def load_splits(config: Config) -> Splits:
+def load_splits(config: Config, required: Sequence[str] = ("train", "dev")) -> Splits:
     """Read and sample the three splits.
 
+    Args:
+        required: splits that must not be empty where EM iterations are asked for.
+
     Raises:
-        UserError: a bad file, overlapping splits, or training without training or dev questions.
+        UserError: a bad file, overlapping splits, or an empty one that is required.
     """
     data = config.data
     if config.em.iterations > 0:
-        for key in ("train", "dev"):
+        for key in required:
             if not getattr(data, key):
                 raise UserError(f"data.{key} is empty; name at least one file of questions (docs/formats.md)")
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from actors.cluster import count_devices, ray_session
+from pipeline.config import Config
 from pipeline.config_loading import load_config
 from pipeline.data.world.writer import write_world
 from pipeline.display import Display
@@ -16,6 +18,9 @@ from pipeline.run import Json
 HOME = Path(__file__).resolve().parents[2]
 """The checkout: configs/ and models/ are found from any working directory."""
 
+MAX_ENGINES_AND_RANKS = 2
+"""More do not make so small a run faster."""
+
 
 def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
     """Make the world beside the run directory, train on it, and show what came of it.
@@ -24,10 +29,10 @@ def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
         UserError: bad overrides, or a run directory that holds something else.
     """
     world = run.with_name(f"{run.name}-world")
-    defaults = [f"data.root={world}", f"model.path={HOME / 'models' / 'tiny-searcher'}"]
-    config = load_config(HOME / "configs" / "demo.yaml", [*defaults, *overrides])
-    make_world(world, seed=0, size="small", display=display)
-    report = train(config, run, display)
+    with ray_session(demo_config(world, overrides)):
+        config = demo_config(world, overrides, count_devices())
+        make_world(world, seed=0, size="small", display=display)
+        report = train(config, run, display)
     display.report(report)
     best = run / "iterations" / f"{report['best_iteration']:04d}" / "model"
     question = json.loads((world / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])["question"]
@@ -41,6 +46,18 @@ Next:
 The figures are in {run / "report.json"}; docs/quickstart.md goes on from here (commands are in .venv/bin)."""
     )
     return report
+
+
+def demo_config(world: Path, overrides: Sequence[str], devices: int = 1) -> Config:
+    """`configs/demo.yaml` on a world, with an engine and a learner rank per device: GPU, or CPU core without GPUs."""
+    size = min(devices, MAX_ENGINES_AND_RANKS)
+    defaults = [
+        f"data.root={world}",
+        f"model.path={HOME / 'models' / 'tiny-searcher'}",
+        f"rollout.workers={size}",
+        f"learner.num_ranks={size}",
+    ]
+    return load_config(HOME / "configs" / "demo.yaml", [*defaults, *overrides])
 
 
 def make_world(out: Path, seed: int, size: str, display: Display) -> Json:

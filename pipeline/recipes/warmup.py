@@ -31,7 +31,7 @@ def write_warm_up(config: Config, out: Path, display: Display) -> Json:
             "warmup.questions is 0: there is nothing to synthesise; give a number, warmup.questions=1000"
         )
     protocol = Protocol(load_tokenizer(config.model.path), config.agent)
-    train = load_splits(config).train
+    train = load_splits(config, required=("train",)).train
     with tempfile.TemporaryDirectory() as scratch:
         index = prepare_index(config, Path(scratch) / "index", display)
         searcher = DenseSearcher.open(index)

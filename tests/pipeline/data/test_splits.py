@@ -54,6 +54,11 @@ def test_training_without_training_or_dev_questions_is_refused(
         load(root, *given)
 
 
+def test_a_warm_up_needs_no_dev_questions(root: Path) -> None:
+    config = load_config(None, [f"data.root={root}", "data.train=train.jsonl"])
+    assert load_splits(config, required=("train",)).dev == []
+
+
 def test_without_iterations_every_split_may_be_empty(root: Path) -> None:
     assert load(root, "em.iterations=0") == Splits([], [], [])
 
