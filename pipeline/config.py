@@ -268,7 +268,7 @@ class LearnerConfig(Section):
 
 class WarmupConfig(Section):
     questions: int = Field(0, ge=0)
-    """Number of synthesised warm-up trajectories (one per question with gold supervision); 0: no warm-up."""
+    """Synthesise warm-up trajectories of a sample of this many questions with gold supervision; 0: no warm-up."""
     sources: Sources = ()
     """Question files to synthesise from. Empty: `data.train`."""
     trajectories: str | None = None

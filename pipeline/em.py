@@ -30,7 +30,7 @@ from actors.learner_group import LearnerGroup
 from actors.placement import plan_placement
 from pipeline.config import AgentConfig, Config
 from pipeline.data.splits import Splits, load_splits
-from pipeline.data.warmup_source import warm_up_examples
+from pipeline.data.warmup_source import WarmUpSource, load_warm_up_source, warm_up_examples
 from pipeline.display import Display
 from pipeline.evaluation import evaluate
 from pipeline.models import load_tokenizer
@@ -54,14 +54,16 @@ def train(config: Config, run_path: Path, display: Display) -> Json:
     Raises:
         UserError: bad input, before anything expensive.
     """
-    Protocol(load_tokenizer(config.model.path), config.agent)
+    protocol = Protocol(load_tokenizer(config.model.path), config.agent)
     splits = load_splits(config)
+    has_warm_up = config.warmup.questions or config.warmup.trajectories
+    source = load_warm_up_source(config, splits.train, protocol) if has_warm_up else None
     with RunDirectory(run_path, config) as run, Tracker(run.path, config.tracking, run.path.name) as tracker:
         display.log_to(run.path / "run.log")
         with ray_session(config):
             plan_placement(config, ray.cluster_resources())
             index = prepare_index(config, run.path / "index", display)
-            em = ExpectationMaximisation(config, splits, run, index, tracker, display)
+            em = ExpectationMaximisation(config, protocol, splits, source, run, index, tracker, display)
             with em.start_cluster():
                 return em.run_all()
 
@@ -72,26 +74,30 @@ class ExpectationMaximisation:
     def __init__(
         self,
         config: Config,
+        protocol: Protocol,
         splits: Splits,
+        warm_up_source: WarmUpSource | None,
         run: RunDirectory,
         index: Path,
         tracker: Tracker,
         display: Display,
     ) -> None:
         self.config = config
+        self.protocol = protocol
         self.splits = splits
+        self.warm_up_source = warm_up_source
         self.run = run
         self.index = index
         self.tracker = tracker
         self.display = display
-        self.base_version = -1 if config.warmup.questions or config.warmup.trajectories else 0
+        self.base_version = 0 if warm_up_source is None else -1
         self.learner_version: int | None = None
 
     def run_all(self) -> Json:
         if self.splits.test and self.base_version < 0:
             self.test("base", self.base_version)
-        if self.base_version < 0:
-            self.warm_up()
+        if self.warm_up_source is not None:
+            self.warm_up(self.warm_up_source)
         self.dev(0)
         if self.splits.test:
             self.test("warm_up" if self.base_version < 0 else "base", 0)
@@ -115,12 +121,12 @@ class ExpectationMaximisation:
 
     # ---------------------------------------------------------------- the phases
 
-    def warm_up(self) -> None:
+    def warm_up(self, source: WarmUpSource) -> None:
         """theta_0: supervised training on trajectories synthesised from gold supervision, all with weight 1."""
 
         def synthesise() -> Json:
             examples, statistics = asyncio.run(
-                warm_up_examples(self.config, self.splits.train, self.cluster.retrieve, self.index)
+                warm_up_examples(self.config, source, self.protocol, self.cluster.retrieve, self.index)
             )
             directory = self.run.fresh(self.run.iteration(0) / "weighted")
             write_table(directory / "000000.parquet", examples_to_table(examples))

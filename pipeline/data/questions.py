@@ -65,11 +65,14 @@ def read_questions(
             questions.append(question)
         if len(questions) == before:
             raise UserError(f"{path} has no questions in it; expected one JSON object per line")
-    if limit is not None and limit < len(questions):
-        chosen = sorted((derive_seed(seed, q.id), q.id) for q in questions)[:limit]
-        keep = {id_ for _, id_ in chosen}
-        questions = [q for q in questions if q.id in keep]
-    return questions
+    return questions if limit is None else sample_questions(questions, limit, seed)
+
+
+def sample_questions(questions: Sequence[Question], limit: int, seed: int) -> list[Question]:
+    """A uniform sample of at most `limit` questions, in their order; see `read_questions`."""
+    chosen = sorted((derive_seed(seed, q.id), q.id) for q in questions)[:limit]
+    keep = {id_ for _, id_ in chosen}
+    return [q for q in questions if q.id in keep]
 
 
 def check_splits_disjoint(

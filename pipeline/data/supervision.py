@@ -41,6 +41,16 @@ class Unusable(ValueError):
     """A question cannot become a gold trajectory; the message is the reason, fit for counting."""
 
 
+def is_supervised(question: Question) -> bool:
+    """Whether a question names any supporting passage."""
+    return bool(_supporting_ids(question))
+
+
+def _supporting_ids(question: Question) -> tuple[str, ...]:
+    hops = tuple(hop.supporting_id for hop in question.decomposition if hop.supporting_id)
+    return question.supporting_ids or hops
+
+
 def gold_steps(question: Question, passage_of: PassageOf, shown: Callable[[Passage], str]) -> list[GoldStep]:
     """The gold steps of a question, in the order in which they can be asked.
 
@@ -51,9 +61,7 @@ def gold_steps(question: Question, passage_of: PassageOf, shown: Callable[[Passa
     Raises:
         Unusable: no supporting passage is named, or one is not in the corpus.
     """
-    ids = question.supporting_ids or tuple(
-        hop.supporting_id for hop in question.decomposition if hop.supporting_id
-    )
+    ids = _supporting_ids(question)
     if not ids:
         raise Unusable("no supporting passages")
     passages = [passage for id_ in ids if (passage := passage_of(id_)) is not None]

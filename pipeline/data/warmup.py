@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 import random
 import re
 from collections import Counter
@@ -38,6 +37,7 @@ from pipeline.records import (
     trajectories_from_table,
     trajectories_to_table,
 )
+from pipeline.run import Json, write_table
 from pipeline.search_agent import Completion, Retrieve, Sampling, SearchAgent, derive_seed
 from retriever_service.corpus import Passage
 from retriever_service.search import Hit
@@ -69,6 +69,15 @@ class WarmupResult:
     searches: int
     inserted: int
 
+    def statistics(self) -> Json:
+        """Counts for a report."""
+        return {
+            "trajectories": len(self.trajectories),
+            "skipped": dict(self.skipped),
+            "searches": self.searches,
+            "gold_passages_inserted": self.inserted,
+        }
+
 
 async def synthesise(
     questions: Sequence[Question],
@@ -88,6 +97,9 @@ async def synthesise(
         max_length: longest context in tokens; questions that do not fit are skipped.
         seed: of the ranks at which missed gold passages are put.
         rewriter: rewrites sub-queries and evidence; `Unusable` skips a question, others end it all.
+
+    Raises:
+        RuntimeError: the retriever could not be reached, all attempts included.
     """
     slots = asyncio.Semaphore(CONCURRENCY)
 
@@ -106,6 +118,8 @@ async def synthesise(
                 protocol, _Script(protocol, question, steps), retriever, max_length=max_length
             )
             trajectory = await agent.run(question, sampling=_GREEDY)
+        if trajectory.stop_reason.is_infrastructure:
+            raise RuntimeError(f"the warm-up of question {question.id} failed: {trajectory.detail}")
         if trajectory.stop_reason is not StopReason.ANSWERED:
             return f"agent stopped: {trajectory.stop_reason.value}", None
         if len(protocol.with_gold_answer(trajectory, question.answers[0], 1.0).token_ids) > max_length:
@@ -144,14 +158,8 @@ def warmup_examples(
 def write_trajectories(path: Path, trajectories: Sequence[Trajectory], protocol: Protocol) -> None:
     """Write a Parquet file (`TRAJECTORY_SCHEMA`), complete or not at all."""
     table = trajectories_to_table(trajectories)
-    table = table.replace_schema_metadata({_FINGERPRINT: _fingerprint(protocol)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        pq.write_table(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_table(path, table.replace_schema_metadata({_FINGERPRINT: _fingerprint(protocol)}))
 
 
 def read_trajectories(path: Path, protocol: Protocol) -> list[Trajectory]:

@@ -4,72 +4,106 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import Config
-from pipeline.data.questions import read_questions
+from pipeline.data.questions import read_questions, sample_questions
 from pipeline.data.rewriter import Rewriter
+from pipeline.data.supervision import is_supervised
 from pipeline.data.warmup import WarmupResult, read_trajectories, synthesise, warmup_examples
 from pipeline.errors import UserError
-from pipeline.models import load_tokenizer
 from pipeline.protocol import Protocol
-from pipeline.records import Question, WeightedExample
+from pipeline.records import Question, Trajectory, WeightedExample
 from pipeline.run import Json
 from pipeline.search_agent import Retrieve
 from retriever_service.corpus import Corpus
 
 
-async def warm_up_examples(
-    config: Config, train: Sequence[Question], retrieve: Retrieve, index: Path
-) -> tuple[list[WeightedExample], Json]:
-    """Examples of weight 1, and how they came about.
+@dataclass(frozen=True, slots=True)
+class WarmUpSource:
+    """What the warm-up is made from: questions, and the trajectories of them if those are ready."""
+
+    questions: Sequence[Question]
+    ready: Sequence[Trajectory] | None = None
+
+
+def load_warm_up_source(config: Config, train: Sequence[Question], protocol: Protocol) -> WarmUpSource:
+    """Read and check everything that a warm-up needs, before anything expensive.
 
     Args:
         train: the run's training questions, used where `warmup.sources` names no others.
-        retrieve: the run's retriever.
-        index: directory of its index, for the gold passages.
+
+    Returns:
+        the ready trajectories of `warmup.trajectories`, else a sample of `warmup.questions` questions with gold
+        supervision.
 
     Raises:
         UserError: no question has the supervision that synthesis needs, or a bad trajectory file.
     """
-    warmup = config.warmup
-    protocol = Protocol(load_tokenizer(config.model.path), config.agent)
+    warmup, root = config.warmup, config.data.root
     if warmup.trajectories is not None:
         ready = read_trajectories(Path(warmup.trajectories), protocol)
         files = (config.data.train, warmup.sources)
-        known = [*train, *(q for paths in files for q in read_questions(paths, root=config.data.root))]
+        known = [*train, *(q for paths in files for q in read_questions(paths, root=root))]
         if unknown := sorted({t.question_id for t in ready} - {q.id for q in known}):
             raise UserError(
                 f"{warmup.trajectories} has trajectories of {len(unknown)} questions that are neither in data.train "
                 f"nor in warmup.sources ({', '.join(unknown[:5])}); name the files that they come from there"
             )
-        return warmup_examples(ready, known, protocol), {"trajectories": len(ready)}
-    result, questions = await synthesise_warm_up(config, train, protocol, retrieve, index)
-    return warmup_examples(result.trajectories, questions, protocol), {
-        "trajectories": len(result.trajectories),
-        "skipped": dict(result.skipped),
-        "searches": result.searches,
-        "gold_passages_inserted": result.inserted,
-    }
+        return WarmUpSource(known, ready)
+    pool = read_questions(warmup.sources, root=root) if warmup.sources else train
+    supervised = [q for q in pool if is_supervised(q)]
+    if not supervised:
+        raise UserError(
+            f"warmup.questions is {warmup.questions}, but none of {len(pool)} questions names its supporting "
+            "passages; give questions that do (docs/formats.md), or set warmup.questions=0"
+        )
+    return WarmUpSource(sample_questions(supervised, warmup.questions, config.seed))
+
+
+async def warm_up_examples(
+    config: Config, source: WarmUpSource, protocol: Protocol, retrieve: Retrieve, index: Path
+) -> tuple[list[WeightedExample], Json]:
+    """Examples of weight 1, and how they came about.
+
+    Args:
+        retrieve: the run's retriever.
+        index: directory of its index, for the gold passages.
+
+    Raises:
+        UserError: no trajectory came of the questions.
+    """
+    if source.ready is not None:
+        return warmup_examples(source.ready, source.questions, protocol), {"trajectories": len(source.ready)}
+    cache = Path(f"{index}.rewritten.jsonl")
+    result = await synthesise_warm_up(config, source.questions, protocol, retrieve, index, cache)
+    return warmup_examples(result.trajectories, source.questions, protocol), result.statistics()
 
 
 async def synthesise_warm_up(
-    config: Config, train: Sequence[Question], protocol: Protocol, retrieve: Retrieve, index: Path
-) -> tuple[WarmupResult, Sequence[Question]]:
-    """`warmup.questions` trajectories and the questions that they belong to; see `pipeline.data.warmup`."""
+    config: Config,
+    questions: Sequence[Question],
+    protocol: Protocol,
+    retrieve: Retrieve,
+    index: Path,
+    cache: Path,
+) -> WarmupResult:
+    """Trajectories of the questions; see `pipeline.data.warmup`.
+
+    Args:
+        cache: file of the answers of `warmup.rewrite_endpoint`, which a second synthesis does not ask for again.
+
+    Raises:
+        UserError: no trajectory came of them.
+    """
     warmup = config.warmup
-    questions: Sequence[Question] = train[: warmup.questions]
-    if warmup.sources:
-        questions = read_questions(
-            warmup.sources, root=config.data.root, limit=warmup.questions, seed=config.seed
-        )
     wanted = {hop.supporting_id for q in questions for hop in q.decomposition if hop.supporting_id}
     wanted |= {passage_id for q in questions for passage_id in q.supporting_ids}
     gold = {passage.id: passage for passage in Corpus(index / "passages.arrow") if passage.id in wanted}
     async with AsyncExitStack() as stack:
         rewriter = None
         if warmup.rewrite_endpoint is not None:
-            cache = Path(f"{index}.rewritten.jsonl")
             rewriter = await stack.enter_async_context(
                 Rewriter(warmup.rewrite_endpoint, warmup.rewrite_model, cache)
             )
@@ -88,4 +122,4 @@ async def synthesise_warm_up(
             f"trajectory: {dict(result.skipped)}; give questions with decompositions or supporting passages "
             "(docs/formats.md), or set warmup.questions=0"
         )
-    return result, questions
+    return result

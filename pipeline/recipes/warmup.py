@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.data.splits import load_splits
 from pipeline.data.warmup import write_trajectories
-from pipeline.data.warmup_source import synthesise_warm_up
+from pipeline.data.warmup_source import load_warm_up_source, synthesise_warm_up
 from pipeline.display import Display
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer
@@ -31,7 +31,7 @@ def write_warm_up(config: Config, out: Path, display: Display) -> Json:
             "warmup.questions is 0: there is nothing to synthesise; give a number, warmup.questions=1000"
         )
     protocol = Protocol(load_tokenizer(config.model.path), config.agent)
-    train = load_splits(config, required=("train",)).train
+    source = load_warm_up_source(config, load_splits(config, required=("train",)).train, protocol)
     with tempfile.TemporaryDirectory() as scratch:
         index = prepare_index(config, Path(scratch) / "index", display)
         searcher = DenseSearcher.open(index)
@@ -41,12 +41,9 @@ def write_warm_up(config: Config, out: Path, display: Display) -> Json:
             return hits
 
         with display.status("synthesising trajectories"):
-            result, _ = asyncio.run(synthesise_warm_up(config, train, protocol, retrieve, index))
+            cache = out.with_name(f"{out.name}.rewritten.jsonl")
+            result = asyncio.run(
+                synthesise_warm_up(config, source.questions, protocol, retrieve, index, cache)
+            )
     write_trajectories(out, result.trajectories, protocol)
-    return {
-        "out": str(out),
-        "trajectories": len(result.trajectories),
-        "skipped": dict(result.skipped),
-        "searches": result.searches,
-        "gold_passages_inserted": result.inserted,
-    }
+    return {"out": str(out)} | result.statistics()

@@ -178,12 +178,12 @@ def test_questions_that_do_not_fit_are_skipped_and_counted(tokenizer: Any, limit
     assert result.skipped == {"agent stopped: length_limit": 1}
 
 
-def test_a_retriever_that_fails_is_counted(tokenizer: Any) -> None:
+def test_a_retriever_that_fails_ends_the_synthesis(tokenizer: Any) -> None:
     async def unavailable(query: str, k: int) -> list[Hit]:
         raise RetrieverUnavailable("down")
 
-    result, _ = synthesised(tokenizer, QUESTION, retrieve=unavailable)
-    assert result.skipped == {"agent stopped: retriever_unavailable": 1}
+    with pytest.raises(RuntimeError, match="question .* failed: down"):
+        synthesised(tokenizer, QUESTION, retrieve=unavailable)
 
 
 def test_warm_up_examples_weigh_one_and_end_with_the_gold_answer(tokenizer: Any) -> None:

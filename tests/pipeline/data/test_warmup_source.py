@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from typing import Protocol as Protocol_
 
 import pytest
 
@@ -14,7 +15,7 @@ from pipeline.config import Config
 from pipeline.config_loading import load_config
 from pipeline.data.questions import read_questions
 from pipeline.data.warmup import write_trajectories
-from pipeline.data.warmup_source import synthesise_warm_up, warm_up_examples
+from pipeline.data.warmup_source import load_warm_up_source, synthesise_warm_up, warm_up_examples
 from pipeline.errors import UserError
 from pipeline.protocol import Protocol
 from pipeline.records import Question, WeightedExample
@@ -22,11 +23,6 @@ from retriever_service.corpus import Passage, write_passages
 from retriever_service.search import Hit
 
 PASSAGES = [Passage(f"p{i}", f"Maker {i}", f"Maker {i} was founded by Ada {i}.") for i in range(6)]
-
-
-@pytest.fixture(autouse=True)
-def model(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.data.warmup_source.load_tokenizer", lambda path: tokenizer)
 
 
 @pytest.fixture
@@ -62,24 +58,36 @@ def config(tmp_path: Path, *overrides: str) -> Config:
     return load_config(None, [*fixed, *overrides])
 
 
-def made(
-    config: Config, index: Path, train: Sequence[Question] | None = None
-) -> tuple[list[WeightedExample], dict[str, Any]]:
-    if train is None:
-        train = read_questions(config.data.train, root=config.data.root)
-    return asyncio.run(warm_up_examples(config, train, retrieve, index))
+class Make(Protocol_):
+    def __call__(
+        self, config: Config, train: Sequence[Question] | None = None
+    ) -> tuple[list[WeightedExample], dict[str, Any]]: ...
+
+
+@pytest.fixture
+def made(index: Path, tokenizer: Any) -> Make:
+    """Examples and statistics of a configuration; `train` in place of all its training questions."""
+
+    def make(
+        config: Config, train: Sequence[Question] | None = None
+    ) -> tuple[list[WeightedExample], dict[str, Any]]:
+        if train is None:
+            train = read_questions(config.data.train, root=config.data.root)
+        protocol = Protocol(tokenizer, config.agent)
+        source = load_warm_up_source(config, train, protocol)
+        return asyncio.run(warm_up_examples(config, source, protocol, retrieve, index))
+
+    return make
 
 
 def text(config: Config, tokenizer: Any, example: WeightedExample) -> str:
     return Protocol(tokenizer, config.agent).decode(example.token_ids.tolist())
 
 
-def test_the_first_training_questions_become_examples_of_weight_one(
-    tmp_path: Path, index: Path, tokenizer: Any
-) -> None:
-    write_questions(tmp_path / "train.jsonl", range(6))
+def test_training_questions_become_examples_of_weight_one(tmp_path: Path, made: Make, tokenizer: Any) -> None:
+    write_questions(tmp_path / "train.jsonl", range(3))
     settings = config(tmp_path)
-    examples, statistics = made(settings, index)
+    examples, statistics = made(settings)
     assert [(e.question_id, e.weight) for e in examples] == [("q0", 1.0), ("q1", 1.0), ("q2", 1.0)]
     # Two of the three gold passages are always found; the third has to be put among the hits.
     assert statistics == {"trajectories": 3, "skipped": {}, "searches": 3, "gold_passages_inserted": 1}
@@ -89,43 +97,54 @@ def test_the_first_training_questions_become_examples_of_weight_one(
         assert written.endswith(f"<answer> Ada {number} </answer>")
 
 
-def test_the_same_questions_and_seed_give_the_same_examples(tmp_path: Path, index: Path) -> None:
+def test_the_same_questions_and_seed_give_the_same_examples(tmp_path: Path, made: Make) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
-    first, _ = made(config(tmp_path), index)
-    again, _ = made(config(tmp_path), index)
+    first, _ = made(config(tmp_path))
+    again, _ = made(config(tmp_path))
     assert [e.token_ids.tolist() for e in first] == [e.token_ids.tolist() for e in again]
 
 
-def test_warm_up_questions_may_come_from_files_of_their_own(tmp_path: Path, index: Path) -> None:
+def test_warm_up_questions_may_come_from_files_of_their_own(tmp_path: Path, made: Make) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     write_questions(tmp_path / "gold.jsonl", range(6), prefix="g")
-    examples, _ = made(config(tmp_path, "warmup.sources=gold.jsonl"), index)
+    examples, _ = made(config(tmp_path, "warmup.sources=gold.jsonl"))
     assert len(examples) == 3
     assert all(e.question_id.startswith("g") for e in examples)
 
 
-def test_questions_without_supervision_are_skipped_and_counted(tmp_path: Path, index: Path) -> None:
-    write_questions(tmp_path / "a.jsonl", range(2))
-    write_questions(tmp_path / "b.jsonl", [2], prefix="bare", gold=False)
-    examples, statistics = made(config(tmp_path, "data.train=[a.jsonl, b.jsonl]"), index)
-    assert [e.question_id for e in examples] == ["q0", "q1"]
-    assert statistics["skipped"] == {"no supporting passages": 1}
+def test_questions_without_supervision_do_not_count(tmp_path: Path, made: Make) -> None:
+    write_questions(tmp_path / "a.jsonl", range(6), prefix="bare", gold=False)
+    write_questions(tmp_path / "b.jsonl", range(3))
+    examples, statistics = made(config(tmp_path, "data.train=[a.jsonl, b.jsonl]"))
+    assert [e.question_id for e in examples] == ["q0", "q1", "q2"]
+    assert statistics["skipped"] == {}
 
 
-def test_a_gold_passage_that_the_corpus_lacks_is_counted(tmp_path: Path, index: Path) -> None:
+def test_the_questions_are_a_sample_over_all_files(tmp_path: Path, made: Make) -> None:
+    write_questions(tmp_path / "a.jsonl", range(6))
+    write_questions(tmp_path / "b.jsonl", range(6), prefix="r")
+    settings = ["data.train=[a.jsonl, b.jsonl]", "warmup.questions=4"]
+    samples = [
+        {e.question_id for e in made(config(tmp_path, *settings, f"seed={seed}"))[0]} for seed in range(6)
+    ]
+    assert all(len(sample) == 4 for sample in samples)
+    assert {id_[0] for id_ in set().union(*samples)} == {"q", "r"}
+    assert len({frozenset(sample) for sample in samples}) > 1
+
+
+def test_a_gold_passage_that_the_corpus_lacks_is_counted(tmp_path: Path, made: Make) -> None:
     write_questions(tmp_path / "train.jsonl", [0, 9])
-    examples, statistics = made(config(tmp_path), index)
+    examples, statistics = made(config(tmp_path))
     assert [e.question_id for e in examples] == ["q0"]
     assert sum(statistics["skipped"].values()) == 1
 
 
-def test_a_warm_up_without_any_supervision_is_refused(tmp_path: Path, index: Path) -> None:
+def test_a_warm_up_without_any_supervision_is_refused(tmp_path: Path, made: Make) -> None:
     write_questions(tmp_path / "train.jsonl", range(6), gold=False)
     with pytest.raises(UserError) as caught:
-        made(config(tmp_path), index)
+        made(config(tmp_path))
     message = str(caught.value)
-    assert "warmup.questions is 3, but none of 3 questions" in message
-    assert "'no supporting passages': 3" in message
+    assert "warmup.questions is 3, but none of 6 questions" in message
     assert "warmup.questions=0" in message
 
 
@@ -136,20 +155,22 @@ def ready(settings: Config, index: Path, tokenizer: Any, path: Path) -> Path:
     """What `exsearch warmup` writes with these settings."""
     protocol = Protocol(tokenizer, settings.agent)
     train = read_questions(settings.data.train, root=settings.data.root)
-    result, _ = asyncio.run(synthesise_warm_up(settings, train, protocol, retrieve, index))
+    questions = load_warm_up_source(settings, train, protocol).questions
+    cache = index.with_name("cache.jsonl")
+    result = asyncio.run(synthesise_warm_up(settings, questions, protocol, retrieve, index, cache))
     write_trajectories(path, result.trajectories, protocol)
     return path
 
 
 @pytest.mark.parametrize("sources", [(), ("warmup.sources=gold.jsonl",)])
 def test_ready_trajectories_give_the_same_examples_as_synthesising_them(
-    tmp_path: Path, index: Path, tokenizer: Any, sources: tuple[str, ...]
+    tmp_path: Path, index: Path, made: Make, tokenizer: Any, sources: tuple[str, ...]
 ) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     write_questions(tmp_path / "gold.jsonl", range(6), prefix="g")
-    synthesised, _ = made(config(tmp_path, *sources), index)
+    synthesised, _ = made(config(tmp_path, *sources))
     path = ready(config(tmp_path, *sources), index, tokenizer, tmp_path / "warmup.parquet")
-    examples, statistics = made(config(tmp_path, *sources, f"warmup.trajectories={path}"), index)
+    examples, statistics = made(config(tmp_path, *sources, f"warmup.trajectories={path}"))
     assert [(e.question_id, e.token_ids.tolist()) for e in examples] == [
         (e.question_id, e.token_ids.tolist()) for e in synthesised
     ]
@@ -157,17 +178,17 @@ def test_ready_trajectories_give_the_same_examples_as_synthesising_them(
 
 
 def test_ready_trajectories_of_questions_outside_of_the_training_sample_are_used(
-    tmp_path: Path, index: Path, tokenizer: Any
+    tmp_path: Path, index: Path, made: Make, tokenizer: Any
 ) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     path = ready(config(tmp_path), index, tokenizer, tmp_path / "warmup.parquet")
     settings = config(tmp_path, f"warmup.trajectories={path}", "data.train_limit=1")
     sample = read_questions(settings.data.train, root=settings.data.root, limit=1)
-    assert len(made(settings, index, sample)[0]) == 3
+    assert len(made(settings, sample)[0]) == 3
 
 
 def test_ready_trajectories_of_unknown_questions_are_refused(
-    tmp_path: Path, index: Path, tokenizer: Any
+    tmp_path: Path, index: Path, made: Make, tokenizer: Any
 ) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     write_questions(tmp_path / "gold.jsonl", range(6), prefix="g")
@@ -175,19 +196,19 @@ def test_ready_trajectories_of_unknown_questions_are_refused(
     with pytest.raises(
         UserError, match=r"3 questions that are neither in data\.train nor in warmup\.sources \(g"
     ):
-        made(config(tmp_path, f"warmup.trajectories={path}"), index)
+        made(config(tmp_path, f"warmup.trajectories={path}"))
 
 
 def test_ready_trajectories_of_other_agent_settings_are_refused(
-    tmp_path: Path, index: Path, tokenizer: Any
+    tmp_path: Path, index: Path, made: Make, tokenizer: Any
 ) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     path = ready(config(tmp_path), index, tokenizer, tmp_path / "warmup.parquet")
     with pytest.raises(UserError, match="another tokenizer or other agent"):
-        made(config(tmp_path, f"warmup.trajectories={path}", "agent.record=false"), index)
+        made(config(tmp_path, f"warmup.trajectories={path}", "agent.record=false"))
 
 
-def test_a_missing_trajectory_file_is_refused(tmp_path: Path, index: Path) -> None:
+def test_a_missing_trajectory_file_is_refused(tmp_path: Path, made: Make) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     with pytest.raises(UserError, match=r"no trajectory file .*nothing\.parquet"):
-        made(config(tmp_path, f"warmup.trajectories={tmp_path / 'nothing.parquet'}"), index)
+        made(config(tmp_path, f"warmup.trajectories={tmp_path / 'nothing.parquet'}"))
