@@ -135,5 +135,5 @@ lock:  ## write requirements/cpu.txt and gpu.txt anew from pyproject.toml
 	mv requirements/gpu.new requirements/gpu.txt
 
 clean:  ## remove caches and build products; never runs, data or .venv
-	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache bench/out
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . \( -name $(VENV) -o -name .git -o -name runs \) -prune -o -type d -name __pycache__ -exec rm -rf {} +

@@ -1,8 +1,9 @@
-"""The cluster's verbs: sample, score and weight, train, push, save, restore. Recipes use nothing else.
+"""The cluster's verbs: sample and weight, evaluate greedily, retrieve, start the learner, push, serve from disk.
+Recipes use nothing else.
 
 Guarantees:
 
-- The driver moves references and small summaries, never trajectories or weights.
+- The driver moves references and small summaries in an E-step and a push, never trajectories or weights.
 - Every question of a `sample` is done exactly once. If a worker dies, what it had in hand is queued again; the worker
   is replaced, starts from the model now serving, and gets work only then.
 - Every wait has a bound and says what it waited for.
@@ -22,13 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.engine import EngineOptions
 from actors.learner_group import LearnerGroup
-from actors.placement import plan_placement
+from actors.placement import Placement, plan_placement
 from actors.retriever import RetrieverActor, RetrieverClient
 from actors.rollout import RolloutActor, RolloutRequest, RolloutSummary
 from actors.weight_transfer import EngineRef
@@ -48,7 +50,7 @@ MAX_RETRIEVER_RESTARTS = 3
 """Times that Ray starts a dead retriever replica again; clients fail over or wait meanwhile."""
 
 MIN_FOR_FAILURE_SHARE = 50
-"""Trajectories after which the share of infrastructure failures can stop an E-step."""
+"""Trajectories from which on the share of infrastructure failures can end a phase before all are sampled."""
 
 
 CPU_ENVIRONMENT = {
@@ -81,12 +83,13 @@ class Cluster:
         config: the run's configuration.
         index_dir: a built retrieval index.
         serving: the model and version that engines start with.
+        learner: False if nothing will be trained: no place is kept for ranks.
     """
 
-    def __init__(self, config: Config, index_dir: Path, serving: Serving) -> None:
+    def __init__(self, config: Config, index_dir: Path, serving: Serving, *, learner: bool = True) -> None:
         self.config = config
         self.serving = serving
-        self.placement = plan_placement(config, ray.cluster_resources())
+        self.placement = plan(config, learner=learner)
         self._index_dir = index_dir
         self._runtime_env = {"env_vars": CPU_ENVIRONMENT} if self.placement.device == "cpu" else {}
         self._group = self._reserve()
@@ -183,13 +186,17 @@ class Cluster:
 
     # ---------------------------------------------------------------- M-step
 
-    def start_learner(self, model: str, state: Path | None) -> None:
-        """Bring the learner's ranks up on `model`, at the optimiser state in `state` if there is one."""
+    def start_learner(self, state: Path | None) -> None:
+        """Bring the learner's ranks up on the base model, then at the checkpoint `state` if there is one.
+
+        A checkpoint of LoRA holds the adapters alone; on an exported model, which has them merged, they would count
+        twice.
+        """
         if self.learner is not None:
             self.learner.close()
         self.learner = LearnerGroup(
             self.config.learner,
-            model,
+            self.config.model.path,
             state=state,
             options=[self._learner_options(rank) for rank in range(self.config.learner.num_ranks)],
             seed=self.config.seed,
@@ -230,17 +237,13 @@ class Cluster:
             while queue:
                 request, worker = queue.popleft(), self._workers[index]
                 try:
-                    summary_ref, group_ref = worker.rollout.remote(request)
-                    summary = await summary_ref
-                    await sink(group_ref, worker)
-                except (RayActorError, RayTaskError) as error:
-                    if not _worker_died(error):
-                        raise
+                    summary = await _serve_one(request, worker, sink)
+                except RayActorError as error:
                     queue.appendleft(request)
                     await self._replace_worker(index, worker, error)
                     continue
                 summaries.append(summary)
-                self._check_failures(summaries)
+                self._check_failures(summaries, at_least=MIN_FOR_FAILURE_SHARE)
                 on_done(summary)
 
         samples = max((request.samples for request in requests), default=1)
@@ -252,13 +255,14 @@ class Cluster:
                         tasks.create_task(slot(index))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
+        self._check_failures(summaries)
         return summaries
 
-    def _check_failures(self, summaries: Sequence[RolloutSummary]) -> None:
+    def _check_failures(self, summaries: Sequence[RolloutSummary], at_least: int = 0) -> None:
         total = sum(s.trajectories for s in summaries)
         failed = sum(s.infrastructure_failures for s in summaries)
         allowed = self.config.retriever.max_failure_share
-        if total >= MIN_FOR_FAILURE_SHARE and failed > allowed * total:
+        if total >= at_least and failed > allowed * total:
             last = next(s.last_failure for s in reversed(summaries) if s.last_failure)
             raise ClusterError(
                 f"{failed} of {total} trajectories failed for reasons outside of the model, more than "
@@ -289,6 +293,7 @@ class Cluster:
             str(self._index_dir),
             device=retriever.torch_device,
             max_batch=retriever.max_batch,
+            search_parameters=retriever.search_parameters,
             num_threads=os.cpu_count() if retriever.torch_device == "cpu" else None,
         )
 
@@ -301,11 +306,12 @@ class Cluster:
             tensor_parallel_size=rollout.tensor_parallel_size,
             max_model_len=self.config.model.max_length,
             max_num_seqs=rollout.concurrency,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            gpu_memory_utilization=placement.gpu_memory_utilization,
             kv_cache_gib=rollout.kv_cache_gib,
             enforce_eager=rollout.enforce_eager or cpu,
             num_threads=self._threads_per_engine() if cpu else None,
             weight_transport=placement.transport,
+            start_timeout_s=self.config.cluster.start_timeout_s,
             request_timeout_s=rollout.timeout_s,
             record_proposal=self.config.weighting.correct_proposal,
         )
@@ -321,19 +327,31 @@ class Cluster:
     async def _replace_worker(self, index: int, dead: Any, error: RayError) -> None:
         """Put a new worker, which serves the current model, in the place of a dead one; once, whoever notices first."""
         async with self._replacing:
-            if self._workers[index] is not dead:
-                return
-            self._restarts += 1
-            if self._restarts > self.config.rollout.max_restarts:
-                raise ClusterError(
-                    f"rollout workers died {self._restarts} times in one phase (rollout.max_restarts: "
-                    f"{self.config.rollout.max_restarts}); last: {error}"
-                ) from error
-            logger.warning(f"rollout worker {index} died and is replaced: {error}")
-            worker = self._new_worker(index)
-            start = worker.start.remote(self.serving.version)
-            self._nodes[index] = await asyncio.wait_for(start, self.config.cluster.start_timeout_s)
-            self._workers[index] = worker
+            while self._workers[index] is dead:
+                self._restarts += 1
+                if self._restarts > self.config.rollout.max_restarts:
+                    raise ClusterError(
+                        f"rollout workers died {self._restarts} times in one phase (rollout.max_restarts: "
+                        f"{self.config.rollout.max_restarts}); last: {error}"
+                    ) from error
+                logger.warning(f"rollout worker {index} died and is replaced: {error}")
+                ray.kill(dead)  # it may only be out of reach; its share of the bundle is needed
+                worker = self._new_worker(index)
+                try:
+                    self._nodes[index] = await self._start_in_time(worker)
+                    self._workers[index] = worker
+                except RayActorError as again:
+                    error = again
+
+    async def _start_in_time(self, worker: Any) -> str:
+        seconds = self.config.cluster.start_timeout_s
+        try:
+            return str(await asyncio.wait_for(worker.start.remote(self.serving.version), seconds))
+        except TimeoutError as error:
+            ray.kill(worker)
+            raise ClusterError(
+                f"waited {seconds:.0f} s for a new vLLM engine (cluster.start_timeout_s)"
+            ) from error
 
     def _learner_options(self, rank: int) -> dict[str, Any]:
         return self._bundle(self.placement.rank_bundles[rank], self.placement.rank_gpus)
@@ -358,9 +376,24 @@ class Cluster:
         self._nodes = _get(starts, seconds, "vLLM engines to start")
 
 
-def _worker_died(error: RayActorError | RayTaskError) -> bool:
-    """True also for a sink that failed because the worker died under it."""
-    return isinstance(error, RayActorError) or isinstance(error.cause, RayActorError)
+async def _serve_one(request: RolloutRequest, worker: Any, sink: Sink) -> RolloutSummary:
+    """One request, sampled and in the sink.
+
+    Raises:
+        RayActorError: the worker died, before or under the sink.
+        ClusterError: the sink's own actor died.
+    """
+    summary_ref, group_ref = worker.rollout.remote(request)
+    summary: RolloutSummary = await summary_ref
+    try:
+        await sink(group_ref, worker)
+    except RayTaskError as error:
+        if isinstance(error.cause, RayActorError):
+            raise error.cause from error
+        raise
+    except RayActorError as error:
+        raise ClusterError(f"the weighting actor died: {error}") from error
+    return summary
 
 
 def _get(references: list[Any], timeout_s: float, what: str) -> list[Any]:
@@ -398,7 +431,16 @@ def ray_session(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
+def plan(config: Config, *, learner: bool = True) -> Placement:
+    """The layout on the connected cluster, with the packages that are installed here; see `plan_placement`."""
+    return plan_placement(config, ray.cluster_resources(), gpu_packages=_has_gpu_packages(), learner=learner)
+
+
 def count_devices() -> int:
-    """GPUs of the connected cluster, or its CPUs where it has none."""
+    """GPUs of the connected cluster if they can be used, else its CPUs."""
     resources = ray.cluster_resources()
-    return int(resources.get("GPU", 0)) or int(resources.get("CPU", 0))
+    return (_has_gpu_packages() and int(resources.get("GPU", 0))) or int(resources.get("CPU", 0))
+
+
+def _has_gpu_packages() -> bool:
+    return torch.version.cuda is not None

@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from actors.weight_bucket import Segment
 from actors.weight_transfer import Transport, WeightTransferError, backend_name
-from pipeline.records import ScoreRequest
 from pipeline.search_agent import Completion, EngineError, Sampling
 
 if TYPE_CHECKING:
@@ -202,12 +201,6 @@ class VllmEngine:
         if (output.num_cached_tokens or 0) >= start:
             output = await self._request(token_ids, _scoring_params(skip_cache=True))
         return [float(logprob) for logprob in output.prompt_logprobs.logprobs[start - num_tokens :]]
-
-    async def score_many(self, requests: Sequence[ScoreRequest]) -> list[float]:
-        """`score` of every request, all at once, in order."""
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self.score(r.token_ids.tolist(), r.start)) for r in requests]
-        return [task.result() for task in tasks]
 
     async def _request(self, prompt_ids: Sequence[int], params: SamplingParams) -> RequestOutput:
         from vllm.exceptions import VLLMError
@@ -424,6 +417,8 @@ def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
         model=options.model,
         dtype=("float32" if on_cpu else "bfloat16") if options.dtype == "auto" else options.dtype,
         tensor_parallel_size=options.tensor_parallel_size,
+        # Inside a placement group vLLM would take Ray, which refuses a bundle of several GPUs. All are in reach here.
+        distributed_executor_backend="mp" if options.tensor_parallel_size > 1 else None,
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         seed=options.seed,

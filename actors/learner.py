@@ -17,7 +17,6 @@ import contextlib
 import hashlib
 import logging
 import math
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -179,6 +178,8 @@ class Learner:
             if checkpoint_path and checkpoint_every and len(history) % checkpoint_every == 0:
                 self.save(checkpoint_path)
         seconds = time.perf_counter() - started
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # an engine on the same GPU may need what this phase does not use any more
 
         fill, balance = packing_efficiency(plan, lengths, self.config.tokens_per_microbatch)
         computed = [k for step in remaining for k in step.examples if lengths[k]]
@@ -374,6 +375,11 @@ class Learner:
             size += num_bytes
         yield self._copies(bucket, dtype)
 
+    def largest_tensor_bytes(self) -> int:
+        """Size of the largest tensor of `named_weights`."""
+        sizes = (getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+        return max(sizes) * self.dtype.itemsize
+
     @torch.no_grad()
     def _copies(self, parameters: Sequence[tuple[str, torch.nn.Parameter]], dtype: torch.dtype) -> Bucket:
         # peft keeps the weight W of an adapted module under MODULE.base_layer.weight.
@@ -431,9 +437,7 @@ class LearnerRank(Learner):
 
     def rendezvous(self) -> tuple[str, int]:
         """This node's address and a port that is free on it."""
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
+        return learner_setup.free_address()
 
     def push(
         self,
@@ -469,6 +473,7 @@ class LearnerRank(Learner):
                 master_address=master_addr,
                 master_port=master_port,
                 deadline_s=deadline_s,
+                largest_tensor_bytes=self.largest_tensor_bytes(),
             )
         return sender.push(version)
 

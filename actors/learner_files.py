@@ -42,7 +42,7 @@ def local_directory(model_path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model_path)))
+        return Path(snapshot_download(str(model_path), ignore_patterns=["original/*", "*.gguf", "*.pth"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise UserError(
             f"model.path: {model_path} is neither a directory nor a model that the hub gives out ({error})"

@@ -7,7 +7,6 @@ repeated with the same batches.
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from actors import learner_setup
 from actors.learner import LearnerRank
 from actors.weight_transfer import EngineRef, PushReport, Transport
 from pipeline.config import LearnerConfig
@@ -122,7 +122,7 @@ class LearnerGroup:
 
     def _start(self) -> None:
         address, port = ray.get(
-            ray.remote(_free_address).options(**self._options[0]).remote(),
+            ray.remote(learner_setup.free_address).options(**self._options[0]).remote(),
             timeout=self.config.start_timeout_s,
         )
         self.ranks = [
@@ -166,10 +166,3 @@ class LearnerGroup:
             raise LearnerError(
                 f"{len(calls)} learner ranks did not end {method} within {timeout_s:.0f} s"
             ) from error
-
-
-def _free_address() -> tuple[str, int]:
-    """This node's address and a port that is free on it."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return ray.util.get_node_ip_address(), int(listener.getsockname()[1])

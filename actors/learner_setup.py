@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import ray
 import torch
 import torch.distributed as dist
 
@@ -82,6 +83,13 @@ def join_process_group(
         timeout=COLLECTIVE_TIMEOUT,
     )
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+
+
+def free_address() -> tuple[str, int]:
+    """This node's address and a port that is free on it."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
 
 
 def fair_share_of_threads() -> int:

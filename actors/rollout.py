@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,9 +24,11 @@ from pipeline.records import Question, ScoreRequest, Trajectory
 from pipeline.search_agent import EngineError, Sampling, SearchAgent, derive_seed
 
 T = TypeVar("T")
+Scoring = Callable[[Sequence[int], int], Awaitable[T]]
 
 INFRASTRUCTURE_ATTEMPTS = 2
-"""A trajectory that an infrastructure failure ended is run this many times before it is given up."""
+"""A trajectory that an infrastructure failure ended is run this many times before it is given up, and so is a scoring
+request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +106,24 @@ class RolloutWorker:
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
         """log p of the tokens from `start` on, of each request."""
-        return await self._answers([self.engine.score(r.token_ids.tolist(), r.start) for r in requests])
+        return await self._answers(self.engine.score, requests)
 
     async def token_logprobs(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """The same, token by token."""
-        calls = [self.engine.token_logprobs(r.token_ids.tolist(), r.start) for r in requests]
-        return await self._answers(calls)
+        return await self._answers(self.engine.token_logprobs, requests)
 
-    async def _answers(self, calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-        try:
-            return list(await asyncio.gather(*calls))
-        except EngineError:
-            self._exit_if_dead()
-            raise
+    async def _answers(self, ask: Scoring[T], requests: Sequence[ScoreRequest]) -> list[T]:
+        return list(await asyncio.gather(*(self._answer(ask, request) for request in requests)))
+
+    async def _answer(self, ask: Scoring[T], request: ScoreRequest) -> T:
+        for attempts_left in reversed(range(INFRASTRUCTURE_ATTEMPTS)):
+            try:
+                return await ask(request.token_ids.tolist(), request.start)
+            except EngineError:
+                self._exit_if_dead()
+                if not attempts_left:
+                    raise
+        raise AssertionError  # the last attempt returns or raises
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         await self.engine.init_weight_transfer_engine(init_info)

@@ -44,6 +44,10 @@ from actors.weight_bucket import Digest, Segment, write_bucket
 Transport = Literal["shared_memory", "nccl", "ipc"]
 
 
+_BUFFER_BYTES = 256 << 20
+"""Of each buffer in which vLLM packs tensors; its default of 1 GiB is much on a GPU that two share."""
+
+
 class WeightTransferError(RuntimeError):
     """A push failed. The engines concerned serve nothing until the next push succeeds."""
 
@@ -171,6 +175,9 @@ class _Pass:
         for bucket in self.buckets():
             for name, tensor in bucket:
                 self.sent.add(name, tensor)
+                if tensor.is_cuda:
+                    # vLLM packs on side streams; the memory must not be used again before they have read it.
+                    tensor.record_stream(torch.cuda.current_stream())
                 yield name, tensor
 
     def drain(self) -> None:
@@ -239,6 +246,7 @@ class VllmSender:
         master_address: address of rank 0's node for the NCCL rendezvous (nccl only).
         master_port: a free port there (nccl only).
         deadline_s: the longest a push may take, in seconds.
+        largest_tensor_bytes: size of the largest tensor that will be sent.
     """
 
     def __init__(
@@ -251,6 +259,7 @@ class VllmSender:
         master_address: str,
         master_port: int,
         deadline_s: float,
+        largest_tensor_bytes: int,
     ) -> None:
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
@@ -259,7 +268,9 @@ class VllmSender:
         self.source = _learner_source(weights)
         num_workers = sum(engines.world_sizes) if engines is not None else 0
         self.trainer = WeightTransferTrainerFactory.trainer_init(
-            trainer_init_info(transport, rank, 1 + num_workers, master_address, master_port),
+            trainer_init_info(
+                transport, rank, 1 + num_workers, master_address, master_port, largest_tensor_bytes
+            ),
             client=self.client,
             source=self.source,
         )
@@ -281,18 +292,30 @@ class VllmSender:
 
 
 def trainer_init_info(
-    transport: Literal["nccl", "ipc"], rank: int, world_size: int, master_address: str, master_port: int
+    transport: Literal["nccl", "ipc"],
+    rank: int,
+    world_size: int,
+    master_address: str,
+    master_port: int,
+    largest_tensor_bytes: int,
 ) -> Any:
     """vLLM's init info of one learner rank; `world_size` counts the sender and every engine worker."""
     if transport == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         return NCCLTrainerInitInfo(
-            master_address=master_address, master_port=master_port, world_size=world_size, rank=rank
+            master_address=master_address,
+            master_port=master_port,
+            world_size=world_size,
+            rank=rank,
+            packed_buffer_size_bytes=_BUFFER_BYTES,
         )
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-    return IPCTrainerInitInfo(packed=True, rank=rank)
+    # Unlike NCCL's, this buffer must hold the largest tensor whole.
+    return IPCTrainerInitInfo(
+        packed=True, rank=rank, packed_buffer_size_bytes=max(_BUFFER_BYTES, largest_tensor_bytes)
+    )
 
 
 class _EngineClient:

@@ -92,7 +92,7 @@ class Weighting:
         groups = [self._scored[index] for index in sorted(self._scored) if self._scored[index][0]]
         if not groups:
             raise RuntimeError(
-                "no trajectory of the E-step could be weighted; see the stop reasons in the log"
+                f"no trajectory of the E-step could be weighted; how they stopped: {dict(self._counts)}"
             )
         summary = summarise([scored for scored, _ in groups], [weights for _, weights in groups])
         infrastructure = self._counts["retriever_unavailable"] + self._counts["engine_error"]

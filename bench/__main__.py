@@ -18,11 +18,13 @@ def main(names: list[str]) -> int:
     if unknown:
         print(f"unknown benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
+    console = Console()
     table = Table("what", "ours", "compared with", "limit", "ratio (median)", "min", "max", "goal")
     for name in names or BENCHMARKS:
-        for ratio in BENCHMARKS[name]():
-            table.add_row(*ratio.cells())
-    Console().print(table)
+        with console.status(f"measuring: {name}"):
+            for ratio in BENCHMARKS[name]():
+                table.add_row(*ratio.cells())
+    console.print(table)
     return 0
 
 

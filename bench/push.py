@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from actors.weight_transfer import Digest, write_bucket
+from actors.weight_bucket import Digest, Segment, write_bucket
 from bench.measure import Ratio, in_turn
 
 TENSORS, ELEMENTS = 16, 4 << 20
@@ -17,15 +17,15 @@ def run() -> list[Ratio]:
     bucket = [(f"layer.{i}.weight", torch.randn(ELEMENTS)) for i in range(TENSORS)]
     num_bytes = TENSORS * ELEMENTS * 4
     target = torch.empty(TENSORS, ELEMENTS)
+    segment = Segment()
 
     def ours() -> float:
         start = time.perf_counter()
         sent, received = Digest(), Digest()
-        manifest, segment = write_bucket(bucket, sent)
-        with segment:
-            for row, (name, tensor) in enumerate(manifest.tensors(segment.data)):
-                received.add(name, tensor)
-                target[row].copy_(tensor)
+        manifest = write_bucket(bucket, segment, sent)
+        for row, (name, tensor) in enumerate(manifest.tensors(segment.room(manifest.nbytes))):
+            received.add(name, tensor)
+            target[row].copy_(tensor)
         assert sent.hexdigest() == received.hexdigest()
         return num_bytes / (1 << 20) / (time.perf_counter() - start)
 

@@ -24,9 +24,10 @@ def main() -> None:
     )
     parser.add_argument("--index", type=Path, required=True, help="a built index")
     parser.add_argument("--root", default="", help="folder that the files are in")
+    parser.add_argument("--search-parameters", default="", help="of an approximate index, e.g. nprobe=64")
     parser.add_argument("files", nargs="+", help="questions with supporting_ids")
     arguments = parser.parse_args()
-    searcher = DenseSearcher.open(arguments.index)
+    searcher = DenseSearcher.open(arguments.index, search_parameters=arguments.search_parameters)
     columns = [f"recall@{k}" for k in DEPTHS] + [f"all gold in top {DEPTHS[-1]}"]
     table = Table("set", "questions", *columns)
     for file in arguments.files:

@@ -28,7 +28,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except (UserError, RetrieverError) as error:
-            display.error(str(error))
+            display.error(str(getattr(error, "cause", error)))  # Ray wraps what an actor raised
             raise typer.Exit(2) from error
         except KeyboardInterrupt as interrupt:
             display.error("interrupted; what was finished is kept, and the same command goes on from there")
@@ -129,12 +129,15 @@ def index_search(
     query: Annotated[str, typer.Argument(help="What to look for.")],
     index: Annotated[Path, typer.Option("--index", help="Index directory.")],
     k: Annotated[int, typer.Option("-k", help="Number of passages.")] = 5,
+    search_parameters: Annotated[
+        str, typer.Option(help="Of an approximate index, e.g. nprobe=64 or efSearch=128.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Search a built index."""
     from retriever_service.search import DenseSearcher
 
-    (hits,) = DenseSearcher.open(index).search([query], k)
+    (hits,) = DenseSearcher.open(index, search_parameters=search_parameters).search([query], k)
     rows = [
         {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score} for h in hits
     ]

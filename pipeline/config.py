@@ -65,7 +65,7 @@ class DataConfig(Section):
     dev: Sources = ()
     """Questions on which the best iteration is chosen."""
     test: Sources = ()
-    """Questions that are looked at once, at the end. May be empty."""
+    """Questions for the report; no decision looks at their scores. May be empty."""
     train_limit: int | None = Field(None, ge=1)
     """Use a sample of this many training questions, the same in every iteration. Null: all."""
     dev_limit: int | None = Field(None, ge=1)
@@ -130,6 +130,9 @@ class RetrieverConfig(Section):
     """Texts are cut at this many encoder tokens. Null: the encoder's own limit."""
     factory: str = "Flat"
     """FAISS index factory string."""
+    search_parameters: str = ""
+    """How thoroughly an approximate index is searched, in FAISS's notation: nprobe=64 or efSearch=128. FAISS's own
+    defaults are low: an IVF index looks into one cell."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where queries are encoded and searched. `auto`: cuda only if `gpus_per_replica` > 0."""
     replicas: int = Field(1, ge=1)
@@ -144,6 +147,14 @@ class RetrieverConfig(Section):
     """Attempts per search, with back-off, before the trajectory is given up."""
     max_failure_share: float = Field(0.02, ge=0, le=1)
     """The iteration stops with an error when more than this share of trajectories fails for infrastructure reasons."""
+
+    @model_validator(mode="after")
+    def _has_its_gpu(self) -> RetrieverConfig:
+        if self.device == "cuda" and self.gpus_per_replica == 0:
+            raise ValueError(
+                "retriever.device: cuda needs a share of a GPU: set retriever.gpus_per_replica, e.g. 1"
+            )
+        return self
 
     @property
     def torch_device(self) -> Literal["cpu", "cuda"]:
@@ -167,8 +178,8 @@ class RolloutConfig(Section):
     """Top-k sampling; 0 is off."""
     concurrency: int = Field(128, ge=1)
     """Agents in flight per worker."""
-    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
-    """Share of GPU memory that an engine may take (vLLM); lower it where the learner shares the GPU."""
+    gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
+    """Share of GPU memory that an engine may take (vLLM). Null: 0.9, or 0.4 where a learner rank shares the GPU."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """KV cache of an engine on CPU, in GiB."""
     enforce_eager: bool = False
@@ -312,7 +323,7 @@ class ClusterConfig(Section):
     colocate: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_as_word)] = "auto"
     """Engines and learner share the same GPUs, taking turns. `auto`: if there are too few GPUs for both."""
     transport: Transport = "auto"
-    """How weights reach the engines. `auto`: shared_memory on CPU, ipc when colocated, nccl otherwise."""
+    """How weights reach the engines. `auto`: shared_memory on CPU, ipc when colocated in pairs, nccl otherwise."""
     start_timeout_s: float = Field(300.0, gt=0)
     """Longest wait for resources and engines, in seconds."""
     push_timeout_s: float = Field(300.0, gt=0)

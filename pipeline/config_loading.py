@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from pipeline.config import Config
 from pipeline.errors import UserError
@@ -81,7 +82,7 @@ def _check_keys(tree: Mapping[str, Any], model: type[BaseModel], prefix: str) ->
     for key, value in tree.items():
         if key not in model.model_fields:
             raise UserError(f"unknown configuration key {prefix}{key}{_suggestion(str(key), model, prefix)}")
-        section = _section_of(model.model_fields[key].annotation)
+        section = section_of(model.model_fields[key])
         if section is not None and isinstance(value, Mapping):
             _check_keys(value, section, f"{prefix}{key}.")
 
@@ -100,17 +101,15 @@ def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key of the configuration."""
     keys = []
     for name, field in model.model_fields.items():
-        section = _section_of(field.annotation)
+        section = section_of(field)
         keys += all_keys(section, f"{prefix}{name}.") if section is not None else [f"{prefix}{name}"]
     return keys
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The model class of a section, also where the field may be null."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section, also where it may be null."""
+    candidates = (field.annotation, *get_args(field.annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
 def _describe(problem: Any) -> str:

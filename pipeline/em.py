@@ -23,17 +23,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import ray
 
-from actors.cluster import Cluster, Serving, ray_session
+from actors.cluster import Cluster, Serving, plan, ray_session
 from actors.learner_group import LearnerGroup
-from actors.placement import plan_placement
 from pipeline.config import AgentConfig, Config
 from pipeline.data.splits import Splits, load_splits
 from pipeline.data.warmup_source import WarmUpSource, load_warm_up_source, warm_up_examples
 from pipeline.display import Display
 from pipeline.evaluation import evaluate
 from pipeline.models import load_tokenizer
+from pipeline.packing import num_targets
 from pipeline.protocol import Protocol
 from pipeline.records import Question, examples_from_table, examples_to_table, trajectories_to_table
 from pipeline.report import best_iteration, build_report, scalars, should_stop
@@ -61,7 +60,7 @@ def train(config: Config, run_path: Path, display: Display) -> Json:
     with RunDirectory(run_path, config) as run, Tracker(run.path, config.tracking, run.path.name) as tracker:
         display.log_to(run.path / "run.log")
         with ray_session(config):
-            plan_placement(config, ray.cluster_resources())
+            plan(config)
             index = prepare_index(config, run.path / "index", display)
             em = ExpectationMaximisation(config, protocol, splits, source, run, index, tracker, display)
             with em.start_cluster():
@@ -185,8 +184,8 @@ class ExpectationMaximisation:
         """A shard of warm-up examples beside the weighted ones, with their average weight per trained token."""
         weighted = [e for shard in shards for e in examples_from_table(pq.read_table(shard))]
         warm_up = examples_from_table(pq.read_table(self.run.iteration(0) / "weighted" / "000000.parquet"))
-        tokens = sum(e.num_trained_tokens for e in weighted)
-        weight = sum(e.weight * e.num_trained_tokens for e in weighted) / max(1, tokens)
+        tokens = sum(num_targets(e) for e in weighted)
+        weight = sum(e.weight * num_targets(e) for e in weighted) / max(1, tokens)
         rng = random.Random(derive_seed(self.config.seed, "mix", t))
         chosen = rng.choices(warm_up, k=round(self.config.warmup.mix * len(weighted)))
         path = self.run.fresh(self.run.iteration(t) / "warm_up") / "000000.parquet"
@@ -249,7 +248,7 @@ class ExpectationMaximisation:
         if self.cluster.learner is None or self.learner_version != version:
             state = self.run.learner(version) if version != self.base_version else None
             with self.display.status("starting the learner"):
-                self.cluster.start_learner(self.policy(version), state)
+                self.cluster.start_learner(state)
             self.learner_version = version
         assert self.cluster.learner is not None
         return self.cluster.learner

@@ -142,10 +142,6 @@ class WeightedExample:
     loss_mask: Mask
     weight: float
 
-    @property
-    def num_trained_tokens(self) -> int:
-        return int(self.loss_mask.sum())
-
 
 _HIT = pa.struct(
     [("id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("score", pa.float32())]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from pipeline.config import Config
 from pipeline.display import Display
 from pipeline.errors import UserError
@@ -49,7 +51,8 @@ def prepare_index(config: Config, default: Path, display: Display) -> Path:
             default,
             encoder_spec(config),
             factory=config.retriever.factory,
-            device=config.retriever.torch_device,
+            # This process may be on a node without GPUs, whatever the retriever actors have.
+            device=config.retriever.torch_device if torch.cuda.is_available() else "cpu",
             on_progress=advance.to,
         )
     return default

@@ -11,7 +11,7 @@ Guarantees:
 One line (`step` is null for a metric of a whole phase; `wall_s` counts the seconds that the run was up, over
 all its starts):
 
-    {"time": "2026-03-01T12:00:00+00:00", "wall_s": 61.2, "iteration": 1, "phase": "train", "step": 3,
+    {"time": "2026-03-01T12:00:00+00:00", "wall_s": 61.2, "iteration": 1, "phase": "maximisation", "step": 3,
      "values": {"loss": 0.71}}
 """
 
@@ -125,16 +125,6 @@ class Tracker:
         for mirror in self._mirrors:
             mirror.close()
         self._tensorboard, self._mirrors = None, []
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All metric lines of a run, oldest first; a last line that was cut off is left out.
-
-    Raises:
-        UserError: another line is damaged.
-    """
-    path = run_dir / METRICS_FILE
-    return _parse(path, path.read_bytes())[0] if path.exists() else []
 
 
 def _parse(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:

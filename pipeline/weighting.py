@@ -9,8 +9,11 @@ log-probabilities (EXSEARCH, Eq. 5 and Algorithm 1):
     reward             w_k = metric of the trajectory's own answer, in [0, 1]
     uniform            w_k = 1 / K
 
-K counts the trajectories that take part: infrastructure failures are excluded before they come here. A higher
-likelihood never gets a lower weight, and sums run over one question, never over a batch.
+With `correct_proposal` every w_k is multiplied by the clipped ratio r_k = min(p(z_k) / q(z_k), max_ratio); where the
+weights are divided by their sum, r_k stands in the sum too (self-normalised importance sampling).
+
+K counts the trajectories that take part: infrastructure failures are excluded before they come here. Of the first two,
+a higher likelihood never gets a lower weight. Sums run over one question, never over a batch.
 """
 
 from __future__ import annotations
@@ -67,10 +70,10 @@ def importance_weights(scored: Sequence[Scored], config: WeightingConfig) -> Arr
     log_likelihoods = np.array([s.log_likelihood for s in scored], dtype=np.float64)
     if np.isnan(log_likelihoods).any() or (log_likelihoods > 1e-4).any():
         raise ValueError(f"log-likelihoods must be at most 0, got {log_likelihoods.tolist()}")
-    weights = _WEIGHTINGS[config.method](scored, np.minimum(log_likelihoods, 0.0), config)
+    log_ratios = np.zeros(len(scored))
     if config.correct_proposal:
-        log_ratios = np.array([s.log_ratio for s in scored], dtype=np.float64)
-        weights = weights * np.exp(np.minimum(log_ratios, np.log(config.max_ratio)))
+        log_ratios = np.minimum([s.log_ratio for s in scored], np.log(config.max_ratio))
+    weights = _WEIGHTINGS[config.method](scored, np.minimum(log_likelihoods, 0.0), log_ratios, config)
     return weights if config.max_weight is None else np.minimum(weights, config.max_weight)
 
 
@@ -125,12 +128,16 @@ def summarise(groups: Sequence[Sequence[Scored]], weights: Sequence[Array]) -> W
     )
 
 
-def _likelihood(scored: Sequence[Scored], log_likelihoods: Array, config: WeightingConfig) -> Array:
-    return np.asarray(np.exp(log_likelihoods / config.temperature))
+def _likelihood(
+    scored: Sequence[Scored], log_likelihoods: Array, log_ratios: Array, config: WeightingConfig
+) -> Array:
+    return np.asarray(np.exp(log_likelihoods / config.temperature + log_ratios))
 
 
-def _posterior(scored: Sequence[Scored], log_likelihoods: Array, config: WeightingConfig) -> Array:
-    tempered = log_likelihoods / config.temperature
+def _posterior(
+    scored: Sequence[Scored], log_likelihoods: Array, log_ratios: Array, config: WeightingConfig
+) -> Array:
+    tempered = log_likelihoods / config.temperature + log_ratios
     log_total = np.logaddexp.reduce(tempered)
     if np.isneginf(log_total):
         return np.zeros(len(tempered))
@@ -139,20 +146,26 @@ def _posterior(scored: Sequence[Scored], log_likelihoods: Array, config: Weighti
     return np.asarray(np.exp(tempered - log_total))
 
 
-def _length_normalised(scored: Sequence[Scored], log_likelihoods: Array, config: WeightingConfig) -> Array:
+def _length_normalised(
+    scored: Sequence[Scored], log_likelihoods: Array, log_ratios: Array, config: WeightingConfig
+) -> Array:
     lengths = np.array([s.num_tokens for s in scored], dtype=np.float64)
-    tempered = log_likelihoods / (lengths * config.temperature)
+    tempered = log_likelihoods / (lengths * config.temperature) + log_ratios
     if config.self_normalised and not np.isneginf(tempered).all():
         tempered = tempered - np.logaddexp.reduce(tempered)
     return np.asarray(np.exp(tempered))
 
 
-def _reward(scored: Sequence[Scored], log_likelihoods: Array, config: WeightingConfig) -> Array:
-    return np.array([s.reward for s in scored], dtype=np.float64)
+def _reward(
+    scored: Sequence[Scored], log_likelihoods: Array, log_ratios: Array, config: WeightingConfig
+) -> Array:
+    return np.asarray([s.reward for s in scored] * np.exp(log_ratios))
 
 
-def _uniform(scored: Sequence[Scored], log_likelihoods: Array, config: WeightingConfig) -> Array:
-    return np.full(len(scored), 1.0 / len(scored))
+def _uniform(
+    scored: Sequence[Scored], log_likelihoods: Array, log_ratios: Array, config: WeightingConfig
+) -> Array:
+    return np.asarray(np.exp(log_ratios) / len(scored))
 
 
 _WEIGHTINGS = {

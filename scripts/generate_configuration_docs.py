@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from pipeline.config import Config
-from pipeline.config_loading import load_config
+from pipeline.config_loading import load_config, section_of
 from pipeline.errors import UserError
 from pipeline.run import FREE_TO_CHANGE
 
@@ -34,11 +34,10 @@ INTRODUCTION = """\
 
 Every key of a run, by section. A configuration is a YAML file of sections (`--config FILE`), then `key=value`
 overrides on the command line; later ones win. Values are in YAML notation: `data.train=[a.jsonl,b.jsonl]`,
-`learner.lora=null`; YAML reads a bare `yes` or `no` as true or false, so quote them. A key that is not listed
-here is refused, with the nearest one that exists. What a run really used is in its `config.yaml`;
-`exsearch config` prints it without running anything. Ready files are in [configs/](../configs).
-[formats.md](formats.md) describes the files that the `data` section names, [clusters.md](clusters.md) what
-the cluster settings mean.
+`learner.lora=null`. A key that is not listed here is refused, with the nearest one that exists. What a run
+really used is in its `config.yaml`; `exsearch config` prints it without running anything. Ready files are in
+[configs/](../configs). [formats.md](formats.md) describes the files that the `data` section names,
+[clusters.md](clusters.md) what the cluster settings mean.
 
 The page is made by `scripts/generate_configuration_docs.py`: change `pipeline/config.py`, not the page."""
 
@@ -66,19 +65,14 @@ def render() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def section_of(field: FieldInfo) -> type[BaseModel] | None:
-    """The model of a field that is a section, also where it may be null."""
-    candidates = (field.annotation, *get_args(field.annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
 def type_text(field: FieldInfo) -> str:
     """Type and range of a field in words: `whole number, >= 1, or null`."""
     is_union = get_origin(field.annotation) in (Union, UnionType)
     members = get_args(field.annotation) if is_union else (field.annotation,)
     bounds = [_bound(item) for item in field.metadata if isinstance(item, Ge | Gt | Le | Lt)]
     names = [_type(member) for member in members if member is not NoneType]
-    if any(isinstance(item, BeforeValidator) for item in field.metadata):
+    is_list = any(get_origin(member) is tuple for member in members)
+    if is_list and any(isinstance(item, BeforeValidator) for item in field.metadata):
         names.append("one text")
     text = ", ".join([" or ".join(names), *bounds])
     if NoneType not in members:

@@ -188,7 +188,9 @@ def check_command(words: list[str], where: str) -> None:
         assert rest[0] in command.commands, f"{where}: no command {rest[0]} in {' '.join(words)}"
         command = command.commands[rest.pop(0)]
     options = {name for parameter in command.params for name in parameter.opts} | {"--help"}
-    for word in rest:
+    for previous, word in zip(["", *rest], rest, strict=False):
+        if previous.startswith("-"):
+            continue  # the option's value
         if word.startswith("-"):
             assert word in options, f"{where}: no option {word} in {' '.join(words)}"
         elif override := re.match(r"([a-z_]+(?:\.[a-z_]+)*)=", word):

@@ -22,6 +22,7 @@ from typing import Any
 import httpx
 
 from pipeline.data.supervision import GoldStep, Unusable, states
+from pipeline.errors import UserError
 from pipeline.records import Question
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ Keep every name, number and date exactly as it is written. Reply with nothing bu
 per step, in order: [{"query": "...", "evidence": "..."}]"""
 
 
-class RewriteError(RuntimeError):
+class RewriteError(UserError):
     """The endpoint could not be used: unreachable, refusing, or failing in every attempt."""
 
 

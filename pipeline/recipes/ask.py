@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from actors.engine import EngineOptions, VllmEngine
+from actors.placement import GPU_MEMORY_UTILIZATION
 from pipeline.config import Config
 from pipeline.display import Display
 from pipeline.models import check_model, load_tokenizer
@@ -32,7 +33,7 @@ def ask(question: str, model: str, index: Path, config: Config, display: Display
         UserError, RetrieverError: no such model or index.
     """
     check_model(model)
-    searcher = DenseSearcher.open(index)
+    searcher = DenseSearcher.open(index, search_parameters=config.retriever.search_parameters)
     protocol = Protocol(load_tokenizer(model), config.agent)
 
     async def retrieve(query: str, k: int) -> Sequence[Hit]:
@@ -42,7 +43,14 @@ def ask(question: str, model: str, index: Path, config: Config, display: Display
     async def run() -> Trajectory:
         engine = VllmEngine(
             EngineOptions(
-                model=model, max_model_len=config.model.max_length, max_num_seqs=1, enforce_eager=True
+                model=model,
+                dtype=config.model.dtype,
+                tensor_parallel_size=config.rollout.tensor_parallel_size,
+                max_model_len=config.model.max_length,
+                max_num_seqs=1,
+                gpu_memory_utilization=config.rollout.gpu_memory_utilization or GPU_MEMORY_UTILIZATION,
+                kv_cache_gib=config.rollout.kv_cache_gib,
+                enforce_eager=True,
             )
         )
         with display.status("starting vLLM"):

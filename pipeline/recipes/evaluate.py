@@ -44,6 +44,8 @@ def evaluate_model(
     config = load_config(config_file, overrides)
     model = model or (_best_model(run, config) if run is not None else config.model.path)
     check_model(model)
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--out is {out}; give a name that ends in .json (the trajectories go beside it)")
     if split not in ("train", "dev", "test"):
         raise UserError(f"--split is {split}; choose train, dev or test")
     sets = _read_sets(config, split)
@@ -52,11 +54,10 @@ def evaluate_model(
             "evaluation needs an index: give --run, or retriever.index=DIR (see exsearch index build)"
         )
     index = prepare_index(config, (run or Path()) / "index", display)
-    config = config.model_copy(update={"learner": config.learner.model_copy(update={"num_ranks": 1})})
     questions = [question for members in sets.values() for question in members]
     with ray_session(config):
         with display.status("starting the retriever and the vLLM engines"):
-            cluster = Cluster(config, index, Serving(model, 0))
+            cluster = Cluster(config, index, Serving(model, 0), learner=False)
         with cluster, display.progress(f"evaluating on {split}", len(questions), "questions") as advance:
             trajectories = cluster.greedy(questions, config.agent, on_done=lambda summary: advance(1))
     found = {trajectory.question_id: trajectory for trajectory in trajectories}

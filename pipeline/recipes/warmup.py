@@ -34,7 +34,7 @@ def write_warm_up(config: Config, out: Path, display: Display) -> Json:
     source = load_warm_up_source(config, load_splits(config, required=("train",)).train, protocol)
     with tempfile.TemporaryDirectory() as scratch:
         index = prepare_index(config, Path(scratch) / "index", display)
-        searcher = DenseSearcher.open(index)
+        searcher = DenseSearcher.open(index, search_parameters=config.retriever.search_parameters)
 
         async def retrieve(query: str, k: int) -> Sequence[Hit]:
             (hits,) = searcher.search([query], k)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from actors.engine import EngineOptions, VllmEngine
-from pipeline.records import ScoreRequest
 from pipeline.search_agent import Completion, EngineError, Sampling
 from tests.actors.support import EngineFixture, HfModel
 
@@ -167,14 +166,6 @@ def test_score_of_a_generated_answer_is_the_sum_of_its_logprobs(
     scored = score(shared_engine, ids + answer.token_ids, len(ids))
     assert scored == pytest.approx(sum(answer.logprobs), abs=1e-4)
     assert scored == pytest.approx(sum(hf_model.logprobs(ids + answer.token_ids)[len(ids) - 1 :]), abs=1e-3)
-
-
-def test_score_many_keeps_the_order(shared_engine: EngineFixture, hf_model: HfModel) -> None:
-    texts = [prompt(20 + 13 * i, seed=20 + i) for i in range(20)]
-    requests = [ScoreRequest(np.array(ids, np.int32), len(ids) - 6) for ids in texts]
-    scores = shared_engine.run(shared_engine.engine.score_many(requests))
-    expected = [sum(hf_model.logprobs(ids)[-6:]) for ids in texts]
-    np.testing.assert_allclose(scores, expected, atol=1e-4)
 
 
 def test_score_of_nothing_is_zero(shared_engine: EngineFixture) -> None:

@@ -18,16 +18,23 @@ def plan(
     workers: int = 1,
     ranks: int = 1,
     tensor_parallel: int = 1,
+    retriever_gpus: float = 0.0,
+    gpu_packages: bool | None = None,
+    learner: bool = True,
     **cluster: Any,
 ) -> Placement:
+    """The layout; by default with the packages that go with the hardware."""
     config = Config.model_validate(
         {
             "rollout": {"workers": workers, "tensor_parallel_size": tensor_parallel},
             "learner": {"num_ranks": ranks},
+            "retriever": {"replicas": 2, "gpus_per_replica": retriever_gpus},
             "cluster": cluster,
         }
     )
-    return plan_placement(config, {"CPU": float(cpus), "GPU": float(gpus), "memory": 1e9})
+    resources = {"CPU": float(cpus), "GPU": float(gpus), "memory": 1e9}
+    packages = gpus > 0 if gpu_packages is None else gpu_packages
+    return plan_placement(config, resources, gpu_packages=packages, learner=learner)
 
 
 def gpus_used(placement: Placement) -> list[float]:
@@ -71,14 +78,26 @@ def test_gpu_transports_on_cpus_are_refused(transport: str) -> None:
         plan(transport=transport)
 
 
-def test_a_cluster_with_gpus_is_used_as_cpus_where_that_is_asked_for() -> None:
-    assert plan(gpus=8, devices="cpu").device == "cpu"
+def test_a_cluster_with_gpus_is_used_as_cpus_by_the_packages_for_cpus() -> None:
     assert plan(gpus=8).device == "gpu"
+    assert plan(gpus=8, gpu_packages=False).device == "cpu"
+    assert plan(gpus=8, gpu_packages=False, devices="cpu").device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "devices", "gpu_packages", "mend"),
+    [(8, "gpu", False, "gpu"), (8, "cpu", True, "cpu"), (0, "auto", True, "cpu"), (0, "gpu", False, "gpu")],
+)
+def test_packages_for_other_devices_are_refused(
+    gpus: int, devices: str, gpu_packages: bool, mend: str
+) -> None:
+    with pytest.raises(UserError, match=f"make setup DEVICE={mend}"):
+        plan(gpus=gpus, devices=devices, gpu_packages=gpu_packages)
 
 
 def test_gpus_that_are_asked_for_must_be_there() -> None:
     with pytest.raises(UserError, match="the cluster has 0"):
-        plan(gpus=0, devices="gpu")
+        plan(gpus=0, devices="gpu", gpu_packages=True)
 
 
 def test_with_enough_gpus_engines_and_ranks_have_their_own() -> None:
@@ -98,7 +117,8 @@ def test_an_engine_of_several_gpus_has_them_in_one_bundle() -> None:
 @pytest.mark.parametrize(("workers", "ranks"), [(2, 2), (1, 2), (2, 1)])
 def test_with_too_few_gpus_for_both_they_share(workers: int, ranks: int) -> None:
     placement = plan(gpus=2, workers=workers, ranks=ranks)
-    assert (placement.transport, len(placement.bundles)) == ("ipc", 2)
+    assert (placement.transport == "ipc") == (workers == ranks)
+    assert len(placement.bundles) == 2
     assert placement.engine_bundles == list(range(workers))
     assert placement.rank_bundles == list(range(ranks))
     assert all(used <= 1.0 for used in gpus_used(placement))
@@ -118,7 +138,7 @@ def test_too_few_gpus_even_to_share_are_refused_with_the_figures() -> None:
     message = str(caught.value)
     assert "rollout.workers (4)" in message
     assert "learner.num_ranks (3)" in message
-    assert "need 4 GPUs even when they share, but the cluster has 2" in message
+    assert "need 4 GPUs even when engines and ranks share, but the cluster has 2" in message
 
 
 @pytest.mark.parametrize("colocate", ["auto", "yes"])
@@ -142,3 +162,27 @@ def test_a_transport_that_does_not_fit_the_layout_is_refused(
 def test_shared_memory_goes_with_every_layout(colocate: str, own: str) -> None:
     assert plan(gpus=2, colocate=colocate, transport="shared_memory").transport == "shared_memory"
     assert plan(gpus=2, colocate=colocate, transport=own).transport == own
+
+
+def test_ipc_is_refused_where_a_gpu_has_an_engine_or_a_rank_only() -> None:
+    assert plan(gpus=2, workers=2, ranks=1, colocate="yes").transport == "shared_memory"
+    with pytest.raises(UserError, match=r"ipc needs a learner rank .* rollout\.workers is 2"):
+        plan(gpus=2, workers=2, ranks=1, colocate="yes", transport="ipc")
+
+
+def test_an_engine_leaves_memory_to_a_rank_on_its_gpu() -> None:
+    assert plan(gpus=1).gpu_memory_utilization < plan(gpus=2).gpu_memory_utilization == 0.9
+
+
+def test_gpus_of_the_retriever_are_set_aside() -> None:
+    assert plan(gpus=2, retriever_gpus=0.0).transport == "nccl"
+    assert plan(gpus=2, retriever_gpus=0.5).transport == "ipc"
+    with pytest.raises(UserError, match=r"gpus_per_replica \(2\) need 3 GPUs even when .* share"):
+        plan(gpus=2, retriever_gpus=1.0)
+
+
+def test_without_a_learner_the_engines_have_all_gpus() -> None:
+    placement = plan(gpus=8, workers=1, tensor_parallel=8, learner=False)
+    assert placement.rank_bundles == []
+    assert gpus_used(placement) == [8.0]
+    assert plan(cpus=1, ranks=4, learner=False).bundles == [{"CPU": 1.0}]

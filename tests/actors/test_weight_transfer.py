@@ -299,7 +299,14 @@ def vllm_sender(monkeypatch: pytest.MonkeyPatch, transport: Any, engines: Any) -
 
     monkeypatch.setattr(WeightTransferTrainerFactory, "trainer_init", trainer_init)
     return VllmSender(
-        transport, engines, weights, rank=0, master_address="10.0.0.1", master_port=29600, deadline_s=10
+        transport,
+        engines,
+        weights,
+        rank=0,
+        master_address="10.0.0.1",
+        master_port=29600,
+        deadline_s=10,
+        largest_tensor_bytes=16,
     )
 
 
@@ -339,9 +346,11 @@ def test_each_engine_takes_its_own_ranks_in_the_nccl_group(monkeypatch: pytest.M
     assert infos == [{"rank_offset": 1, "world_size": 4}, {"rank_offset": 3, "world_size": 4}]
 
 
-def test_ipc_init_is_packed() -> None:
-    info = trainer_init_info("ipc", 2, 0, "", 0)
+@pytest.mark.parametrize(("largest", "buffer"), [(1 << 20, 256 << 20), (1_089_994_752, 1_089_994_752)])
+def test_the_ipc_buffer_holds_the_largest_tensor(largest: int, buffer: int) -> None:
+    info = trainer_init_info("ipc", 2, 0, "", 0, largest)
     assert (info.packed, info.rank, info.is_sender) == (True, 2, False)
+    assert info.packed_buffer_size_bytes == buffer
 
 
 def test_every_transport_is_known_to_vllm_once_registered() -> None:

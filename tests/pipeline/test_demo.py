@@ -29,7 +29,7 @@ def test_engines_and_ranks_fit_what_the_machine_has(
     config = demo_config(Path("world"), [], devices)
 
     assert (config.rollout.workers, config.learner.num_ranks) == (size, size)
-    assert plan_placement(config, resources).transport == transport
+    assert plan_placement(config, resources, gpu_packages="GPU" in resources).transport == transport
 
 
 def test_overrides_win() -> None:

@@ -141,6 +141,13 @@ def test_the_proposal_correction_multiplies_by_the_clipped_ratio() -> None:
     assert importance_weights(scored, config) * 3 == pytest.approx([math.exp(-1), 1.0, 2.0])
 
 
+def test_the_proposal_correction_keeps_self_normalised_weights_normalised() -> None:
+    scored = [Scored(-1.0, 3, log_ratio=math.log(2)), Scored(-1.0, 3, log_ratio=0.0)]
+    for settings in ({"method": "posterior"}, {"method": "length_normalised", "self_normalised": True}):
+        config = WeightingConfig.model_validate(settings | {"correct_proposal": True})
+        assert importance_weights(scored, config) == pytest.approx([2 / 3, 1 / 3])
+
+
 def test_weights_are_clipped_at_the_maximum() -> None:
     assert weights([0.0, -5.0], method="likelihood", max_weight=0.5) == pytest.approx([0.5, math.exp(-5)])
 

@@ -24,8 +24,12 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 DEADLINE_S = 420
 
 
-def test_a_killed_run_ends_like_an_undisturbed_one(world: Path, index: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("adapters", ["null", "{rank: 4, dropout: 0.1}"], ids=["full", "LoRA"])
+def test_a_killed_run_ends_like_an_undisturbed_one(
+    world: Path, index: Path, tmp_path: Path, adapters: str
+) -> None:
     settings = overrides(world, index, random_model(tmp_path / "model", "Qwen2"))
+    settings.append(f"learner.lora={adapters}")
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     finish(undisturbed, settings)
 

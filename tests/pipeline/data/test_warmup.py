@@ -182,7 +182,7 @@ def test_a_retriever_that_fails_ends_the_synthesis(tokenizer: Any) -> None:
     async def unavailable(query: str, k: int) -> list[Hit]:
         raise RetrieverUnavailable("down")
 
-    with pytest.raises(RuntimeError, match="question .* failed: down"):
+    with pytest.raises(RuntimeError, match=r"question .* failed: down"):
         synthesised(tokenizer, QUESTION, retrieve=unavailable)
 
 
