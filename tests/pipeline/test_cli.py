@@ -300,6 +300,18 @@ def test_nothing_to_synthesise(refused: Any) -> None:
     assert "warmup.questions is 0" in refused(*WARMUP, "warmup.questions=0")
 
 
+@pytest.mark.parametrize("command", [TRAIN, WARMUP], ids=["train", "warmup"])
+def test_a_warm_up_of_questions_without_supervision(refused: Any, folder: Path, command: Any) -> None:
+    bare = [{"id": f"b{i}", "question": f"Question {i}?", "answers": ["Ada"]} for i in range(3)]
+    write_jsonl(folder / "train.jsonl", bare)
+    message = refused(*command)
+    assert "warmup.questions is 2, but none of 3 questions names its supporting passages" in message
+
+
+def test_missing_warm_up_trajectories(refused: Any) -> None:
+    assert "no trajectory file missing.parquet" in refused(*TRAIN, "warmup.trajectories=missing.parquet")
+
+
 # ---------------------------------------------------------------- the run directory
 
 
