@@ -92,7 +92,8 @@ test: export HF_HUB_OFFLINE := 1
 test: export RAY_USAGE_STATS_ENABLED := 0
 test: lint  ## lint, then all tests: quick ones first
 	$(BIN)/python -m pytest -m "not component and not system" $(ARGS)
-	$(BIN)/python -m pytest -m "component or system" $(ARGS)
+	$(BIN)/python -m pytest -m component --durations=5 $(ARGS)
+	$(BIN)/python -m pytest -m system --durations=5 $(ARGS)
 
 lint: $(READY)  ## ruff, mypy and the rules on who may import whom
 	$(BIN)/ruff check

@@ -119,7 +119,7 @@ def index_build(
 
     display = Display()
     spec = EncoderSpec(encoder, query_prefix, passage_prefix)
-    with display.progress("encoding the corpus", None, "passages") as advance:
+    with display.progress("indexing the corpus", None, "passages") as advance:
         manifest = build_index(corpus, out, spec, factory=factory, device=device, on_progress=advance.to)
     display.line(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
 
