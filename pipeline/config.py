@@ -319,7 +319,7 @@ class ClusterConfig(Section):
     """Ray address. Null: RAY_ADDRESS, the cluster of the submitted job or one that runs on this machine if there is
     one, else a local one for this command."""
     devices: Literal["auto", "cpu", "gpu"] = "auto"
-    """`auto`: gpu if the cluster has any."""
+    """`auto`: gpu if the cluster has any and the packages for GPUs are installed."""
     colocate: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_as_word)] = "auto"
     """Engines and learner share the same GPUs, taking turns. `auto`: if there are too few GPUs for both."""
     transport: Transport = "auto"

@@ -35,8 +35,7 @@ def load_warm_up_source(config: Config, train: Sequence[Question], protocol: Pro
         train: the run's training questions, used where `warmup.sources` names no others.
 
     Returns:
-        the ready trajectories of `warmup.trajectories`, else a sample of `warmup.questions` questions with gold
-        supervision.
+        the ready trajectories of `warmup.trajectories`, else `warm_up_questions`.
 
     Raises:
         UserError: no question has the supervision that synthesis needs, or a bad trajectory file.
@@ -52,6 +51,16 @@ def load_warm_up_source(config: Config, train: Sequence[Question], protocol: Pro
                 f"nor in warmup.sources ({', '.join(unknown[:5])}); name the files that they come from there"
             )
         return WarmUpSource(known, ready)
+    return WarmUpSource(warm_up_questions(config, train))
+
+
+def warm_up_questions(config: Config, train: Sequence[Question]) -> list[Question]:
+    """A sample of `warmup.questions` questions with gold supervision, of `warmup.sources` or else of `train`.
+
+    Raises:
+        UserError: no question has the supervision that synthesis needs.
+    """
+    warmup, root = config.warmup, config.data.root
     pool = read_questions(warmup.sources, root=root) if warmup.sources else train
     supervised = [q for q in pool if is_supervised(q)]
     if not supervised:
@@ -59,7 +68,7 @@ def load_warm_up_source(config: Config, train: Sequence[Question], protocol: Pro
             f"warmup.questions is {warmup.questions}, but none of {len(pool)} questions names its supporting "
             "passages; give questions that do (docs/formats.md), or set warmup.questions=0"
         )
-    return WarmUpSource(sample_questions(supervised, warmup.questions, config.seed))
+    return sample_questions(supervised, warmup.questions, config.seed)
 
 
 async def warm_up_examples(

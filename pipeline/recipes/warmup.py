@@ -10,7 +10,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.data.splits import load_splits
 from pipeline.data.warmup import write_trajectories
-from pipeline.data.warmup_source import load_warm_up_source, synthesise_warm_up
+from pipeline.data.warmup_source import synthesise_warm_up, warm_up_questions
 from pipeline.display import Display
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer
@@ -31,7 +31,7 @@ def write_warm_up(config: Config, out: Path, display: Display) -> Json:
             "warmup.questions is 0: there is nothing to synthesise; give a number, warmup.questions=1000"
         )
     protocol = Protocol(load_tokenizer(config.model.path), config.agent)
-    source = load_warm_up_source(config, load_splits(config, required=("train",)).train, protocol)
+    questions = warm_up_questions(config, load_splits(config, required=("train",)).train)
     with tempfile.TemporaryDirectory() as scratch:
         index = prepare_index(config, Path(scratch) / "index", display)
         searcher = DenseSearcher.open(index, search_parameters=config.retriever.search_parameters)
@@ -42,8 +42,6 @@ def write_warm_up(config: Config, out: Path, display: Display) -> Json:
 
         with display.status("synthesising trajectories"):
             cache = out.with_name(f"{out.name}.rewritten.jsonl")
-            result = asyncio.run(
-                synthesise_warm_up(config, source.questions, protocol, retrieve, index, cache)
-            )
+            result = asyncio.run(synthesise_warm_up(config, questions, protocol, retrieve, index, cache))
     write_trajectories(out, result.trajectories, protocol)
     return {"out": str(out)} | result.statistics()

@@ -296,6 +296,12 @@ def test_warm_up_trajectories_are_written(run_command: Any, folder: Path) -> Non
     assert (folder / "warmup.parquet").is_file()
 
 
+def test_trajectories_are_written_again_by_a_configuration_that_reads_them(run_command: Any) -> None:
+    result = run_command(*WARMUP, "warmup.trajectories=warmup.parquet", "warmup.questions=1")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["trajectories"] == 1
+
+
 def test_nothing_to_synthesise(refused: Any) -> None:
     assert "warmup.questions is 0" in refused(*WARMUP, "warmup.questions=0")
 
