@@ -22,8 +22,10 @@ def main(names: list[str]) -> int:
     table = Table("what", "ours", "compared with", "limit", "ratio (median)", "min", "max", "goal")
     for name in names or BENCHMARKS:
         with console.status(f"measuring: {name}"):
-            for ratio in BENCHMARKS[name]():
-                table.add_row(*ratio.cells())
+            ratios = BENCHMARKS[name]()
+        for ratio in ratios:
+            table.add_row(*ratio.cells())
+            console.print(f"{ratio.what}: {ratio.cells()[4]}")
     console.print(table)
     return 0
 

@@ -14,7 +14,7 @@ from bench.measure import Ratio, in_turn
 from pipeline.config import LearnerConfig
 from pipeline.records import WeightedExample
 
-NUM_EXAMPLES, BATCH = 192, 32
+NUM_EXAMPLES, BATCH = 96, 32
 PADDED_MICROBATCH = 8
 
 
