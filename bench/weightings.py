@@ -58,28 +58,22 @@ def demo(run: Path, overrides: Sequence[str]) -> int:
 
 
 def table(reports: dict[str, list[dict[str, Any]]]) -> str:
-    """One row per weighting: means over the seeds, with the standard deviation."""
-    rows = [
-        "| weighting | test EM, warm-up | test EM, best iteration | dev EM by iteration | bound by iteration |",
-        "|---|---|---|---|---|",
-    ]
-    for name, runs in reports.items():
-        iterations = list(zip(*(run["iterations"] for run in runs), strict=True))
-        cells = [
-            f"`{name}`",
-            spread([run["test"]["warm_up"]["em"] for run in runs]),
-            spread([run["test"]["best"]["em"] for run in runs]),
-            ", ".join(spread([run["dev"]["em"] for run in runs]) for runs in iterations),
-            ", ".join(spread([run["train"]["likelihood_bound"] for run in runs], 2) for runs in iterations),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    """Test EM of the best iteration by weighting and seed, with mean and standard deviation; first the warm-up's."""
+    runs = next(iter(reports.values()))
+    rows = {"warm-up": [run["test"]["warm_up"]["em"] for run in runs]}
+    rows |= {f"`{name}`": [run["test"]["best"]["em"] for run in runs] for name, runs in reports.items()}
+    seeds = " | ".join(f"seed {run['seed']}" for run in runs)
+    lines = [f"| test EM | {seeds} | mean (sd) |", f"|{'---|' * (len(runs) + 2)}"]
+    for name, scores in rows.items():
+        cells = " | ".join(f"{score:.1f}" for score in scores)
+        lines.append(f"| {name} | {cells} | {spread(scores)} |")
+    return "\n".join(lines)
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
+def spread(values: Sequence[float]) -> str:
     """`mean (standard deviation)` of one figure over the seeds."""
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ({deviation:.{digits}f})"
+    return f"{statistics.mean(values):.1f} ({deviation:.1f})"
 
 
 if __name__ == "__main__":
