@@ -62,19 +62,23 @@ $(READY): $(LOCK) pyproject.toml
 	fi
 	touch $(VENV)/.incomplete
 	echo $(DEVICE) > $(VENV)/.device
-	pip=($(BIN)/python -m pip --quiet --quiet --no-input --disable-pip-version-check install --no-deps)
+	pip=($(BIN)/python -m pip --no-input --disable-pip-version-check --no-color install --no-deps --progress-bar off)
+	# One line now and then: a person sees that it moves, a log stays short.
+	steps() { awk '/^Collecting|^Processing/ && ++n % 40 == 0 {print "  " n " fetched"; fflush()} /^Installing/ {print "  installing them"; fflush()}'; }
 	torch=$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
-	echo "Installing $$(grep -c == $(LOCK)) packages of the $(DEVICE) set ($(LOCK)): a few minutes."
+	echo "Installing $$(grep -c == $(LOCK)) packages of the $(DEVICE) set ($(LOCK)): some minutes, and some GB of disk."
 	if [ $(DEVICE) = cpu ]; then
 	  # Alone, because pip asks every index for every package: PyTorch's holds copies of others' packages.
-	  if ! "$${pip[@]}" --retries 1 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) "$$torch"; then
+	  # Where that index cannot be reached, the wheel may still be elsewhere: no warnings about single attempts.
+	  if ! "$${pip[@]}" --quiet --quiet --retries 1 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) "$$torch" \
+	    2> >(grep -v '^WARNING: Retrying' >&2); then
 	    echo "$$torch was not found. It is on PyTorch's CPU index, $(TORCH_CPU_INDEX)." >&2
 	    echo "Without access to it: make setup TORCH_CPU_INDEX=URL-of-a-mirror, or PIP_FIND_LINKS=folder-with-the-wheel make setup" >&2
 	    exit 1
 	  fi
 	fi
-	"$${pip[@]}" -r $(LOCK)
-	"$${pip[@]}" --no-build-isolation --editable .
+	"$${pip[@]}" -r $(LOCK) | steps
+	"$${pip[@]}" --quiet --no-build-isolation --editable .
 	if [ $(DEVICE) = cpu ]; then
 	  if ! $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
 	    echo "The torch in $(VENV) is not the CPU build. Run: rm -rf $(VENV); make setup DEVICE=cpu" >&2; exit 1

@@ -16,6 +16,7 @@ CPU and GPU share this code. What differs is in `_engine_args` and `_set_environ
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 import os
@@ -128,6 +129,8 @@ class VllmEngine:
         if self._llm is not None:
             self._llm.shutdown(timeout=10)
             self._llm = None
+            # It is part of reference cycles, and its destructor fails if it runs at the end of the interpreter.
+            gc.collect()
 
     # ------------------------------------------------------------ requests
 

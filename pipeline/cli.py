@@ -23,6 +23,8 @@ from retriever_service.errors import RetrieverError
 class _Commands(TyperGroup):
     """Turns what the user can mend into one message and exit code 2, and Ctrl-C into advice."""
 
+    resumable = ("demo", "train")
+
     def invoke(self, ctx: Any) -> Any:
         display = Display()
         try:
@@ -31,7 +33,8 @@ class _Commands(TyperGroup):
             display.error(str(getattr(error, "cause", error)))  # Ray wraps what an actor raised
             raise typer.Exit(2) from error
         except KeyboardInterrupt as interrupt:
-            display.error("interrupted; what was finished is kept, and the same command goes on from there")
+            kept = "; what was finished is kept, and the same command goes on from there"
+            display.error("interrupted" + (kept if ctx.invoked_subcommand in self.resumable else ""))
             raise typer.Exit(130) from interrupt
 
 
@@ -87,7 +90,7 @@ def demo(
 @app.command()
 def world(
     out: Annotated[Path, typer.Option("--out", help="Directory to write; new or empty.")],
-    seed: Annotated[int, typer.Option("--seed", help="Another seed is another world.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed is another world.")] = 0,
     size: Annotated[
         str, typer.Option("--size", help="small, medium or large: 2e3, 1e5 or 2e6 passages.")
     ] = "small",
@@ -206,9 +209,10 @@ def ask(
 
     display = Display()
     loaded = load_config(config or run_config_of(model), overrides or [])
-    trajectory = run_ask(question, model, index, loaded, display, quiet=as_json)
     if as_json:
-        typer.echo(json.dumps(trajectory, ensure_ascii=False))
+        typer.echo(json.dumps(run_ask(question, model, index, loaded, display), ensure_ascii=False))
+    else:
+        run_ask(question, model, index, loaded, display, typer.echo)
 
 
 @app.command("config")

@@ -24,6 +24,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+logger = logging.getLogger(__name__)
+
 
 class Advance:
     """Moves one progress bar: call it with a number of finished things, or `to(done, total)`."""
@@ -66,12 +68,15 @@ class Display:
     def status(self, description: str) -> Iterator[None]:
         """A spinner while the block runs; afterwards one line with how long it took."""
         start = time.perf_counter()
-        with self.console.status(description):
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            progress.add_task(description, total=None)
             yield
         self.line(f"{description}: {time.perf_counter() - start:.1f} s")
 
     def line(self, text: str) -> None:
-        """Print text as it is; the terminal wraps it, so that paths and commands can be copied."""
+        """Print text as it is; the terminal wraps it, so that paths and commands can be copied. Logged too."""
+        logger.info(text)
         self._print(text)
 
     def error(self, text: str) -> None:
@@ -94,14 +99,15 @@ class Display:
         """The tables of a finished run."""
         columns = ("bound", "ESS", "failed", "dev EM", "dev F1", "searches", "E-step", "M-step")
         table = _table(f"run {report['run']}: iterations", "iter", columns)
-        table.caption = (
-            "bound: mean log p(answer) with its standard error; failed: % of questions without a right trajectory; "
-            "times in seconds; * best"
-        )
         for row in [report["warm_up"], *report["iterations"]]:
             if row is not None:
                 table.add_row(*_iteration_cells(row, best=report["best_iteration"]))
         self.console.print(table)
+        # Not as the table's caption: rich drops a letter where it wraps one.
+        self.line(
+            "bound: mean log p(answer) with its standard error; times in seconds; * best;\n"
+            "failed: % of questions without a right trajectory"
+        )
         if report["test"]:
             tests = _table("test questions, in percent", "model", _SCORE_COLUMNS)
             for name, scores in _in_order(report["test"]):

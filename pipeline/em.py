@@ -225,7 +225,9 @@ class ExpectationMaximisation:
         self.tracker.rollback(t, name)
 
         def logged() -> Json:
+            logger.info(f"iteration {t}: {name} begins")
             result = work()
+            logger.info(f"iteration {t}: {name}: {scalars(result)}")
             self.tracker.log(scalars(result), iteration=t, phase=name)
             return result
 

@@ -45,7 +45,7 @@ def prepare_index(config: Config, default: Path, display: Display) -> Path:
         return index
     if not config.data.corpus:
         raise UserError("there is nothing to search: set data.corpus, or retriever.index to a built index")
-    with display.progress("indexing the corpus", None, "passages") as advance:
+    with display.progress("preparing the index", None, "passages") as advance:
         build_index(
             corpus_paths(config),
             default,

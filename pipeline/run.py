@@ -50,6 +50,7 @@ FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency
 
 
 _LOCK_FILE = "lock"
+_PATH_KEYS = (("data", "root"), ("model", "path"), ("retriever", "index"), ("warmup", "trajectories"))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -136,7 +137,7 @@ class RunDirectory(RunFiles):
             )
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path / _LOCK_FILE)
-        write_atomically(stored, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_atomically(stored, yaml.safe_dump(_with_absolute_paths(config), sort_keys=False))
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -182,7 +183,7 @@ class RunDirectory(RunFiles):
             old = Config.model_validate(yaml.safe_load(stored.read_text(encoding="utf-8")))
         except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"{stored} cannot be read ({error}); choose another --run directory") from error
-        before, now = flatten(old.model_dump(mode="json")), flatten(config.model_dump(mode="json"))
+        before, now = flatten(_with_absolute_paths(old)), flatten(_with_absolute_paths(config))
         changed = [
             key for key in now | before if before.get(key) != now.get(key) and not _is_free_to_change(key)
         ]
@@ -205,6 +206,16 @@ def _is_empty(directory: Path) -> bool:
 
 def _is_free_to_change(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+
+
+def _with_absolute_paths(config: Config) -> Json:
+    """The configuration as it holds in any working directory; a hub name, or what is not there, stays as it is."""
+    tree = config.model_dump(mode="json")
+    for section, key in _PATH_KEYS:
+        value = tree[section][key]
+        if isinstance(value, str) and Path(value).exists():
+            tree[section][key] = str(Path(value).resolve())
+    return tree
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

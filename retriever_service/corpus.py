@@ -98,7 +98,7 @@ class CorpusReader:
                 if self._is_new(passage, source, line):
                     yield passage
             if count == 0:
-                raise RetrieverError(f"{source}: no passages; the corpus is empty")
+                raise RetrieverError(f"{source}: no passages; the corpus is empty. Name a file with passages")
             if self.num_duplicates > before:
                 logger.info(
                     f"{source}: {self.num_duplicates - before} of {count} passages were in earlier sources"
@@ -156,7 +156,9 @@ def _read_records(source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if path.is_dir():
         return _read_saved_dataset(path)
     if not path.is_file():
-        raise RetrieverError(f"corpus {source} does not exist")
+        raise RetrieverError(
+            f"corpus {source} does not exist; relative paths begin at data.root, or at the working directory"
+        )
     return _read_jsonl(path)
 
 
@@ -174,7 +176,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                     )
                 yield number, record
     except json.JSONDecodeError as error:
-        raise RetrieverError(f"{path}:{number}: not valid JSON: {error}") from error
+        raise RetrieverError(
+            f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line"
+        ) from error
     except UnicodeDecodeError as error:
         raise RetrieverError(f"{path}:{number}: not valid UTF-8: {error}") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

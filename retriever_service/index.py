@@ -169,7 +169,7 @@ def read_manifest(index_dir: str | Path) -> Manifest:
         return Manifest(**fields)
     except OSError as error:
         raise RetrieverError(
-            f"{index_dir} is not a built index ({error}); build one, or name another"
+            f"{index_dir} is not a built index (no readable {MANIFEST_FILE}); build one, or name another"
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise RetrieverError(f"{path}: damaged manifest ({error!r}); build the index again") from error

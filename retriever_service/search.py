@@ -133,7 +133,8 @@ class DenseSearcher:
                 space.set_index_parameters(index, search_parameters)
             except RuntimeError as error:
                 raise RetrieverError(
-                    f"search parameters {search_parameters!r} do not fit a {manifest.factory} index: {error}"
+                    f"search parameters {search_parameters!r} do not fit a {manifest.factory} index: nprobe=N is for "
+                    "IVF indexes, efSearch=N for HNSW ones, a Flat one has none"
                 ) from error
         if device.startswith("cuda") and faiss.get_num_gpus() > 0:
             options = faiss.GpuMultipleClonerOptions()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from actors.engine import EngineOptions, VllmEngine
@@ -18,12 +20,19 @@ from pipeline.search_agent import Event, Sampling, SearchAgent
 from retriever_service.search import DenseSearcher, Hit
 
 
-def ask(question: str, model: str, index: Path, config: Config, display: Display, *, quiet: bool) -> Json:
+def ask(
+    question: str,
+    model: str,
+    index: Path,
+    config: Config,
+    display: Display,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> Json:
     """Answer greedily.
 
     Args:
         config: its `agent` section says how to search; the model should have been trained with the same.
-        quiet: show nothing of the trajectory while it unfolds.
+        on_text: told the trajectory while it unfolds, for people to read.
 
     Returns:
         `{"question", "answer", "stop_reason", "steps": [{"query", "hits": [{"id", "title", "text", "score"}],
@@ -33,6 +42,7 @@ def ask(question: str, model: str, index: Path, config: Config, display: Display
         UserError, RetrieverError: no such model or index.
     """
     check_model(model)
+    _quieten_libraries()
     searcher = DenseSearcher.open(index, search_parameters=config.retriever.search_parameters)
     protocol = Protocol(load_tokenizer(model), config.agent)
 
@@ -61,7 +71,7 @@ def ask(question: str, model: str, index: Path, config: Config, display: Display
             return await agent.run(
                 Question("ask", question, ("",)),
                 sampling=greedy,
-                on_event=(lambda event: None) if quiet else (lambda event: show(event, display)),
+                on_event=lambda event: show(event, on_text),
             )
         finally:
             engine.shutdown()
@@ -76,16 +86,24 @@ def run_config_of(model: str) -> Path | None:
     return config if config is not None and config.is_file() else None
 
 
-def show(event: Event, display: Display) -> None:
-    """One event of a trajectory on the terminal."""
+def _quieten_libraries() -> None:
+    """Here the engine runs in the process of a person who asks: what vLLM tells operators would bury the answer."""
+    warnings.simplefilter("ignore", FutureWarning)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+
+def show(event: Event, on_text: Callable[[str], None]) -> None:
+    """One event of a trajectory in words."""
     if event.kind == "search":
         for rank, hit in enumerate(event.hits, start=1):
-            display.line(f"    [{rank}] {hit.score:.2f}  {hit.passage.title}: {hit.passage.text}")
+            on_text(f"    [{rank}] {hit.score:.2f}  {hit.passage.title}: {hit.passage.text}")
     elif event.kind == "stop":
         if event.text != "answered":
-            display.line(f"stopped: {event.text}")
+            on_text(f"stopped: {event.text}")
     else:
-        display.line(f"{event.kind:>7}  {event.text}")
+        on_text(f"{event.kind:>7}  {event.text}")
 
 
 def as_json(question: str, trajectory: Trajectory) -> Json:

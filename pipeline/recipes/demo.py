@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,13 +42,18 @@ def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
     display.line(
         f"""
 Next:
-  exsearch ask --model {best} --index {run / "index"} "{question}"
-  exsearch evaluate --run {run} --split test
-  exsearch demo --run {run}-posterior weighting=posterior
-  tensorboard --logdir {run}
-The figures are in {run / "report.json"}; docs/quickstart.md goes on from here (commands are in .venv/bin)."""
+  {command("exsearch")} ask --model {best} --index {run / "index"} "{question}"
+  {command("exsearch")} evaluate --run {run} --split test
+  {command("exsearch")} demo --run {run}-posterior weighting=posterior
+  {command("tensorboard")} --logdir {run}
+The figures are in {run / "report.json"}; docs/quickstart.md goes on from here."""
     )
     return report
+
+
+def command(name: str) -> str:
+    """How a program of this environment is called from the shell that we were called from."""
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))
 
 
 def demo_config(world: Path, overrides: Sequence[str], devices: int = 1) -> Config:

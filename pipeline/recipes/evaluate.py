@@ -41,6 +41,8 @@ def evaluate_model(
         if config_file is not None:
             raise UserError("give --run or --config, not both: a run has its own configuration")
         config_file = run / "config.yaml"
+        if not config_file.is_file():
+            raise UserError(f"{run} is not a run directory: it has no config.yaml")
     config = load_config(config_file, overrides)
     model = model or (_best_model(run, config) if run is not None else config.model.path)
     check_model(model)

@@ -342,7 +342,7 @@ def test_a_run_with_another_configuration(refused: Any, folder: Path) -> None:
     ("arguments", "message"),
     [
         (("--run", "run", "--config", "config.yaml"), "give --run or --config, not both"),
-        (("--run", "run"), "no configuration file run/config.yaml"),
+        (("--run", "run"), "run is not a run directory"),
         (
             ("--config", "config.yaml", "--split", "validation"),
             "--split is validation; choose train, dev or test",
@@ -451,6 +451,18 @@ def test_an_interrupted_command_says_how_to_go_on(run_command: Any, monkeypatch:
     result = run_command(*TRAIN)
     assert result.exit_code == 130
     assert "the same command goes on from there" in result.stderr
+
+
+def test_an_interrupted_question_promises_nothing(
+    run_command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.recipes.ask.ask", interrupted)
+    result = run_command("ask", "--model", folder / "model", "--index", folder / "index", "who?")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr and "goes on" not in result.stderr
 
 
 def test_a_failure_that_is_not_the_users_is_not_hidden(

@@ -26,7 +26,7 @@ def kill(*_: object, **__: object) -> Any:
 
 
 def config(*overrides: str) -> Config:
-    return load_config(None, overrides)
+    return load_config(None, ("data.root=/", "model.path=somebody/model", *overrides))
 
 
 def restarted(run: RunDirectory, *overrides: str) -> RunDirectory:
@@ -100,6 +100,24 @@ def test_a_new_run_keeps_its_resolved_configuration(tmp_path: Path) -> None:
     wanted = config("rollout.samples=2", "weighting=posterior", "data.train=a.jsonl", "learner.lora={}")
     RunDirectory(tmp_path / "run", wanted)
     assert load_config(tmp_path / "run" / "config.yaml") == wanted
+
+
+def test_the_kept_configuration_holds_in_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here/data", "here/model", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    run = with_a_result(RunDirectory(tmp_path / "run", config("data.root=data", "model.path=model")))
+    kept = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert kept["data"]["root"] == str(tmp_path / "here" / "data")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    restarted(run, "data.root=../here/data", f"model.path={tmp_path / 'here' / 'model'}")
+
+
+def test_a_hub_name_is_kept_as_it_is(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", config("model.path=somebody/some-model"))
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["model"]["path"] == "somebody/some-model"
 
 
 def test_an_empty_directory_may_become_a_run(tmp_path: Path) -> None:

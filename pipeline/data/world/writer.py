@@ -110,7 +110,8 @@ def _is_complete(out: Path, summary: WorldSummary) -> bool:
         raise UserError(f"{manifest} is not valid JSON ({error}); choose an empty directory") from error
     if found != asdict(summary):
         raise UserError(
-            f"{out} holds another world ({found}); choose an empty directory for {asdict(summary)}"
+            f"{out} holds another world (seed {found.get('seed')}, size {found.get('size')}); choose an empty "
+            f"directory for seed {summary.seed}, size {summary.size}"
         )
     return True
 
