@@ -69,15 +69,15 @@ $(READY): $(LOCK) pyproject.toml
 	echo "Installing $$(grep -c == $(LOCK)) packages of the $(DEVICE) set ($(LOCK)): some minutes, and some GB of disk."
 	if [ $(DEVICE) = cpu ]; then
 	  # Alone, because pip asks every index for every package: PyTorch's holds copies of others' packages.
-	  # Where that index cannot be reached, the wheel may still be elsewhere: no warnings about single attempts.
+	  # Where that index cannot be reached, the wheel may still be elsewhere: warnings about it say nothing.
 	  if ! "$${pip[@]}" --quiet --quiet --retries 1 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) "$$torch" \
-	    2> >(grep -v '^WARNING: Retrying' >&2); then
+	    2> >(grep -v '^WARNING:' >&2); then
 	    echo "$$torch was not found. It is on PyTorch's CPU index, $(TORCH_CPU_INDEX)." >&2
 	    echo "Without access to it: make setup TORCH_CPU_INDEX=URL-of-a-mirror, or PIP_FIND_LINKS=folder-with-the-wheel make setup" >&2
 	    exit 1
 	  fi
 	fi
-	"$${pip[@]}" -r $(LOCK) | steps
+	"$${pip[@]}" -r $(LOCK) 2> >(grep -v '^WARNING:' >&2) | steps
 	"$${pip[@]}" --quiet --no-build-isolation --editable .
 	if [ $(DEVICE) = cpu ]; then
 	  if ! $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then

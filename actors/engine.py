@@ -16,7 +16,6 @@ CPU and GPU share this code. What differs is in `_engine_args` and `_set_environ
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import logging
 import os
@@ -128,9 +127,9 @@ class VllmEngine:
         self._refusal = "the engine was shut down"
         if self._llm is not None:
             self._llm.shutdown(timeout=10)
+            # Its destructor calls this again, and fails if that is at the end of the interpreter.
+            self._llm.shutdown = lambda timeout=None: None
             self._llm = None
-            # It is part of reference cycles, and its destructor fails if it runs at the end of the interpreter.
-            gc.collect()
 
     # ------------------------------------------------------------ requests
 

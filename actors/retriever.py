@@ -1,10 +1,7 @@
-"""The dense retriever as an actor: many callers, one encoder and index, batches as they come; and its client.
+"""The retriever as an actor: many callers, one search engine, batches as they come; and its client.
 
 Guarantees:
-- requests that arrive while a batch is being searched form the next batch: no caller waits for a timer, and
-  an idle retriever answers at once;
-- one thread owns encoder and index (a GPU index may not even be read by two threads);
-- waiting queries are bounded: beyond `max_waiting` a request fails at once with `RetrieverOverloaded`;
+- those of `batching.BatchingSearcher`;
 - the client answers with hits or raises `RetrieverUnavailable` (nothing answered) or `RetrieverError` (a bad
   request, index or encoder), each within a bounded time.
 """
@@ -15,10 +12,7 @@ import asyncio
 import logging
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,151 +20,25 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.exceptions
 
+from retriever_service.batching import BatchingSearcher
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
-from retriever_service.search import CACHED_QUERIES, DenseSearcher, Hit, check_request
+from retriever_service.search import CACHED_QUERIES, Hit, SearchEngine
 
 if TYPE_CHECKING:
     from retriever_service.encoder import EncoderSpec
-    from retriever_service.index import Manifest
 
 logger = logging.getLogger(__name__)
 
 MAX_CONCURRENT_CALLS = 100_000
 
 
-@dataclass(frozen=True, slots=True)
-class RetrieverStats:
-    """What a retriever did since its start."""
-
-    queries: int
-    batches: int
-    busy_s: float
-    """Seconds in which the owner thread was searching."""
-    cache_hits: int
-    """Queries that needed no encoding."""
-    waiting: int
-    """Queries that wait for the next batch now."""
-
-    @property
-    def mean_batch(self) -> float:
-        """Queries per batch."""
-        return self.queries / self.batches if self.batches else 0.0
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    queries: list[str]
-    k: int
-    reply: asyncio.Future[list[list[Hit]]]
-
-
-class BatchingSearcher:
-    """Turns concurrent `search` calls into batches for one searcher.
-
-    Args:
-        load: makes the searcher; called once, in the owner thread. Failures come out of `ready` and `search`.
-        max_batch: most queries in one batch (a longer single request is still one batch).
-        max_waiting: most queries that may wait.
-    """
-
-    def __init__(
-        self, load: Callable[[], DenseSearcher], *, max_batch: int = 128, max_waiting: int = 65_536
-    ) -> None:
-        self._max_batch = max_batch
-        self._max_waiting = max_waiting
-        self._owner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retriever")
-        self._searcher: Future[DenseSearcher] = self._owner.submit(load)
-        self._requests: deque[_Request] = deque()
-        self._serving: asyncio.Task[None] | None = None
-        self._num_waiting = self._num_queries = self._num_batches = 0
-        self._busy_s = 0.0
-
-    async def ready(self) -> str:
-        """Wait until the searcher is loaded; its fingerprint.
-
-        Raises:
-            RetrieverError: the index or encoder is unusable.
-        """
-        return (await asyncio.wrap_future(self._searcher)).fingerprint
-
-    async def info(self) -> Manifest:
-        """What is being served."""
-        return (await asyncio.wrap_future(self._searcher)).manifest
-
-    async def stats(self) -> RetrieverStats:
-        """Counters since the start."""
-        searcher = await asyncio.wrap_future(self._searcher)
-        return RetrieverStats(
-            self._num_queries, self._num_batches, self._busy_s, searcher.cache_hits, self._num_waiting
-        )
-
-    async def search(self, queries: list[str], k: int) -> list[list[Hit]]:
-        """The best `k` passages of each query; see `DenseSearcher.search`.
-
-        Raises:
-            RetrieverError: a bad request (or see `ready`).
-            RetrieverOverloaded: too many queries are waiting.
-        """
-        check_request(queries, k)
-        if not queries:
-            return []
-        if self._num_waiting and self._num_waiting + len(queries) > self._max_waiting:
-            raise RetrieverOverloaded(f"{self._num_waiting} queries are waiting (limit {self._max_waiting})")
-        request = _Request(queries, k, asyncio.get_running_loop().create_future())
-        self._requests.append(request)
-        self._num_waiting += len(queries)
-        if self._serving is None or self._serving.done():
-            self._serving = asyncio.create_task(self._serve())
-        return await request.reply
-
-    async def _serve(self) -> None:
-        """Answer batch after batch until nobody waits."""
-        # Callers that became runnable together with the first one get a turn to join its batch.
-        await asyncio.sleep(0)
-        while batch := self._next_batch():
-            try:
-                results = await asyncio.wrap_future(self._owner.submit(self._search_batch, batch))
-            # Whatever failed is the callers' to judge, and the next batch must go on.
-            except Exception as error:
-                for request in batch:
-                    if not request.reply.done():
-                        request.reply.set_exception(error)
-            else:
-                for request, result in zip(batch, results, strict=True):
-                    if not request.reply.done():
-                        request.reply.set_result(result)
-
-    def _next_batch(self) -> list[_Request]:
-        """Take waiting requests in order, up to `max_batch` queries; drop those whose caller has gone."""
-        batch: list[_Request] = []
-        size = 0
-        while self._requests and (not batch or size + len(self._requests[0].queries) <= self._max_batch):
-            request = self._requests.popleft()
-            self._num_waiting -= len(request.queries)
-            if not request.reply.done():
-                batch.append(request)
-                size += len(request.queries)
-        return batch
-
-    def _search_batch(self, batch: Sequence[_Request]) -> list[list[list[Hit]]]:
-        """One result per request. All at the largest k: hits are sorted, so fewer are a prefix of more."""
-        started = time.perf_counter()
-        queries = [query for request in batch for query in request.queries]
-        hits = iter(self._searcher.result().search(queries, max(request.k for request in batch)))
-        results = [[next(hits)[: request.k] for _ in request.queries] for request in batch]
-        self._busy_s += time.perf_counter() - started
-        self._num_queries += len(queries)
-        self._num_batches += 1
-        return results
-
-
 @ray.remote(max_concurrency=MAX_CONCURRENT_CALLS)
-class RetrieverActor(BatchingSearcher):
+class RetrieverActor(BatchingSearcher[SearchEngine]):
     """A replica of the retriever. It loads in the background; await `ready` before use.
 
     Args:
         index_dir: a built index, on a path that the actor's node sees; replicas on one node share its pages.
-        encoder, device, num_threads, search_parameters, cached_queries: see `DenseSearcher.open`.
+        encoder, device, num_threads, search_parameters, cached_queries: see `SearchEngine.open`.
         max_batch, max_waiting: see `BatchingSearcher`.
     """
 
@@ -187,7 +55,7 @@ class RetrieverActor(BatchingSearcher):
         max_waiting: int = 65_536,
     ) -> None:
         load = partial(
-            DenseSearcher.open,
+            SearchEngine.open,
             index_dir,
             encoder=encoder,
             device=device,
@@ -196,6 +64,10 @@ class RetrieverActor(BatchingSearcher):
             cached_queries=cached_queries,
         )
         super().__init__(load, max_batch=max_batch, max_waiting=max_waiting)
+
+    async def info(self) -> dict[str, Any]:
+        """What is being served."""
+        return await self.run(lambda engine: engine.info())
 
 
 class RetrieverClient:

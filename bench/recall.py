@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.data.questions import read_questions
-from retriever_service.search import DenseSearcher
+from retriever_service.search import SearchEngine
 
 DEPTHS = (5, 10)
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--search-parameters", default="", help="of an approximate index, e.g. nprobe=64")
     parser.add_argument("files", nargs="+", help="questions with supporting_ids")
     arguments = parser.parse_args()
-    searcher = DenseSearcher.open(arguments.index, search_parameters=arguments.search_parameters)
+    searcher = SearchEngine.open(arguments.index, search_parameters=arguments.search_parameters)
     columns = [f"recall@{k}" for k in DEPTHS] + [f"all gold in top {DEPTHS[-1]}"]
     table = Table("set", "questions", *columns)
     for file in arguments.files:

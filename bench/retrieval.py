@@ -8,12 +8,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from actors.retriever import BatchingSearcher
 from bench.measure import Ratio, in_turn
 from pipeline.data.world.writer import write_world
+from retriever_service.batching import BatchingSearcher
+from retriever_service.build import build_index
 from retriever_service.encoder import EncoderSpec
-from retriever_service.index import build_index
-from retriever_service.search import DenseSearcher
+from retriever_service.search import SearchEngine
 
 CALLERS, NUM_QUERIES, K = 64, 1_024, 3
 
@@ -36,7 +36,7 @@ def run() -> list[Ratio]:
 
 def _concurrently(index: Path, queries: list[str]) -> float:
     async def measure() -> float:
-        searcher = BatchingSearcher(lambda: DenseSearcher.open(index, cached_queries=0))
+        searcher = BatchingSearcher(lambda: SearchEngine.open(index, cached_queries=0))
         await searcher.ready()
         waiting = list(queries)
         start = time.perf_counter()
@@ -52,7 +52,7 @@ def _concurrently(index: Path, queries: list[str]) -> float:
 
 
 def _directly(index: Path, queries: list[str]) -> float:
-    searcher = DenseSearcher.open(index, cached_queries=0)
+    searcher = SearchEngine.open(index, cached_queries=0)
     start = time.perf_counter()
     for first in range(0, len(queries), 128):
         searcher.search(queries[first : first + 128], K)

@@ -13,29 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from pipeline.display import Display
 from pipeline.errors import UserError
+from retriever_service.cli import Commands
+from retriever_service.cli import app as index_app
 from retriever_service.errors import RetrieverError
 
 
-class _Commands(TyperGroup):
-    """Turns what the user can mend into one message and exit code 2, and Ctrl-C into advice."""
-
+class _Commands(Commands):
+    mendable = (UserError, RetrieverError)
     resumable = ("demo", "train")
-
-    def invoke(self, ctx: Any) -> Any:
-        display = Display()
-        try:
-            return super().invoke(ctx)
-        except (UserError, RetrieverError) as error:
-            display.error(str(getattr(error, "cause", error)))  # Ray wraps what an actor raised
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as interrupt:
-            kept = "; what was finished is kept, and the same command goes on from there"
-            display.error("interrupted" + (kept if ctx.invoked_subcommand in self.resumable else ""))
-            raise typer.Exit(130) from interrupt
 
 
 app = typer.Typer(
@@ -45,7 +33,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-index_app = typer.Typer(help="Build and search a dense retrieval index.", no_args_is_help=True)
 app.add_typer(index_app, name="index")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; see configs/ and docs/.")]
@@ -100,55 +87,6 @@ def world(
 
     summary = make_world(out, seed, size, Display())
     typer.echo(json.dumps(summary))
-
-
-@index_app.command("build")
-def index_build(
-    corpus: Annotated[list[str], typer.Option("--corpus", help="JSONL file, data set directory or hf:NAME.")],
-    out: Annotated[Path, typer.Option("--out", help="Index directory to write.")],
-    encoder: Annotated[str, typer.Option(help="minilm or any sentence-transformers model.")] = "minilm",
-    factory: Annotated[str, typer.Option(help="FAISS index factory string.")] = "Flat",
-    query_prefix: Annotated[
-        str | None, typer.Option(help="In front of queries (default: the family's).")
-    ] = None,
-    passage_prefix: Annotated[
-        str | None, typer.Option(help="In front of passages (default: the family's).")
-    ] = None,
-    device: Annotated[str, typer.Option(help="Torch device that encodes.")] = "cpu",
-) -> None:
-    """Encode a corpus and build a FAISS index."""
-    from retriever_service.encoder import EncoderSpec
-    from retriever_service.index import build_index
-
-    display = Display()
-    spec = EncoderSpec(encoder, query_prefix, passage_prefix)
-    with display.progress("indexing the corpus", None, "passages") as advance:
-        manifest = build_index(corpus, out, spec, factory=factory, device=device, on_progress=advance.to)
-    display.line(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
-
-
-@index_app.command("search")
-def index_search(
-    query: Annotated[str, typer.Argument(help="What to look for.")],
-    index: Annotated[Path, typer.Option("--index", help="Index directory.")],
-    k: Annotated[int, typer.Option("-k", help="Number of passages.")] = 5,
-    search_parameters: Annotated[
-        str, typer.Option(help="Of an approximate index, e.g. nprobe=64 or efSearch=128.")
-    ] = "",
-    as_json: AsJson = False,
-) -> None:
-    """Search a built index."""
-    from retriever_service.search import DenseSearcher
-
-    (hits,) = DenseSearcher.open(index, search_parameters=search_parameters).search([query], k)
-    rows = [
-        {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score} for h in hits
-    ]
-    if as_json:
-        typer.echo(json.dumps({"query": query, "hits": rows}, ensure_ascii=False))
-        return
-    for rank, row in enumerate(rows, start=1):
-        typer.echo(f"[{rank}] {row['score']:.3f}  {row['title']} ({row['id']})\n    {row['text']}")
 
 
 @app.command()

@@ -10,8 +10,9 @@ import torch
 from pipeline.config import Config
 from pipeline.display import Display
 from pipeline.errors import UserError
+from retriever_service.build import build_index
 from retriever_service.encoder import Encoder, EncoderSpec
-from retriever_service.index import build_index, check_encoder, read_manifest
+from retriever_service.index import check_encoder, read_manifest
 
 
 def encoder_spec(config: Config) -> EncoderSpec:

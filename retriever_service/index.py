@@ -1,14 +1,15 @@
-"""Building, opening and checking an index directory.
+"""An index directory: what it holds, opening it, checking it.
 
     INDEX/
-      index.faiss       the vectors, in the row order of the passages
-      passages.arrow    id, title, text by row (see `corpus.Corpus`)
-      manifest.json     what it was built from and with, and the size and SHA-256 of the other two
+      manifest.json       what the index is: replaced as a whole, so that every reader sees one state
+      segments/0000/      index.faiss (vectors) and passages.arrow (their passages), in the same row order
+      segments/0001/      further ones: because of a memory bound, or added later
+      tombstones-3.npy    rows that were deleted
+      bm25-3/             the word index, if there is one
 
 Guarantees:
-- a directory with a manifest is a complete index: it is built under a temporary name beside it, then renamed;
-- the whole corpus is read and checked before the encoder is loaded and anything is computed;
-- an existing index is never overwritten: the same corpus, encoder and factory reuse it, others are refused;
+- files never change once they are written; a new state is new files and a new manifest;
+- rows are numbered through all segments; a deleted passage keeps its row;
 - an index is opened only with the encoder that it was built with, and only if its files have their recorded
   sizes.
 """
@@ -16,46 +17,62 @@ Guarantees:
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 
-from retriever_service.corpus import Corpus, CorpusReader, write_passages
-from retriever_service.encoder import Encoder, EncoderSpec, TextEncoder, Vectors
+from retriever_service.corpus import Corpus, Passage, write_passages
+from retriever_service.encoder import EncoderSpec, TextEncoder
 from retriever_service.errors import RetrieverError
+from retriever_service.files import FileRecord, check_contents, check_size, fsync, write_json
+from retriever_service.ranked import Mask
 
-logger = logging.getLogger(__name__)
-
-FORMAT_VERSION = 1
-INDEX_FILE, PASSAGES_FILE, MANIFEST_FILE = "index.faiss", "passages.arrow", "manifest.json"
+FORMAT_VERSION = 2
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE, PASSAGES_FILE = "index.faiss", "passages.arrow"
 METRIC = "inner_product"
-_SLICE_ROWS = 65_536
-_TRAINING_ROWS_PER_CENTROID = 64
-
-LoadEncoder = Callable[[EncoderSpec, str], TextEncoder]
-"""(spec, device) -> encoder."""
-Progress = Callable[[int, int], None]
-"""(passages encoded, passages in all)."""
+FLAT = "Flat"
+"""FAISS's exact index."""
+_MEND = "build the index again"
+_OPEN_ATTEMPTS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class FileRecord:
-    """Size in bytes and SHA-256 of a file of the index."""
+class Segment:
+    """A run of rows that were indexed together."""
 
-    bytes: int
-    sha256: str
+    name: str
+    """Its directory, relative to the index."""
+    count: int
+    """Passages."""
+    factory: str
+    """FAISS index factory string."""
+
+    @property
+    def index_file(self) -> str:
+        return f"{self.name}/{INDEX_FILE}"
+
+    @property
+    def passages_file(self) -> str:
+        return f"{self.name}/{PASSAGES_FILE}"
+
+
+@dataclass(frozen=True, slots=True)
+class RecallPoint:
+    """How much of an exact search an approximate one finds."""
+
+    search_parameters: str
+    """In FAISS's notation, e.g. nprobe=16."""
+    recall: dict[str, float]
+    """By cut-off ("1", "10", ...): share of the exact top k that is in the approximate top k."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,91 +80,45 @@ class Manifest:
     """The contents of `manifest.json`."""
 
     version: int
+    generation: int
+    """0 when built, one more with every update."""
     count: int
-    """Passages."""
+    """Rows, those of deleted passages included."""
+    num_deleted: int
     dimension: int
     metric: str
     factory: str
-    """FAISS index factory string."""
+    """FAISS index factory string that the index was built with. Passages added later are in Flat segments."""
+    search_parameters: str
+    """How the index is searched unless the caller says otherwise; empty for FAISS's own defaults."""
     encoder: EncoderSpec
     encoder_fingerprint: str
     corpus_sources: tuple[str, ...]
     corpus_checksum: str
-    """SHA-256 over the passages in order; see `corpus.CorpusReader`."""
+    """SHA-256 over the passages in order that it was built from; see `corpus.CorpusReader`."""
     num_duplicates: int
     """Passages left out because an earlier source had them with the same id and content."""
-    files: dict[str, FileRecord]
+    segments: tuple[Segment, ...]
+    tombstones: str | None
+    """File with the rows of deleted passages."""
+    bm25: str | None
+    """Directory of the word index."""
+    recall: tuple[RecallPoint, ...]
+    """Measured against exact search when an approximate index was built; empty for an exact one."""
+    files: dict[str, FileRecord] = field(hash=False)
+    """All files of the index, by their path within it."""
+
+    @property
+    def num_passages(self) -> int:
+        """Passages that can be found."""
+        return self.count - self.num_deleted
 
     @property
     def fingerprint(self) -> str:
-        """Identity of everything that search results depend on."""
-        parts = (self.corpus_checksum, self.encoder_fingerprint, self.factory, self.files[INDEX_FILE].sha256)
+        """Identity of everything on disk that search results depend on."""
+        parts = [self.encoder_fingerprint, self.search_parameters]
+        parts += [f"{name} {record.sha256}" for name, record in sorted(self.files.items())]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def build_index(
-    corpus_sources: Sequence[str | Path],
-    out_dir: str | Path,
-    spec: EncoderSpec,
-    *,
-    factory: str = "Flat",
-    device: str = "cpu",
-    on_progress: Progress | None = None,
-    load_encoder: LoadEncoder = Encoder.load,
-    seed: int = 0,
-) -> Manifest:
-    """Build the index directory `out_dir`, or reuse it if it is there already.
-
-    Args:
-        corpus_sources: see `CorpusReader`.
-        factory: FAISS index factory string. Indexes that need training are trained on a sample drawn with
-            `seed`.
-        device: where passages are encoded (torch device name).
-        on_progress: called after every slice of passages.
-        load_encoder: how a spec becomes an encoder.
-
-    Memory: the index itself; the vectors pass through a file. Disk: the index plus 4 bytes per dimension and
-    passage.
-
-    Raises:
-        RetrieverError: a mistake in the corpus, encoder or factory; another index, or other files, in
-            `out_dir`; not enough disk space for the vectors.
-    """
-    out = Path(out_dir)
-    if out.exists() and not (out / MANIFEST_FILE).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RetrieverError(f"{out} exists and is not an index; name another directory or remove it")
-    with _temporary_sibling(out) as work:
-        reader = CorpusReader(corpus_sources)
-        write_passages(reader, work / PASSAGES_FILE)
-        encoder = load_encoder(spec, device)
-        if (out / MANIFEST_FILE).exists():
-            return _reuse(out, reader, encoder, factory)
-        corpus = Corpus(work / PASSAGES_FILE)
-        index = _empty_index(factory, encoder.dimension, len(corpus))
-        _check_disk(work, len(corpus) * encoder.dimension * 4 * 2)
-        vectors_file = work / "vectors.f32"
-        vectors = np.memmap(vectors_file, np.float32, "w+", shape=(len(corpus), encoder.dimension))
-        _encode_into(vectors, corpus, encoder, on_progress)
-        _fill(index, vectors, seed)
-        faiss.write_index(index, str(work / INDEX_FILE))
-        vectors_file.unlink()
-        manifest = Manifest(
-            version=FORMAT_VERSION,
-            count=len(corpus),
-            dimension=encoder.dimension,
-            metric=METRIC,
-            factory=factory,
-            encoder=encoder.spec,
-            encoder_fingerprint=encoder.fingerprint,
-            corpus_sources=reader.sources,
-            corpus_checksum=reader.checksum,
-            num_duplicates=reader.num_duplicates,
-            files={name: _record_file(work / name) for name in (INDEX_FILE, PASSAGES_FILE)},
-        )
-        (work / MANIFEST_FILE).write_text(json.dumps(dataclasses.asdict(manifest), indent=2) + "\n")
-        _publish(work, out)
-    logger.info(f"built {out}: {manifest.count} passages, {factory}, encoder {manifest.encoder.model}")
-    return manifest
 
 
 def read_manifest(index_dir: str | Path) -> Manifest:
@@ -158,66 +129,150 @@ def read_manifest(index_dir: str | Path) -> Manifest:
     """
     path = Path(index_dir) / MANIFEST_FILE
     try:
-        fields: dict[str, Any] = json.loads(path.read_text())
+        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if fields["version"] != FORMAT_VERSION:
             raise RetrieverError(
-                f"{path}: index format {fields['version']}, this program reads {FORMAT_VERSION}"
+                f"{path}: index format {fields['version']}, this program reads {FORMAT_VERSION}; {_MEND}"
             )
         fields["encoder"] = EncoderSpec(**fields["encoder"])
         fields["corpus_sources"] = tuple(fields["corpus_sources"])
+        fields["segments"] = tuple(Segment(**segment) for segment in fields["segments"])
+        fields["recall"] = tuple(RecallPoint(**point) for point in fields["recall"])
         fields["files"] = {name: FileRecord(**record) for name, record in fields["files"].items()}
         return Manifest(**fields)
     except OSError as error:
         raise RetrieverError(
             f"{index_dir} is not a built index (no readable {MANIFEST_FILE}); build one, or name another"
         ) from error
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise RetrieverError(f"{path}: damaged manifest ({error!r}); build the index again") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise RetrieverError(f"{path}: damaged manifest ({error!r}); {_MEND}") from error
 
 
-def open_index(index_dir: str | Path) -> tuple[Manifest, faiss.Index, Corpus]:
-    """Open a built index without loading it: its pages are read on demand and shared between processes.
+def write_segment(
+    index_dir: Path, number: int, index: faiss.Index, factory: str, passages: Iterable[Passage]
+) -> Segment:
+    """Write a segment, whole or not at all; what is there under its number is replaced.
+
+    Raises:
+        RetrieverError: the disk is full.
+    """
+    segment = Segment(f"segments/{number:04d}", index.ntotal, factory)
+    final = index_dir / segment.name
+    work = final.with_name(f".{final.name}.tmp")
+    for leftover in (work, final):
+        shutil.rmtree(leftover, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        faiss.write_index(index, str(work / INDEX_FILE))
+        write_passages(passages, work / PASSAGES_FILE)
+    except (RuntimeError, OSError) as error:
+        free = shutil.disk_usage(work).free
+        shutil.rmtree(work)
+        raise RetrieverError(
+            f"{final} cannot be written ({error}); {free:,} bytes were free. Make room and run the same again"
+        ) from error
+    for path in (*work.iterdir(), work):
+        fsync(path)
+    os.replace(work, final)
+    fsync(final.parent)
+    return segment
+
+
+def files_below(index_dir: Path, name: str) -> list[str]:
+    """The files in a directory of the index, by their paths within the index."""
+    return sorted(
+        str(path.relative_to(index_dir)) for path in (index_dir / name).rglob("*") if path.is_file()
+    )
+
+
+def write_manifest(manifest: Manifest, index_dir: Path) -> None:
+    """Make `manifest` the state of the index, all at once."""
+    write_json(index_dir / MANIFEST_FILE, dataclasses.asdict(manifest))
+
+
+@dataclass(frozen=True, slots=True)
+class OpenIndex:
+    """One state of an index, memory-mapped: pages are read on demand and shared between processes."""
+
+    directory: Path
+    manifest: Manifest
+    segments: tuple[faiss.Index, ...]
+    corpus: Corpus
+    alive: Mask | None
+    """[count], False for deleted rows; None if there are none."""
+
+
+def open_index(index_dir: str | Path) -> OpenIndex:
+    """Open the newest state of an index without loading it.
 
     Raises:
         RetrieverError: a file is missing, cut short, or does not fit the manifest.
     """
     directory = Path(index_dir)
-    manifest = read_manifest(directory)
+    for attempt in range(_OPEN_ATTEMPTS):
+        manifest = read_manifest(directory)
+        try:
+            return _open(directory, manifest)
+        except RetrieverError:
+            # An update may have replaced the manifest, and removed files of the old one, meanwhile.
+            if attempt == _OPEN_ATTEMPTS - 1 or read_manifest(directory) == manifest:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _open(directory: Path, manifest: Manifest) -> OpenIndex:
     for name, record in manifest.files.items():
-        size = (directory / name).stat().st_size if (directory / name).is_file() else None
-        if size != record.bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
+        check_size(directory / name, record, _MEND)
+    segments = []
+    for segment in manifest.segments:
+        path = directory / segment.index_file
+        opened = read_segment(path)
+        if (opened.ntotal, opened.d) != (segment.count, manifest.dimension):
             raise RetrieverError(
-                f"{directory / name} {found}, expected {record.bytes} bytes; build the index again"
+                f"{path}: {opened.ntotal} vectors of {opened.d} dimensions, but the manifest says {segment.count} "
+                f"of {manifest.dimension}; {_MEND}"
             )
+        segments.append(opened)
+    corpus = Corpus(*(directory / segment.passages_file for segment in manifest.segments))
+    if len(corpus) != manifest.count or manifest.count != sum(s.count for s in manifest.segments):
+        raise RetrieverError(
+            f"{directory}: {len(corpus)} passages, but the manifest says {manifest.count}; {_MEND}"
+        )
+    return OpenIndex(directory, manifest, tuple(segments), corpus, _alive(directory, manifest))
+
+
+def read_segment(index_file: Path) -> faiss.Index:
+    """The vectors of a segment, memory-mapped.
+
+    Raises:
+        RetrieverError: FAISS cannot read the file.
+    """
     try:
         # The older IO_FLAG_MMAP silently reads Flat and HNSW indexes into memory.
-        index = faiss.read_index(str(directory / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
+        return faiss.read_index(str(index_file), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
-        raise RetrieverError(
-            f"{directory / INDEX_FILE}: FAISS cannot read it ({error}); build it again"
-        ) from error
-    corpus = Corpus(directory / PASSAGES_FILE)
-    found_shape = (index.ntotal, len(corpus), index.d)
-    if found_shape != (manifest.count, manifest.count, manifest.dimension):
-        raise RetrieverError(
-            f"{directory}: {index.ntotal} vectors of {index.d} dimensions and {len(corpus)} passages, but "
-            f"the manifest says {manifest.count} of {manifest.dimension}; build the index again"
-        )
-    return manifest, index, corpus
+        raise RetrieverError(f"{index_file}: FAISS cannot read it ({error}); {_MEND}") from error
+
+
+def _alive(directory: Path, manifest: Manifest) -> Mask | None:
+    if manifest.tombstones is None:
+        return None
+    alive = np.ones(manifest.count, dtype=np.bool_)
+    try:
+        alive[np.load(directory / manifest.tombstones, allow_pickle=False)] = False
+    except (ValueError, IndexError, EOFError) as error:
+        raise RetrieverError(f"{directory / manifest.tombstones} is damaged ({error}); {_MEND}") from error
+    return alive
 
 
 def verify_checksums(index_dir: str | Path) -> None:
     """Read every byte of the index and compare it with the manifest.
 
     Raises:
-        RetrieverError: a file was changed since it was built.
+        RetrieverError: a file was changed since it was written.
     """
     for name, record in read_manifest(index_dir).files.items():
-        if _record_file(Path(index_dir) / name) != record:
-            raise RetrieverError(
-                f"{Path(index_dir) / name} was changed since it was built; build the index again"
-            )
+        check_contents(Path(index_dir) / name, record, _MEND)
 
 
 def check_encoder(manifest: Manifest, encoder: TextEncoder, index_dir: str | Path) -> None:
@@ -236,111 +291,3 @@ def check_encoder(manifest: Manifest, encoder: TextEncoder, index_dir: str | Pat
         f"({encoder.fingerprint[:12]}) was given; they differ in "
         f"{', '.join(differing) or 'weights or vocabulary'}. Use the encoder of the index, or build another"
     )
-
-
-@contextmanager
-def _temporary_sibling(out: Path) -> Iterator[Path]:
-    """A directory beside `out` that is removed unless it was renamed."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.partial-"
-    if leftovers := sorted(str(path) for path in out.parent.glob(f"{prefix}*")):
-        logger.warning(
-            f"found {', '.join(leftovers)}: of a build that is running or was killed; remove it if killed"
-        )
-    work = out.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
-    work.mkdir()
-    try:
-        yield work
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _reuse(out: Path, reader: CorpusReader, encoder: TextEncoder, factory: str) -> Manifest:
-    """The manifest of the existing index if it is the one asked for."""
-    manifest, _, _ = open_index(out)
-    asked = (reader.checksum, encoder.fingerprint, factory)
-    if asked != (manifest.corpus_checksum, manifest.encoder_fingerprint, manifest.factory):
-        raise RetrieverError(
-            f"{out} holds another index: {manifest.count} passages of {', '.join(manifest.corpus_sources)} "
-            f"(checksum {manifest.corpus_checksum[:12]}), encoder {manifest.encoder.model!r}, "
-            f"{manifest.factory}; asked for {reader.num_passages} passages (checksum {reader.checksum[:12]}), encoder "
-            f"{encoder.spec.model!r}, {factory}. Name another directory or remove it"
-        )
-    logger.info(f"{out}: the same index is there already ({manifest.count} passages); reused")
-    return manifest
-
-
-def _empty_index(factory: str, dimension: int, count: int) -> faiss.Index:
-    try:
-        index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
-    except RuntimeError as error:
-        raise RetrieverError(
-            f"index factory {factory!r} does not fit {dimension} dimensions: {error}"
-        ) from error
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None and ivf.nlist > count:
-        raise RetrieverError(
-            f"index factory {factory!r} needs at least {ivf.nlist} passages, the corpus has {count}"
-        )
-    return index
-
-
-def _check_disk(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise RetrieverError(
-            f"{directory.parent}: about {needed:,} bytes are needed to build the index, {free:,} are free"
-        )
-
-
-def _encode_into(
-    vectors: Vectors, corpus: Corpus, encoder: TextEncoder, on_progress: Progress | None
-) -> None:
-    done = 0
-    for part in encoder.encode_passages(corpus):
-        vectors[done : done + len(part)] = part
-        done += len(part)
-        if on_progress is not None:
-            on_progress(done, len(vectors))
-    if done != len(vectors):
-        raise RuntimeError(f"the encoder gave {done} vectors for {len(vectors)} passages")
-
-
-def _fill(index: faiss.Index, vectors: Vectors, seed: int) -> None:
-    """Train the index where its kind needs that, then add all vectors."""
-    if not index.is_trained:
-        ivf = faiss.try_extract_index_ivf(index)
-        wanted = _TRAINING_ROWS_PER_CENTROID * max(1_024, ivf.nlist if ivf is not None else 0)
-        rows = np.random.default_rng(seed).permutation(len(vectors))[:wanted]
-        try:
-            index.train(np.ascontiguousarray(vectors[np.sort(rows)]))
-        except RuntimeError as error:
-            raise RetrieverError(f"the index cannot be trained on {len(rows)} passages: {error}") from error
-    for start in range(0, len(vectors), _SLICE_ROWS):
-        index.add(np.ascontiguousarray(vectors[start : start + _SLICE_ROWS]))
-
-
-def _record_file(path: Path) -> FileRecord:
-    with open(path, "rb") as file:
-        return FileRecord(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def _publish(work: Path, out: Path) -> None:
-    """Make the finished directory durable and give it its name."""
-    for path in [*work.iterdir(), work]:
-        _fsync(path)
-    try:
-        os.replace(work, out)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        raise RetrieverError(f"{out} was made by another process meanwhile; run again to reuse it") from error
-    _fsync(out.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,47 +1,81 @@
-"""Search over a built index.
+"""Searching a built index: first stage, filters, near-duplicates, re-ranking.
 
 Guarantees:
 - hits are sorted by score (descending), equal scores by corpus row; a passage comes at most once;
-- `min(k, number of passages)` hits, fewer only where an approximate index finds fewer: FAISS's placeholder id
-  -1 never becomes a passage;
-- with a Flat index on the CPU, hits and scores do not depend on which other queries are searched at the same
-  time.
+- `min(k, number of matching passages)` hits, fewer only where an approximate index, or BM25, finds fewer:
+  FAISS's placeholder id -1 never becomes a passage;
+- with Flat segments on the CPU, hits and scores do not depend on which other queries are searched at the same
+  time;
+- an update that has returned is on disk.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from retriever_service.corpus import Corpus, Passage
+from retriever_service.corpus import Passage
 from retriever_service.errors import RetrieverError
 
 if TYPE_CHECKING:
-    from retriever_service.encoder import EncoderSpec, TextEncoder, Vectors
-    from retriever_service.index import LoadEncoder, Manifest
+    from retriever_service.bm25 import Bm25
+    from retriever_service.dense import QueryVectors, VectorSearch
+    from retriever_service.encoder import EncoderSpec, LoadEncoder, TextEncoder, Vectors
+    from retriever_service.filters import Filter
+    from retriever_service.index import Manifest, OpenIndex
+    from retriever_service.ranked import Mask, Ranked
+    from retriever_service.rerank import Reranker
+
+FUSION_DEPTH = 100
+"""Hits of each ranking that a hybrid search fuses, at least."""
 
 CACHED_QUERIES = 100_000
-_TIE_MARGIN = 16
+Method = Literal["dense", "bm25", "hybrid"]
 
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A passage that a search found, with its similarity score (higher is closer)."""
+    """A passage that a search found, with its score (higher is better; its scale is the method's own)."""
 
     passage: Passage
     score: float
 
 
+@dataclass(frozen=True, slots=True)
+class SearchOptions:
+    """How to search. Everything here changes the answer, and is part of every cache key."""
+
+    method: Method = "dense"
+    """`dense`: inner product of vectors; `bm25`: words; `hybrid`: both, by reciprocal-rank fusion."""
+    rerank: int = 0
+    """So many best candidates (at least k) are ordered anew by the cross-encoder; 0 leaves it out."""
+    where: Filter | None = None
+    """Only passages whose metadata fulfil this."""
+    exclude: frozenset[str] = frozenset()
+    """Ids of passages that must not come."""
+    distinct: bool = False
+    """Of passages with nearly the same words only the best one comes."""
+
+
+DEFAULT_OPTIONS = SearchOptions()
+
+
 class Searcher(Protocol):
     """Anything that finds passages for queries."""
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+    @property
+    def fingerprint(self) -> str:
+        """Equal only if every search would be answered alike."""
+        ...
+
+    def search(
+        self, queries: Sequence[str], k: int, options: SearchOptions = DEFAULT_OPTIONS
+    ) -> list[list[Hit]]:
         """The best `k` passages of each query, best first."""
         ...
 
@@ -65,27 +99,35 @@ def check_request(queries: Sequence[str], k: int) -> None:
             raise RetrieverError(f"query {number} is not valid Unicode: {error}") from error
 
 
-class DenseSearcher:
-    """Encodes queries and searches a FAISS index. Use one instance from one thread at a time.
+def normalise_query(query: str) -> str:
+    """One spelling of queries that differ in white space or Unicode composition only (NFC).
 
-    The vectors of the last `cached_queries` different queries are kept: agents that sample the same question
-    ask the same sub-queries again and again.
+    Searchers search for this, so that a cache may be keyed on it.
+    """
+    return " ".join(unicodedata.normalize("NFC", query).split())
+
+
+class SearchEngine:
+    """Everything that answers queries over one index. Use one instance from one thread at a time.
+
+    `open` is how to get one.
     """
 
     def __init__(
-        self, manifest: Manifest, index: Any, corpus: Corpus, encoder: TextEncoder, *, cached_queries: int
+        self,
+        index: OpenIndex,
+        encoder: TextEncoder,
+        query_vectors: QueryVectors,
+        reranker: Reranker | None,
+        make_stages: Callable[[OpenIndex], tuple[VectorSearch, Bm25 | None]],
     ) -> None:
-        import faiss
-
-        self.manifest = manifest
-        self.cache_hits = 0
-        """Queries answered without encoding since the start."""
-        self._index = index
-        self._corpus = corpus
+        self.on_stage: Callable[[str, float], None] | None = None
+        """Told the name (`encode`, `search`, `fetch`, `rerank`) and seconds of every stage of every search."""
         self._encoder = encoder
-        self._cached_queries = cached_queries
-        self._cache: OrderedDict[str, Vectors] = OrderedDict()
-        self._is_flat = isinstance(index, faiss.IndexFlat)
+        self._query_vectors = query_vectors
+        self._reranker = reranker
+        self._make_stages = make_stages
+        self._use(index)
 
     @classmethod
     def open(
@@ -97,8 +139,9 @@ class DenseSearcher:
         num_threads: int | None = None,
         search_parameters: str = "",
         cached_queries: int = CACHED_QUERIES,
+        reranker: str | None = None,
         load_encoder: LoadEncoder | None = None,
-    ) -> DenseSearcher:
+    ) -> SearchEngine:
         """Open a built index with its encoder.
 
         Args:
@@ -107,7 +150,10 @@ class DenseSearcher:
             device: torch device name. On "cuda..." the index is searched there too if FAISS has GPU support.
             num_threads: CPU threads of torch and FAISS (FAISS: of the calling thread only); None leaves them
                 alone.
-            search_parameters: of approximate indexes, in FAISS's notation: "nprobe=64", "efSearch=128".
+            search_parameters: of approximate indexes, in FAISS's notation: "nprobe=64", "efSearch=128"; empty
+                for those that were found when the index was built.
+            cached_queries: vectors of so many recent queries are kept.
+            reranker: a cross-encoder (directory or hub name) for `SearchOptions.rerank`.
             load_encoder: how a spec becomes an encoder; None for sentence-transformers.
 
         Raises:
@@ -116,98 +162,221 @@ class DenseSearcher:
         # Imported here: `Hit` and `Searcher` are used where neither FAISS nor an encoder is needed.
         import faiss
 
+        from retriever_service.bm25 import Bm25
+        from retriever_service.dense import QueryVectors, VectorSearch
         from retriever_service.encoder import Encoder
         from retriever_service.index import check_encoder, open_index
+        from retriever_service.rerank import Reranker
 
         if num_threads is not None:
             import torch
 
             torch.set_num_threads(num_threads)
             faiss.omp_set_num_threads(num_threads)
-        manifest, index, corpus = open_index(index_dir)
-        loaded = (load_encoder or Encoder.load)(encoder or manifest.encoder, device)
-        check_encoder(manifest, loaded, index_dir)
-        if search_parameters:
-            space: Any = faiss.ParameterSpace()
-            try:
-                space.set_index_parameters(index, search_parameters)
-            except RuntimeError as error:
-                raise RetrieverError(
-                    f"search parameters {search_parameters!r} do not fit a {manifest.factory} index: nprobe=N is for "
-                    "IVF indexes, efSearch=N for HNSW ones, a Flat one has none"
-                ) from error
-        if device.startswith("cuda") and faiss.get_num_gpus() > 0:
-            options = faiss.GpuMultipleClonerOptions()
-            options.useFloat16 = True
-            options.shard = True
-            index = faiss.index_cpu_to_all_gpus(index, options)
-        return cls(manifest, index, corpus, loaded, cached_queries=cached_queries)
+        index = open_index(index_dir)
+        loaded = (load_encoder or Encoder.load)(encoder or index.manifest.encoder, device)
+        check_encoder(index.manifest, loaded, index_dir)
+
+        def make_stages(state: OpenIndex) -> tuple[VectorSearch, Bm25 | None]:
+            vectors = VectorSearch(state.segments, device)
+            vectors.set_parameters(search_parameters or state.manifest.search_parameters)
+            words = state.manifest.bm25
+            return vectors, None if words is None else Bm25.open(
+                state.directory / words, num_threads=num_threads
+            )
+
+        queries = QueryVectors(loaded, cached_queries)
+        return cls(
+            index, loaded, queries, None if reranker is None else Reranker.open(reranker, device), make_stages
+        )
+
+    def _use(self, index: OpenIndex) -> None:
+        from retriever_service.filters import MetadataColumns
+
+        self._index = index
+        self._vectors, self._bm25 = self._make_stages(index)
+        self._metadata = MetadataColumns(index.corpus)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the state that is being searched."""
+        return self._index.manifest
 
     @property
     def fingerprint(self) -> str:
-        """Identity of everything that the results depend on: passages, encoder, index."""
-        return self.manifest.fingerprint
+        """Identity of everything that the results depend on: passages, encoder, index, re-ranker."""
+        reranker = "" if self._reranker is None else self._reranker.fingerprint
+        return f"{self.manifest.fingerprint}{self._vectors.search_parameters}{reranker}"
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
+    @property
+    def cache_hits(self) -> int:
+        """Queries whose vector needed no encoding."""
+        return self._query_vectors.cache_hits
+
+    # ---------------------------------------------------------------- search
+
+    def search(
+        self, queries: Sequence[str], k: int, options: SearchOptions = DEFAULT_OPTIONS
+    ) -> list[list[Hit]]:
         """The best `k` passages of each query; see the module's guarantees.
 
         Raises:
-            RetrieverError: k < 1, or a query that is not a string of valid Unicode.
+            RetrieverError: k < 1, a query that is not a string of valid Unicode, or options that this index
+                cannot fulfil.
         """
         check_request(queries, k)
+        self._check_options(options)
         if not queries:
             return []
-        return self.search_vectors(self._encode(queries), k)
+        normalised = [normalise_query(query) for query in queries]
+        allowed = self._allowed(options)
+        wanted = max(k, options.rerank) + len(options.exclude)
+        # Near-duplicates are few as a rule: so many more, and all over again where that was not enough.
+        depth = 2 * wanted if options.distinct else wanted
+        candidates = self._candidates(normalised, depth, allowed, options)
+        return [
+            self._rerank(query, found[: max(k, options.rerank)], options)[:k]
+            for query, found in zip(normalised, candidates, strict=True)
+        ]
 
     def search_vectors(self, vectors: Vectors, k: int) -> list[list[Hit]]:
-        """As `search`, for query vectors [n, dimension] of the index's encoder.
+        """As `search` with the default options, for query vectors [n, dimension] of the index's encoder.
 
         Raises:
             RetrieverError: k < 1, or vectors of another dimension or with infinite or undefined values.
         """
         check_request([], k)
-        if vectors.ndim != 2 or vectors.shape[1] != self.manifest.dimension:
-            raise RetrieverError(f"vectors of shape {vectors.shape}, expected [n, {self.manifest.dimension}]")
-        if not np.isfinite(vectors).all():
-            raise RetrieverError("vectors with infinite or undefined values cannot be searched for")
-        if len(vectors) == 0:
-            return []
-        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        # The margin lets passages with equal scores around rank k be ordered by row, as everywhere else.
-        scores, rows = self._index.search(vectors, min(k + _TIE_MARGIN, self.manifest.count))
-        if self._is_flat:
-            scores = self._exact_scores(vectors, rows)
-        return [self._hits(row_scores, row_ids, k) for row_scores, row_ids in zip(scores, rows, strict=True)]
+        return self._hits(self._vectors.search(vectors, k, self._index.alive))
 
-    def _exact_scores(self, vectors: Vectors, rows: npt.NDArray[np.int64]) -> Vectors:
-        """Inner products [n, m] of the found rows, to the last bit whatever the batch.
+    def _check_options(self, options: SearchOptions) -> None:
+        if options.method != "dense" and self._bm25 is None:
+            raise RetrieverError(
+                f"method {options.method!r} needs a word index, and {self._index.directory} was built without; "
+                "build it with --bm25, or search with method 'dense'"
+            )
+        if options.rerank and self._reranker is None:
+            raise RetrieverError("re-ranking was asked for, but no re-ranker is loaded; name a cross-encoder")
 
-        FAISS computes them by blocks of queries, so that its own last bits depend on the size of the batch.
+    def _allowed(self, options: SearchOptions) -> Mask | None:
+        """Rows that may come, [count]; None for all."""
+        alive = self._index.alive
+        if options.where is None:
+            return alive
+        matching = options.where.mask(self._metadata)
+        return matching if alive is None else matching & alive
+
+    def _candidates(
+        self, queries: Sequence[str], depth: int, allowed: Mask | None, options: SearchOptions
+    ) -> list[list[Hit]]:
+        """At least max(k, rerank) hits of each query where there are so many, without what must not come."""
+        from retriever_service.duplicates import drop_duplicates
+
+        ranked = self._first_stage(queries, depth, allowed, options)
+        candidates = []
+        for query, hits in zip(queries, self._hits(ranked), strict=True):
+            kept = [hit for hit in hits if hit.passage.id not in options.exclude]
+            if options.distinct:
+                kept = drop_duplicates(kept)
+                if len(hits) == depth and len(kept) < depth // 2:
+                    (kept,) = self._candidates([query], 2 * depth, allowed, options)
+            candidates.append(kept)
+        return candidates
+
+    def _first_stage(
+        self, queries: Sequence[str], depth: int, allowed: Mask | None, options: SearchOptions
+    ) -> Ranked:
+        from retriever_service.fusion import reciprocal_rank_fusion
+
+        if options.method == "dense":
+            return self._dense(queries, depth, allowed)
+        assert self._bm25 is not None  # see _check_options
+        if options.method == "bm25":
+            with self._stage("search"):
+                return self._bm25.search(queries, depth, allowed)
+        deep = max(depth, FUSION_DEPTH)
+        dense = self._dense(queries, deep, allowed)
+        with self._stage("search"):
+            return reciprocal_rank_fusion([dense, self._bm25.search(queries, deep, allowed)]).top(depth)
+
+    def _dense(self, queries: Sequence[str], depth: int, allowed: Mask | None) -> Ranked:
+        with self._stage("encode"):
+            vectors = self._query_vectors.of(queries)
+        with self._stage("search"):
+            return self._vectors.search(vectors, depth, allowed)
+
+    def _hits(self, ranked: Ranked) -> list[list[Hit]]:
+        corpus = self._index.corpus
+        with self._stage("fetch"):
+            return [
+                [
+                    Hit(corpus[int(row)], float(score))
+                    for score, row in zip(scores, rows, strict=True)
+                    if row >= 0
+                ]
+                for scores, rows in zip(ranked.scores, ranked.rows, strict=True)
+            ]
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.on_stage is not None:
+            self.on_stage(name, time.perf_counter() - start)
+
+    def _rerank(self, query: str, hits: list[Hit], options: SearchOptions) -> list[Hit]:
+        if not options.rerank or self._reranker is None:
+            return hits
+        with self._stage("rerank"):
+            scores = self._reranker.scores([(query, hit.passage) for hit in hits])
+        # Python's sort is stable: equal scores keep the order of the first stage.
+        order = sorted(range(len(hits)), key=lambda i: -scores[i])
+        return [Hit(hits[i].passage, float(scores[i])) for i in order]
+
+    # ---------------------------------------------------------------- updates
+
+    def add(self, passages: Sequence[Passage]) -> int:
+        """Add passages to the index; returns how many it has now. See `updates.add_passages`."""
+        from retriever_service.updates import add_passages
+
+        add_passages(self._index.directory, passages, self._encoder)
+        self.refresh()
+        return self.manifest.num_passages
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Delete passages from the index; returns how many it has now. See `updates.delete_passages`."""
+        from retriever_service.updates import delete_passages
+
+        delete_passages(self._index.directory, ids)
+        self.refresh()
+        return self.manifest.num_passages
+
+    def info(self) -> dict[str, Any]:
+        """What is being searched, for people and monitoring."""
+        manifest = self.manifest
+        return {
+            "passages": manifest.num_passages,
+            "generation": manifest.generation,
+            "dimension": manifest.dimension,
+            "factory": manifest.factory,
+            "segments": len(manifest.segments),
+            "search_parameters": self._vectors.search_parameters,
+            "encoder": manifest.encoder.model,
+            "methods": ["dense"] if self._bm25 is None else ["dense", "bm25", "hybrid"],
+            "rerank": self._reranker is not None,
+            "corpus": list(manifest.corpus_sources),
+        }
+
+    def refresh(self) -> bool:
+        """Go over to the newest state of the index, if another process made one; True if so.
+
+        Raises:
+            RetrieverError: the new state is damaged, or of another encoder; the old one is searched on.
         """
-        found = self._index.reconstruct_batch(rows.ravel()).reshape(*rows.shape, -1)
-        # In float64, explicitly: einsum's own casting works through buffers whose borders move with the
-        # batch.
-        exact: npt.NDArray[np.float64] = np.einsum(
-            "nmd,nd->nm", found.astype(np.float64), vectors.astype(np.float64)
-        )
-        return exact.astype(np.float32)
+        from retriever_service.index import check_encoder, open_index, read_manifest
 
-    def _hits(self, scores: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], k: int) -> list[Hit]:
-        order = np.lexsort((rows, -scores))
-        best = [i for i in order if rows[i] >= 0][:k]
-        return [Hit(self._corpus[int(rows[i])], float(scores[i])) for i in best]
-
-    def _encode(self, queries: Sequence[str]) -> Vectors:
-        """Vectors [n, dimension]: from the cache where possible, else every distinct query encoded once."""
-        distinct = dict.fromkeys(queries)
-        vectors = {query: self._cache[query] for query in distinct if query in self._cache}
-        missing = [query for query in distinct if query not in vectors]
-        self.cache_hits += len(queries) - len(missing)
-        if missing:
-            vectors.update(zip(missing, self._encoder.encode_queries(missing), strict=True))
-        for query in distinct:
-            self._cache[query] = vectors[query]
-            self._cache.move_to_end(query)
-        while len(self._cache) > self._cached_queries:
-            self._cache.popitem(last=False)
-        return np.stack([vectors[query] for query in queries])
+        if read_manifest(self._index.directory) == self.manifest:
+            return False
+        index = open_index(self._index.directory)
+        check_encoder(index.manifest, self._encoder, index.directory)
+        self._use(index)
+        return True

@@ -42,10 +42,10 @@ from pipeline.data.world.writer import write_world
 from pipeline.losses import token_logprobs
 from pipeline.protocol import Protocol
 from pipeline.records import Question, WeightedExample
+from retriever_service.build import build_index
 from retriever_service.corpus import read_corpus
 from retriever_service.encoder import EncoderSpec
-from retriever_service.index import build_index
-from retriever_service.search import DenseSearcher, Hit
+from retriever_service.search import Hit, SearchEngine
 
 VOCABULARY = 512
 PAD, EOS = "<|pad|>", "<|end|>"
@@ -137,7 +137,7 @@ def _texts(world: Path) -> Iterator[str]:
 
 def gold_examples(world: Path, protocol: Protocol, arguments: argparse.Namespace) -> list[WeightedExample]:
     """The world's training questions as trajectories of a searcher who does each step right, but is impatient."""
-    searcher = DenseSearcher.open(world.with_name(world.name.replace("world", "index")))
+    searcher = SearchEngine.open(world.with_name(world.name.replace("world", "index")))
     passages = {p.id: p for p in read_corpus([world / "corpus.jsonl"])}
     generator = random.Random(f"{arguments.seed} {world.name}")
     questions = [
@@ -163,7 +163,7 @@ def first_step(question: Question) -> Question:
     return replace(question, answers=(hop.answer,), decomposition=(hop,))
 
 
-def search_all(searcher: DenseSearcher, questions: Sequence[Question]) -> dict[str, list[Hit]]:
+def search_all(searcher: SearchEngine, questions: Sequence[Question]) -> dict[str, list[Hit]]:
     queries = sorted({hop.question for question in questions for hop in question.decomposition})
     return dict(zip(queries, searcher.search(queries, AGENT.documents), strict=True))
 

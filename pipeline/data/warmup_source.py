@@ -17,7 +17,7 @@ from pipeline.protocol import Protocol
 from pipeline.records import Question, Trajectory, WeightedExample
 from pipeline.run import Json
 from pipeline.search_agent import Retrieve
-from retriever_service.corpus import Corpus
+from retriever_service.index import open_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ async def synthesise_warm_up(
     warmup = config.warmup
     wanted = {hop.supporting_id for q in questions for hop in q.decomposition if hop.supporting_id}
     wanted |= {passage_id for q in questions for passage_id in q.supporting_ids}
-    gold = {passage.id: passage for passage in Corpus(index / "passages.arrow") if passage.id in wanted}
+    gold = {passage.id: passage for passage in open_index(index).corpus if passage.id in wanted}
     async with AsyncExitStack() as stack:
         rewriter = None
         if warmup.rewrite_endpoint is not None:

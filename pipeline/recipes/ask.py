@@ -17,7 +17,7 @@ from pipeline.protocol import Protocol
 from pipeline.records import Question, Trajectory
 from pipeline.run import Json
 from pipeline.search_agent import Event, Sampling, SearchAgent
-from retriever_service.search import DenseSearcher, Hit
+from retriever_service.search import Hit, SearchEngine
 
 
 def ask(
@@ -43,7 +43,7 @@ def ask(
     """
     check_model(model)
     _quieten_libraries()
-    searcher = DenseSearcher.open(index, search_parameters=config.retriever.search_parameters)
+    searcher = SearchEngine.open(index, search_parameters=config.retriever.search_parameters)
     protocol = Protocol(load_tokenizer(model), config.agent)
 
     async def retrieve(query: str, k: int) -> Sequence[Hit]:

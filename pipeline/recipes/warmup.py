@@ -17,7 +17,7 @@ from pipeline.models import load_tokenizer
 from pipeline.protocol import Protocol
 from pipeline.retrieval import prepare_index
 from pipeline.run import Json
-from retriever_service.search import DenseSearcher, Hit
+from retriever_service.search import Hit, SearchEngine
 
 
 def write_warm_up(config: Config, out: Path, display: Display) -> Json:
@@ -34,7 +34,7 @@ def write_warm_up(config: Config, out: Path, display: Display) -> Json:
     questions = warm_up_questions(config, load_splits(config, required=("train",)).train)
     with tempfile.TemporaryDirectory() as scratch:
         index = prepare_index(config, Path(scratch) / "index", display)
-        searcher = DenseSearcher.open(index, search_parameters=config.retriever.search_parameters)
+        searcher = SearchEngine.open(index, search_parameters=config.retriever.search_parameters)
 
         async def retrieve(query: str, k: int) -> Sequence[Hit]:
             (hits,) = searcher.search([query], k)

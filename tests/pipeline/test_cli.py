@@ -20,8 +20,8 @@ from pipeline.cli import app
 from pipeline.config import Config
 from pipeline.config_loading import load_config
 from pipeline.run import RunDirectory
+from retriever_service.build import build_index
 from retriever_service.encoder import EncoderSpec
-from retriever_service.index import build_index
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ def run_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr("actors.cluster.ray.init", expensive)
     monkeypatch.setattr(
-        "retriever_service.index.build_index", partial(build_index, load_encoder=load_hash_encoder)
+        "retriever_service.build.build_index", partial(build_index, load_encoder=load_hash_encoder)
     )
     monkeypatch.setattr(
         "pipeline.retrieval.build_index", partial(build_index, load_encoder=load_hash_encoder)
@@ -278,7 +278,7 @@ def test_an_index_is_built_and_searched(run_command: Any) -> None:
     answer = json.loads(found.stdout)
     assert answer["query"] == "Maker 2"
     assert len(answer["hits"]) == 2
-    assert set(answer["hits"][0]) == {"id", "title", "text", "score"}
+    assert set(answer["hits"][0]) == {"id", "title", "text", "metadata", "score"}
     assert answer["hits"][0]["id"] == "p2"
     shown = run_command("index", "search", "Maker 2", "--index", "index", "-k", "1")
     assert shown.stdout.startswith("[1] ")

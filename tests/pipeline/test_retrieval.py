@@ -16,9 +16,10 @@ from pipeline.config_loading import load_config
 from pipeline.display import Display
 from pipeline.errors import UserError
 from pipeline.retrieval import corpus_paths, encoder_spec, prepare_index
+from retriever_service.build import build_index
 from retriever_service.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
-from retriever_service.index import build_index, read_manifest
+from retriever_service.index import read_manifest
 from tests.retriever_service.support import HashEncoder
 
 
@@ -78,9 +79,9 @@ def test_an_index_is_built_from_the_corpus_once(tmp_path: Path, corpus: Path) ->
     index = prepare(tmp_path, "data.corpus=corpus.jsonl")
     assert index == tmp_path / "run" / "index"
     assert read_manifest(index).count == 4
-    written = (index / "index.faiss").stat().st_mtime_ns
+    written = (index / "manifest.json").stat().st_mtime_ns
     assert prepare(tmp_path, "data.corpus=corpus.jsonl") == index
-    assert (index / "index.faiss").stat().st_mtime_ns == written
+    assert (index / "manifest.json").stat().st_mtime_ns == written
 
 
 def test_a_corpus_that_changed_is_refused_and_the_index_kept(tmp_path: Path, corpus: Path) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from retriever_service.corpus import Passage
 from retriever_service.encoder import EncoderSpec, Vectors, passage_text
@@ -21,6 +23,7 @@ class HashEncoder:
     """A bag of hashed words: texts that share words are close. Deterministic; records what it encodes."""
 
     dimension = DIMENSION
+    pooling = ""
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = dataclasses.replace(spec, query_prefix=spec.query_prefix or "")
@@ -65,3 +68,12 @@ def write_animals(path: Path) -> Path:
     ]
     rows = [{"id": f"a{i}", "title": title, "text": text} for i, (title, text) in enumerate(facts)]
     return write_jsonl(path, rows)
+
+
+def real_data(name: str) -> Path:
+    """The folder of a set of real passages and questions; without it the test is skipped."""
+    beside_the_checkout = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    folder = Path(os.environ.get("EXSEARCH_DATA") or beside_the_checkout) / name
+    if not folder.is_dir():
+        pytest.skip(f"no real data at {folder}; EXSEARCH_DATA may name the folder that holds {name}")
+    return folder

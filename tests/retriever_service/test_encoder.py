@@ -48,6 +48,36 @@ def test_vectors_are_float32_of_unit_length(encoder: Encoder) -> None:
     assert encoder.encode_queries([]).shape == (0, 384)
 
 
+def test_weights_of_16_bits_keep_the_guarantees_and_nearly_the_vectors(encoder: Encoder) -> None:
+    half = Encoder.load(EncoderSpec(dtype="bfloat16"))
+    test_vector_of_a_query_does_not_depend_on_its_company(half)
+    test_vectors_are_float32_of_unit_length(half)
+    assert half.fingerprint != encoder.fingerprint
+    cosines = (half.encode_queries(QUERIES) * encoder.encode_queries(QUERIES)).sum(axis=1)
+    assert cosines.min() > 0.999
+
+
+def test_pooling_is_known_by_name(encoder: Encoder) -> None:
+    assert encoder.pooling == "mean"
+
+
+def test_passages_of_all_lengths_come_back_in_their_order(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retriever_service.encoder.WINDOW_PASSAGES", 16)
+    passages = [Passage(str(i), f"T{i}", "the lion lives on the savanna " * (i * 7 % 19)) for i in range(40)]
+    windows = list(encoder.encode_passages(passages))
+    assert [len(window) for window in windows] == [16, 16, 8]
+    alone = [next(encoder.encode_passages([passage]))[0] for passage in passages]
+    np.testing.assert_allclose(np.concatenate(windows), alone, atol=1e-5)
+
+
+def test_same_passages_give_the_same_vectors_to_the_last_bit(encoder: Encoder) -> None:
+    passages = [Passage(str(i), "", "otter " * (1 + i % 13)) for i in range(50)]
+    first, second = (np.concatenate(list(encoder.encode_passages(passages))) for _ in range(2))
+    assert np.array_equal(first, second)
+
+
 def test_question_is_closest_to_its_passage(encoder: Encoder) -> None:
     passages = [
         Passage("1", "Paris", "Paris is the capital and largest city of France."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retriever_service import index as index_module
+from retriever_service import files
+from retriever_service.build import build_index
 from retriever_service.corpus import Corpus
 from retriever_service.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
-from retriever_service.index import build_index, read_manifest, verify_checksums
-from retriever_service.search import DenseSearcher
+from retriever_service.index import read_manifest, verify_checksums
+from retriever_service.search import SearchEngine
 from tests.retriever_service.support import (
     DIMENSION,
     HashEncoder,
@@ -26,8 +28,9 @@ from tests.retriever_service.support import (
     write_jsonl,
 )
 
+build_index = partial(build_index, workers=1)
 build = partial(build_index, load_encoder=load_hash_encoder)
-open_searcher = partial(DenseSearcher.open, load_encoder=load_hash_encoder)
+open_searcher = partial(SearchEngine.open, load_encoder=load_hash_encoder)
 SPEC = EncoderSpec("hash")
 WORDS = ["lion", "tiger", "otter", "eagle", "twins", "savanna", "jungle", "rivers", "cliffs", "lives", "the"]
 
@@ -40,7 +43,7 @@ def animals(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def searcher(animals: Path) -> DenseSearcher:
+def searcher(animals: Path) -> SearchEngine:
     return open_searcher(animals)
 
 
@@ -48,7 +51,7 @@ def found(hits: list[list[Any]]) -> list[list[tuple[str, float]]]:
     return [[(hit.passage.id, hit.score) for hit in row] for row in hits]
 
 
-def test_search_finds_the_passage_and_gives_it_back_whole(searcher: DenseSearcher) -> None:
+def test_search_finds_the_passage_and_gives_it_back_whole(searcher: SearchEngine) -> None:
     ((best, *_),) = searcher.search(["where the otter swims"], 3)
     assert (best.passage.id, best.passage.title) == ("a2", "Otter")
     assert best.passage.text == "the otter swims in rivers"
@@ -59,7 +62,7 @@ def test_flat_search_is_brute_force(animals: Path, device: str) -> None:
     # Without FAISS's GPU build the device concerns the encoder alone.
     searcher, encoder = open_searcher(animals, device=device), HashEncoder(SPEC)
     queries = ["lion savanna", "the same twins", "cliffs"]
-    passages = np.concatenate(list(encoder.encode_passages(Corpus(animals / "passages.arrow"))))
+    passages = np.concatenate(list(encoder.encode_passages(Corpus(animals / "segments/0000/passages.arrow"))))
     scores = encoder.encode_queries(queries) @ passages.T
     for row, hits in zip(scores, searcher.search(queries, 6), strict=True):
         rows = [int(hit.passage.id[1:]) for hit in hits]
@@ -84,13 +87,13 @@ def test_fewer_hits_are_a_prefix_of_more(animals: Path, k: int) -> None:
     assert searcher.search(["twins look"], k)[0] == searcher.search(["twins look"], 6)[0][:k]
 
 
-def test_equal_scores_come_in_row_order(searcher: DenseSearcher) -> None:
+def test_equal_scores_come_in_row_order(searcher: SearchEngine) -> None:
     ((first, second, *_),) = searcher.search(["twins look the same"], 4)
     assert (first.passage.id, second.passage.id) == ("a4", "a5")
     assert first.score == second.score
 
 
-def test_k_beyond_the_corpus_gives_every_passage_once(searcher: DenseSearcher) -> None:
+def test_k_beyond_the_corpus_gives_every_passage_once(searcher: SearchEngine) -> None:
     (hits,) = searcher.search(["lion"], 100)
     assert sorted(hit.passage.id for hit in hits) == [f"a{i}" for i in range(6)]
 
@@ -105,11 +108,11 @@ def test_index_that_finds_too_few_never_gives_a_wrong_passage(tmp_path: Path) ->
 
 
 def test_unknown_search_parameters_are_refused(animals: Path) -> None:
-    with pytest.raises(RetrieverError, match=r"'nonsense=3' do not fit a Flat index"):
+    with pytest.raises(RetrieverError, match=r"'nonsense=3' do not fit this index"):
         open_searcher(animals, search_parameters="nonsense=3")
 
 
-def test_no_queries_give_no_results(searcher: DenseSearcher) -> None:
+def test_no_queries_give_no_results(searcher: SearchEngine) -> None:
     assert searcher.search([], 5) == []
     assert searcher.search_vectors(np.empty((0, DIMENSION), np.float32), 5) == []
 
@@ -125,13 +128,13 @@ def test_no_queries_give_no_results(searcher: DenseSearcher) -> None:
         (["\ud800"], 5, "query 0 is not valid Unicode"),
     ],
 )
-def test_bad_request_is_refused(searcher: DenseSearcher, queries: Any, k: Any, message: str) -> None:
+def test_bad_request_is_refused(searcher: SearchEngine, queries: Any, k: Any, message: str) -> None:
     with pytest.raises(RetrieverError, match=message):
         searcher.search(queries, k)
 
 
 @pytest.mark.parametrize("vectors", [np.zeros((1, 3)), np.zeros(DIMENSION), np.full((1, DIMENSION), np.nan)])
-def test_bad_vectors_are_refused(searcher: DenseSearcher, vectors: Any) -> None:
+def test_bad_vectors_are_refused(searcher: SearchEngine, vectors: Any) -> None:
     with pytest.raises(RetrieverError, match="vectors"):
         searcher.search_vectors(vectors, 1)
 
@@ -151,7 +154,7 @@ def test_manifest_says_what_the_index_is(animals: Path) -> None:
     manifest = read_manifest(animals)
     assert (manifest.count, manifest.dimension, manifest.metric) == (6, DIMENSION, "inner_product")
     assert (manifest.factory, manifest.encoder.model) == ("Flat", "hash")
-    assert sorted(manifest.files) == ["index.faiss", "passages.arrow"]
+    assert sorted(manifest.files) == ["segments/0000/index.faiss", "segments/0000/passages.arrow"]
 
 
 def test_same_build_again_reuses_the_index(tmp_path: Path) -> None:
@@ -169,13 +172,13 @@ def test_same_build_again_reuses_the_index(tmp_path: Path) -> None:
 def test_other_build_over_an_index_is_refused_and_leaves_it_alone(tmp_path: Path, what: str) -> None:
     corpus = write_animals(tmp_path / "c.jsonl")
     build([corpus], tmp_path / "index", SPEC)
-    before = {path: path.read_bytes() for path in (tmp_path / "index").iterdir()}
+    before = contents(tmp_path / "index")
     if what == "corpus":
         write_jsonl(corpus, [{"id": "new", "text": "other"}])
     spec = EncoderSpec("other") if what == "encoder" else SPEC
     with pytest.raises(RetrieverError, match="holds another index"):
         build([corpus], tmp_path / "index", spec, factory="HNSW8" if what == "factory" else "Flat")
-    assert {path: path.read_bytes() for path in (tmp_path / "index").iterdir()} == before
+    assert contents(tmp_path / "index") == before
 
 
 def test_directory_with_other_files_is_not_written_to(tmp_path: Path) -> None:
@@ -184,7 +187,7 @@ def test_directory_with_other_files_is_not_written_to(tmp_path: Path) -> None:
         build([corpus], tmp_path, SPEC)
 
 
-def test_failed_build_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_build_that_failed_goes_on_by_the_same_command_and_refuses_others(tmp_path: Path) -> None:
     class Failing(HashEncoder):
         def encode_passages(self, passages: Any) -> Any:
             yield next(super().encode_passages(passages))
@@ -193,7 +196,13 @@ def test_failed_build_leaves_nothing_behind(tmp_path: Path) -> None:
     corpus = write_animals(tmp_path / "c.jsonl")
     with pytest.raises(RuntimeError, match="on fire"):
         build_index([corpus], tmp_path / "index", SPEC, load_encoder=lambda spec, device: Failing(spec))
-    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+    assert not (tmp_path / "index").exists()
+    with pytest.raises(RetrieverError, match="encoder"):
+        build([corpus], tmp_path / "index", EncoderSpec("other"))
+    build([corpus], tmp_path / "index", SPEC)
+    build([corpus], tmp_path / "other", SPEC)
+    assert contents(tmp_path / "index") == contents(tmp_path / "other")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "index", "other"]
 
 
 def test_bad_corpus_is_refused_before_the_encoder_is_loaded(tmp_path: Path) -> None:
@@ -216,7 +225,7 @@ def test_factory_that_does_not_fit_is_refused(tmp_path: Path, factory: str, mess
 
 def test_full_disk_is_noticed_before_encoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr(index_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(RetrieverError, match="10 are free"):
         build([write_animals(tmp_path / "c.jsonl")], tmp_path / "index", SPEC)
 
@@ -232,13 +241,15 @@ def test_other_prefix_is_refused(animals: Path) -> None:
 
 
 def damaged_copy(animals: Path, target: Path) -> Path:
-    target.mkdir()
-    for path in animals.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(animals, target)
     return target
 
 
-@pytest.mark.parametrize("name", ["index.faiss", "passages.arrow"])
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", ["segments/0000/index.faiss", "segments/0000/passages.arrow"])
 def test_cut_or_missing_file_is_named(animals: Path, tmp_path: Path, name: str) -> None:
     copy = damaged_copy(animals, tmp_path / "copy")
     content = (copy / name).read_bytes()
@@ -276,8 +287,8 @@ def test_directory_without_index_is_refused(tmp_path: Path) -> None:
 def test_checksums_find_a_changed_byte(animals: Path, tmp_path: Path) -> None:
     copy = damaged_copy(animals, tmp_path / "copy")
     verify_checksums(copy)
-    content = bytearray((copy / "index.faiss").read_bytes())
+    content = bytearray((copy / "segments/0000/index.faiss").read_bytes())
     content[-1] ^= 1
-    (copy / "index.faiss").write_bytes(content)
+    (copy / "segments/0000/index.faiss").write_bytes(content)
     with pytest.raises(RetrieverError, match=r"index\.faiss was changed"):
         verify_checksums(copy)

@@ -39,8 +39,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def index(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from retriever_service.build import build_index
     from retriever_service.encoder import EncoderSpec
-    from retriever_service.index import build_index
 
     out = tmp_path_factory.mktemp("index") / "index"
     build_index([str(world / "corpus.jsonl")], out, EncoderSpec("minilm"))

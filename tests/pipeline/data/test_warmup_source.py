@@ -19,17 +19,21 @@ from pipeline.data.warmup_source import load_warm_up_source, synthesise_warm_up,
 from pipeline.errors import UserError
 from pipeline.protocol import Protocol
 from pipeline.records import Question, WeightedExample
-from retriever_service.corpus import Passage, write_passages
+from retriever_service.build import build_index
+from retriever_service.corpus import Passage
+from retriever_service.encoder import EncoderSpec
 from retriever_service.search import Hit
+from tests.retriever_service.support import load_hash_encoder, write_jsonl
 
 PASSAGES = [Passage(f"p{i}", f"Maker {i}", f"Maker {i} was founded by Ada {i}.") for i in range(6)]
 
 
 @pytest.fixture
 def index(tmp_path: Path) -> Path:
-    """Of a built index only the passages are looked at."""
-    (tmp_path / "index").mkdir()
-    write_passages(PASSAGES, tmp_path / "index" / "passages.arrow")
+    """Only its passages are looked at."""
+    rows = [{"id": p.id, "title": p.title, "text": p.text} for p in PASSAGES]
+    corpus = write_jsonl(tmp_path / "index-corpus.jsonl", rows)
+    build_index([corpus], tmp_path / "index", EncoderSpec("hash"), workers=1, load_encoder=load_hash_encoder)
     return tmp_path / "index"
 
 

@@ -1,0 +1,493 @@
+"""The command line of the retriever: `exsearch index ...`, or alone `python -m retriever_service ...`.
+
+Exit codes: 0 done, 2 the user can mend it (one clear message), 130 interrupted, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from typer.core import TyperGroup
+
+from retriever_service.errors import RetrieverError
+from retriever_service.search import Hit, Method, SearchEngine, SearchOptions
+
+TOKEN_VARIABLE = "EXSEARCH_TOKEN"
+_PROBED_PASSAGES = 256
+_RUN_DEPTH = 100
+
+
+class Commands(TyperGroup):
+    """Turns what the user can mend into one message and exit code 2, and Ctrl-C into advice."""
+
+    mendable: tuple[type[Exception], ...] = (RetrieverError,)
+    resumable: tuple[str, ...] = ("build", "encode")
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except self.mendable as error:
+            _say(
+                f"error: {getattr(error, 'cause', error)}", style="bold red"
+            )  # Ray wraps what an actor raised
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as interrupt:
+            kept = "; what was finished is kept, and the same command goes on from there"
+            _say(
+                "error: interrupted" + (kept if ctx.invoked_subcommand in self.resumable else ""), "bold red"
+            )
+            raise typer.Exit(130) from interrupt
+
+
+app = typer.Typer(
+    cls=Commands,
+    help="Encode, build, search, update and serve retrieval indexes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _say(text: str, style: str | None = None) -> None:
+    Console(stderr=True).print(text, style=style, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _size(text: str) -> int:
+    """Bytes, from a size as people write it: 800M, 2GiB, 1.5e9."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a size; write for example 800MiB or 2GiB")
+    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+
+
+CorpusSources = Annotated[
+    list[str],
+    typer.Option("--corpus", help="JSONL file, data set directory or hf:NAME; several times for a union."),
+]
+IndexDir = Annotated[Path, typer.Option("--index", help="Index directory.")]
+Out = Annotated[Path, typer.Option("--out", help="Directory to write.")]
+EncoderName = Annotated[str, typer.Option(help="minilm, or any sentence-transformers model.")]
+QueryPrefix = Annotated[str | None, typer.Option(help="In front of queries (default: the family's).")]
+PassagePrefix = Annotated[str | None, typer.Option(help="In front of passages (default: the family's).")]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Cut texts at so many tokens (default: the model's limit).")
+]
+Device = Annotated[str, typer.Option(help="Torch device that encodes.")]
+Workers = Annotated[int | None, typer.Option(help="Processes that encode (default: what suits the machine).")]
+Memory = Annotated[
+    int | None, typer.Option("--memory", parser=_size, metavar="SIZE", help="Most memory to use, e.g. 2GiB.")
+]
+Factory = Annotated[str, typer.Option(help="FAISS index factory string: Flat, SQ8, IVF4096,SQ8, HNSW32, ...")]
+SearchParameters = Annotated[
+    str, typer.Option(help="Of an approximate index, e.g. nprobe=64 or efSearch=128 (default: as tuned).")
+]
+MethodName = Annotated[Method, typer.Option(help="How to search.")]
+Reranker = Annotated[str | None, typer.Option("--rerank", help="Cross-encoder that orders the best anew.")]
+Candidates = Annotated[int, typer.Option(help="How many of the best the cross-encoder orders anew.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
+
+
+@app.command()
+def encode(
+    corpus: CorpusSources,
+    out: Out,
+    encoder: EncoderName = "minilm",
+    query_prefix: QueryPrefix = None,
+    passage_prefix: PassagePrefix = None,
+    max_tokens: MaxTokens = None,
+    dtype: Annotated[str, typer.Option(help="Of the stored vectors: float32 or float16.")] = "float32",
+    device: Device = "cpu",
+    workers: Workers = None,
+    memory: Memory = None,
+) -> None:
+    """Encode a corpus into a directory of vectors, from which any number of indexes can be built.
+
+    Killed or interrupted, the same command goes on.
+    """
+    from retriever_service.encode import encode_corpus
+
+    with _progress("encoding", "passages") as advance:
+        store = encode_corpus(
+            corpus,
+            out,
+            _spec(encoder, query_prefix, passage_prefix, max_tokens),
+            device=device,
+            workers=workers,
+            memory_bytes=memory,
+            store_dtype=dtype,  # type: ignore[arg-type]  # checked by encode_corpus
+            on_progress=advance,
+        )
+    _say(f"{out}: {store.manifest.count:,} passages, {store.manifest.dimension} dimensions, {dtype}")
+
+
+@app.command()
+def build(
+    out: Out,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--corpus", help="JSONL file, data set directory or hf:NAME; several times for a union."
+        ),
+    ] = None,
+    vectors: Annotated[Path | None, typer.Option(help="Directory of `encode`, in place of a corpus.")] = None,
+    factory: Factory = "Flat",
+    encoder: EncoderName = "minilm",
+    query_prefix: QueryPrefix = None,
+    passage_prefix: PassagePrefix = None,
+    max_tokens: MaxTokens = None,
+    bm25: Annotated[bool, typer.Option("--bm25", help="Build a word index too.")] = False,
+    recall: Annotated[
+        float, typer.Option(help="Share of the exact top 10 that an approximate index is tuned to find.")
+    ] = 0.95,
+    device: Device = "cpu",
+    workers: Workers = None,
+    memory: Memory = None,
+    seed: Annotated[int, typer.Option(help="Of the sample that an index is trained on.")] = 0,
+) -> None:
+    """Build an index of a corpus, or of encoded passages. Killed or interrupted, the same command goes on."""
+    from retriever_service.build import build_from_vectors, build_index
+    from retriever_service.vectors import VectorStore
+
+    if (corpus is None) == (vectors is None):
+        raise RetrieverError("give either --corpus or --vectors")
+    how: dict[str, Any] = {
+        "factory": factory,
+        "memory_bytes": memory,
+        "bm25": bm25,
+        "target_recall": recall,
+        "seed": seed,
+    }
+    with _progress("indexing", "passages") as advance:
+        if vectors is not None:
+            manifest = build_from_vectors(VectorStore.open(vectors), out, **how)
+        else:
+            manifest = build_index(
+                corpus or [],
+                out,
+                _spec(encoder, query_prefix, passage_prefix, max_tokens),
+                device=device,
+                workers=workers,
+                on_progress=advance,
+                **how,
+            )
+    _say(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
+    for point in manifest.recall:
+        chosen = " (chosen)" if point.search_parameters == manifest.search_parameters else ""
+        found = ", ".join(f"{share:.3f} at {cutoff}" for cutoff, share in point.recall.items())
+        _say(f"  recall {found}  {point.search_parameters}{chosen}")
+
+
+@app.command()
+def plan(
+    passages: Annotated[int, typer.Option(help="How many.")],
+    factory: Factory = "Flat",
+    dimension: Annotated[int, typer.Option(help="Of the encoder's vectors (384: minilm).")] = 384,
+    corpus: Annotated[
+        list[str] | None,
+        typer.Option("--corpus", help="Take the length of passages from here, and time encoding."),
+    ] = None,
+    encoder: EncoderName = "minilm",
+    memory: Memory = None,
+    out: Annotated[Path, typer.Option("--out", help="Where it would be built.")] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Predict disk, memory and time of an index, and whether it fits here. Measures this machine for seconds."""
+    from retriever_service.calibration import calibrate
+    from retriever_service.corpus import read_corpus
+    from retriever_service.encoder import Encoder, EncoderSpec, passage_text
+    from retriever_service.planner import PASSAGE_BYTES, check_fits, plan_index
+
+    sample = list(islice(read_corpus(corpus), _PROBED_PASSAGES)) if corpus else []
+    loaded = Encoder.load(EncoderSpec(encoder)) if sample else None
+    if loaded is not None:
+        dimension = loaded.dimension
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.is_dir())
+    planned = plan_index(
+        passages,
+        dimension,
+        factory,
+        memory_bytes=memory,
+        passage_bytes=sum(len(passage_text(p).encode()) for p in sample) / len(sample)
+        if sample
+        else PASSAGE_BYTES,
+        calibration=calibrate(factory, dimension, existing, encoder=loaded, passages=sample),
+    )
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(planned)))
+    else:
+        for name, value in dataclasses.asdict(planned).items():
+            if name.endswith("_bytes") and value is not None:
+                _say(f"{name.removesuffix('_bytes').replace('_', ' '):>20}  {value / 1e9:10.3f} GB")
+        _say(f"{'segments':>20}  {len(planned.segments):10}")
+        for name, value in dataclasses.asdict(planned)["seconds"].items():
+            if value is not None:
+                _say(f"{name:>20}  {value:10.0f} s")
+    check_fits(planned, out, memory)
+
+
+@app.command()
+def search(
+    query: Annotated[str, typer.Argument(help="What to look for.")],
+    index: IndexDir,
+    k: Annotated[int, typer.Option("-k", help="Number of passages.")] = 5,
+    method: MethodName = "dense",
+    rerank: Reranker = None,
+    candidates: Candidates = 50,
+    where: Annotated[
+        str | None, typer.Option(help='Filter on metadata, JSON: \'{"year": {"gte": 1990}}\'.')
+    ] = None,
+    distinct: Annotated[bool, typer.Option("--distinct", help="Leave out near-copies.")] = False,
+    search_parameters: SearchParameters = "",
+    as_json: AsJson = False,
+) -> None:
+    """Search an index."""
+    engine = SearchEngine.open(index, search_parameters=search_parameters, reranker=rerank)
+    options = SearchOptions(method, candidates if rerank else 0, _filter(where), distinct=distinct)
+    (hits,) = engine.search([query], k, options)
+    if as_json:
+        typer.echo(json.dumps({"query": query, "hits": [_row(hit) for hit in hits]}, ensure_ascii=False))
+        return
+    for rank, hit in enumerate(hits, start=1):
+        passage = hit.passage
+        typer.echo(f"[{rank}] {hit.score:.3f}  {passage.title} ({passage.id})\n    {passage.text}")
+
+
+@app.command()
+def evaluate(
+    index: IndexDir,
+    queries: Annotated[Path, typer.Option(help="JSON Lines: {_id, text} or {id, question}.")],
+    qrels: Annotated[Path, typer.Option(help="Judgements: BEIR's TSV or TREC's.")],
+    method: MethodName = "dense",
+    rerank: Reranker = None,
+    candidates: Candidates = 50,
+    search_parameters: SearchParameters = "",
+    run_in: Annotated[
+        Path | None, typer.Option("--run", help="Evaluate this TREC run instead of searching.")
+    ] = None,
+    run_out: Annotated[Path | None, typer.Option("--save-run", help="Write the TREC run here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score searches against judgements: nDCG, recall, MRR, and all gold passages found; as fractions."""
+    from retriever_service.evaluation import evaluate_run, read_qrels, read_queries, read_run, write_run
+
+    judged = read_qrels(qrels)
+    asked = {id_: text for id_, text in read_queries(queries).items() if id_ in judged}
+    if not asked:
+        raise RetrieverError(f"no question of {queries} is judged in {qrels}; do they belong together?")
+    if run_in is not None:
+        run = read_run(run_in)
+    else:
+        engine = SearchEngine.open(index, search_parameters=search_parameters, reranker=rerank)
+        options = SearchOptions(method, candidates if rerank else 0)
+        ids, run = list(asked), {}
+        with _progress("searching", "questions") as advance:
+            for start in range(0, len(ids), 64):
+                part = ids[start : start + 64]
+                found = engine.search([asked[id_] for id_ in part], _RUN_DEPTH, options)
+                run |= {
+                    id_: [(h.passage.id, h.score) for h in hits]
+                    for id_, hits in zip(part, found, strict=True)
+                }
+                advance(start + len(part), len(ids))
+    if run_out is not None:
+        write_run(run, run_out, tag=f"exsearch-{method}")
+    scores = {"questions": len(judged)} | evaluate_run(judged, run)
+    if as_json:
+        typer.echo(json.dumps(scores))
+        return
+    for name, value in scores.items():
+        typer.echo(f"{name:>14}  {value:.4f}" if isinstance(value, float) else f"{name:>14}  {value}")
+
+
+@app.command()
+def serve(
+    index: IndexDir,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    device: Device = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
+    search_parameters: SearchParameters = "",
+    rerank: Reranker = None,
+    max_batch: Annotated[int, typer.Option(help="Most queries encoded at once.")] = 128,
+    max_waiting: Annotated[int, typer.Option(help="Queries that may wait; beyond it: 429.")] = 4_096,
+    deadline: Annotated[float, typer.Option(help="Seconds after which a search is given up: 504.")] = 30.0,
+    read_only: Annotated[bool, typer.Option("--read-only", help="No additions or deletions.")] = False,
+) -> None:
+    """Serve an index over HTTP, also in the forms of Search-R1 and of the original EXSEARCH.
+
+    A bearer token is asked for if the environment variable EXSEARCH_TOKEN is set.
+    """
+    from retriever_service.lifecycle import ServerSettings
+    from retriever_service.server import serve as run
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = ServerSettings(
+        host=host,
+        port=port,
+        token=os.environ.get(TOKEN_VARIABLE),
+        read_only=read_only,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        deadline_s=deadline,
+    )
+
+    def open_engine() -> SearchEngine:
+        return SearchEngine.open(
+            index,
+            device=device,
+            num_threads=threads or (len(os.sched_getaffinity(0)) if device == "cpu" else None),
+            search_parameters=search_parameters,
+            reranker=rerank,
+        )
+
+    run(settings, open_engine, on_listening=lambda url: _say(f"serving {index} at {url} (Ctrl-C to stop)"))
+
+
+@app.command()
+def add(
+    index: IndexDir,
+    corpus: CorpusSources,
+    as_json: AsJson = False,
+) -> None:
+    """Add passages to an index without building it again; servers of it take them up."""
+    from retriever_service.corpus import read_corpus
+    from retriever_service.encoder import Encoder
+    from retriever_service.index import read_manifest
+    from retriever_service.updates import add_passages
+
+    passages = list(read_corpus(corpus))
+    encoder = Encoder.load(read_manifest(index).encoder)
+    manifest = add_passages(index, passages, encoder)
+    _report_update(index, manifest.num_passages, {"added": len(passages)}, as_json)
+
+
+@app.command()
+def delete(
+    index: IndexDir,
+    ids: Annotated[list[str], typer.Argument(help="Ids of passages.")],
+    as_json: AsJson = False,
+) -> None:
+    """Delete passages from an index without building it again; servers of it leave them out."""
+    from retriever_service.updates import delete_passages
+
+    manifest = delete_passages(index, ids)
+    _report_update(index, manifest.num_passages, {"deleted": len(ids)}, as_json)
+
+
+@app.command()
+def info(
+    index: IndexDir,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
+) -> None:
+    """Print the manifest of an index, without its list of files."""
+    from retriever_service.index import read_manifest, verify_checksums
+
+    manifest = read_manifest(index)
+    if verify:
+        verify_checksums(index)
+    described = dataclasses.asdict(manifest) | {"fingerprint": manifest.fingerprint}
+    del described["files"]
+    typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
+
+
+def _spec(encoder: str, query_prefix: str | None, passage_prefix: str | None, max_tokens: int | None) -> Any:
+    from retriever_service.encoder import EncoderSpec
+
+    return EncoderSpec(encoder, query_prefix, passage_prefix, max_length=max_tokens)
+
+
+def _filter(where: str | None) -> Any:
+    from retriever_service.filters import Filter
+
+    if where is None:
+        return None
+    try:
+        return Filter.parse(json.loads(where))
+    except json.JSONDecodeError as error:
+        raise RetrieverError(f"--where {where!r} is not JSON: {error}") from error
+
+
+def _row(hit: Hit) -> dict[str, Any]:
+    passage = hit.passage
+    return {
+        "id": passage.id,
+        "title": passage.title,
+        "text": passage.text,
+        "metadata": dict(passage.metadata),
+        "score": hit.score,
+    }
+
+
+def _report_update(index: Path, num_passages: int, change: dict[str, int], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"passages": num_passages} | change))
+    else:
+        ((what, number),) = change.items()
+        _say(f"{index}: {what} {number:,}, {num_passages:,} passages now")
+
+
+class _Rate(ProgressColumn):
+    """Steps per second of late."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f}/s")
+
+
+class _Advance:
+    """Moves a progress bar to (done, total)."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress = progress
+        self._task = task
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+@contextmanager
+def _progress(what: str, unit: str) -> Iterator[_Advance]:
+    """A bar with rate and time left; afterwards one line with how long it took."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        _Rate(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    start = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield _Advance(progress, progress.add_task(what, total=None))
+    _say(f"{what}: {time.perf_counter() - start:.1f} s")
+
+
+def main() -> None:
+    """Entry point of `python -m retriever_service`."""
+    app()

@@ -1,0 +1,121 @@
+"""Files that are whole or absent, and what they are known by afterwards."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from retriever_service.errors import RetrieverError
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of a finished file."""
+
+    bytes: int
+    sha256: str
+
+
+def record_file(path: Path) -> FileRecord:
+    """Read `path` once and describe it."""
+    with open(path, "rb") as file:
+        return FileRecord(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def check_size(path: Path, record: FileRecord, mend: str) -> None:
+    """Refuse a file that is missing or cut short; cheap, reads no contents.
+
+    Raises:
+        RetrieverError: says what is wrong, and `mend`.
+    """
+    size = path.stat().st_size if path.is_file() else None
+    if size != record.bytes:
+        found = "is missing" if size is None else f"has {size} bytes"
+        raise RetrieverError(f"{path} {found}, expected {record.bytes} bytes; {mend}")
+
+
+def check_contents(path: Path, record: FileRecord, mend: str) -> None:
+    """As `check_size`, and every byte is read.
+
+    Raises:
+        RetrieverError: the file is missing, cut short or changed.
+    """
+    check_size(path, record, mend)
+    if record_file(path) != record:
+        raise RetrieverError(f"{path} was changed since it was written (its SHA-256 differs); {mend}")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name once it is complete and on the disk; a failure leaves nothing of it.
+
+    Raises:
+        RetrieverError: the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RetrieverError(
+                f"{path}: the disk is full; make room and run the same command again"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write strict JSON, whole or not at all."""
+    with writing(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a directory, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_disk(directory: Path, needed: int, what: str) -> None:
+    """Refuse work that will not fit. `directory`, or one above it, exists.
+
+    Raises:
+        RetrieverError: fewer than `needed` bytes are free there.
+    """
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise RetrieverError(f"{directory}: {what} needs about {needed:,} bytes of disk, {free:,} are free")
+
+
+@contextmanager
+def exclusive(lock_file: Path) -> Iterator[None]:
+    """Hold a lock that ends with this process, however it ends.
+
+    Raises:
+        RetrieverError: another process holds it.
+    """
+    with open(lock_file, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RetrieverError(f"another process is working on {lock_file.parent}; wait for it") from error
+        yield

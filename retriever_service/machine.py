@@ -1,0 +1,22 @@
+"""What this machine, or the container that the process runs in, has free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int:
+    """Bytes of memory that can be taken without swapping: of the machine, or of the container if that has less."""
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit, used = (cgroup / "memory.max").read_text().strip(), (cgroup / "memory.current").read_text()
+    except OSError:  # no container, or one of the first version of control groups
+        return available
+    if limit == "max":
+        return available
+    # The page cache counts as used, but gives way.
+    statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    return min(available, max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0))))

@@ -1,0 +1,194 @@
+"""The HTTP service: an ASGI application, and a process around it.
+
+    app = create_app(ServerSettings(), lambda: SearchEngine.open("indexes/wiki"))
+
+Guarantees of `serve`:
+- it listens at once and answers 503 until the index is ready; an index that cannot be opened ends it with the
+  error;
+- after SIGTERM or SIGINT new requests get 503, those it holds are answered, and it returns within the grace
+  period;
+- what was acknowledged by then, or at the time of any kill, is on disk: the engine's updates are durable.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from importlib.metadata import version
+from typing import Any
+
+import uvicorn
+import uvloop
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from retriever_service.errors import RetrieverError
+from retriever_service.failures import as_http_error, responses
+from retriever_service.guard import OPEN_PATHS, Guard
+from retriever_service.lifecycle import Engine, ServerSettings, Service
+from retriever_service.routes import reading, writing
+
+__all__ = ["Engine", "ServerSettings", "create_app", "serve"]
+
+logger = logging.getLogger(__name__)
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_BACKLOG = 2_048
+_KEEP_ALIVE_S = 75
+"""Longer than clients keep idle connections, so that it is they who close them."""
+_CLOSING_S = 2
+"""For connections to take their last answers, once all are given."""
+
+
+def create_app(settings: ServerSettings, open_engine: Callable[[], Engine]) -> FastAPI:
+    """The application, for any ASGI server with one worker process and lifespan support.
+
+    Args:
+        open_engine: makes the engine; called once, in the thread that will own it.
+    """
+    service = Service(settings, open_engine)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await service.close()
+
+    app = FastAPI(
+        title="ExSearch retriever",
+        version=version("exsearch"),
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: _unknown_route},
+    )
+    app.state.service = service
+    app.add_middleware(Guard, metrics=service.metrics, token=settings.token)
+    app.include_router(reading)
+    if not settings.read_only:
+        app.include_router(writing)
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = describe()
+            settings.limits.describe(schema)
+            if settings.token is not None:
+                _describe_token(schema)
+        return describe()
+
+    app.openapi = openapi  # type: ignore[method-assign]
+    return app
+
+
+def serve(
+    settings: ServerSettings,
+    open_engine: Callable[[], Engine],
+    on_listening: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT; call it in the main thread.
+
+    If the owner thread is still busy at the end of the grace period, the process ends here, with status 0:
+    what it was doing has been acknowledged to nobody.
+
+    Args:
+        on_listening: told the address as soon as there is one.
+
+    Raises:
+        RetrieverError: the address cannot be listened on, or the index or encoder is unusable.
+    """
+    with contextlib.closing(_listen(settings)) as listener:
+        host, port = listener.getsockname()[:2]
+        on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            at_rest = runner.run(_serve(create_app(settings, open_engine), listener))
+    if not at_rest:
+        logger.warning("the index was still in use after the grace period")
+        logging.shutdown()
+        os._exit(0)
+
+
+async def _serve(app: FastAPI, listener: socket.socket) -> bool:
+    """Returns whether the owner thread has come to rest."""
+    service: Service = app.state.service
+    server = _Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_CLOSING_S,
+        )
+    )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in _STOP_SIGNALS:
+        loop.add_signal_handler(number, stop.set)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    ends = [asyncio.create_task(event.wait()) for event in (stop, service.failed)]
+    await asyncio.wait([serving, *ends], return_when=asyncio.FIRST_COMPLETED)
+    at_rest = await service.drain()
+    server.should_exit = True
+    await serving
+    for end in ends:
+        end.cancel()
+    for number in _STOP_SIGNALS:
+        loop.remove_signal_handler(number)
+    if service.failure is not None:
+        raise service.failure
+    return at_rest
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to `_serve`: uvicorn would raise them again at its end, and the exit status be theirs."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    try:
+        family, *_, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address, family=family, backlog=_BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise RetrieverError(
+            f"cannot listen on {settings.host} port {settings.port} ({error}); name another address or port"
+        ) from error
+
+
+async def _unknown_route(request: Request, error: Exception) -> Response:
+    """404 and 405 in the form of all other failures."""
+    failure = as_http_error(error)
+    if failure.status == 405:
+        # Starlette names the methods of one route only, where a path has several.
+        routes = [route for route in request.app.routes if route.path == request.url.path]
+        failure.headers["Allow"] = ", ".join(sorted(method for route in routes for method in route.methods))
+    request.app.state.service.metrics.note_error(failure.kind)
+    return failure.response()
+
+
+def _describe_token(schema: dict[str, Any]) -> None:
+    schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorReply"}}}
+    for path, operations in schema["paths"].items():
+        if path in OPEN_PATHS:
+            continue
+        for operation in operations.values():
+            operation["security"] = [{"token": []}]
+            operation["responses"]["401"] = {
+                "description": responses(401)[401]["description"],
+                "content": error,
+            }

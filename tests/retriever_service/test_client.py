@@ -1,0 +1,315 @@
+"""The HTTP client against a server that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import pickle
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from retriever_service.batching import Answers
+from retriever_service.client import RetrieverHttpClient
+from retriever_service.errors import RetrieverError, RetrieverUnavailable
+from retriever_service.filters import Filter
+from retriever_service.search import Hit, SearchOptions
+from retriever_service.wire import retrieve_reply, search_reply
+from tests.retriever_service.fake_engine import FakeEngine
+
+Search = Callable[..., list[list[Hit]]]
+
+
+def blocking(client: RetrieverHttpClient, *request: Any) -> list[list[Hit]]:
+    return client.search(*request)
+
+
+def in_a_loop(client: RetrieverHttpClient, *request: Any) -> list[list[Hit]]:
+    async def scenario() -> list[list[Hit]]:
+        try:
+            return await client.asearch(*request)
+        finally:
+            await client.aclose()
+
+    return asyncio.run(scenario())
+
+
+both_ways = pytest.mark.parametrize("search", [blocking, in_a_loop])
+
+
+class ScriptedServer:
+    """Answers as a server of either dialect, unless `script` has something else: a status, (status, headers, body) or
+    "hang", one per request. Records requests and connections."""
+
+    def __init__(self) -> None:
+        self.script: list[Any] = []
+        self.requests: list[tuple[str, Any, str | None]] = []
+        self.connections: set[Any] = set()
+        self.over = threading.Event()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self) -> None:
+        self.over.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def reply(self, path: str, body: Any) -> tuple[int, dict[str, str], bytes]:
+        action = self.script.pop(0) if self.script else 200
+        if action == "hang":
+            self.over.wait(timeout=30)
+            action = 200
+        if action != 200:
+            return action if isinstance(action, tuple) else (action, {}, b'{"detail": "as scripted"}')
+        if path == "/info":
+            return 200, {}, json.dumps({"index": FakeEngine().fingerprint}).encode()
+        answers = Answers(
+            tuple(map(tuple, FakeEngine().search(body["queries"], body.get("k") or body["topk"]))), "f"
+        )
+        reply: Any = (
+            search_reply(answers)
+            if path == "/search"
+            else retrieve_reply(answers, return_scores=body["return_scores"])
+        )
+        return 200, {}, json.dumps(reply).encode()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                self._answer(body)
+
+            def do_GET(self) -> None:
+                self._answer(None)
+
+            def _answer(self, body: Any) -> None:
+                server.requests.append((self.path, body, self.headers["Authorization"]))
+                server.connections.add(self.client_address)
+                status, headers, content = server.reply(self.path, body)
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        return Handler
+
+
+@pytest.fixture
+def server() -> Iterator[ScriptedServer]:
+    scripted = ScriptedServer()
+    yield scripted
+    scripted.close()
+
+
+def client(server: ScriptedServer, dialect: Any = "native", **options: Any) -> RetrieverHttpClient:
+    return RetrieverHttpClient(server.url, dialect, **{"backoff_s": 0.001, "seed": 0} | options)
+
+
+@both_ways
+def test_native_hits_are_those_of_the_engine(server: ScriptedServer, search: Search) -> None:
+    queries = ["the lion", "twins"]
+    assert search(client(server), queries, 4) == FakeEngine().search(queries, 4)
+
+
+@both_ways
+def test_search_r1_hits_are_those_of_the_engine(server: ScriptedServer, search: Search) -> None:
+    found = search(client(server, "search-r1"), ["the lion"], 2)
+    # The contract carries no metadata.
+    assert [
+        [(hit.passage.id, hit.passage.title, hit.passage.text, hit.score) for hit in hits] for hits in found
+    ] == [
+        [(hit.passage.id, hit.passage.title, hit.passage.text, hit.score) for hit in hits]
+        for hits in FakeEngine().search(["the lion"], 2)
+    ]
+    assert server.requests == [
+        ("/retrieve", {"queries": ["the lion"], "topk": 2, "return_scores": True}, None)
+    ]
+
+
+@both_ways
+def test_options_and_token_are_sent(server: ScriptedServer, search: Search) -> None:
+    options = SearchOptions(
+        "hybrid", 20, Filter.parse({"year": {"gt": 3}, "kind": "city"}), frozenset({"b", "a"}), distinct=True
+    )
+    search(client(server, token="secret", timeout_s=7.0), ["q"], 3, options)
+    ((path, body, token),) = server.requests
+    assert (path, token) == ("/search", "Bearer secret")
+    assert body == {
+        "queries": ["q"],
+        "k": 3,
+        "method": "hybrid",
+        "rerank": 20,
+        "filter": {"year": {"gt": 3}, "kind": ["city"]},
+        "exclude": ["a", "b"],
+        "distinct": True,
+        "deadline_s": 7.0,
+    }
+
+
+@both_ways
+def test_options_that_search_r1_cannot_fulfil_are_refused(server: ScriptedServer, search: Search) -> None:
+    with pytest.raises(RetrieverError, match="native"):
+        search(client(server, "search-r1"), ["q"], 3, SearchOptions(method="bm25"))
+    assert server.requests == []
+
+
+@both_ways
+@pytest.mark.parametrize("failure", [429, 503, 500, 504, 408])
+def test_failure_that_passes_is_tried_again(server: ScriptedServer, search: Search, failure: int) -> None:
+    server.script = [failure, failure]
+    assert search(client(server), ["lion"], 1) == FakeEngine().search(["lion"], 1)
+    assert len(server.requests) == 3
+
+
+@both_ways
+@pytest.mark.parametrize("failure", [400, 401, 404, 413, 422, 302])
+def test_mistake_is_not_tried_again(server: ScriptedServer, search: Search, failure: int) -> None:
+    server.script = [failure]
+    with pytest.raises(RetrieverError, match=f"{failure}: as scripted"):
+        search(client(server), ["lion"], 1)
+    assert len(server.requests) == 1
+
+
+@both_ways
+def test_last_failure_is_typed_and_named(server: ScriptedServer, search: Search) -> None:
+    server.script = [503] * 9
+    with pytest.raises(RetrieverUnavailable, match=r"3 attempts .*status 503: as scripted"):
+        search(client(server, max_attempts=3), ["lion"], 1)
+    assert len(server.requests) == 3
+
+
+@both_ways
+def test_hanging_server_is_given_up_at_the_deadline(server: ScriptedServer, search: Search) -> None:
+    server.script = ["hang"] * 2
+    with pytest.raises(RetrieverUnavailable, match=r"2 attempts of 0.05 s; .*Timeout"):
+        search(client(server, timeout_s=0.05, max_attempts=2), ["lion"], 1)
+
+
+@both_ways
+def test_nobody_listening_is_unavailable(search: Search) -> None:
+    lost = RetrieverHttpClient("http://127.0.0.1:1", max_attempts=2, backoff_s=0.001)
+    with pytest.raises(RetrieverUnavailable, match="ConnectError"):
+        search(lost, ["lion"], 1)
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "least", "most"),
+    [
+        ("3", 3.0, 4.5),
+        ("100", 10.0, 10.0),
+        ("soon", 0.5, 1.5),
+        (email.utils.formatdate(time.time() + 3600), 10.0, 10.0),
+        (email.utils.formatdate(0), 0.5, 1.5),
+    ],
+)
+def test_server_says_when_to_come_back(
+    server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, retry_after: str, least: float, most: float
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("retriever_service.client.time.sleep", pauses.append)
+    server.script = [(429, {"Retry-After": retry_after}, b"{}")]
+    client(server, backoff_s=1.0, timeout_s=10.0, seed=None).search(["lion"], 1)
+    before_first, before_second = pauses
+    assert before_first == 0
+    assert least <= before_second <= most
+
+
+def test_pauses_grow_and_are_not_alike(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("retriever_service.client.time.sleep", pauses.append)
+    for seed in range(20):
+        server.script = [503] * 3
+        client(server, backoff_s=1.0, seed=seed).search(["lion"], 1)
+    for attempt, mean in ((1, 1.0), (2, 2.0), (3, 4.0)):
+        of_attempt = pauses[attempt::4]
+        assert len(set(of_attempt)) == 20
+        assert all(0.5 * mean <= pause <= 1.5 * mean for pause in of_attempt)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"<html>", "<html>"),
+        (b"[]", "address"),
+        (b'{"results": [{"hits": [{}]}]}', "address"),
+        (b'{"results": []}', "0 of 1 queries"),
+        (b'{"results": [{"hits": []}, {"hits": []}]}', "2 of 1 queries"),
+    ],
+)
+def test_reply_that_does_not_fit_is_an_error(
+    server: ScriptedServer, search: Search, content: bytes, told: str
+) -> None:
+    server.script = [(200, {}, content)]
+    with pytest.raises(RetrieverError, match=told):
+        search(client(server), ["lion"], 1)
+    assert len(server.requests) == 1
+
+
+@both_ways
+def test_bad_request_is_not_even_sent(server: ScriptedServer, search: Search) -> None:
+    for queries, k in ((["lion"], 0), ("lion", 1), (["\ud800"], 1)):
+        with pytest.raises(RetrieverError):
+            search(client(server), queries, k)
+    assert search(client(server), [], 1) == []
+    assert server.requests == []
+
+
+def test_connections_are_used_again(server: ScriptedServer) -> None:
+    searching = client(server)
+    for _ in range(5):
+        searching.search(["lion"], 1)
+
+    async def scenario() -> None:
+        for _ in range(5):
+            await searching.asearch(["lion"], 1)
+        await searching.aclose()
+
+    asyncio.run(scenario())
+    searching.close()
+    assert len(server.connections) == 2
+
+
+def test_client_works_in_one_event_loop_after_another_and_as_a_copy(server: ScriptedServer) -> None:
+    searching = client(server)
+    searching.search(["lion"], 1)
+    for _ in range(2):
+        assert asyncio.run(searching.asearch(["lion"], 1)) == FakeEngine().search(["lion"], 1)
+    copy: RetrieverHttpClient = pickle.loads(pickle.dumps(searching))
+    assert copy.search(["lion"], 1) == FakeEngine().search(["lion"], 1)
+
+
+def test_fingerprint_is_that_of_the_index(server: ScriptedServer) -> None:
+    assert client(server).fingerprint == FakeEngine().fingerprint
+    assert server.url in client(server, "search-r1").fingerprint
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"url": "127.0.0.1:8000"},
+        {"url": "http://"},
+        {"url": "http://x:port"},
+        {"dialect": "flashrag"},
+        {"max_attempts": 0},
+        {"timeout_s": 0},
+    ],
+)
+def test_settings_that_make_no_sense(bad: dict[str, Any]) -> None:
+    with pytest.raises(RetrieverError):
+        RetrieverHttpClient(**{"url": "http://x"} | bad)

@@ -1,0 +1,592 @@
+"""Encoding that is killed, refused or short of something; a hashing encoder in place of a model where it can be."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, suppress
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+from retriever_service.corpus import Passage
+from retriever_service.encode import encode_corpus
+from retriever_service.encode_job import EncoderIdentity, encode_shard, finish_job, open_job, pending_shards
+from retriever_service.encoder import EncoderSpec, Vectors
+from retriever_service.errors import RetrieverError
+from retriever_service.files import exclusive
+from retriever_service.vectors import Job, VectorStore
+from tests.retriever_service.encoding_child import SHARD_ROWS
+from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
+
+SPEC = EncoderSpec("hash")
+COUNT = 21  # three shards, the last one short
+
+
+class Stopped(Exception):
+    """What cuts off a job in this process."""
+
+
+class Recording(HashEncoder):
+    """Knows whose vectors were asked for."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__(spec)
+        self.encoded: list[str] = []
+
+    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+        for passage in passages:
+            self.encoded.append(passage.id)
+            yield from super().encode_passages([passage])
+
+
+class Fatal(HashEncoder):
+    """Brings its process down at one of the passages."""
+
+    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+        for passage in passages:
+            if passage.id == "p12":
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield from super().encode_passages([passage])
+
+
+class Faulty(HashEncoder):
+    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+        raise KeyError("a bug of ours")
+
+
+def load_fatal(spec: EncoderSpec, device: str) -> Fatal:
+    return Fatal(spec)
+
+
+def load_faulty(spec: EncoderSpec, device: str) -> Faulty:
+    return Faulty(spec)
+
+
+def load_nothing(spec: EncoderSpec, device: str) -> HashEncoder:
+    raise RetrieverError("there is no such encoder")
+
+
+def load_and_tell(register: Path, spec: EncoderSpec, device: str) -> HashEncoder:
+    (register / str(os.getpid())).touch()
+    return HashEncoder(spec)
+
+
+def write_corpus(path: Path, count: int = COUNT) -> Path:
+    rows = ({"id": f"p{i}", "title": f"T{i}", "text": f"word{i} of {i % 4}"} for i in range(count))
+    return write_jsonl(path, rows)
+
+
+def encode(corpus: Path, out: Path, spec: EncoderSpec = SPEC, **options: Any) -> VectorStore:
+    options = {"workers": 1, "shard_rows": SHARD_ROWS, "load_encoder": load_hash_encoder} | options
+    return encode_corpus([corpus], out, spec, **options)
+
+
+def opened(corpus: Path, out: Path, encoder: HashEncoder) -> AbstractContextManager[Job]:
+    return open_job(
+        [corpus],
+        out,
+        shard_rows=SHARD_ROWS,
+        store_dtype="float32",
+        identify=lambda count: EncoderIdentity.of(encoder),
+    )
+
+
+def cut_off(corpus: Path, out: Path, after: int = SHARD_ROWS) -> None:
+    """A job whose first `after` passages were encoded, and one more."""
+
+    def stop(done: int, total: int) -> None:
+        if done > after:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        encode(corpus, out, on_progress=stop)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "lock")
+    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 8
+    path.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "c.jsonl")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path) -> dict[str, bytes]:
+    """All files of a job that nothing happened to."""
+    encode(corpus, corpus.parent / "undisturbed")
+    return files(corpus.parent / "undisturbed")
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "vectors"
+
+
+def child(corpus: Path, out: Path, *arguments: Any) -> list[str]:
+    module = "tests.retriever_service.encoding_child"
+    return [sys.executable, "-m", module, str(corpus), str(out), *map(str, arguments)]
+
+
+def killed(corpus: Path, out: Path, moment: int) -> None:
+    ended = subprocess.run(child(corpus, out, "--die-at", moment), capture_output=True, timeout=500)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+
+
+# Twice per file that gets its name: passages, job, then vectors and record of three shards, then the manifest.
+@pytest.mark.parametrize(
+    ("moment", "whole", "leftovers"),
+    [
+        (1, [], 1),
+        (2, ["passages.arrow"], 0),
+        (4, ["job.json", "passages.arrow"], 0),
+        (5, ["job.json", "passages.arrow"], 1),
+        (6, ["job.json", "passages.arrow", "shards/00000.npy"], 0),
+        (8, ["job.json", "passages.arrow", "shards/00000.json", "shards/00000.npy"], 0),
+        (17, None, 1),
+        (18, None, 0),
+    ],
+)
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(
+    corpus: Path,
+    out: Path,
+    undisturbed: dict[str, bytes],
+    moment: int,
+    whole: list[str] | None,
+    leftovers: int,
+) -> None:
+    killed(corpus, out, moment)
+    left = files(out)
+    assert sum(name.endswith(".tmp") for name in left) == leftovers
+    if whole is not None:
+        assert [name for name in left if not name.endswith(".tmp")] == whole
+    encode(corpus, out)
+    assert files(out) == undisturbed
+
+
+def test_killed_again_and_again_it_goes_on_behind_the_last_whole_shard(
+    corpus: Path, out: Path, undisturbed: dict[str, bytes]
+) -> None:
+    for finished in (1, 2):
+        # Of the run that begins: passages and job, then one shard. Of the next: one shard, and half of another.
+        killed(corpus, out, 10 if finished == 1 else 6)
+        assert len(list((out / "shards").glob("*.json"))) == finished
+        assert len(list((out / "shards").glob("*.npy"))) == finished + 1
+    encoder = Recording(SPEC)
+    encode(corpus, out, load_encoder=lambda spec, device: encoder)
+    assert encoder.encoded == [f"p{i}" for i in range(2 * SHARD_ROWS, COUNT)]
+    assert files(out) == undisturbed
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_any_number_of_workers_gives_the_same_bytes(
+    corpus: Path, out: Path, undisturbed: dict[str, bytes], workers: int
+) -> None:
+    encode(corpus, out, workers=workers)
+    assert files(out) == undisturbed
+
+
+def test_shards_can_be_made_in_any_order(corpus: Path, out: Path, undisturbed: dict[str, bytes]) -> None:
+    encoder = HashEncoder(SPEC)
+    with opened(corpus, out, encoder) as job:
+        assert pending_shards(job) == [0, 1, 2]
+        for number in (2, 0):
+            encode_shard(job, number, encoder)
+        assert pending_shards(job) == [1]
+        with pytest.raises(RuntimeError, match="shard 1 is not finished"):
+            finish_job(job)
+        encode_shard(job, 1, encoder)
+        finish_job(job)
+    assert files(out) == undisturbed
+
+
+def test_corpus_of_one_shard_is_encoded_in_this_process(corpus: Path, out: Path) -> None:
+    cannot_be_sent = lambda spec, device: HashEncoder(spec)  # noqa: E731
+    assert len(encode(corpus, out, workers=4, shard_rows=COUNT, load_encoder=cannot_be_sent)) == COUNT
+
+
+def test_progress_begins_with_what_is_there_and_ends_with_all(corpus: Path, out: Path) -> None:
+    cut_off(corpus, out)
+    progress: list[tuple[int, int]] = []
+    encode(corpus, out, on_progress=lambda *done: progress.append(done))
+    assert progress[0] == (SHARD_ROWS, COUNT)
+    assert progress[-1] == (COUNT, COUNT)
+    assert progress == sorted(progress)
+
+
+def test_progress_comes_from_workers_too(corpus: Path, out: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    encode(corpus, out, workers=2, on_progress=lambda *done: progress.append(done))
+    assert progress == [(done, COUNT) for done in range(COUNT + 1)]
+
+
+def test_complete_store_is_opened_and_nothing_encoded(corpus: Path, out: Path) -> None:
+    encode(corpus, out)
+    before = files(out)
+    encoder = Recording(SPEC)
+    assert len(encode(corpus, out, load_encoder=lambda spec, device: encoder)) == COUNT
+    assert encoder.encoded == []
+    assert files(out) == before
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spec": EncoderSpec("other")}, "encoder model 'hash' -> 'other'"),
+        ({"spec": EncoderSpec("hash", passage_prefix="p: ")}, "encoder passage_prefix None -> 'p: '"),
+        ({"store_dtype": "float16"}, "dtype float32 -> float16"),
+        ({"shard_rows": 9}, "shard_rows 8 -> 9"),
+        ({"corpus": 20}, r"corpus \(21 passages, checksum \w{12}\) -> \(20 passages, checksum \w{12}\)"),
+    ],
+)
+def test_other_job_is_refused_with_the_difference_and_left_alone(
+    tmp_path: Path, out: Path, change: dict[str, Any], message: str, is_complete: bool
+) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl")
+    if is_complete:
+        encode(corpus, out)
+    else:
+        cut_off(corpus, out)
+    before = files(out)
+    options = dict(change)
+    if count := options.pop("corpus", None):
+        write_corpus(corpus, count)
+    with pytest.raises(RetrieverError, match=f"differs in {message}"):
+        encode(corpus, out, **options)
+    assert files(out) == before
+
+
+def test_moved_copy_of_the_encoder_is_the_same_encoder(corpus: Path, out: Path) -> None:
+    cut_off(corpus, out)
+    moved = HashEncoder(SPEC)
+    moved.spec = EncoderSpec("elsewhere/hash", query_prefix="")
+    assert encode(corpus, out, load_encoder=lambda spec, device: moved).manifest.encoder.model == "hash"
+
+
+@pytest.mark.parametrize("spoil", [damage, lambda path: os.truncate(path, 100)], ids=["flipped", "cut"])
+def test_damaged_shard_stops_the_job_and_is_made_anew_once_it_is_removed(
+    corpus: Path, out: Path, undisturbed: dict[str, bytes], spoil: Callable[[Path], None]
+) -> None:
+    cut_off(corpus, out, after=2 * SHARD_ROWS)
+    shard = out / "shards" / "00000.npy"
+    spoil(shard)
+    before = files(out)
+    with pytest.raises(RetrieverError, match=r"00000\.npy (was changed|has 100 bytes).*remove it"):
+        encode(corpus, out)
+    assert files(out) == before
+    shard.unlink()
+    encoder = Recording(SPEC)
+    encode(corpus, out, load_encoder=lambda spec, device: encoder)
+    assert encoder.encoded == [f"p{i}" for i in range(COUNT) if not SHARD_ROWS <= i < 2 * SHARD_ROWS]
+    assert files(out) == undisturbed
+
+
+@pytest.mark.parametrize("name", ["passages.arrow", "shards/00001.npy", "manifest.json"])
+def test_damage_to_a_complete_store_is_mended_as_the_message_says(
+    corpus: Path, out: Path, undisturbed: dict[str, bytes], name: str
+) -> None:
+    encode(corpus, out)
+    os.truncate(out / name, 100)
+    with pytest.raises(RetrieverError, match=rf"{name} .*remove it \(and manifest\.json"):
+        encode(corpus, out)
+    (out / name).unlink()
+    (out / "manifest.json").unlink(missing_ok=True)
+    encode(corpus, out)
+    assert files(out) == undisturbed
+
+
+def test_record_of_another_shard_is_noticed(corpus: Path, out: Path) -> None:
+    cut_off(corpus, out, after=2 * SHARD_ROWS)
+    (out / "shards" / "00001.json").write_bytes((out / "shards" / "00000.json").read_bytes())
+    with pytest.raises(RetrieverError, match=r"00001\.json is of another shard"):
+        encode(corpus, out)
+
+
+def test_shards_without_their_job_are_not_taken_up(corpus: Path, out: Path) -> None:
+    cut_off(corpus, out)
+    (out / "job.json").unlink()
+    with pytest.raises(RetrieverError, match="not a directory of vectors"):
+        encode(corpus, out)
+
+
+def test_directory_with_other_files_is_not_written_to(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("irreplaceable")
+    with pytest.raises(RetrieverError, match="exists and is not a directory of vectors"):
+        encode(corpus, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_bad_corpus_is_refused_before_the_encoder_is_loaded_and_leaves_nothing(
+    tmp_path: Path, out: Path
+) -> None:
+    bad = tmp_path / "c.jsonl"
+    bad.write_text('{"id": "1", "text": "x"}\n{"id": "2"}\n')
+    with pytest.raises(RetrieverError, match=r"c\.jsonl:2"):
+        encode(bad, out, load_encoder=load_nothing)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_encoder_that_cannot_be_loaded_is_the_users_mistake(corpus: Path, out: Path, workers: int) -> None:
+    with pytest.raises(RetrieverError, match="there is no such encoder"):
+        encode(corpus, out, workers=workers, load_encoder=load_nothing)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "options", [{"workers": 0}, {"threads_per_worker": 0}, {"shard_rows": 0}, {"store_dtype": "int8"}]
+)
+def test_senseless_arguments_are_refused(corpus: Path, out: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(RetrieverError, match=r"at least 1|float32 or float16"):
+        encode(corpus, out, **options)
+    assert not out.exists()
+
+
+def test_second_process_is_refused_while_the_first_works(corpus: Path, out: Path) -> None:
+    cut_off(corpus, out)
+    with exclusive(out / "lock"), pytest.raises(RetrieverError, match="another process is working"):
+        encode(corpus, out)
+    assert len(encode(corpus, out)) == COUNT
+
+
+def test_encoder_of_another_kind_makes_no_shard(corpus: Path, out: Path) -> None:
+    with (
+        opened(corpus, out, HashEncoder(SPEC)) as job,
+        pytest.raises(RetrieverError, match="is encoded with 'hash', not 'other'"),
+    ):
+        encode_shard(job, 0, HashEncoder(EncoderSpec("other")))
+
+
+def test_encoder_that_gives_too_few_vectors_is_noticed(corpus: Path, out: Path) -> None:
+    class Short(HashEncoder):
+        def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+            yield from list(super().encode_passages(passages))[1:]
+
+    with pytest.raises(RuntimeError, match="7 vectors for 8 passages"):
+        encode(corpus, out, load_encoder=lambda spec, device: Short(spec))
+
+
+def test_vectors_too_long_for_half_precision_are_refused(corpus: Path, out: Path) -> None:
+    class Long(HashEncoder):
+        def _vector(self, text: str) -> Vectors:
+            return super()._vector(text) * np.float32(1e6)
+
+    with pytest.raises(RetrieverError, match="do not fit float16; use float32"):
+        encode(corpus, out, store_dtype="float16", load_encoder=lambda spec, device: Long(spec))
+
+
+# Processes
+
+
+def test_killed_worker_is_a_clear_error_and_costs_its_shard_only(
+    corpus: Path, out: Path, undisturbed: dict[str, bytes]
+) -> None:
+    with pytest.raises(
+        RetrieverError, match=r"signal 9 \(SIGKILL\).*memory runs out.*run the same command again"
+    ):
+        encode(corpus, out, workers=2, load_encoder=load_fatal)
+    encode(corpus, out, workers=2)
+    assert files(out) == undisturbed
+
+
+def test_bug_in_a_worker_comes_with_its_traceback(corpus: Path, out: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*a bug of ours"):
+        encode(corpus, out, workers=2, load_encoder=load_faulty)
+
+
+def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    for _ in range(3_000):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"waited in vain until {what}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(tmp_path: Path, out: Path, number: signal.Signals) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", count=400)
+    parent = subprocess.Popen(
+        child(corpus, out, "--workers", 2, "--slow"), stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        wait_until(lambda: (out / "shards" / "00003.json").exists(), "both workers encode")
+        workers = descendants(parent)
+        assert len(workers) >= 2
+        if number == signal.SIGKILL:
+            parent.kill()
+        else:
+            os.killpg(parent.pid, signal.SIGINT)  # as Ctrl-C does, to all of them
+        parent.wait(timeout=500)
+        wait_until(lambda: not any(map(is_running, workers)), "the workers are gone")
+    finally:
+        parent.kill()
+        parent.wait()
+    assert not (out / "manifest.json").exists()
+    encode(corpus, out)
+    encode(corpus, tmp_path / "undisturbed")
+    assert files(out) == files(tmp_path / "undisturbed")
+
+
+# Memory and disk
+
+
+def test_bound_below_one_worker_is_refused_with_the_smallest_that_works(corpus: Path, out: Path) -> None:
+    with pytest.raises(
+        RetrieverError, match=r"bound of 9 MiB is too small.*one worker needs ([\d,]+) MiB"
+    ) as refusal:
+        encode(corpus, out, memory_bytes=9 << 20)
+    assert not list((out / "shards").iterdir())
+    found = re.search(r"needs ([\d,]+) MiB", str(refusal.value))
+    assert found is not None
+    least = int(found[1].replace(",", ""))
+    assert len(encode(corpus, out, memory_bytes=least << 20)) == COUNT
+
+
+def test_short_memory_means_fewer_workers(
+    corpus: Path, out: Path, tmp_path: Path, undisturbed: dict[str, bytes]
+) -> None:
+    register = tmp_path / "pids"
+    register.mkdir()
+    with pytest.raises(RetrieverError) as refusal:
+        encode(corpus, out, workers=3, memory_bytes=9 << 20)
+    found = re.search(r"needs ([\d,]+) MiB", str(refusal.value))
+    assert found is not None
+    least = int(found[1].replace(",", ""))
+    load = partial(load_and_tell, register)
+    encode(corpus, out, workers=3, memory_bytes=least << 20, load_encoder=load)
+    assert len(list(register.iterdir())) == 1
+    assert files(out) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("free", "what"),
+    [(10, "a copy of the passages"), (2_000, "encoding 21 passages needs about 2,688 bytes")],
+)
+def test_full_disk_is_noticed_before_anything_is_encoded(
+    corpus: Path, out: Path, monkeypatch: pytest.MonkeyPatch, free: int, what: str
+) -> None:
+    monkeypatch.setattr("retriever_service.files.shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(RetrieverError, match=what):
+        encode(corpus, out, load_encoder=lambda spec, device: Faulty(spec))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("call", range(1, 19, 3))
+def test_disk_that_fills_up_leaves_what_was_finished(
+    corpus: Path, out: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    calls = iter(range(1, 1_000))
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if next(calls) >= call:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(
+            RetrieverError, match="the disk is full; make room and run the same command again"
+        ):
+            encode(corpus, out)
+    left = files(out) if out.exists() else {}
+    assert left == {name: undisturbed[name] for name in left}
+    encode(corpus, out)
+    assert files(out) == undisturbed
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(disk)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mount.returncode != 0:
+        pytest.skip(f"no file system can be mounted here: {mount.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_really_full_disk_leaves_what_was_finished(
+    corpus: Path, small_disk: Path, undisturbed: dict[str, bytes]
+) -> None:
+    out, filler = small_disk / "vectors", small_disk / "filler"
+
+    def fill(done: int, total: int) -> None:
+        if done == SHARD_ROWS + 1:
+            with open(filler, "wb", buffering=0) as file, suppress(OSError):
+                while file.write(bytes(4_096)):
+                    pass
+            assert shutil.disk_usage(small_disk).free == 0
+
+    with pytest.raises(RetrieverError, match=r"00001\.npy: the disk is full"):
+        encode(corpus, out, on_progress=fill)
+    assert sorted(files(out)) == ["job.json", "passages.arrow", "shards/00000.json", "shards/00000.npy"]
+    filler.unlink()
+    encode(corpus, out)
+    assert files(out) == undisturbed
+
+
+def test_file_that_may_not_grow_leaves_what_was_finished(tmp_path: Path, out: Path) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", count=300)
+    arguments = ("--shard-rows", 300, "--largest-file", 32 << 10)
+    ended = subprocess.run(child(corpus, out, *arguments), capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 1 and "File too large" in ended.stderr
+    assert sorted(files(out)) == ["job.json", "passages.arrow"]
+    encode(corpus, out, shard_rows=300)
+    encode(corpus, tmp_path / "undisturbed", shard_rows=300)
+    assert files(out) == files(tmp_path / "undisturbed")
+
+
+# With the real encoder
+
+
+@pytest.mark.component
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_model_gives_the_same_bytes_for_any_number_of_workers(tmp_path: Path, dtype: Any) -> None:
+    rows = ({"id": str(i), "title": f"Lion {i}", "text": "the lion lives " * (1 + i % 40)} for i in range(90))
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows)
+    for workers in (1, 2):
+        encode_corpus(
+            [corpus], tmp_path / str(workers), EncoderSpec(dtype=dtype), workers=workers, shard_rows=32
+        )
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    manifest = VectorStore.open(tmp_path / "2").manifest
+    assert (manifest.pooling, manifest.encoder.dtype, manifest.encoder.normalise) == ("mean", dtype, True)

@@ -1,0 +1,601 @@
+"""The HTTP service: its routes, what it refuses, and how it starts and ends. The index is a stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from retriever_service.errors import RetrieverError
+from retriever_service.lifecycle import Engine, ServerSettings
+from retriever_service.limits import Limits
+from retriever_service.server import create_app
+from tests.retriever_service import search_r1_agent
+from tests.retriever_service.fake_engine import FakeEngine
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextlib.asynccontextmanager
+async def running(
+    open_engine: Callable[[], Engine], *, ready: bool = True, **settings: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the application, which runs in this event loop."""
+    app = create_app(ServerSettings(**{"grace_s": 0.01, "refresh_s": 0.0} | settings), open_engine)
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://server") as client,
+    ):
+        while ready and (await client.get("/readyz")).status_code != 200:
+            await asyncio.sleep(0.001)
+        yield client
+
+
+def with_server(
+    scenario: Callable[[httpx.AsyncClient, FakeEngine], Coroutine[Any, Any, Any]], **settings: Any
+) -> Any:
+    """The result of `scenario`, run against a server that is ready."""
+
+    async def run() -> Any:
+        engine = FakeEngine()
+        try:
+            async with running(lambda: engine, **settings) as client:
+                engine.searches.clear()
+                return await scenario(client, engine)
+        finally:
+            engine.gate.set()
+
+    return asyncio.run(run())
+
+
+def ask(method: str, path: str, **request: Any) -> httpx.Response:
+    """The reply to one request."""
+    return with_server(lambda client, engine: client.request(method, path, **request))  # type: ignore[no-any-return]
+
+
+def test_native_search_gives_what_the_library_gives() -> None:
+    reply = ask("POST", "/search", json={"queries": ["the otter swims", "lion"], "k": 2})
+    assert reply.status_code == 200
+    engine = FakeEngine()
+    expected = engine.search(["the otter swims", "lion"], 2)
+    body = reply.json()
+    assert body["index"] == engine.fingerprint
+    assert [[(hit["id"], hit["score"]) for hit in result["hits"]] for result in body["results"]] == [
+        [(hit.passage.id, hit.score) for hit in hits] for hits in expected
+    ]
+
+
+def test_native_search_with_options() -> None:
+    body = {"query": "the", "k": 5, "filter": {"legs": 4}, "exclude": ["a0"], "distinct": True}
+    hits = ask("POST", "/search", json=body).json()["results"][0]["hits"]
+    assert {hit["id"] for hit in hits} == {"a1", "a2"}
+    assert hits[0]["metadata"]["legs"] == 4
+
+
+@pytest.mark.parametrize("num_queries", [1, 2, 3])
+@pytest.mark.parametrize("return_scores", [True, False, None])
+def test_search_r1_dialects(num_queries: int, return_scores: bool | None) -> None:
+    queries = ["the lion", "the otter", "twins"][:num_queries]
+    request: dict[str, Any] = {"queries": queries, "topk": 2}
+    if return_scores is not None:
+        request["return_scores"] = return_scores
+    reply = ask("POST", "/retrieve", json=request)
+    assert reply.status_code == 200
+    expected = [
+        [
+            ({"id": hit.passage.id, "contents": f'"{hit.passage.title}"\n{hit.passage.text}'}, hit.score)
+            for hit in hits
+        ]
+        for hits in FakeEngine().search(queries, 2)
+    ]
+    if return_scores:
+        items: Any = [[{"document": doc, "score": score} for doc, score in row] for row in expected]
+    else:
+        items = [[document for document, _ in row] for row in expected]
+    assert reply.json() == {"result": json.loads(json.dumps(items).replace("Two\\nlines", "Two lines"))}
+
+
+def test_search_r1_default_topk() -> None:
+    assert len(ask("POST", "/retrieve", json={"queries": ["lion"]}).json()["result"][0]) == 3
+
+
+def test_skyrl_dialect() -> None:
+    reply = ask("POST", "/retrieve", json={"query": "lion", "topk": 1, "return_scores": True})
+    (result,) = reply.json()["result"]
+    assert [item["document"]["id"] for item in result] == ["a0"]
+
+
+def test_exsearch_dialect() -> None:
+    reply = ask("GET", "/api/search", params={"query": "the lion | & otter?", "k": 2})
+    body = reply.json()
+    assert body["query"] == "the lion | & otter?"
+    assert [hit["rank"] for hit in body["topk"]] == [1, 2]
+    assert body["topk"][0]["text"].split(" | ")[0] in ("Lion", "Otter")
+    assert sum(hit["prob"] for hit in body["topk"]) == pytest.approx(1)
+
+
+def test_exsearch_k_is_capped_and_has_a_default() -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> list[int]:
+        await client.request(
+            "POST", "/passages", json={"passages": [{"id": str(i), "text": "x"} for i in range(200)]}
+        )
+        replies = [
+            await client.get("/api/search", params={"query": "x"} | k) for k in ({}, {"k": 101}, {"k": 500})
+        ]
+        return [len(reply.json()["topk"]) for reply in replies]
+
+    assert with_server(scenario) == [10, 100, 100]
+
+
+MILLION = "x" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "request_", "status", "told"),
+    [
+        ("POST", "/search", {"json": {"query": "a", "k": 0}}, 422, "k: "),
+        ("POST", "/search", {"json": {"query": "a", "k": -1}}, 422, "k: "),
+        ("POST", "/search", {"json": {"query": "a", "k": 10**9}}, 422, "at most 1000"),
+        ("POST", "/search", {"json": {"query": "a", "rerank": 10**9}}, 422, "at most 1000"),
+        ("POST", "/search", {"json": {"query": MILLION}}, 422, "at most 8192"),
+        ("POST", "/search", {"json": {"queries": ["a"] * 4097}}, 422, "at most 4096"),
+        ("POST", "/search", {"json": {"queries": ["a"] * 1000, "k": 66}}, 422, "at most 65536"),
+        ("POST", "/search", {"json": {"query": "a", "method": "bm25"}}, 422, "no word index"),
+        ("POST", "/search", {"json": {"query": "a", "filter": {"x": {"gt": 1, "lt": "b"}}}}, 422, "filter"),
+        ("POST", "/search", {"json": {"queries": [1, 2]}}, 422, "queries.0: "),
+        ("POST", "/retrieve", {"json": {"queries": ["a"], "topk": 0}}, 422, "topk"),
+        ("POST", "/retrieve", {"json": {"queries": ["a"], "topk": -1}}, 422, "topk"),
+        ("POST", "/retrieve", {"json": {"queries": ["a"], "topk": 10**9}}, 422, "at most 1000"),
+        ("POST", "/retrieve", {"json": {"queries": [MILLION]}}, 422, "at most 8192"),
+        ("POST", "/retrieve", {"json": {"queries": "a"}}, 422, "queries"),
+        ("POST", "/retrieve", {"json": {}}, 422, "queries"),
+        ("POST", "/retrieve", {"json": []}, 422, "request"),
+        ("GET", "/api/search", {}, 422, "query"),
+        ("GET", "/api/search", {"params": {"query": "a", "k": "many"}}, 422, "k: "),
+        ("GET", "/api/search", {"params": {"query": "a", "k": 0}}, 422, "k: "),
+        ("GET", "/api/search", {"params": {"query": "a", "k": -1}}, 422, "k: "),
+        ("GET", "/api/search", {"params": {"query": "a", "k": 10**9}}, 422, "at most 1000"),
+        ("GET", "/api/search", {"params": {"query": MILLION[:20_000]}}, 422, "at most 8192"),
+        ("POST", "/passages", {"json": {"passages": []}}, 422, "passages"),
+        ("POST", "/passages", {"json": {"passages": [{"id": "a0", "text": "x"}]}}, 422, "'a0' already"),
+        ("DELETE", "/passages", {"json": {"ids": ["nowhere"]}}, 422, "'nowhere'"),
+        ("POST", "/search", {"content": b"{", "headers": {"Content-Type": "application/json"}}, 400, "JSON"),
+        (
+            "POST",
+            "/search",
+            {"content": b"\xff", "headers": {"Content-Type": "application/json"}},
+            400,
+            "JSON",
+        ),
+        ("POST", "/search", {"content": b"", "headers": {"Content-Type": "application/json"}}, 400, "JSON"),
+        ("POST", "/search", {"content": b'{"query": "a"}'}, 415, "Content-Type"),
+        ("POST", "/search", {"data": {"query": "a"}}, 415, "Content-Type"),
+        ("GET", "/search", {}, 405, "Method Not Allowed"),
+        ("GET", "/nowhere", {}, 404, "Not Found"),
+        ("GET", "/search/", {}, 404, "Not Found"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_a_reason(
+    method: str, path: str, request_: dict[str, Any], status: int, told: str
+) -> None:
+    reply = ask(method, path, **request_)
+    assert reply.status_code == status
+    body = reply.json()
+    assert set(body) == {"error", "detail"}
+    assert told in body["detail"]
+    assert len(body["detail"]) < 500
+
+
+def test_failure_of_the_server_is_not_told_but_counted() -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        reply = await client.post("/search", json={"query": "poison"})
+        assert reply.status_code == 500
+        assert reply.json() == {"error": "internal", "detail": "the server failed; its log says why"}
+        assert 'exsearch_errors_total{kind="internal"} 1.0' in (await client.get("/metrics")).text
+        assert (await client.post("/search", json={"query": "lion"})).status_code == 200
+
+    with_server(scenario)
+
+
+def test_body_is_read_no_further_than_its_limit() -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        while True:
+            sent += 1_000
+            yield b" " * 1_000
+
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        headers = {"Content-Type": "application/json"}
+        reply = await client.post("/search", content=endless(), headers=headers)
+        assert reply.status_code == 413
+        assert "10,000 bytes" in reply.json()["detail"]
+        declared = await client.post("/search", content=b" " * 10_001, headers=headers)
+        assert declared.status_code == 413
+
+    with_server(scenario, limits=Limits(max_body_bytes=10_000))
+    assert sent == 11_000
+
+
+def test_body_that_does_not_arrive_is_not_waited_for() -> None:
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b'{"query": '
+        await asyncio.sleep(30)
+
+    reply = with_server(
+        lambda client, engine: client.post(
+            "/search", content=stalled(), headers={"Content-Type": "application/json"}
+        ),
+        body_deadline_s=0.01,
+    )
+    assert reply.status_code == 408
+
+
+async def hold(client: httpx.AsyncClient, engine: FakeEngine) -> asyncio.Task[httpx.Response]:
+    """A request that keeps the engine busy until the gate is opened."""
+    engine.gate.clear()
+    first = asyncio.create_task(client.post("/search", json={"query": "first"}))
+    while not engine.held:
+        await asyncio.sleep(0.001)
+    return first
+
+
+async def metric(client: httpx.AsyncClient, name: str) -> float:
+    lines = (await client.get("/metrics")).text.splitlines()
+    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
+
+
+def test_full_queue_is_429_with_a_time_to_come_back() -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        first = await hold(client, engine)
+        waiting = asyncio.create_task(client.post("/search", json={"queries": ["lion", "otter"]}))
+        while await metric(client, "exsearch_queue_queries") < 2:
+            await asyncio.sleep(0.001)
+        refused = await client.post("/retrieve", json={"queries": ["eagle"]})
+        assert refused.status_code == 429
+        assert int(refused.headers["Retry-After"]) >= 1
+        assert refused.json()["error"] == "overloaded"
+        engine.gate.set()
+        assert [(await task).status_code for task in (first, waiting)] == [200, 200]
+
+    with_server(scenario, max_waiting=2)
+
+
+@pytest.mark.parametrize(("asked_for", "settings"), [({"deadline_s": 1}, {}), ({}, {"deadline_s": 0.01})])
+def test_deadline_is_504_and_nothing_is_searched(
+    asked_for: dict[str, float], settings: dict[str, float]
+) -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        first = await hold(client, engine)
+        late = await client.post("/search", json={"query": "lion"} | asked_for)
+        assert late.status_code == 504
+        assert late.json()["error"] == "timeout"
+        engine.gate.set()
+        await first
+        while not engine.searches or await metric(client, "exsearch_queue_queries"):
+            await asyncio.sleep(0.001)
+        # Behind every batch that was taken from the queue.
+        await client.get("/info")
+        assert engine.searches == [["first"]]
+
+    with_server(scenario, **settings)
+
+
+def test_client_that_hangs_up_is_not_searched_for() -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        first = await hold(client, engine)
+        app = client._transport.app  # type: ignore[attr-defined]
+        body = b'{"query": "gone"}'
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/search",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+        }
+        messages = iter([{"type": "http.request", "body": body}, {"type": "http.disconnect"}])
+
+        async def receive() -> Any:
+            return next(messages)
+
+        async def send(message: Any) -> None:
+            pass
+
+        await app(scope, receive, send)
+        engine.gate.set()
+        await first
+        await client.post("/search", json={"query": "here"})
+        assert engine.searches == [["first"], ["here"]]
+
+    with_server(scenario)
+
+
+def test_repeated_question_is_searched_once() -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        replies = [
+            await client.post("/retrieve", json={"queries": [query]}) for query in ("lion", " lion", "lion")
+        ]
+        assert len({reply.content for reply in replies}) == 1
+        assert engine.searches == [["lion"]]
+        text = (await client.get("/metrics")).text
+        assert 'exsearch_queries_total{source="kept"} 2.0' in text
+
+    with_server(scenario)
+
+
+def test_added_passage_is_found_and_deleted_one_is_not() -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        async def best() -> Any:
+            reply = await client.post("/search", json={"query": "zebra stripes", "k": 1})
+            return reply.json()["results"][0]["hits"][0]["id"]
+
+        assert await best() != "z"
+        zebra = {"id": "z", "title": "Zebra", "text": "zebra stripes", "metadata": {"legs": 4}}
+        added = (await client.post("/passages", json={"passages": [zebra]})).json()
+        assert added == {"passages": 7, "index": engine.fingerprint}
+        assert await best() == "z"
+        deleted = (await client.request("DELETE", "/passages", json={"ids": ["z"]})).json()
+        assert deleted == {"passages": 6, "index": engine.fingerprint}
+        assert deleted["index"] != added["index"]
+        assert await best() != "z"
+
+    with_server(scenario)
+
+
+def test_read_only_server_has_no_way_to_change_the_index() -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        assert (await client.request("DELETE", "/passages", json={"ids": ["a0"]})).status_code == 404
+        assert "/passages" not in (await client.get("/openapi.json")).json()["paths"]
+
+    with_server(scenario, read_only=True)
+
+
+def test_token_is_wanted_everywhere_but_for_health() -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        right = {"Authorization": "Bearer secret"}
+        for wrong in ({}, {"Authorization": "Bearer secre"}, {"Authorization": "Basic secret"}):
+            for path in ("/search", "/info", "/metrics", "/openapi.json", "/nowhere"):
+                reply = await client.post(path, json={"query": "lion"}, headers=wrong)
+                assert (reply.status_code, reply.json()["error"]) == (401, "unauthorised")
+                assert reply.headers["WWW-Authenticate"] == "Bearer"
+        for path in ("/healthz", "/readyz"):
+            assert (await client.get(path)).status_code == 200
+        assert (await client.post("/search", json={"query": "lion"}, headers=right)).status_code == 200
+        schema = (await client.get("/openapi.json", headers=right)).json()
+        assert schema["paths"]["/search"]["post"]["security"] == [{"token": []}]
+        assert "security" not in schema["paths"]["/healthz"]["get"]
+
+    with_server(scenario, token="secret")
+
+
+def test_token_is_not_shown() -> None:
+    assert "secret" not in repr(ServerSettings(token="secret"))
+
+
+def test_info_and_metrics() -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        info = (await client.get("/info")).json()
+        assert info["index"] == engine.fingerprint
+        assert info["engine"] == {"count": 6, "factory": "none"}
+        await client.post("/search", json={"query": "lion"})
+        text = (await client.get("/metrics")).text
+        assert 'exsearch_requests_total{route="/search",status="200"} 1.0' in text
+        assert 'exsearch_stage_seconds_count{stage="search"}' in text
+        assert await metric(client, "exsearch_ready") == 1
+        # The probe of the start, and the search.
+        assert await metric(client, "exsearch_batch_queries_count") == 2
+
+    with_server(scenario)
+
+
+def test_queries_are_refused_until_the_index_is_ready() -> None:
+    may_load = threading.Event()
+
+    def open_engine() -> FakeEngine:
+        assert may_load.wait(timeout=30)
+        return FakeEngine()
+
+    async def scenario() -> None:
+        async with running(open_engine, ready=False) as client:
+            assert (await client.get("/healthz")).json() == {"state": "loading"}
+            for reply in (await client.get("/readyz"), await client.post("/search", json={"query": "lion"})):
+                assert reply.status_code == 503
+                assert reply.headers["Retry-After"] == "1"
+                assert "loading" in reply.json()["detail"]
+            may_load.set()
+            while (await client.get("/readyz")).status_code != 200:
+                await asyncio.sleep(0.001)
+            assert (await client.post("/search", json={"query": "lion"})).status_code == 200
+
+    asyncio.run(scenario())
+
+
+def test_index_that_cannot_be_opened_is_never_ready() -> None:
+    def open_engine() -> FakeEngine:
+        raise RetrieverError("the index is cut short")
+
+    async def scenario() -> None:
+        async with running(open_engine, ready=False) as client:
+            while (await client.get("/healthz")).json() == {"state": "loading"}:
+                await asyncio.sleep(0.001)
+            assert (await client.get("/healthz")).json() == {"state": "failed"}
+            assert (await client.get("/readyz")).status_code == 503
+
+    asyncio.run(scenario())
+
+
+def test_changes_of_another_process_are_looked_for() -> None:
+    class Changing(FakeEngine):
+        refreshed = 0
+
+        def refresh(self) -> bool:
+            Changing.refreshed += 1
+            if Changing.refreshed == 1:
+                raise RetrieverError("half of it is missing")
+            return bool(self.delete(["a0"])) if "a0" in self._passages else False
+
+    async def scenario() -> None:
+        engine = Changing()
+        async with running(lambda: engine, refresh_s=0.001) as client:
+            while Changing.refreshed < 2:
+                await asyncio.sleep(0.001)
+            reply = await client.post("/search", json={"query": "lion", "k": 6})
+            assert "a0" not in {hit["id"] for hit in reply.json()["results"][0]["hits"]}
+            assert 'exsearch_errors_total{kind="refresh"} 1.0' in (await client.get("/metrics")).text
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"max_batch": 0}, {"deadline_s": -1.0}, {"token": ""}, {"token": "line\nbreak"}, {"cached_answers": -1}],
+)
+def test_settings_that_make_no_sense(bad: dict[str, Any]) -> None:
+    with pytest.raises(RetrieverError, match=next(iter(bad))):
+        ServerSettings(**bad)
+
+
+def test_limits_that_make_no_sense() -> None:
+    with pytest.raises(RetrieverError, match="max_k"):
+        Limits(max_k=0)
+
+
+# ---------------------------------------------------------------- a server of its own process
+
+
+@contextlib.contextmanager
+def server_process(**settings: Any) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server of a fake engine that is ready, and its address."""
+    arguments = json.dumps({"port": 0, "grace_s": 20.0} | settings)
+    command = [sys.executable, "-m", "tests.retriever_service.fake_engine", arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            transport = httpx.HTTPTransport(retries=3)
+            with httpx.Client(transport=transport, base_url=url, timeout=60) as client:
+                while client.get("/readyz").status_code != 200:
+                    assert process.poll() is None
+            yield url, process
+        finally:
+            process.kill()
+
+
+@pytest.mark.component
+def test_agent_that_speaks_only_search_r1() -> None:
+    with server_process() as (url, _):
+        assert search_r1_agent.batch_search(url, ["lion savanna", "otter rivers"], topk=1) == [
+            'Doc 1(Title: "Lion") the lion lives on the savanna\n',
+            'Doc 1(Title: "Otter") the otter swims in rivers\n',
+        ]
+        assert search_r1_agent.bare_search(url, "eagle cliffs", topk=1) == [
+            '"Eagle"\nthe eagle nests on cliffs'
+        ]
+        assert search_r1_agent.singular_search(url, "tiger jungle", topk=1) == (
+            'Doc 1(Title: "Tiger") the tiger lives in the jungle\n'
+        )
+
+
+@pytest.mark.component
+def test_sigterm_answers_what_is_held_refuses_what_comes_and_ends_with_0() -> None:
+    async def scenario(url: str, process: subprocess.Popen[str]) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            held = [
+                asyncio.create_task(client.post("/search", json={"query": query}))
+                for query in ("slow", "lion")
+            ]
+            while (await client.get("/metrics")).text.count("exsearch_queue_queries 1.0") == 0:
+                await asyncio.sleep(0.001)
+            process.send_signal(signal.SIGTERM)
+            while (ready := await client.get("/readyz")).status_code == 200:
+                await asyncio.sleep(0.001)
+            assert "draining" in ready.json()["detail"]
+            refused = await client.post("/search", json={"query": "otter"})
+            assert refused.status_code == 503
+            assert "Retry-After" in refused.headers
+            assert [(await task).status_code for task in held] == [200, 200]
+
+    with server_process(max_batch=1) as (url, process):
+        asyncio.run(scenario(url, process))
+        assert process.wait(timeout=30) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/healthz")
+
+
+@pytest.mark.component
+def test_sigterm_ends_with_0_even_if_the_index_is_stuck() -> None:
+    async def scenario(url: str, process: subprocess.Popen[str]) -> None:
+        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
+            held = asyncio.create_task(client.post("/search", json={"query": "slow"}))
+            while (await client.get("/metrics")).text.count(
+                'exsearch_queries_total{source="searched"} 1.0'
+            ) == 0:
+                await asyncio.sleep(0.001)
+            process.send_signal(signal.SIGTERM)
+            assert (await held).status_code == 503
+
+    with server_process(grace_s=0.0) as (url, process):
+        asyncio.run(scenario(url, process))
+        assert process.wait(timeout=30) == 0
+
+
+@pytest.mark.component
+def test_address_in_use_is_a_clear_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        arguments = json.dumps({"port": taken.getsockname()[1]})
+        command = [sys.executable, "-m", "tests.retriever_service.fake_engine", arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "RetrieverError: cannot listen on 127.0.0.1" in done.stderr
+
+
+@pytest.mark.component
+def test_half_a_request_and_nonsense_harm_nobody() -> None:
+    with server_process(body_deadline_s=0.1) as (url, _):
+        address = (httpx.URL(url).host, httpx.URL(url).port)
+        head = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
+        long = b"GET /api/search?query=" + b"x" * 1_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+        for sent, status in ((head + b'{"query"', b"408"), (long, b"4"), (b"\x16\x03\x01\r\n\r\n", b"400")):
+            with socket.create_connection(address, timeout=30) as connection:
+                connection.sendall(sent)
+                assert connection.recv(100).startswith(b"HTTP/1.1 " + status)
+        assert httpx.post(f"{url}/search", json={"query": "lion"}, timeout=60).status_code == 200
+
+
+@pytest.mark.component
+def test_schemathesis_finds_the_openapi_schema_true(tmp_path: Path) -> None:
+    """It asks whatever the schema allows, and what it forbids: no 5xx, no status or shape that is not declared."""
+    command = [sys.executable, "-m", "schemathesis.cli", "run"]
+    options = [
+        "--header=Authorization: Bearer secret",
+        "--phases=examples,coverage,fuzzing",
+        "--max-examples=40",
+    ]
+    # Whether an id exists, or words were indexed, no schema tells.
+    options += [
+        "--exclude-checks=positive_data_acceptance",
+        "--seed=1",
+        "--generation-database=none",
+        "--no-color",
+    ]
+    # Not among its own defaults: 413.
+    refusals = "[checks.negative_data_rejection]\nexpected-statuses = [400, 401, 404, 405, 413, 415, 422]\n"
+    (tmp_path / "schemathesis.toml").write_text(refusals)
+    with server_process(token="secret") as (url, _):
+        command += [f"{url}/openapi.json", *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-5_000:] + done.stderr
+    assert "Tested: 9" in done.stdout
