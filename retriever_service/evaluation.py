@@ -94,8 +94,10 @@ def _by_place(question: str, answer: Sequence[tuple[str, float]]) -> dict[str, f
 def read_qrels(path: str | Path) -> Qrels:
     """Judgements as BEIR has them (tab-separated, with a header) or as TREC does (question, 0, passage, relevance).
 
+    One that comes again is read once.
+
     Raises:
-        RetrieverError: no such file, no judgements, or a malformed line.
+        RetrieverError: no such file, no judgements, a malformed line, or judgements that contradict each other.
     """
     qrels: Qrels = {}
     is_beir: bool | None = None
@@ -110,10 +112,13 @@ def read_qrels(path: str | Path) -> Qrels:
                 f"{where}: expected {'<tab>'.join(_BEIR_HEADER)} below a header that says so (BEIR), or question, 0, "
                 f"passage and relevance (TREC), got {line!r}"
             )
-        question, passage, relevance = fields[0], fields[-2], fields[-1]
-        if passage in qrels.setdefault(question, {}):
-            raise RetrieverError(f"{where}: question {question!r} and passage {passage!r} were judged before")
-        qrels[question][passage] = int(_number(relevance, int, "relevance", where))
+        question, passage = fields[0], fields[-2]
+        relevance = int(_number(fields[-1], int, "relevance", where))
+        before = qrels.setdefault(question, {}).setdefault(passage, relevance)
+        if before != relevance:
+            raise RetrieverError(
+                f"{where}: passage {passage!r} was judged {before} for question {question!r} before, now {relevance}"
+            )
     if not qrels:
         raise RetrieverError(f"{path}: no judgements")
     return qrels

@@ -124,6 +124,10 @@ def test_judgements_of_beir_and_of_trec_are_the_same(tmp_path: Path) -> None:
     assert read_qrels(write(tmp_path / "trec.qrels", *trec)) == expected
 
 
+def test_judgement_that_comes_again_is_read_once(tmp_path: Path) -> None:
+    assert read_qrels(write(tmp_path / "q", "q1 0 a 1", "q1 0 a 1")) == {"q1": {"a": 1}}
+
+
 def test_ids_of_beir_may_hold_spaces(tmp_path: Path) -> None:
     path = write(tmp_path / "q.tsv", "query-id\tcorpus-id\tscore", "q 1\tNew York\t1")
     assert read_qrels(path) == {"q 1": {"New York": 1}}
@@ -136,7 +140,7 @@ def test_ids_of_beir_may_hold_spaces(tmp_path: Path) -> None:
         (["q1\ta\t1"], ":1: expected .* below a header"),
         (["query-id\tcorpus-id\tscore", "q1\ta\tyes"], ":2: the relevance must be a whole number, got 'yes'"),
         (["q1 0 a 1", "q1 0 b 0.5"], ":2: the relevance must be a whole number, got '0.5'"),
-        (["q1 0 a 1", "q1 0 a 1"], ":2: question 'q1' and passage 'a' were judged before"),
+        (["q1 0 a 1", "q1 0 a 0"], ":2: passage 'a' was judged 1 for question 'q1' before, now 0"),
         ([], ": no judgements"),
         (["query-id\tcorpus-id\tscore"], ": no judgements"),
     ],
