@@ -34,7 +34,6 @@ FACTORIES = [
     "SQ4",
     "PQ8",
     "PQ16x4",
-    "PQ4x10",
     "IVF64,Flat",
     "IVF64,SQfp16",
     "IVF64,SQ8",
