@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.exceptions
 
-from retriever_service.batching import BatchingSearcher
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
 from retriever_service.search import CACHED_QUERIES, Hit, SearchEngine
+from retriever_service.service.batching import BatchingSearcher
 
 if TYPE_CHECKING:
     from retriever_service.encoder import EncoderSpec

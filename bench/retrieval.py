@@ -10,10 +10,10 @@ from pathlib import Path
 
 from bench.measure import Ratio, in_turn
 from pipeline.data.world.writer import write_world
-from retriever_service.batching import BatchingSearcher
 from retriever_service.build import build_index
 from retriever_service.encoder import EncoderSpec
 from retriever_service.search import SearchEngine
+from retriever_service.service.batching import BatchingSearcher
 
 CALLERS, NUM_QUERIES, K = 64, 1_024, 3
 

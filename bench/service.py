@@ -28,7 +28,7 @@ from pipeline.data.world.writer import write_world
 from retriever_service.build import build_index
 from retriever_service.encoder import EncoderSpec
 from retriever_service.search import SearchEngine
-from retriever_service.server import ServerSettings, serve
+from retriever_service.service.server import ServerSettings, serve
 
 NUM_QUERIES, K, BATCH = 1_024, 3, 128
 """More queries than clients, so that equal ones are never in flight together."""

@@ -341,8 +341,8 @@ def serve(
 
     A bearer token is asked for if the environment variable EXSEARCH_TOKEN is set.
     """
-    from retriever_service.lifecycle import ServerSettings
-    from retriever_service.server import serve as run
+    from retriever_service.service.lifecycle import ServerSettings
+    from retriever_service.service.server import serve as run
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = ServerSettings(

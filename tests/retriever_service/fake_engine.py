@@ -112,7 +112,7 @@ def fulfils(passage: Passage, where: Filter | None) -> bool:
 
 
 def main() -> None:
-    from retriever_service.server import ServerSettings, serve
+    from retriever_service.service.server import ServerSettings, serve
 
     serve(
         ServerSettings(**json.loads(sys.argv[1])), FakeEngine, on_listening=lambda url: print(url, flush=True)

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_service.batching import BatchingSearcher
 from retriever_service.errors import (
     RetrieverError,
     RetrieverOverloaded,
@@ -20,6 +19,7 @@ from retriever_service.errors import (
 )
 from retriever_service.filters import Filter
 from retriever_service.search import DEFAULT_OPTIONS, Hit, SearchOptions
+from retriever_service.service.batching import BatchingSearcher
 from tests.retriever_service.fake_engine import FakeEngine
 
 QUERIES = ["lion", "the otter swims", "twins", "cliffs", ""]

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from retriever_service.batching import Answers
 from retriever_service.client import RetrieverHttpClient
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.filters import Filter
 from retriever_service.search import Hit, SearchOptions
-from retriever_service.wire import retrieve_reply, search_reply
+from retriever_service.service.batching import Answers
+from retriever_service.service.wire import retrieve_reply, search_reply
 from tests.retriever_service.fake_engine import FakeEngine
 
 Search = Callable[..., list[list[Hit]]]

@@ -18,9 +18,9 @@ import httpx
 import pytest
 
 from retriever_service.errors import RetrieverError
-from retriever_service.lifecycle import Engine, ServerSettings
-from retriever_service.limits import Limits
-from retriever_service.server import create_app
+from retriever_service.service.lifecycle import Engine, ServerSettings
+from retriever_service.service.limits import Limits
+from retriever_service.service.server import create_app
 from tests.retriever_service import search_r1_agent
 from tests.retriever_service.fake_engine import FakeEngine
 

@@ -19,7 +19,7 @@ from retriever_service.errors import (
     RetrieverTimeout,
     RetrieverUnavailable,
 )
-from retriever_service.wire import ErrorReply
+from retriever_service.service.wire import ErrorReply
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, SkipValidation, mo
 # pydantic reads `typing.TypedDict` from Python 3.12 on only.
 from typing_extensions import TypedDict
 
-from retriever_service.batching import Answers
 from retriever_service.corpus import Passage
 from retriever_service.filters import Filter
 from retriever_service.search import Hit, Method, SearchOptions
+from retriever_service.service.batching import Answers
 
 SEARCH_R1_TOPK = 3
 EXSEARCH_K, EXSEARCH_MOST_K = 10, 100

@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from retriever_service.batching import Answers, BatchingSearcher
 from retriever_service.errors import RetrieverTimeout
 from retriever_service.search import DEFAULT_OPTIONS, Hit, SearchOptions, check_request, normalise_query
+from retriever_service.service.batching import Answers, BatchingSearcher
 
 CACHED_ANSWERS = 20_000
 

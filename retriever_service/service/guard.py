@@ -12,8 +12,8 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from retriever_service.failures import HttpError
-from retriever_service.metrics import Metrics
+from retriever_service.service.failures import HttpError
+from retriever_service.service.metrics import Metrics
 
 T = TypeVar("T")
 

@@ -11,14 +11,14 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.responses import PlainTextResponse
 
-from retriever_service.batching import Answers
 from retriever_service.errors import RetrieverUnavailable
-from retriever_service.failures import as_http_error, json_response, responses
-from retriever_service.guard import read_json_body, unless_gone
-from retriever_service.lifecycle import Service, State
-from retriever_service.metrics import CONTENT_TYPE
 from retriever_service.search import DEFAULT_OPTIONS, SearchOptions
-from retriever_service.wire import (
+from retriever_service.service.batching import Answers
+from retriever_service.service.failures import as_http_error, json_response, responses
+from retriever_service.service.guard import read_json_body, unless_gone
+from retriever_service.service.lifecycle import Service, State
+from retriever_service.service.metrics import CONTENT_TYPE
+from retriever_service.service.wire import (
     EXSEARCH_K,
     EXSEARCH_MOST_K,
     SEARCH_R1_TOPK,

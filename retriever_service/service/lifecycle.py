@@ -18,8 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from retriever_service.batching import Answers, BatchingSearcher
-from retriever_service.cache import CACHED_ANSWERS, CachingSearcher
 from retriever_service.corpus import Passage
 from retriever_service.errors import (
     RetrieverError,
@@ -27,9 +25,11 @@ from retriever_service.errors import (
     RetrieverTimeout,
     RetrieverUnavailable,
 )
-from retriever_service.limits import Limits
-from retriever_service.metrics import Metrics
 from retriever_service.search import Searcher, SearchOptions
+from retriever_service.service.batching import Answers, BatchingSearcher
+from retriever_service.service.cache import CACHED_ANSWERS, CachingSearcher
+from retriever_service.service.limits import Limits
+from retriever_service.service.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
