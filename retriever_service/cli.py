@@ -76,7 +76,7 @@ def _say(text: str, style: str | None = None) -> None:
     Console(stderr=True).print(text, style=style, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def _size(text: str) -> int:
+def size_in_bytes(text: str) -> int:
     """Bytes, from a size as people write it: 800M, 2GiB, 1.5e9."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
     if match is None:
@@ -99,7 +99,7 @@ MaxTokens = Annotated[
 Device = Annotated[str, typer.Option(help="Torch device that encodes.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that encode (default: what suits the machine).")]
 Memory = Annotated[
-    int | None, typer.Option("--memory", parser=_size, metavar="SIZE", help="Most memory to use, e.g. 2GiB.")
+    int | None, typer.Option("--memory", parser=size_in_bytes, metavar="SIZE", help="Most memory to use, e.g. 2GiB.")
 ]
 Factory = Annotated[str, typer.Option(help="FAISS index factory string: Flat, SQ8, IVF4096,SQ8, HNSW32, ...")]
 SearchParameters = Annotated[
