@@ -1,4 +1,4 @@
-"""Run all benchmarks, or those named: `python -m bench [learner] [retrieval] [push]`."""
+"""Run all benchmarks, or those named: `python -m bench [learner] [encode] [retrieval] [push]`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,15 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from bench import learner, push, retrieval
+from bench import encode, learner, push, retrieval
+from bench.measure import HEADER
 
-BENCHMARKS = {"learner": learner.run, "retrieval": retrieval.run, "push": push.run}
+BENCHMARKS = {
+    "learner": learner.run,
+    "encode": encode.run,
+    "retrieval": retrieval.run,
+    "push": push.run,
+}
 
 
 def main(names: list[str]) -> int:
@@ -19,7 +25,7 @@ def main(names: list[str]) -> int:
         print(f"unknown benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
     console = Console()
-    table = Table("what", "ours", "compared with", "limit", "ratio (median)", "min", "max", "goal")
+    table = Table(*HEADER.split("; "))
     for name in names or BENCHMARKS:
         with console.status(f"measuring: {name}"):
             ratios = BENCHMARKS[name]()

@@ -19,9 +19,8 @@ from typing import Literal
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from bench.measure import Ratio, in_turn
+from bench.measure import HEADER, Ratio, in_turn, print_table
 from pipeline.data.world.writer import write_world
 from retriever_service.corpus import Passage, read_corpus
 from retriever_service.encode import encode_corpus
@@ -118,24 +117,22 @@ def ndcg(dtype: Literal["float32", "bfloat16"], scifact: Path) -> float:
 
 
 def main() -> None:
-    """Prints one row per way."""
+    """Prints one row per way, as Markdown."""
     root = Path(
         os.environ.get("EXSEARCH_DATA") or Path(__file__).resolve().parents[1].parent / "shared" / "data"
     )
     scifact = root / "scifact"
-    console = Console()
+    console = Console(stderr=True)
     quality = dict.fromkeys((way.dtype for way in ways()), "")
     for dtype in quality if scifact.is_dir() else ():
         with console.status(f"SciFact in {dtype}"):
             quality[dtype] = f"{ndcg(dtype, scifact):.4f}"
-    table = Table(
-        "what", "ours", "compared with", "limit", "ratio (median)", "min", "max", "goal", "nDCG@10 on SciFact"
-    )
+    rows = []
     with _passages() as passages:
         for way in ways():
             with console.status(f"measuring: {way}"):
-                table.add_row(*measure(way, passages).cells(), quality[way.dtype])
-    console.print(table)
+                rows.append([*measure(way, passages).cells(), quality[way.dtype]])
+    print_table(f"{HEADER}; nDCG@10 on SciFact", rows)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from typing import TypeVar
 import numpy as np
 from rich.console import Console
 
+from bench.measure import print_table
 from retriever_service.build import build_from_vectors
 from retriever_service.calibration import calibrate, clustered_vectors
 from retriever_service.corpus import Passage
@@ -120,13 +121,13 @@ def main() -> None:
             rows.append(_in_a_process(_build, vectors, out, factory, arguments.memory_mb * 1_000_000).cells())
         if number > 0:
             shutil.rmtree(out)
-    _print_table(
-        "factory, segments, size predicted (MB), measured, ratio, peak memory predicted (MB), measured, ratio, "
-        "time predicted (s), measured, ratio",
+    print_table(
+        "factory; segments; size predicted (MB); measured; ratio; peak memory predicted (MB); measured; ratio; "
+        "time predicted (s); measured; ratio",
         rows,
     )
-    _print_table(
-        "index, opened in (s), one process (MB), two processes (MB), ratio",
+    print_table(
+        "index; opened in (s); one process (MB); two processes (MB); ratio",
         [_replicas(arguments.directory / "index-0", arguments.factories[0])],
     )
 
@@ -207,13 +208,6 @@ def _kib(file: str, key: str) -> int:
     """Bytes of a field that the kernel gives in KiB."""
     lines = Path(file).read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
-
-
-def _print_table(header: str, rows: Sequence[Sequence[str]]) -> None:
-    cells = header.split(", ")
-    for row in (cells, ["---"] * len(cells), *rows):
-        print("| " + " | ".join(row) + " |")
-    print()
 
 
 if __name__ == "__main__":

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 RUNS = 5
+
+
+HEADER = "what; ours; compared with; limit; ratio (median); min; max; goal"
+"""Of a table of ratios."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +36,14 @@ class Ratio:
             f"{max(ratios):.2f}",
             f">= {self.goal:g}",
         ]
+
+
+def print_table(header: str, rows: Iterable[Sequence[str]]) -> None:
+    """As Markdown; the cells of `header` are separated by "; "."""
+    cells = header.split("; ")
+    for row in (cells, ["---"] * len(cells), *rows):
+        print("| " + " | ".join(row) + " |")
+    print()
 
 
 def in_turn(ours: Callable[[], float], limit: Callable[[], float]) -> tuple[list[float], list[float]]:

@@ -24,6 +24,7 @@ import httpx
 
 from bench import search_r1_server
 from bench.load import Load, run_load
+from bench.measure import print_table
 from pipeline.data.world.writer import write_world
 from retriever_service.build import build_index
 from retriever_service.encoder import EncoderSpec
@@ -137,25 +138,41 @@ def _wait_until_ready(address: str) -> None:
 
 
 def _print_windows(ours: Load) -> None:
-    print("| from (s) | answered | refused | p50 (ms) | p95 (ms) |\n|---:|---:|---:|---:|---:|")
-    for window in ours.windows():
-        print(
-            f"| {window.start_s:.0f} | {window.answered} | {window.refused} | {window.p50_ms:.0f} | "
-            f"{window.p95_ms:.0f} |"
-        )
-    print(f"\nstatuses: {ours.statuses}, lost connections: {ours.lost}\n")
+    print_table(
+        "from (s); answered; refused; p50 (ms); p95 (ms)",
+        (
+            [
+                f"{window.start_s:.0f}",
+                str(window.answered),
+                str(window.refused),
+                f"{window.p50_ms:.0f}",
+                f"{window.p95_ms:.0f}",
+            ]
+            for window in ours.windows()
+        ),
+    )
+    print(f"statuses: {ours.statuses}, lost connections: {ours.lost}\n")
 
 
 def _print_rates(ours: Load, before: float, after: float, reference: Load) -> None:
     direct = (before + after) / 2
-    print("| side | queries/s | ours relative to it | goal |\n|---|---:|---:|---:|")
-    print(f"| service | {ours.rate:.0f} | | |")
-    print(
-        f"| encoder + index directly, batches of {BATCH} ({before:.0f} before, {after:.0f} after) | {direct:.0f} | "
-        f"{ours.rate / direct:.2f} | >= {GOAL_DIRECT} |"
-    )
-    print(
-        f"| one request, one search | {reference.rate:.0f} | {ours.rate / reference.rate:.2f} | >= {GOAL_REFERENCE} |"
+    print_table(
+        "side; queries/s; ours relative to it; goal",
+        [
+            ["service", f"{ours.rate:.0f}", "", ""],
+            [
+                f"encoder + index directly, batches of {BATCH} ({before:.0f} before, {after:.0f} after)",
+                f"{direct:.0f}",
+                f"{ours.rate / direct:.2f}",
+                f">= {GOAL_DIRECT}",
+            ],
+            [
+                "one request, one search",
+                f"{reference.rate:.0f}",
+                f"{ours.rate / reference.rate:.2f}",
+                f">= {GOAL_REFERENCE}",
+            ],
+        ],
     )
 
 

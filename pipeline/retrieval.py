@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ def encoder_spec(config: Config) -> EncoderSpec:
         query_prefix=retriever.query_prefix,
         passage_prefix=retriever.passage_prefix,
         max_length=retriever.max_tokens,
+        dtype=retriever.encoder_dtype,
     )
 
 
@@ -37,8 +38,9 @@ def prepare_index(config: Config, default: Path, display: Display) -> Path:
     Raises:
         UserError, RetrieverError: no corpus and no index, a bad corpus, or an index of another encoder.
     """
+    spec = encoder_spec(config)
     if config.retriever.index is not None:
-        index, spec = Path(config.retriever.index), encoder_spec(config)
+        index = Path(config.retriever.index)
         manifest = read_manifest(index)
         if not _asks_for_nothing_else(spec, manifest.encoder):
             # Under another name it may still be the same encoder: a copy in another directory.
@@ -46,11 +48,13 @@ def prepare_index(config: Config, default: Path, display: Display) -> Path:
         return index
     if not config.data.corpus:
         raise UserError("there is nothing to search: set data.corpus, or retriever.index to a built index")
+    # Not what is fastest here: the same command is to give the same run on every machine.
+    spec = replace(spec, dtype=spec.dtype or "float32")
     with display.progress("preparing the index", None, "passages") as advance:
         build_index(
             corpus_paths(config),
             default,
-            encoder_spec(config),
+            spec,
             factory=config.retriever.factory,
             # This process may be on a node without GPUs, whatever the retriever actors have.
             device=config.retriever.torch_device if torch.cuda.is_available() else "cpu",

@@ -33,6 +33,7 @@ from rich.progress import (
 from rich.text import Text
 from typer.core import TyperGroup
 
+from retriever_service.encoder import WeightsDtype
 from retriever_service.errors import RetrieverError
 from retriever_service.search import Hit, Method, SearchEngine, SearchOptions
 
@@ -96,10 +97,15 @@ PassagePrefix = Annotated[str | None, typer.Option(help="In front of passages (d
 MaxTokens = Annotated[
     int | None, typer.Option(help="Cut texts at so many tokens (default: the model's limit).")
 ]
+EncoderDtype = Annotated[
+    WeightsDtype | None,
+    typer.Option(help="Of the encoder's weights (default: bfloat16 where the device computes in it)."),
+]
 Device = Annotated[str, typer.Option(help="Torch device that encodes.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that encode (default: what suits the machine).")]
 Memory = Annotated[
-    int | None, typer.Option("--memory", parser=size_in_bytes, metavar="SIZE", help="Most memory to use, e.g. 2GiB.")
+    int | None,
+    typer.Option("--memory", parser=size_in_bytes, metavar="SIZE", help="Most memory to use, e.g. 2GiB."),
 ]
 Factory = Annotated[str, typer.Option(help="FAISS index factory string: Flat, SQ8, IVF4096,SQ8, HNSW32, ...")]
 SearchParameters = Annotated[
@@ -119,6 +125,7 @@ def encode(
     query_prefix: QueryPrefix = None,
     passage_prefix: PassagePrefix = None,
     max_tokens: MaxTokens = None,
+    encoder_dtype: EncoderDtype = None,
     dtype: Annotated[str, typer.Option(help="Of the stored vectors: float32 or float16.")] = "float32",
     device: Device = "cpu",
     workers: Workers = None,
@@ -134,7 +141,7 @@ def encode(
         store = encode_corpus(
             corpus,
             out,
-            _spec(encoder, query_prefix, passage_prefix, max_tokens),
+            _spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype),
             device=device,
             workers=workers,
             memory_bytes=memory,
@@ -159,6 +166,7 @@ def build(
     query_prefix: QueryPrefix = None,
     passage_prefix: PassagePrefix = None,
     max_tokens: MaxTokens = None,
+    encoder_dtype: EncoderDtype = None,
     bm25: Annotated[bool, typer.Option("--bm25", help="Build a word index too.")] = False,
     recall: Annotated[
         float, typer.Option(help="Share of the exact top 10 that an approximate index is tuned to find.")
@@ -188,7 +196,7 @@ def build(
             manifest = build_index(
                 corpus or [],
                 out,
-                _spec(encoder, query_prefix, passage_prefix, max_tokens),
+                _spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype),
                 device=device,
                 workers=workers,
                 on_progress=advance,
@@ -414,10 +422,16 @@ def info(
     typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
 
 
-def _spec(encoder: str, query_prefix: str | None, passage_prefix: str | None, max_tokens: int | None) -> Any:
+def _spec(
+    encoder: str,
+    query_prefix: str | None,
+    passage_prefix: str | None,
+    max_tokens: int | None,
+    dtype: WeightsDtype | None,
+) -> Any:
     from retriever_service.encoder import EncoderSpec
 
-    return EncoderSpec(encoder, query_prefix, passage_prefix, max_length=max_tokens)
+    return EncoderSpec(encoder, query_prefix, passage_prefix, max_length=max_tokens, dtype=dtype)
 
 
 def _filter(where: str | None) -> Any:

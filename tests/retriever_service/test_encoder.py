@@ -27,11 +27,11 @@ QUERIES = [
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return Encoder.load(EncoderSpec())
+    return Encoder.load(EncoderSpec(dtype="float32"))
 
 
 def test_what_the_spec_leaves_open_is_filled_in(encoder: Encoder) -> None:
-    assert encoder.spec == EncoderSpec("minilm", "", "", normalise=True, max_length=256)
+    assert encoder.spec == EncoderSpec("minilm", "", "", normalise=True, max_length=256, dtype="float32")
     assert encoder.dimension == 384
 
 
@@ -55,6 +55,14 @@ def test_weights_of_16_bits_keep_the_guarantees_and_nearly_the_vectors(encoder: 
     assert half.fingerprint != encoder.fingerprint
     cosines = (half.encode_queries(QUERIES) * encoder.encode_queries(QUERIES)).sum(axis=1)
     assert cosines.min() > 0.999
+
+
+@pytest.mark.parametrize(("instructions", "dtype"), [("avx512_bf16", "bfloat16"), ("avx512_f", "float32")])
+def test_weights_have_16_bits_where_the_processor_computes_in_them(
+    monkeypatch: pytest.MonkeyPatch, instructions: str, dtype: str
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {instructions: True})
+    assert Encoder.load(EncoderSpec()).spec.dtype == dtype
 
 
 def test_pooling_is_known_by_name(encoder: Encoder) -> None:
@@ -94,14 +102,14 @@ def test_passage_is_encoded_with_its_title() -> None:
 
 
 def test_prefixes_change_vectors_and_fingerprint(encoder: Encoder) -> None:
-    prefixed = Encoder.load(EncoderSpec(query_prefix="query: "))
+    prefixed = Encoder.load(EncoderSpec(query_prefix="query: ", dtype="float32"))
     assert prefixed.fingerprint != encoder.fingerprint
     assert np.array_equal(prefixed.encode_queries(["lion"]), encoder.encode_queries(["query: lion"]))
 
 
 def test_copy_in_another_directory_is_the_same_encoder(encoder: Encoder, tmp_path: Path) -> None:
     copy = shutil.copytree(_bundled_model(), tmp_path / "copy-of-minilm")
-    loaded = Encoder.load(EncoderSpec(str(copy)))
+    loaded = Encoder.load(EncoderSpec(str(copy), dtype="float32"))
     assert loaded.fingerprint == encoder.fingerprint
     assert dataclasses.replace(loaded.spec, model="minilm") == encoder.spec
 
