@@ -29,6 +29,7 @@ from pipeline.data.world.writer import write_world
 from retriever_service.build import build_index
 from retriever_service.encoder import EncoderSpec
 from retriever_service.search import SearchEngine
+from retriever_service.service.engine_processes import engine_opener
 from retriever_service.service.server import ServerSettings, serve
 
 NUM_QUERIES, K, BATCH = 1_024, 3, 128
@@ -87,7 +88,7 @@ def _loaded(
 
 def _serve_ours(index: Path, max_waiting: int, on_listening: Callable[[str], None]) -> None:
     settings = ServerSettings(port=0, max_batch=BATCH, max_waiting=max_waiting, cached_answers=0)
-    serve(settings, lambda: SearchEngine.open(index, cached_queries=0), on_listening)
+    serve(settings, engine_opener(index, cached_queries=0), on_listening)
 
 
 def _report_address(connection: Connection, server: Callable[..., None], arguments: tuple[Any, ...]) -> None:

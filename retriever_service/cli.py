@@ -338,6 +338,12 @@ def serve(
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     device: Device = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            help="That search; each loads an encoder (default: one per thread, at most 4; 1 on a GPU)."
+        ),
+    ] = None,
     search_parameters: SearchParameters = "",
     rerank: Reranker = None,
     max_batch: Annotated[int, typer.Option(help="Most queries encoded at once.")] = 128,
@@ -349,6 +355,7 @@ def serve(
 
     A bearer token is asked for if the environment variable EXSEARCH_TOKEN is set.
     """
+    from retriever_service.service.engine_processes import engine_opener
     from retriever_service.service.lifecycle import ServerSettings
     from retriever_service.service.server import serve as run
 
@@ -363,15 +370,14 @@ def serve(
         deadline_s=deadline,
     )
 
-    def open_engine() -> SearchEngine:
-        return SearchEngine.open(
-            index,
-            device=device,
-            num_threads=threads or (len(os.sched_getaffinity(0)) if device == "cpu" else None),
-            search_parameters=search_parameters,
-            reranker=rerank,
-        )
-
+    open_engine = engine_opener(
+        index,
+        device=device,
+        threads=threads,
+        processes=processes,
+        search_parameters=search_parameters,
+        reranker=rerank,
+    )
     run(settings, open_engine, on_listening=lambda url: _say(f"serving {index} at {url} (Ctrl-C to stop)"))
 
 

@@ -332,6 +332,9 @@ class SearchEngine:
         order = sorted(range(len(hits)), key=lambda i: -scores[i])
         return [Hit(hits[i].passage, float(scores[i])) for i in order]
 
+    def warm_up(self) -> None:
+        pass
+
     # ---------------------------------------------------------------- updates
 
     def add(self, passages: Sequence[Passage]) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
-from collections.abc import Awaitable
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from retriever_service.service.failures import HttpError
@@ -17,6 +19,7 @@ from retriever_service.service.metrics import Metrics
 
 T = TypeVar("T")
 
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 """Answered without a token: whoever asks them has none as a rule."""
 _CLIENT_GONE = 499
@@ -27,11 +30,23 @@ class Guard:
     """ASGI middleware: refuses requests without the token, counts and times all of them.
 
     Written against ASGI itself: Starlette's base class for middlewares adds two tasks to every request.
+
+    Args:
+        direct: routes, by method and path, whose handlers are called from here. Starlette's router tries one route
+            after the other, and FastAPI opens two exit stacks that they do not need: a third of the server's time.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, token: str | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        token: str | None,
+        direct: Mapping[tuple[str, str], tuple[BaseRoute, Handler]],
+    ) -> None:
         self._app = app
         self._metrics = metrics
+        self._direct = direct
         self._token = None if token is None else token.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,7 +64,13 @@ class Guard:
 
         try:
             if self._is_allowed(scope):
-                await self._app(scope, receive, note_status)
+                found = self._direct.get((scope["method"], scope["path"]))
+                if found is None:
+                    await self._app(scope, receive, note_status)
+                else:
+                    scope["route"], handle = found
+                    response = await handle(Request(scope, receive))
+                    await response(scope, receive, note_status)
             else:
                 self._metrics.note_error("unauthorised")
                 await _unauthorised().response()(scope, receive, note_status)

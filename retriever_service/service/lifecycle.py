@@ -45,6 +45,10 @@ class Engine(Searcher, Protocol):
     on_stage: Callable[[str, float], None] | None
     """Told the name (`encode`, `search`, `rerank`, `fetch`) and seconds of every stage of every search."""
 
+    def warm_up(self) -> None:
+        """Make sure that the first searches are as fast as later ones; not counted as a search."""
+        ...
+
     def add(self, passages: Sequence[Passage]) -> int:
         """Add passages, durably; how many there are now."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -10,12 +10,13 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.responses import PlainTextResponse
+from starlette.routing import BaseRoute
 
 from retriever_service.errors import RetrieverUnavailable
 from retriever_service.search import DEFAULT_OPTIONS, SearchOptions
 from retriever_service.service.batching import Answers
 from retriever_service.service.failures import as_http_error, json_response, responses
-from retriever_service.service.guard import read_json_body, unless_gone
+from retriever_service.service.guard import Handler, read_json_body, unless_gone
 from retriever_service.service.lifecycle import Service, State
 from retriever_service.service.metrics import CONTENT_TYPE
 from retriever_service.service.wire import (
@@ -71,6 +72,16 @@ class DirectRoute(APIRoute):
         model: type[BaseModel] = parameter.field_info.annotation  # type: ignore[assignment]
         reply: Response = await self.endpoint(request, model.model_validate_json(body))
         return reply
+
+
+def direct_handlers(routes: Iterable[BaseRoute]) -> dict[tuple[str, str], tuple[BaseRoute, Handler]]:
+    """Routes that take nothing from a request but its body, by method and path, with their handlers."""
+    return {
+        (method, route.path): (route, route.get_route_handler())
+        for route in routes
+        if isinstance(route, DirectRoute) and route.body_field is not None
+        for method in route.methods
+    }
 
 
 async def _ask(

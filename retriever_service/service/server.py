@@ -32,7 +32,7 @@ from retriever_service.errors import RetrieverError
 from retriever_service.service.failures import as_http_error, responses
 from retriever_service.service.guard import OPEN_PATHS, Guard
 from retriever_service.service.lifecycle import Engine, ServerSettings, Service
-from retriever_service.service.routes import reading, writing
+from retriever_service.service.routes import direct_handlers, reading, writing
 
 __all__ = ["Engine", "ServerSettings", "create_app", "serve"]
 
@@ -69,10 +69,12 @@ def create_app(settings: ServerSettings, open_engine: Callable[[], Engine]) -> F
         exception_handlers={HTTPException: _unknown_route},
     )
     app.state.service = service
-    app.add_middleware(Guard, metrics=service.metrics, token=settings.token)
     app.include_router(reading)
     if not settings.read_only:
         app.include_router(writing)
+    app.add_middleware(
+        Guard, metrics=service.metrics, token=settings.token, direct=direct_handlers(app.routes)
+    )
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -125,6 +127,7 @@ async def _serve(app: FastAPI, listener: socket.socket) -> bool:
             lifespan="on",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
             server_header=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=_CLOSING_S,
