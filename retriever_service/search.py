@@ -335,6 +335,9 @@ class SearchEngine:
     def warm_up(self) -> None:
         pass
 
+    def close(self) -> None:
+        """There is nothing to do: files and memory are given back with the object."""
+
     # ---------------------------------------------------------------- updates
 
     def add(self, passages: Sequence[Passage]) -> int:

@@ -87,7 +87,11 @@ class EngineProcesses:
         self._may_differ = False
         """Whether they may search different states, because one was started again."""
         self.fingerprint = ""
-        self.refresh()
+        try:
+            self.refresh()
+        except Exception:
+            self.close()
+            raise
 
     def search(
         self, queries: Sequence[str], k: int, options: SearchOptions = DEFAULT_OPTIONS

@@ -65,6 +65,10 @@ class Engine(Searcher, Protocol):
         """What is being searched: JSON."""
         ...
 
+    def close(self) -> None:
+        """The last call: let go of what would not end by itself."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
@@ -135,6 +139,7 @@ class Service:
         self._open_engine = open_engine
         self._waiting_updates = 0
         self._at_rest = False
+        self._engine: Engine | None = None
         self._background: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -194,20 +199,22 @@ class Service:
         return self._at_rest
 
     async def close(self) -> None:
-        """Drain, and let the owner thread end."""
+        """Drain, close the engine, and let the owner thread end."""
         await self.drain()
         self._loading.cancel()
         await asyncio.wait([self._loading])
         self._batcher.close()
+        if self._at_rest and self._engine is not None:
+            self._engine.close()
 
     def _check_ready(self) -> None:
         if self.state is not State.READY:
             raise RetrieverUnavailable(f"the retriever is not ready: {self.state}")
 
     def _load(self) -> Engine:
-        engine = self._open_engine()
-        engine.on_stage = self.metrics.note_stage
-        return engine
+        self._engine = self._open_engine()
+        self._engine.on_stage = self.metrics.note_stage
+        return self._engine
 
     async def _become_ready(self) -> None:
         try:

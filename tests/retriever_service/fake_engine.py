@@ -98,6 +98,9 @@ class FakeEngine:
     def refresh(self) -> bool:
         return False
 
+    def close(self) -> None:
+        pass
+
     def info(self) -> dict[str, Any]:
         return {"count": len(self._passages), "factory": "none"}
 
