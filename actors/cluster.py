@@ -31,12 +31,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.engine import EngineOptions
 from actors.learner_group import LearnerGroup
 from actors.placement import Placement, plan_placement
-from actors.retriever import RetrieverActor, RetrieverClient
+from actors.retriever import ActorReplica, HttpReplica, RetrieverActor, client_of
 from actors.rollout import RolloutActor, RolloutRequest, RolloutSummary
 from actors.weight_transfer import EngineRef
 from actors.weighting import WeightingActor
 from pipeline.config import AgentConfig, Config
 from pipeline.records import Question, Trajectory
+from pipeline.retrieval import Searched
 from pipeline.run import Json
 from retriever_service.search import Hit
 
@@ -81,24 +82,23 @@ class Cluster:
 
     Args:
         config: the run's configuration.
-        index_dir: a built retrieval index.
+        searched: a built index, for retriever actors of the cluster's own; or servers, and there are no such actors.
         serving: the model and version that engines start with.
         learner: False if nothing will be trained: no place is kept for ranks.
     """
 
-    def __init__(self, config: Config, index_dir: Path, serving: Serving, *, learner: bool = True) -> None:
+    def __init__(self, config: Config, searched: Searched, serving: Serving, *, learner: bool = True) -> None:
         self.config = config
         self.serving = serving
         self.placement = plan(config, learner=learner)
-        self._index_dir = index_dir
         self._runtime_env = {"env_vars": CPU_ENVIRONMENT} if self.placement.device == "cpu" else {}
         self._group = self._reserve()
-        self._retrievers = [self._new_retriever() for _ in range(config.retriever.replicas)]
-        self.retriever = RetrieverClient(
-            self._retrievers,
-            timeout_s=config.retriever.timeout_s,
-            max_attempts=config.retriever.max_attempts,
-        )
+        self._retrievers: list[Any] = []
+        if isinstance(searched, Path):
+            self._retrievers = [self._new_retriever(searched) for _ in range(config.retriever.replicas)]
+            self.retriever = client_of([ActorReplica(actor) for actor in self._retrievers], config.retriever)
+        else:
+            self.retriever = client_of([HttpReplica(client) for client in searched.clients], config.retriever)
         self._workers = [self._new_worker(index) for index in range(config.rollout.workers)]
         self._weighting = WeightingActor.options(num_cpus=0).remote(config, serving.model)
         self.learner: LearnerGroup | None = None
@@ -281,7 +281,7 @@ class Cluster:
             )
         return group
 
-    def _new_retriever(self) -> Any:
+    def _new_retriever(self, index_dir: Path) -> Any:
         retriever = self.config.retriever
         return RetrieverActor.options(  # type: ignore[attr-defined]
             num_cpus=0,
@@ -290,7 +290,7 @@ class Cluster:
             scheduling_strategy="SPREAD",
             max_restarts=MAX_RETRIEVER_RESTARTS,
         ).remote(
-            str(self._index_dir),
+            str(index_dir),
             device=retriever.torch_device,
             max_batch=retriever.max_batch,
             search_parameters=retriever.search_parameters,

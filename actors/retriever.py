@@ -1,9 +1,10 @@
-"""The retriever as an actor: many callers, one search engine, batches as they come; and its client.
+"""The retriever as an actor: many callers, one search engine, batches as they come; and the client of a run, for such
+actors or for HTTP servers.
 
 Guarantees:
 - those of `batching.BatchingSearcher`;
 - the client answers with hits or raises `RetrieverUnavailable` (nothing answered) or `RetrieverError` (a bad
-  request, index or encoder), each within a bounded time.
+  request, index or encoder), each within a bounded time, whatever kind of replicas it has.
 """
 
 from __future__ import annotations
@@ -15,21 +16,27 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 import ray.exceptions
 
+from pipeline.config import RetrieverConfig
+from pipeline.search_agent import Retrieve
+from retriever_service.client import RetrieverHttpClient
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
 from retriever_service.search import CACHED_QUERIES, Hit, SearchEngine
 from retriever_service.service.batching import BatchingSearcher
+from retriever_service.service.limits import Limits
 
 if TYPE_CHECKING:
+    from pipeline.retrieval import Searched
     from retriever_service.encoder import EncoderSpec
 
 logger = logging.getLogger(__name__)
 
 MAX_CONCURRENT_CALLS = 100_000
+MAX_QUERY_CHARS = Limits().max_query_chars
 
 
 @ray.remote(max_concurrency=MAX_CONCURRENT_CALLS)
@@ -70,11 +77,52 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         return await self.run(lambda engine: engine.info())
 
 
+class Replica(Protocol):
+    """One place that answers searches. It can be pickled: rollout workers get it."""
+
+    async def search(self, query: str, k: int) -> list[Hit]:
+        """One attempt. A caller that is cancelled leaves no work behind.
+
+        Raises:
+            RetrieverError: it would fail again.
+            RetrieverUnavailable, RetrieverOverloaded, TimeoutError, RayError: it might not.
+        """
+        ...
+
+
+class ActorReplica:
+    """A `RetrieverActor`."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def search(self, query: str, k: int) -> list[Hit]:
+        reference = self._handle.search.remote([query], k)
+        try:
+            results: list[list[Hit]] = await reference
+        except asyncio.CancelledError:
+            # Nobody waits for it any more, so the replica need not search for it.
+            ray.cancel(reference)
+            raise
+        return results[0]
+
+
+class HttpReplica:
+    """A server, by a client that makes one attempt per search."""
+
+    def __init__(self, client: RetrieverHttpClient) -> None:
+        self._client = client
+
+    async def search(self, query: str, k: int) -> list[Hit]:
+        # A turn that degenerates can be longer than servers accept; no encoder reads as far.
+        (hits,) = await self._client.asearch([query[:MAX_QUERY_CHARS]], k)
+        return hits
+
+
 class RetrieverClient:
     """Searches over replicas in turn; a failing one is avoided for a while and its requests go to the next.
 
     Args:
-        handles: actor handles of the replicas.
         timeout_s: deadline of one attempt, in seconds.
         max_attempts: attempts per search, over all replicas. With one replica, the pauses between them should
             outlast its restart.
@@ -87,22 +135,22 @@ class RetrieverClient:
 
     def __init__(
         self,
-        handles: Sequence[Any],
+        replicas: Sequence[Replica],
         *,
         timeout_s: float = 60.0,
         max_attempts: int = 4,
         backoff_s: float = 2.0,
         seed: int = 0,
     ) -> None:
-        if not handles or max_attempts < 1:
-            raise ValueError(f"a client needs replicas and attempts, got {len(handles)} and {max_attempts}")
-        self._handles = list(handles)
+        if not replicas or max_attempts < 1:
+            raise ValueError(f"a client needs replicas and attempts, got {len(replicas)} and {max_attempts}")
+        self._replicas = list(replicas)
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
         self._backoff_s = backoff_s
         self._random = random.Random(seed)
         self._turn = 0
-        self._avoid_until = [0.0] * len(self._handles)
+        self._avoid_until = [0.0] * len(self._replicas)
 
     async def search(self, query: str, k: int) -> list[Hit]:
         """The best `k` passages, best first.
@@ -117,36 +165,53 @@ class RetrieverClient:
                 await asyncio.sleep(self._backoff_s * 2 ** (attempt - 1) * self._random.uniform(0.5, 1.5))
             replica = self._next_replica()
             try:
-                return await self._ask(replica, query, k)
+                async with asyncio.timeout(self._timeout_s):
+                    return await self._replicas[replica].search(query, k)
             except RetrieverError:
                 raise
-            except (ray.exceptions.RayError, RetrieverOverloaded, TimeoutError) as error:
+            except (
+                ray.exceptions.RayError,
+                RetrieverOverloaded,
+                RetrieverUnavailable,
+                TimeoutError,
+            ) as error:
                 failure = error
                 self._avoid_until[replica] = time.monotonic() + self._timeout_s
                 logger.warning(
                     f"retriever replica {replica}, attempt {attempt + 1}/{self._max_attempts}: {error!r}"
                 )
         raise RetrieverUnavailable(
-            f"no answer from {len(self._handles)} retriever replicas in {self._max_attempts} attempts of "
+            f"no answer from {len(self._replicas)} retriever replicas in {self._max_attempts} attempts of "
             f"{self._timeout_s} s; the last failure: {failure!r}"
         ) from failure
 
-    async def _ask(self, replica: int, query: str, k: int) -> list[Hit]:
-        reference = self._handles[replica].search.remote([query], k)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                results: list[list[Hit]] = await reference
-        except (TimeoutError, asyncio.CancelledError):
-            # Nobody waits for it any more, so the replica need not search for it.
-            ray.cancel(reference)
-            raise
-        return results[0]
-
     def _next_replica(self) -> int:
         """The next replica in turn that did not fail lately, or else the next in turn."""
-        count = len(self._handles)
+        count = len(self._replicas)
         order = [(self._turn + step) % count for step in range(count)]
         now = time.monotonic()
         chosen = next((replica for replica in order if self._avoid_until[replica] <= now), order[0])
         self._turn = (chosen + 1) % count
         return chosen
+
+
+def client_of(replicas: Sequence[Replica], config: RetrieverConfig) -> RetrieverClient:
+    """The client of a run."""
+    return RetrieverClient(replicas, timeout_s=config.timeout_s, max_attempts=config.max_attempts)
+
+
+def open_retriever(searched: Searched, config: RetrieverConfig) -> Retrieve:
+    """A retriever without Ray: the servers, or the index opened in this process.
+
+    Raises:
+        RetrieverError: no such index, or search parameters that do not fit.
+    """
+    if not isinstance(searched, Path):
+        return client_of([HttpReplica(client) for client in searched.clients], config).search
+    engine = SearchEngine.open(searched, search_parameters=config.search_parameters)
+
+    async def retrieve(query: str, k: int) -> list[Hit]:
+        (hits,) = engine.search([query], k)
+        return hits
+
+    return retrieve

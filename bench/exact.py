@@ -21,7 +21,7 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from actors.retriever import RetrieverActor, RetrieverClient
+from actors.retriever import ActorReplica, RetrieverActor, RetrieverClient
 from pipeline.data.questions import read_questions
 from retriever_service.client import RetrieverHttpClient
 from retriever_service.encoder import Encoder, Vectors
@@ -100,7 +100,7 @@ def by_actor(index: Path, queries: Sequence[str]) -> Results:
     """Every query is a call of its own; the actor makes batches of them."""
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
     try:
-        client = RetrieverClient([RetrieverActor.remote(str(index))], timeout_s=READY_S)  # type: ignore[attr-defined]
+        client = RetrieverClient([ActorReplica(RetrieverActor.remote(str(index)))], timeout_s=READY_S)  # type: ignore[attr-defined]
 
         async def ask() -> Results:
             return await asyncio.gather(*(client.search(query, K) for query in queries))

@@ -135,7 +135,9 @@ def evaluate(
 def ask(
     question: Annotated[str, typer.Argument(help="What you want to know.")],
     model: Annotated[str, typer.Option("--model", help="Model directory.")],
-    index: Annotated[Path, typer.Option("--index", help="Index directory.")],
+    index: Annotated[
+        Path | None, typer.Option("--index", help="Index directory (default: the configuration's retriever).")
+    ] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
     overrides: Overrides = None,

@@ -6,10 +6,14 @@ one line under it: what it does, its unit. `docs/configuration.md` is generated 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from retriever_service.client import Dialect
 
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
 Dtype = Literal["float32", "bfloat16"]
@@ -117,7 +121,16 @@ class AgentConfig(Section):
     """Most tokens the model may write in one turn."""
 
 
+WITH_SERVER = {"url", "dialect", "timeout_s", "max_attempts", "max_failure_share"}
+"""Keys of the section `retriever` that mean something beside `url`; the others describe the run's own actors."""
+
+
 class RetrieverConfig(Section):
+    url: Annotated[tuple[str, ...] | None, BeforeValidator(_as_list)] = None
+    """Address of a retrieval server, http://HOST:PORT, or several that serve the same index. Its bearer token, if it
+    wants one, is read from the variable EXSEARCH_TOKEN. Null: actors of this run search, as the other keys say."""
+    dialect: Dialect = "native"
+    """What the server at `url` speaks. native: `exsearch index serve`. search-r1: any server of that contract."""
     index: str | None = None
     """Directory of a built index. Null: built from `data.corpus` into the run directory."""
     encoder: str = "minilm"
@@ -149,6 +162,32 @@ class RetrieverConfig(Section):
     """Attempts per search, with back-off, before the trajectory is given up."""
     max_failure_share: float = Field(0.02, ge=0, le=1)
     """The iteration stops with an error when more than this share of trajectories fails for infrastructure reasons."""
+
+    @model_validator(mode="after")
+    def _server_or_actors(self) -> RetrieverConfig:
+        if self.url is None:
+            if self.dialect != "native":
+                raise ValueError(
+                    f"retriever.dialect: {self.dialect} is for a server: set retriever.url, or remove it"
+                )
+            return self
+        if not self.url:
+            raise ValueError("retriever.url is an empty list: name an address, or give null")
+        if any(urlsplit(address).username is not None for address in self.url):
+            raise ValueError(
+                "retriever.url is written into the run directory and must not hold a password: put a token into the "
+                "variable EXSEARCH_TOKEN"
+            )
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        others = [name for name in defaults.keys() - WITH_SERVER if getattr(self, name) != defaults[name]]
+        if others:
+            names = ", ".join(f"retriever.{name}" for name in sorted(others))
+            mend = " ".join(f"retriever.{name}={json.dumps(defaults[name])}" for name in sorted(others))
+            raise ValueError(
+                f"retriever.url is set, and its server alone decides what these say: {names}; remove them, or override "
+                f"them with {mend}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_its_gpu(self) -> RetrieverConfig:

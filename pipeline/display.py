@@ -130,9 +130,8 @@ class Display:
                 self.console.print(groups)
         stops = ", ".join(f"{name} {count}" for name, count in scores["all"]["stop_reasons"].items() if count)
         recall = ", ".join(_number(value) for value in scores["all"]["gold_recall_by_step"])
-        self.line(
-            f"stop reasons: {stops}\ngold recall after each search: {recall or 'no gold passages named'}"
-        )
+        recall = recall or "no gold passages named, or passages without ids"
+        self.line(f"stop reasons: {stops}\ngold recall after each search: {recall}")
 
 
 _SCORE_COLUMNS = ("n", "EM", "95 % of EM", "F1", "accuracy", "recall", "searches")

@@ -36,10 +36,11 @@ from pipeline.packing import num_targets
 from pipeline.protocol import Protocol
 from pipeline.records import Question, examples_from_table, examples_to_table, trajectories_to_table
 from pipeline.report import best_iteration, build_report, scalars, should_stop
-from pipeline.retrieval import prepare_index
+from pipeline.retrieval import Searched, Servers, await_servers, prepare_index
 from pipeline.run import Json, RunDirectory, write_json, write_table
 from pipeline.search_agent import derive_seed
 from pipeline.tracking import Tracker
+from retriever_service.index import read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -57,12 +58,16 @@ def train(config: Config, run_path: Path, display: Display) -> Json:
     splits = load_splits(config)
     has_warm_up = config.warmup.questions or config.warmup.trajectories
     source = load_warm_up_source(config, splits.train, protocol) if has_warm_up else None
+    servers = await_servers(config, display)
     with RunDirectory(run_path, config) as run, Tracker(run.path, config.tracking, run.path.name) as tracker:
         display.log_to(run.path / "run.log")
         with ray_session(config):
             plan(config)
-            index = prepare_index(config, run.path / "index", display)
-            em = ExpectationMaximisation(config, protocol, splits, source, run, index, tracker, display)
+            searched = servers or prepare_index(config, run.path / "index", display)
+            run.keep_to(
+                searched.fingerprint if isinstance(searched, Servers) else read_manifest(searched).fingerprint
+            )
+            em = ExpectationMaximisation(config, protocol, splits, source, run, searched, tracker, display)
             with em.start_cluster():
                 return em.run_all()
 
@@ -77,7 +82,7 @@ class ExpectationMaximisation:
         splits: Splits,
         warm_up_source: WarmUpSource | None,
         run: RunDirectory,
-        index: Path,
+        searched: Searched,
         tracker: Tracker,
         display: Display,
     ) -> None:
@@ -86,7 +91,7 @@ class ExpectationMaximisation:
         self.splits = splits
         self.warm_up_source = warm_up_source
         self.run = run
-        self.index = index
+        self.searched = searched
         self.tracker = tracker
         self.display = display
         self.base_version = 0 if warm_up_source is None else -1
@@ -124,8 +129,12 @@ class ExpectationMaximisation:
         """theta_0: supervised training on trajectories synthesised from gold supervision, all with weight 1."""
 
         def synthesise() -> Json:
+            index = self.searched if isinstance(self.searched, Path) else self.run.path / "index"
+            cache = Path(f"{index}.rewritten.jsonl")
             examples, statistics = asyncio.run(
-                warm_up_examples(self.config, source, self.protocol, self.cluster.retrieve, self.index)
+                warm_up_examples(
+                    self.config, source, self.protocol, self.cluster.retrieve, self.searched, cache
+                )
             )
             directory = self.run.fresh(self.run.iteration(0) / "weighted")
             write_table(directory / "000000.parquet", examples_to_table(examples))
@@ -242,7 +251,7 @@ class ExpectationMaximisation:
         finished = [t for t in range(self.config.em.iterations + 1) if self.run.finished(t, "maximisation")]
         newest = max(finished, default=self.base_version)
         with self.display.status("starting the retriever and the vLLM engines"):
-            self.cluster = Cluster(self.config, self.index, Serving(self.policy(newest), newest))
+            self.cluster = Cluster(self.config, self.searched, Serving(self.policy(newest), newest))
         return self.cluster
 
     def learner_at(self, version: int) -> LearnerGroup:

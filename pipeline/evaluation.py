@@ -97,7 +97,8 @@ def evaluate(
         em, f1, accuracy      percent, over all questions
         em_interval, ...      [low, high], 95 % bootstrap over questions; null if `bootstrap_samples` is 0
         gold_recall           mean percentage of a question's supporting passages found in the whole
-                              trajectory, over questions that name them; null if none does
+                              trajectory, over questions that name them; null if none does, or a passage came
+                              without an id (from servers that have none)
         gold_recall_by_step   the same after 1, 2, ... searches
         all_gold              percentage of those questions with every supporting passage found
         searches              mean number of searches per question
@@ -110,7 +111,11 @@ def evaluate(
     if not questions:
         raise ValueError("there are no questions to evaluate")
     by_question = _one_per_question(questions, trajectories)
-    rows = [_score_question(question, by_question.get(question.id)) for question in questions]
+    has_ids = all(hit.passage.id for t in trajectories for step in t.steps for hit in step.hits)
+    rows = [
+        _score_question(question, by_question.get(question.id), question.supporting_ids if has_ids else ())
+        for question in questions
+    ]
     scores = np.array([[row.score.em, row.score.f1, row.score.accuracy] for row in rows])
     intervals = _bootstrap_intervals(100.0 * scores, bootstrap_samples, seed)
     with_gold = [row for row in rows if row.recalls is not None]
@@ -130,7 +135,7 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One question's results. `recalls` is None if the question names no supporting passages."""
+    """One question's results. `recalls` is None where there are no ids to compare."""
 
     question: Question
     score: AnswerScore
@@ -154,14 +159,14 @@ def _one_per_question(
     return by_question
 
 
-def _score_question(question: Question, trajectory: Trajectory | None) -> _Row:
+def _score_question(question: Question, trajectory: Trajectory | None, supporting_ids: Sequence[str]) -> _Row:
     if trajectory is None:
-        nothing: list[float] | None = [] if question.supporting_ids else None
+        nothing: list[float] | None = [] if supporting_ids else None
         return _Row(question, AnswerScore(0.0, 0.0, 0.0), nothing, 0, "missing")
     return _Row(
         question=question,
         score=score_answer(trajectory.answer, question.answers),
-        recalls=recall_by_step(trajectory, question.supporting_ids) if question.supporting_ids else None,
+        recalls=recall_by_step(trajectory, supporting_ids) if supporting_ids else None,
         searches=trajectory.num_searches,
         stop_reason=trajectory.stop_reason.value,
     )

@@ -4,7 +4,8 @@
       config.yaml              the resolved configuration
       metrics.jsonl            every metric once
       run.log
-      index/                   the retriever's index, unless `retriever.index` names one
+      index/                   the retriever's index, unless `retriever.index` or `retriever.url` names one
+      index.json               fingerprint of the index that is searched
       iterations/0000/         the warm-up; 0001... the EM iterations
         rollouts/  weighted/   Parquet shards of trajectories and of weighted examples
         learner/               DeepSpeed state of every rank (kept for the newest iteration only)
@@ -42,8 +43,8 @@ Json = dict[str, Any]
 
 FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency", "rollout.timeout_s",
                   "rollout.max_restarts", "rollout.gpu_memory_utilization", "rollout.kv_cache_gib",
-                  "rollout.tensor_parallel_size", "rollout.enforce_eager", "retriever.replicas", "retriever.device",
-                  "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
+                  "rollout.tensor_parallel_size", "rollout.enforce_eager", "retriever.url", "retriever.replicas",
+                  "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
                   "retriever.max_attempts", "retriever.max_failure_share", "em.iterations", "em.patience",
                   "learner.threads_per_rank", "learner.start_timeout_s")  # fmt: skip
 """Keys that say where and how long a run goes, not what it computes: a resumed run may have others."""
@@ -145,6 +146,21 @@ class RunDirectory(RunFiles):
     def __exit__(self, *exception: object) -> None:
         self._lock.close()
 
+    def keep_to(self, fingerprint: str) -> None:
+        """Note which index is searched.
+
+        Raises:
+            UserError: the results of this run come from searches in another one.
+        """
+        path = self.path / "index.json"
+        before = (_read_json(path) or {}).get("fingerprint", fingerprint)
+        if before != fingerprint and _has_results(self.path):
+            raise UserError(
+                f"{self.path} holds a run that searched another index ({before}) than there is now ({fingerprint}); "
+                "going on with this one would mix two experiments. Give it the old index, or another --run directory."
+            )
+        write_json(path, {"fingerprint": fingerprint})
+
     def phase(self, number: int, phase: str, work: Callable[[], Json]) -> Json:
         """The phase's result: read if it is finished, computed by `work` and then written otherwise."""
         return self._once(self.iteration(number) / f"{phase}.json", work)
@@ -188,8 +204,7 @@ class RunDirectory(RunFiles):
             key for key in now | before if before.get(key) != now.get(key) and not _is_free_to_change(key)
         ]
         # A run that stopped before its first result, say over a bad corpus, may go on with another configuration.
-        has_results = any(stored.parent.glob("iterations/*/*.json")) or any(stored.parent.glob("test/*.json"))
-        if changed and has_results:
+        if changed and _has_results(stored.parent):
             lines = "\n".join(f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
             raise UserError(
                 f"{stored.parent} holds a run with another configuration; going on with this one would mix two "
@@ -202,6 +217,10 @@ def _is_empty(directory: Path) -> bool:
     return directory.is_dir() and all(
         path.suffix == ".tmp" or path.name == _LOCK_FILE for path in directory.iterdir()
     )
+
+
+def _has_results(run: Path) -> bool:
+    return any(run.glob("iterations/*/*.json")) or any(run.glob("test/*.json"))
 
 
 def _is_free_to_change(key: str) -> bool:

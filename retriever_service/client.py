@@ -16,6 +16,7 @@ import logging
 import random
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import httpx
@@ -68,7 +69,7 @@ class RetrieverHttpClient:
     Args:
         url: of the server, without a path: "http://127.0.0.1:8000".
         dialect: `native` for our own server; `search-r1` for a server of that contract, which knows a query and
-            k only.
+            k only, and whose documents may have no ids: such a passage has an empty one.
         timeout_s: an attempt is given up after so many seconds; a blocking one, when nothing has come or gone
             for so long.
         max_attempts: attempts per search.
@@ -197,7 +198,8 @@ class RetrieverHttpClient:
             if attempt.failure is None:
                 return
             failure = attempt.failure
-            logger.warning(f"{self.url}, attempt {number}/{self._max_attempts}: {failure!r}")
+            if number < self._max_attempts:  # the last one is told by the error
+                logger.warning(f"{self.url}, attempt {number}/{self._max_attempts}: {failure!r}")
             attempt = _Attempt(self._pause_s(number, getattr(failure, "retry_after_s", 0.0)))
         raise RetrieverUnavailable(
             f"no answer from {self.url} in {self._max_attempts} attempts of {self._timeout_s} s; the last failure: "
@@ -267,7 +269,12 @@ class RetrieverHttpClient:
         return results
 
     def _document_hit(self, item: dict[str, Any]) -> Hit:
-        return Hit(to_passage(item["document"], f"a passage from {self.url}"), float(item["score"]))
+        document, where = item["document"], f"a passage from {self.url}"
+        if document.get("id", document.get("_id")) is None:
+            passage = replace(to_passage(document | {"id": "none"}, where), id="")
+        else:
+            passage = to_passage(document, where)
+        return Hit(passage, float(item["score"]))
 
     def _strange(self, reply: Any) -> RetrieverError:
         return RetrieverError(

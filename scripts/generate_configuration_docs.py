@@ -49,6 +49,8 @@ BROKEN_RULES: tuple[tuple[str, ...], ...] = (
     ("learner.tokens_per_microbatch=2048", "model.max_length=4096"),
     ("learner.offload_parameters=true", "learner.zero_stage=2"),
     ("learner.offload_optimizer=true", "learner.zero_stage=0"),
+    ("retriever.url=http://127.0.0.1:8000", "retriever.replicas=2"),
+    ("retriever.dialect=search-r1",),
     ("agent.tags.think=[<a>,</a>]", "agent.tags.record=[<a>,</a>]"),
 )
 """Overrides of the defaults, each set of which breaks one rule between keys."""

@@ -15,9 +15,10 @@ from pipeline.data.warmup import WarmupResult, read_trajectories, synthesise, wa
 from pipeline.errors import UserError
 from pipeline.protocol import Protocol
 from pipeline.records import Question, Trajectory, WeightedExample
+from pipeline.retrieval import Searched, corpus_paths, passages
 from pipeline.run import Json
 from pipeline.search_agent import Retrieve
-from retriever_service.index import open_index
+from retriever_service.corpus import read_corpus
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,10 @@ def warm_up_questions(config: Config, train: Sequence[Question]) -> list[Questio
     """A sample of `warmup.questions` questions with gold supervision, of `warmup.sources` or else of `train`.
 
     Raises:
-        UserError: no question has the supervision that synthesis needs.
+        UserError: no question has the supervision that synthesis needs, or nothing has the gold passages.
+        RetrieverError: a source of the gold passages that cannot be read.
     """
+    _check_gold_source(config)
     warmup, root = config.warmup, config.data.root
     pool = read_questions(warmup.sources, root=root) if warmup.sources else train
     supervised = [q for q in pool if is_supervised(q)]
@@ -71,22 +74,39 @@ def warm_up_questions(config: Config, train: Sequence[Question]) -> list[Questio
     return sample_questions(supervised, warmup.questions, config.seed)
 
 
+def _check_gold_source(config: Config) -> None:
+    """Servers give passages for queries, not for ids: the gold ones are read from the corpus."""
+    if config.retriever.url is None:
+        return
+    if not config.data.corpus:
+        raise UserError(
+            "warmup.questions needs the gold passages, and retriever.url cannot give passages by id: set data.corpus "
+            "to the corpus that is served, or name ready trajectories (warmup.trajectories), or set warmup.questions=0"
+        )
+    for path in corpus_paths(config):
+        next(read_corpus([path]))
+
+
 async def warm_up_examples(
-    config: Config, source: WarmUpSource, protocol: Protocol, retrieve: Retrieve, index: Path
+    config: Config,
+    source: WarmUpSource,
+    protocol: Protocol,
+    retrieve: Retrieve,
+    searched: Searched,
+    cache: Path,
 ) -> tuple[list[WeightedExample], Json]:
     """Examples of weight 1, and how they came about.
 
     Args:
         retrieve: the run's retriever.
-        index: directory of its index, for the gold passages.
+        searched, cache: see `synthesise_warm_up`.
 
     Raises:
         UserError: no trajectory came of the questions.
     """
     if source.ready is not None:
         return warmup_examples(source.ready, source.questions, protocol), {"trajectories": len(source.ready)}
-    cache = Path(f"{index}.rewritten.jsonl")
-    result = await synthesise_warm_up(config, source.questions, protocol, retrieve, index, cache)
+    result = await synthesise_warm_up(config, source.questions, protocol, retrieve, searched, cache)
     return warmup_examples(result.trajectories, source.questions, protocol), result.statistics()
 
 
@@ -95,12 +115,13 @@ async def synthesise_warm_up(
     questions: Sequence[Question],
     protocol: Protocol,
     retrieve: Retrieve,
-    index: Path,
+    searched: Searched,
     cache: Path,
 ) -> WarmupResult:
     """Trajectories of the questions; see `pipeline.data.warmup`.
 
     Args:
+        searched: what the retriever searches, for the gold passages.
         cache: file of the answers of `warmup.rewrite_endpoint`, which a second synthesis does not ask for again.
 
     Raises:
@@ -109,7 +130,7 @@ async def synthesise_warm_up(
     warmup = config.warmup
     wanted = {hop.supporting_id for q in questions for hop in q.decomposition if hop.supporting_id}
     wanted |= {passage_id for q in questions for passage_id in q.supporting_ids}
-    gold = {passage.id: passage for passage in open_index(index).corpus if passage.id in wanted}
+    gold = {passage.id: passage for passage in passages(config, searched) if passage.id in wanted}
     async with AsyncExitStack() as stack:
         rewriter = None
         if warmup.rewrite_endpoint is not None:

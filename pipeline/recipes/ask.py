@@ -1,29 +1,31 @@
-"""One question to a trained searcher, watched step by step. No Ray: one engine and one index in this process."""
+"""One question to a trained searcher, watched step by step. No Ray: one engine, and one index or its servers."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from actors.engine import EngineOptions, VllmEngine
 from actors.placement import GPU_MEMORY_UTILIZATION
+from actors.retriever import open_retriever
 from pipeline.config import Config
 from pipeline.display import Display
+from pipeline.errors import UserError
 from pipeline.models import check_model, load_tokenizer
 from pipeline.protocol import Protocol
 from pipeline.records import Question, Trajectory
+from pipeline.retrieval import Searched, await_servers
 from pipeline.run import Json
 from pipeline.search_agent import Event, Sampling, SearchAgent
-from retriever_service.search import Hit, SearchEngine
 
 
 def ask(
     question: str,
     model: str,
-    index: Path,
+    index: Path | None,
     config: Config,
     display: Display,
     on_text: Callable[[str], None] = lambda text: None,
@@ -31,6 +33,7 @@ def ask(
     """Answer greedily.
 
     Args:
+        index: None for the retriever of the configuration.
         config: its `agent` section says how to search; the model should have been trained with the same.
         on_text: told the trajectory while it unfolds, for people to read.
 
@@ -39,16 +42,12 @@ def ask(
         "record"}]}`.
 
     Raises:
-        UserError, RetrieverError: no such model or index.
+        UserError, RetrieverError: no such model or index, or no server that answers.
     """
     check_model(model)
     _quieten_libraries()
-    searcher = SearchEngine.open(index, search_parameters=config.retriever.search_parameters)
+    retrieve = open_retriever(_searched(index, config, display), config.retriever)
     protocol = Protocol(load_tokenizer(model), config.agent)
-
-    async def retrieve(query: str, k: int) -> Sequence[Hit]:
-        (hits,) = searcher.search([query], k)
-        return hits
 
     async def run() -> Trajectory:
         engine = VllmEngine(
@@ -77,6 +76,19 @@ def ask(
             engine.shutdown()
 
     return as_json(question, asyncio.run(run()))
+
+
+def _searched(index: Path | None, config: Config, display: Display) -> Searched:
+    retriever = config.retriever
+    if index is not None and retriever.url is not None:
+        raise UserError(
+            f"there are --index {index} and retriever.url ({', '.join(retriever.url)}); leave one out "
+            "(retriever.url=null)"
+        )
+    searched = await_servers(config, display) or index or retriever.index
+    if searched is None:
+        raise UserError("there is nothing to search: give --index DIR, or retriever.url=ADDRESS of a server")
+    return Path(searched) if isinstance(searched, str) else searched
 
 
 def run_config_of(model: str) -> Path | None:

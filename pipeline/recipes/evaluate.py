@@ -15,7 +15,7 @@ from pipeline.evaluation import evaluate
 from pipeline.models import check_model
 from pipeline.records import Question, trajectories_to_table
 from pipeline.report import best_iteration
-from pipeline.retrieval import prepare_index
+from pipeline.retrieval import await_servers, prepare_index
 from pipeline.run import Json, RunFiles, write_json, write_table
 
 
@@ -35,7 +35,7 @@ def evaluate_model(
         `{"model", "split", "sets": {file: scores}, "all": scores}`.
 
     Raises:
-        UserError: nothing to evaluate, no such split, no index, or bad input.
+        UserError: nothing to evaluate, no such split, nothing to search, or bad input.
     """
     if run is not None:
         if config_file is not None:
@@ -51,15 +51,16 @@ def evaluate_model(
     if split not in ("train", "dev", "test"):
         raise UserError(f"--split is {split}; choose train, dev or test")
     sets = _read_sets(config, split)
-    if run is None and config.retriever.index is None:
+    if run is None and config.retriever.index is None and config.retriever.url is None:
         raise UserError(
-            "evaluation needs an index: give --run, or retriever.index=DIR (see exsearch index build)"
+            "evaluation needs something to search: give --run, or retriever.index=DIR (see exsearch index build), or "
+            "retriever.url=ADDRESS of a server"
         )
-    index = prepare_index(config, (run or Path()) / "index", display)
+    searched = await_servers(config, display) or prepare_index(config, (run or Path()) / "index", display)
     questions = [question for members in sets.values() for question in members]
     with ray_session(config):
         with display.status("starting the retriever and the vLLM engines"):
-            cluster = Cluster(config, index, Serving(model, 0), learner=False)
+            cluster = Cluster(config, searched, Serving(model, 0), learner=False)
         with cluster, display.progress(f"evaluating on {split}", len(questions), "questions") as advance:
             trajectories = cluster.greedy(questions, config.agent, on_done=lambda summary: advance(1))
     found = {trajectory.question_id: trajectory for trajectory in trajectories}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
+from actors.retriever import open_retriever
 from pipeline.config import Config
 from pipeline.data.splits import load_splits
 from pipeline.data.warmup import write_trajectories
@@ -15,9 +15,8 @@ from pipeline.display import Display
 from pipeline.errors import UserError
 from pipeline.models import load_tokenizer
 from pipeline.protocol import Protocol
-from pipeline.retrieval import prepare_index
+from pipeline.retrieval import await_servers, prepare_index
 from pipeline.run import Json
-from retriever_service.search import Hit, SearchEngine
 
 
 def write_warm_up(config: Config, out: Path, display: Display) -> Json:
@@ -33,15 +32,10 @@ def write_warm_up(config: Config, out: Path, display: Display) -> Json:
     protocol = Protocol(load_tokenizer(config.model.path), config.agent)
     questions = warm_up_questions(config, load_splits(config, required=("train",)).train)
     with tempfile.TemporaryDirectory() as scratch:
-        index = prepare_index(config, Path(scratch) / "index", display)
-        searcher = SearchEngine.open(index, search_parameters=config.retriever.search_parameters)
-
-        async def retrieve(query: str, k: int) -> Sequence[Hit]:
-            (hits,) = searcher.search([query], k)
-            return hits
-
+        searched = await_servers(config, display) or prepare_index(config, Path(scratch) / "index", display)
+        retrieve = open_retriever(searched, config.retriever)
         with display.status("synthesising trajectories"):
             cache = out.with_name(f"{out.name}.rewritten.jsonl")
-            result = asyncio.run(synthesise_warm_up(config, questions, protocol, retrieve, index, cache))
+            result = asyncio.run(synthesise_warm_up(config, questions, protocol, retrieve, searched, cache))
     write_trajectories(out, result.trajectories, protocol)
     return {"out": str(out)} | result.statistics()

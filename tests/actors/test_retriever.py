@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,21 @@ import pytest
 import ray
 import ray.exceptions
 
-from actors.retriever import RetrieverActor, RetrieverClient
+from actors.retriever import (
+    MAX_QUERY_CHARS,
+    ActorReplica,
+    HttpReplica,
+    RetrieverActor,
+    RetrieverClient,
+)
 from retriever_service.build import build_index
+from retriever_service.client import RetrieverHttpClient
 from retriever_service.corpus import Passage
 from retriever_service.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
 from retriever_service.search import Hit
+from tests.retriever_service.fake_engine import FakeEngine
+from tests.retriever_service.scripted_server import ScriptedServer
 from tests.retriever_service.support import write_animals
 
 
@@ -51,7 +61,8 @@ def cancelled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def client(*replicas: FakeReplica, timeout_s: float = 30.0, max_attempts: int = 4) -> RetrieverClient:
-    return RetrieverClient(replicas, timeout_s=timeout_s, max_attempts=max_attempts, backoff_s=0.001)
+    handles = [ActorReplica(replica) for replica in replicas]
+    return RetrieverClient(handles, timeout_s=timeout_s, max_attempts=max_attempts, backoff_s=0.001)
 
 
 DEAD = ray.exceptions.ActorDiedError()
@@ -107,6 +118,67 @@ def test_bad_request_is_not_tried_again() -> None:
     assert replica.calls == 1
 
 
+# ---------------------------------------------------------------- servers
+
+
+@pytest.fixture
+def servers() -> Iterator[list[ScriptedServer]]:
+    started = [ScriptedServer(), ScriptedServer()]
+    yield started
+    for server in started:
+        server.close()
+
+
+def over_http(servers: list[ScriptedServer], *, max_attempts: int = 4) -> RetrieverClient:
+    """As a rollout worker gets it: a copy."""
+    replicas = [HttpReplica(RetrieverHttpClient(server.url, max_attempts=1)) for server in servers]
+    made: RetrieverClient = pickle.loads(
+        pickle.dumps(RetrieverClient(replicas, max_attempts=max_attempts, backoff_s=0.001))
+    )
+    return made
+
+
+def test_searches_are_spread_over_servers(servers: list[ScriptedServer]) -> None:
+    async def scenario() -> None:
+        searching = over_http(servers)
+        for _ in range(4):
+            assert [await searching.search("lion", 2)] == FakeEngine().search(["lion"], 2)
+
+    asyncio.run(scenario())
+    assert [len(server.requests) for server in servers] == [2, 2]
+
+
+@pytest.mark.parametrize("failure", [429, 503, 500, 504])
+def test_server_that_fails_is_failed_over(servers: list[ScriptedServer], failure: int) -> None:
+    servers[0].script = [failure]
+    assert [asyncio.run(over_http(servers).search("lion", 1))] == FakeEngine().search(["lion"], 1)
+    assert [len(server.requests) for server in servers] == [1, 1]
+
+
+def test_servers_are_asked_no_more_often_than_there_are_attempts(servers: list[ScriptedServer]) -> None:
+    for server in servers:
+        server.script = [503] * 9
+    with pytest.raises(RetrieverUnavailable, match=r"2 retriever replicas in 3 attempts .*status 503"):
+        asyncio.run(over_http(servers, max_attempts=3).search("lion", 1))
+    assert sum(len(server.requests) for server in servers) == 3
+
+
+def test_mistake_that_a_server_tells_is_not_tried_again(servers: list[ScriptedServer]) -> None:
+    servers[0].script = [422]
+    with pytest.raises(RetrieverError, match="422: as scripted"):
+        asyncio.run(over_http(servers).search("lion", 1))
+    assert servers[1].requests == []
+
+
+def test_degenerate_query_is_cut_to_what_servers_accept(servers: list[ScriptedServer]) -> None:
+    asyncio.run(over_http(servers).search("a " * MAX_QUERY_CHARS, 1))
+    ((_, body, _),) = servers[0].requests
+    assert [len(query) for query in body["queries"]] == [MAX_QUERY_CHARS]
+
+
+# ---------------------------------------------------------------- actors
+
+
 @pytest.fixture
 def local_ray() -> Iterator[None]:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -129,7 +201,9 @@ def test_actors_answer_many_callers_and_survive_the_loss_of_one(local_ray: None,
         "Which animal nests on cliffs?",
         "Who lives on the savanna?",
     ]
-    searching = RetrieverClient(replicas, timeout_s=120, backoff_s=0.01)
+    searching = RetrieverClient(
+        [ActorReplica(replica) for replica in replicas], timeout_s=120, backoff_s=0.01
+    )
 
     async def ask_all() -> list[str]:
         answers = await asyncio.gather(*(searching.search(question, 2) for question in questions * 8))

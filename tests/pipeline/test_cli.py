@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
@@ -19,9 +20,12 @@ from typer.testing import CliRunner, Result
 from pipeline.cli import app
 from pipeline.config import Config
 from pipeline.config_loading import load_config
+from pipeline.records import trajectories_from_table
 from pipeline.run import RunDirectory
 from retriever_service.build import build_index
 from retriever_service.encoder import EncoderSpec
+from tests.retriever_service.fake_engine import ANIMALS
+from tests.retriever_service.scripted_server import ScriptedServer
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -316,6 +320,55 @@ def test_a_warm_up_of_questions_without_supervision(refused: Any, folder: Path, 
 
 def test_missing_warm_up_trajectories(refused: Any) -> None:
     assert "no trajectory file missing.parquet" in refused(*TRAIN, "warmup.trajectories=missing.parquet")
+
+
+# ---------------------------------------------------------------- a server in place of an index
+
+NOBODY = "retriever.url=http://127.0.0.1:1"
+EVALUATE = ("evaluate", "--config", "config.yaml", "retriever.encoder=minilm")
+ASK = ("ask", "Who?", "--model", "model")
+
+
+@pytest.mark.parametrize("command", [TRAIN, WARMUP, EVALUATE, ASK], ids=lambda command: command[0])
+def test_a_server_that_is_not_there(refused: Any, command: tuple[str, ...]) -> None:
+    message = refused(*command, NOBODY)
+    assert "retriever.url: no answer from http://127.0.0.1:1" in message
+    assert message.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("command", [TRAIN, WARMUP, EVALUATE, ASK], ids=lambda command: command[0])
+def test_settings_that_a_server_does_not_heed(refused: Any, command: tuple[str, ...]) -> None:
+    assert "retriever.replicas=1" in refused(*command, NOBODY, "retriever.replicas=2")
+
+
+def test_a_server_and_no_corpus_to_take_gold_passages_from(refused: Any) -> None:
+    assert "set data.corpus" in refused(*TRAIN, NOBODY, "data.corpus=[]")
+
+
+def test_a_question_for_a_server_and_an_index(refused: Any) -> None:
+    assert "retriever.url=null" in refused(*ASK, NOBODY, "--index", "index")
+
+
+def test_a_question_with_nothing_to_search(refused: Any) -> None:
+    assert "give --index DIR, or retriever.url=ADDRESS" in refused(*ASK)
+
+
+@pytest.mark.parametrize("dialect", ["native", "search-r1"])
+def test_warm_up_trajectories_are_searched_for_on_a_server(
+    run_command: Any, folder: Path, dialect: str
+) -> None:
+    server = ScriptedServer()
+    try:
+        settings = (f"retriever.url={server.url}", f"retriever.dialect={dialect}", "agent.documents=3")
+        result = run_command(*WARMUP, *settings)
+    finally:
+        server.close()
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["gold_passages_inserted"] == 2
+    for trajectory in trajectories_from_table(pq.read_table(folder / "warmup.parquet")):
+        (step,) = trajectory.steps
+        ids = [hit.passage.id for hit in step.hits]
+        assert len(ids) == 3 and "p1" in ids and set(ids) - {"p1"} <= {passage.id for passage in ANIMALS}
 
 
 # ---------------------------------------------------------------- the run directory

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from pipeline.config import AgentConfig, Config, EmConfig, Section, Tags
+from pipeline.config import (
+    WITH_SERVER,
+    AgentConfig,
+    Config,
+    EmConfig,
+    RetrieverConfig,
+    Section,
+    Tags,
+)
 from pipeline.config_loading import all_keys, load_config
 
 
@@ -78,6 +87,48 @@ def test_warm_up_examples_can_only_be_mixed_in_where_there_are_some() -> None:
     assert "warmup.mix needs warm-up examples" in refusal(warmup={"mix": 0.5})
     assert config(warmup={"mix": 0.5, "questions": 10})
     assert config(warmup={"mix": 0.5, "trajectories": "warmup.parquet"})
+
+
+URL = "http://127.0.0.1:8000"
+
+
+def test_one_address_may_be_given_without_a_list() -> None:
+    assert config(retriever={"url": URL}).retriever.url == (URL,)
+    assert config(retriever={"url": [URL, "http://other:1"]}).retriever.url == (URL, "http://other:1")
+    assert config(retriever={"url": None}).retriever.url is None
+
+
+@pytest.mark.parametrize("key", sorted(RetrieverConfig.model_fields.keys() - WITH_SERVER))
+def test_settings_of_the_own_retriever_are_not_silently_ignored_beside_a_server(key: str) -> None:
+    others = {
+        "device": "cuda",
+        "encoder_dtype": "bfloat16",
+        "gpus_per_replica": 0.5,
+        "max_tokens": 64,
+        "replicas": 2,
+        "max_batch": 2,
+    }
+    message = refusal(retriever={"url": URL, "gpus_per_replica": 1.0} | {key: others.get(key, "other")})
+    assert f"retriever.{key}" in message
+    default = json.dumps(RetrieverConfig.model_fields[key].default)
+    assert f"retriever.{key}={default}" in message
+
+
+def test_settings_of_searches_go_with_a_server() -> None:
+    settings = {"dialect": "search-r1", "timeout_s": 5, "max_attempts": 2, "max_failure_share": 0.1}
+    assert config(retriever={"url": URL} | settings).retriever.dialect == "search-r1"
+
+
+@pytest.mark.parametrize(
+    ("retriever", "told"),
+    [
+        ({"dialect": "search-r1"}, "set retriever.url"),
+        ({"url": []}, "empty list"),
+        ({"url": "http://me:secret@host:8000"}, "EXSEARCH_TOKEN"),
+    ],
+)
+def test_addresses_that_make_no_sense(retriever: dict[str, Any], told: str) -> None:
+    assert told in refusal(retriever=retriever)
 
 
 @pytest.mark.parametrize(

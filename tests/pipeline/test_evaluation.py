@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -150,6 +151,15 @@ def test_without_supporting_passages_recall_is_null_not_zero() -> None:
     assert result["all_gold"] is None
     assert result["gold_recall_by_step"] == []
     assert result["em"] == 100.0
+
+
+def test_with_passages_without_ids_recall_is_null_for_all_questions() -> None:
+    nameless = Hit(Passage("", "", "text"), 1.0)
+    trajectories = [replace(TRAJECTORIES[0], steps=(Step("q", (nameless,)),)), *TRAJECTORIES[1:]]
+    result = evaluate(QUESTIONS, trajectories, bootstrap_samples=0)
+    assert result["gold_recall"] is result["all_gold"] is result["by_hops"]["1"]["gold_recall"] is None
+    assert result["gold_recall_by_step"] == []
+    assert result["em"] == 25.0
 
 
 def test_intervals_enclose_the_score_and_repeat_with_the_seed() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,13 @@ from rich.console import Console
 from pipeline.config_loading import load_config
 from pipeline.display import Display
 from pipeline.errors import UserError
-from pipeline.retrieval import corpus_paths, encoder_spec, prepare_index
+from pipeline.retrieval import Servers, await_servers, corpus_paths, encoder_spec, prepare_index
 from retriever_service.build import build_index
 from retriever_service.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
 from retriever_service.index import read_manifest
+from tests.retriever_service.fake_engine import FakeEngine
+from tests.retriever_service.scripted_server import ScriptedServer
 from tests.retriever_service.support import HashEncoder
 
 
@@ -163,3 +166,96 @@ def test_the_same_encoder_in_another_place_is_accepted(tmp_path: Path, index: Pa
 def test_a_directory_that_is_no_index_is_refused(tmp_path: Path, corpus: Path, name: str) -> None:
     with pytest.raises(RetrieverError, match=f"{name} is not a built index"):
         prepare(tmp_path, f"retriever.index={tmp_path / name}")
+
+
+# ---------------------------------------------------------------- servers
+
+
+@pytest.fixture
+def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ScriptedServer]]:
+    monkeypatch.setattr("pipeline.retrieval.POLL_S", 0.001)
+    monkeypatch.delenv("EXSEARCH_TOKEN", raising=False)
+    started = [ScriptedServer(), ScriptedServer()]
+    yield started
+    for server in started:
+        server.close()
+
+
+def awaited(url: object, *overrides: str) -> Servers:
+    config = load_config(None, [f"retriever.url={url}", "agent.documents=2", *overrides])
+    found = await_servers(config, Display(Console(file=io.StringIO())))
+    assert found is not None
+    return found
+
+
+def test_without_an_address_there_are_no_servers() -> None:
+    assert await_servers(load_config(None), Display(Console(file=io.StringIO()))) is None
+
+
+def test_servers_that_answer_are_told_by_what_they_search(servers: list[ScriptedServer]) -> None:
+    found = awaited([server.url for server in servers])
+    assert [client.url for client in found.clients] == [server.url for server in servers]
+    assert found.fingerprint == FakeEngine().fingerprint
+    for server in servers:
+        (path, body, token), (info, _, _) = server.requests
+        assert (path, body["k"], token, info) == ("/search", 2, None, "/info")
+
+
+def test_search_r1_servers_cannot_tell_what_they_search(servers: list[ScriptedServer]) -> None:
+    first, second = (awaited(server.url, "retriever.dialect=search-r1") for server in servers)
+    assert first.fingerprint == second.fingerprint
+    assert [path for path, _, _ in servers[0].requests] == ["/retrieve"]
+
+
+def test_the_token_is_read_from_the_environment(
+    servers: list[ScriptedServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EXSEARCH_TOKEN", "secret")
+    awaited(servers[0].url)
+    assert {token for _, _, token in servers[0].requests} == {"Bearer secret"}
+
+
+def test_a_server_that_loads_is_waited_for(servers: list[ScriptedServer]) -> None:
+    servers[0].script = [503, 503, 429]
+    assert awaited(servers[0].url).fingerprint == FakeEngine().fingerprint
+    assert len(servers[0].requests) == 5
+
+
+def test_a_server_that_never_gets_ready_is_not_waited_for_without_end(servers: list[ScriptedServer]) -> None:
+    servers[0].script = [503] * 10_000
+    with pytest.raises(UserError, match=r"retriever\.url: no answer .*status 503: as scripted.*see its log"):
+        awaited(servers[0].url, "cluster.start_timeout_s=0.05")
+
+
+@pytest.mark.parametrize(
+    ("first_reply", "told"),
+    [
+        (401, r"401: as scripted.*token in EXSEARCH_TOKEN"),
+        (404, r"404: as scripted.*without the route.*retriever\.dialect \(native\)"),
+        ((200, {}, b"<html>"), r"does not answer as a native server does.*retriever\.dialect"),
+        ((200, {}, b'{"result": []}'), "does not answer as a native server does"),
+    ],
+)
+def test_a_server_that_will_not_answer_is_refused_at_once(
+    servers: list[ScriptedServer], first_reply: object, told: str
+) -> None:
+    servers[0].script = [first_reply]
+    with pytest.raises(UserError, match=told):
+        awaited(servers[0].url)
+    assert len(servers[0].requests) == 1
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once() -> None:
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:1 .*ConnectError.*correct the address"):
+        awaited("http://127.0.0.1:1")
+
+
+def test_an_address_that_is_none_is_refused() -> None:
+    with pytest.raises(RetrieverError, match="expected http://HOST:PORT"):
+        awaited("localhost:8000")
+
+
+def test_servers_of_different_indexes_are_refused(servers: list[ScriptedServer]) -> None:
+    servers[1].script = [200, (200, {}, b'{"index": "another"}')]
+    with pytest.raises(UserError, match=r"search different indexes:(.|\n)*another"):
+        awaited([server.url for server in servers])

@@ -224,6 +224,7 @@ def test_removing_a_section_is_a_difference_too(tmp_path: Path) -> None:
         "em.patience=1",
         "rollout.workers=3",
         "cluster.address=auto",
+        "retriever.url=http://other:8000",
         "tracking.tensorboard=false",
     ],
 )
@@ -255,6 +256,16 @@ def test_a_run_whose_configuration_cannot_be_read_is_refused(tmp_path: Path, tex
     with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
         RunDirectory(tmp_path, config())
     assert contents(tmp_path) == {"config.yaml": text.encode()}
+
+
+def test_a_run_keeps_to_the_index_that_its_results_come_from(run: RunDirectory) -> None:
+    run.keep_to("old")
+    run.keep_to("mended before there was a result")
+    with_a_result(run).keep_to("mended before there was a result")
+    again = restarted(run)
+    with pytest.raises(UserError, match=r"another index \(mended .*\) than there is now \(new\).*--run"):
+        again.keep_to("new")
+    again.keep_to("mended before there was a result")
 
 
 # ---------------------------------------------------------------- phases

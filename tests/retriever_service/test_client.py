@@ -6,21 +6,19 @@ import asyncio
 import email.utils
 import json
 import pickle
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from retriever_service.client import RetrieverHttpClient
+from retriever_service.corpus import Passage
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.filters import Filter
 from retriever_service.search import Hit, SearchOptions
-from retriever_service.service.batching import Answers
-from retriever_service.service.wire import retrieve_reply, search_reply
 from tests.retriever_service.fake_engine import FakeEngine
+from tests.retriever_service.scripted_server import ScriptedServer
 
 Search = Callable[..., list[list[Hit]]]
 
@@ -40,73 +38,6 @@ def in_a_loop(client: RetrieverHttpClient, *request: Any) -> list[list[Hit]]:
 
 
 both_ways = pytest.mark.parametrize("search", [blocking, in_a_loop])
-
-
-class ScriptedServer:
-    """Answers as a server of either dialect, unless `script` has something else: a status, (status, headers, body) or
-    "hang", one per request. Records requests and connections."""
-
-    def __init__(self) -> None:
-        self.script: list[Any] = []
-        self.requests: list[tuple[str, Any, str | None]] = []
-        self.connections: set[Any] = set()
-        self.over = threading.Event()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def close(self) -> None:
-        self.over.set()
-        self._http.shutdown()
-        self._http.server_close()
-
-    def reply(self, path: str, body: Any) -> tuple[int, dict[str, str], bytes]:
-        action = self.script.pop(0) if self.script else 200
-        if action == "hang":
-            self.over.wait(timeout=30)
-            action = 200
-        if action != 200:
-            return action if isinstance(action, tuple) else (action, {}, b'{"detail": "as scripted"}')
-        if path == "/info":
-            return 200, {}, json.dumps({"index": FakeEngine().fingerprint}).encode()
-        answers = Answers(
-            tuple(map(tuple, FakeEngine().search(body["queries"], body.get("k") or body["topk"]))), "f"
-        )
-        reply: Any = (
-            search_reply(answers)
-            if path == "/search"
-            else retrieve_reply(answers, return_scores=body["return_scores"])
-        )
-        return 200, {}, json.dumps(reply).encode()
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self._answer(body)
-
-            def do_GET(self) -> None:
-                self._answer(None)
-
-            def _answer(self, body: Any) -> None:
-                server.requests.append((self.path, body, self.headers["Authorization"]))
-                server.connections.add(self.client_address)
-                status, headers, content = server.reply(self.path, body)
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        return Handler
 
 
 @pytest.fixture
@@ -139,6 +70,16 @@ def test_search_r1_hits_are_those_of_the_engine(server: ScriptedServer, search: 
     assert server.requests == [
         ("/retrieve", {"queries": ["the lion"], "topk": 2, "return_scores": True}, None)
     ]
+
+
+@both_ways
+@pytest.mark.parametrize("nameless", [{}, {"id": None}])
+def test_search_r1_documents_without_ids_have_empty_ones(
+    server: ScriptedServer, search: Search, nameless: dict[str, Any]
+) -> None:
+    item = {"document": {"contents": '"Lion"\nit roars', **nameless}, "score": 2}
+    server.script = [(200, {}, json.dumps({"result": [[item]]}).encode())]
+    assert search(client(server, "search-r1"), ["lion"], 1) == [[Hit(Passage("", "Lion", "it roars"), 2.0)]]
 
 
 @both_ways

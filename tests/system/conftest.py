@@ -10,8 +10,10 @@ import pytest
 
 from tests.actors.support import build_model
 from tests.conftest import QWEN
+from tests.retriever_service.server_process import index_server
 
 MODEL_LENGTH = 1024
+TOKEN = "open-sesame"
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +47,13 @@ def index(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("index") / "index"
     build_index([str(world / "corpus.jsonl")], out, EncoderSpec("minilm"))
     return out
+
+
+@pytest.fixture(scope="session")
+def server(index: Path) -> Iterator[str]:
+    """Address of a server of the index, which wants `TOKEN`."""
+    with index_server(index, TOKEN) as (url, _):
+        yield url
 
 
 def random_model(path: Path, architecture: str) -> Path:

@@ -1,4 +1,5 @@
-"""One EM iteration each with random models of four architectures, with a chat template and without."""
+"""One EM iteration each with random models of four architectures, with a chat template and without; one of them has a
+server in place of retriever actors."""
 
 from __future__ import annotations
 
@@ -11,20 +12,44 @@ import pytest
 from pipeline.config_loading import load_config
 from pipeline.display import Display
 from pipeline.records import examples_from_table, trajectories_from_table
-from tests.system.conftest import overrides, random_model
+from retriever_service.index import read_manifest
+from tests.system.conftest import TOKEN, overrides, random_model
 
 pytestmark = pytest.mark.system
 
 
-@pytest.mark.parametrize("layout", ["plain", "chat"])
-@pytest.mark.parametrize("architecture", ["Qwen2", "Qwen3", "Llama", "Mistral"])
+@pytest.mark.parametrize(
+    ("architecture", "layout", "retriever"),
+    [
+        ("Qwen2", "plain", "actors"),
+        ("Qwen2", "chat", "actors"),
+        ("Qwen3", "plain", "actors"),
+        ("Qwen3", "chat", "server"),
+        ("Llama", "plain", "actors"),
+        ("Llama", "chat", "actors"),
+        ("Mistral", "plain", "actors"),
+        ("Mistral", "chat", "actors"),
+    ],
+)
 def test_one_iteration_changes_the_model_and_reports(
-    architecture: str, layout: str, world: Path, index: Path, ray_cluster: None, tmp_path: Path
+    architecture: str,
+    layout: str,
+    retriever: str,
+    world: Path,
+    index: Path,
+    ray_cluster: None,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from pipeline.em import train
 
     model = random_model(tmp_path / "model", architecture)
     settings = [*overrides(world, index, model), f"agent.layout={layout}"]
+    if retriever == "server":
+        # The cluster is up already: its actors do not see this variable.
+        monkeypatch.setenv("EXSEARCH_TOKEN", TOKEN)
+        settings += ["retriever.index=null", f"retriever.url={request.getfixturevalue('server')}"]
     report = train(load_config(None, settings), tmp_path / "run", Display())
 
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
@@ -34,6 +59,11 @@ def test_one_iteration_changes_the_model_and_reports(
     assert row["learner"]["steps"] == 2 and row["dev"]["n"] == 4
     assert row["push"]["version"] == 1 and row["push"]["tensors"] > 0
     assert sum(row["train"]["stop_reasons"].values()) == 16
+
+    searched = json.loads((tmp_path / "run" / "index.json").read_text())
+    assert searched == {"fingerprint": read_manifest(index).fingerprint}
+    assert not (tmp_path / "run" / "index").exists()
+    assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / "run").glob("*.*"))
 
     iteration = tmp_path / "run" / "iterations" / "0001"
     assert (iteration / "DONE").exists()

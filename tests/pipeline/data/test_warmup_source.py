@@ -19,9 +19,11 @@ from pipeline.data.warmup_source import load_warm_up_source, synthesise_warm_up,
 from pipeline.errors import UserError
 from pipeline.protocol import Protocol
 from pipeline.records import Question, WeightedExample
+from pipeline.retrieval import Servers
 from retriever_service.build import build_index
 from retriever_service.corpus import Passage
 from retriever_service.encoder import EncoderSpec
+from retriever_service.errors import RetrieverError
 from retriever_service.search import Hit
 from tests.retriever_service.support import load_hash_encoder, write_jsonl
 
@@ -79,7 +81,9 @@ def made(index: Path, tokenizer: Any) -> Make:
             train = read_questions(config.data.train, root=config.data.root)
         protocol = Protocol(tokenizer, config.agent)
         source = load_warm_up_source(config, train, protocol)
-        return asyncio.run(warm_up_examples(config, source, protocol, retrieve, index))
+        return asyncio.run(
+            warm_up_examples(config, source, protocol, retrieve, index, index.with_name("cache.jsonl"))
+        )
 
     return make
 
@@ -150,6 +154,54 @@ def test_a_warm_up_without_any_supervision_is_refused(tmp_path: Path, made: Make
     message = str(caught.value)
     assert "warmup.questions is 3, but none of 6 questions" in message
     assert "warmup.questions=0" in message
+
+
+# ---------------------------------------------------------------- a server in place of the index
+
+
+SERVER = "retriever.url=http://127.0.0.1:1"
+
+
+def served(tmp_path: Path, tokenizer: Any, *overrides: str) -> tuple[list[WeightedExample], dict[str, Any]]:
+    """Examples whose retriever is a server."""
+    settings = config(tmp_path, SERVER, *overrides)
+    protocol = Protocol(tokenizer, settings.agent)
+    train = read_questions(settings.data.train, root=settings.data.root)
+    source = load_warm_up_source(settings, train, protocol)
+    cache, servers = tmp_path / "cache.jsonl", Servers((), "fingerprint")
+    return asyncio.run(warm_up_examples(settings, source, protocol, retrieve, servers, cache))
+
+
+def test_gold_passages_of_a_server_are_those_of_the_corpus(
+    tmp_path: Path, index: Path, made: Make, tokenizer: Any
+) -> None:
+    write_questions(tmp_path / "train.jsonl", range(3))
+    examples, statistics = served(tmp_path, tokenizer, "data.corpus=index-corpus.jsonl")
+    expected, same_statistics = made(config(tmp_path))
+    assert [e.token_ids.tolist() for e in examples] == [e.token_ids.tolist() for e in expected]
+    assert statistics == same_statistics
+
+
+def test_a_server_without_a_corpus_beside_it_is_refused(tmp_path: Path, tokenizer: Any) -> None:
+    write_questions(tmp_path / "train.jsonl", range(3))
+    with pytest.raises(UserError, match=r"cannot give passages by id: set data\.corpus"):
+        served(tmp_path, tokenizer)
+
+
+def test_each_source_of_gold_passages_is_looked_at_before_anything_starts(
+    tmp_path: Path, index: Path, tokenizer: Any
+) -> None:
+    write_questions(tmp_path / "train.jsonl", range(3))
+    with pytest.raises(RetrieverError, match=r"missing\.jsonl does not exist"):
+        served(tmp_path, tokenizer, "data.corpus=[index-corpus.jsonl, missing.jsonl]")
+
+
+def test_ready_trajectories_need_no_corpus_beside_the_server(
+    tmp_path: Path, index: Path, tokenizer: Any
+) -> None:
+    write_questions(tmp_path / "train.jsonl", range(6))
+    path = ready(config(tmp_path), index, tokenizer, tmp_path / "warmup.parquet")
+    assert len(served(tmp_path, tokenizer, f"warmup.trajectories={path}")[0]) == 3
 
 
 # ---------------------------------------------------------------- ready trajectories
