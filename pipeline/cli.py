@@ -16,7 +16,18 @@ import typer
 
 from pipeline.display import Display
 from pipeline.errors import UserError
-from retriever_service.cli import Commands
+from retriever_service.cli import (
+    Commands,
+    CorpusSources,
+    EncoderDtype,
+    EncoderName,
+    MaxTokens,
+    Out,
+    PassagePrefix,
+    QueryPrefix,
+    VectorsDtype,
+    encoder_spec,
+)
 from retriever_service.cli import app as index_app
 from retriever_service.errors import RetrieverError
 
@@ -153,6 +164,33 @@ def ask(
         typer.echo(json.dumps(run_ask(question, model, index, loaded, display), ensure_ascii=False))
     else:
         run_ask(question, model, index, loaded, display, typer.echo)
+
+
+@index_app.command("encode-with-ray")
+def encode_with_ray(
+    corpus: CorpusSources,
+    out: Out,
+    encoder: EncoderName = "minilm",
+    query_prefix: QueryPrefix = None,
+    passage_prefix: PassagePrefix = None,
+    max_tokens: MaxTokens = None,
+    encoder_dtype: EncoderDtype = None,
+    dtype: VectorsDtype = "float32",
+    actors: Annotated[
+        int | None,
+        typer.Option(help="Encoders (default: one per GPU of the cluster, without GPUs per core)."),
+    ] = None,
+) -> None:
+    """As `encode`, on the devices of a Ray cluster; the directory must be on a path that all its nodes see.
+
+    Killed or interrupted, the same command goes on. RAY_ADDRESS names the cluster.
+    """
+    from pipeline.recipes.encode import encode_on_cluster
+
+    display = Display()
+    spec = encoder_spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype)
+    store = encode_on_cluster(corpus, out, spec, display, num_actors=actors, store_dtype=dtype)
+    display.line(f"{out}: {store.manifest.count:,} passages, {store.manifest.dimension} dimensions, {dtype}")
 
 
 @app.command("config")

@@ -33,9 +33,10 @@ from rich.progress import (
 from rich.text import Text
 from typer.core import TyperGroup
 
-from retriever_service.encoder import WeightsDtype
+from retriever_service.encoder import EncoderSpec, WeightsDtype
 from retriever_service.errors import RetrieverError
 from retriever_service.search import Hit, Method, SearchEngine, SearchOptions
+from retriever_service.vectors import StoreDtype
 
 TOKEN_VARIABLE = "EXSEARCH_TOKEN"
 _PROBED_PASSAGES = 256
@@ -46,7 +47,7 @@ class Commands(TyperGroup):
     """Turns what the user can mend into one message and exit code 2, and Ctrl-C into advice."""
 
     mendable: tuple[type[Exception], ...] = (RetrieverError,)
-    resumable: tuple[str, ...] = ("build", "encode")
+    resumable: tuple[str, ...] = ("build", "encode", "encode-with-ray")
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -101,6 +102,7 @@ EncoderDtype = Annotated[
     WeightsDtype | None,
     typer.Option(help="Of the encoder's weights (default: bfloat16 where the device computes in it)."),
 ]
+VectorsDtype = Annotated[StoreDtype, typer.Option("--dtype", help="Of the stored vectors.")]
 Device = Annotated[str, typer.Option(help="Torch device that encodes.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that encode (default: what suits the machine).")]
 Memory = Annotated[
@@ -126,7 +128,7 @@ def encode(
     passage_prefix: PassagePrefix = None,
     max_tokens: MaxTokens = None,
     encoder_dtype: EncoderDtype = None,
-    dtype: Annotated[str, typer.Option(help="Of the stored vectors: float32 or float16.")] = "float32",
+    dtype: VectorsDtype = "float32",
     device: Device = "cpu",
     workers: Workers = None,
     memory: Memory = None,
@@ -141,11 +143,11 @@ def encode(
         store = encode_corpus(
             corpus,
             out,
-            _spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype),
+            encoder_spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype),
             device=device,
             workers=workers,
             memory_bytes=memory,
-            store_dtype=dtype,  # type: ignore[arg-type]  # checked by encode_corpus
+            store_dtype=dtype,
             on_progress=advance,
         )
     _say(f"{out}: {store.manifest.count:,} passages, {store.manifest.dimension} dimensions, {dtype}")
@@ -196,7 +198,7 @@ def build(
             manifest = build_index(
                 corpus or [],
                 out,
-                _spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype),
+                encoder_spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype),
                 device=device,
                 workers=workers,
                 on_progress=advance,
@@ -428,15 +430,13 @@ def info(
     typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
 
 
-def _spec(
+def encoder_spec(
     encoder: str,
     query_prefix: str | None,
     passage_prefix: str | None,
     max_tokens: int | None,
     dtype: WeightsDtype | None,
-) -> Any:
-    from retriever_service.encoder import EncoderSpec
-
+) -> EncoderSpec:
     return EncoderSpec(encoder, query_prefix, passage_prefix, max_length=max_tokens, dtype=dtype)
 
 

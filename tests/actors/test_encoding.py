@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import ray
 import ray.exceptions
+from typer.testing import CliRunner
 
 from actors.encoding import _encode_all, encode_with_actors
+from pipeline.cli import app
 from retriever_service.corpus import Passage
 from retriever_service.encode import encode_corpus
 from retriever_service.encoder import EncoderSpec, Vectors
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
+from retriever_service.vectors import VectorStore
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 
 SPEC = EncoderSpec("hash")
@@ -159,3 +162,18 @@ def test_actors_make_the_bytes_that_processes_make_and_survive_the_loss_of_one(
         encode_with_actors(
             [corpus], tmp_path / "never", SPEC, num_actors=1, device="cuda", load_timeout_s=1.0
         )
+
+
+@pytest.mark.component
+def test_the_command_encodes_with_the_cores_of_a_cluster_that_has_no_gpus(
+    local_ray: None, tmp_path: Path
+) -> None:
+    rows = ({"id": f"p{i}", "text": f"word{i} of {i % 5}"} for i in range(COUNT))
+    corpus = write_jsonl(tmp_path / "c.jsonl", rows)
+    options = ["--corpus", str(corpus), "--encoder-dtype", "float32", "--out"]
+    for command in ("encode-with-ray", "encode"):
+        done = CliRunner().invoke(app, ["index", command, *options, str(tmp_path / command)])
+        assert done.exit_code == 0, done.output
+    by_ray, here = (VectorStore.open(tmp_path / command) for command in ("encode-with-ray", "encode"))
+    assert by_ray.manifest.shards == here.manifest.shards
+    by_ray.verify()
