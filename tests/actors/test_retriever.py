@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import ray
 import ray.exceptions
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.retriever import (
     MAX_QUERY_CHARS,
@@ -180,18 +182,29 @@ def test_degenerate_query_is_cut_to_what_servers_accept(servers: list[ScriptedSe
 
 
 @pytest.fixture
-def local_ray() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
+def two_nodes() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield cluster
     ray.shutdown()
+    cluster.shutdown()
+
+
+def on_node(node_id: str) -> Any:
+    return RetrieverActor.options(
+        num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
+    ).remote
 
 
 @pytest.mark.component
-def test_actors_answer_many_callers_and_survive_the_loss_of_one(local_ray: None, tmp_path: Path) -> None:
+def test_actors_on_two_nodes_answer_many_callers_and_survive_the_loss_of_one(
+    two_nodes: Cluster, tmp_path: Path
+) -> None:
     build_index([write_animals(tmp_path / "c.jsonl")], tmp_path / "index", EncoderSpec())
-    start = RetrieverActor.options(num_cpus=0).remote
-    replicas = [start(tmp_path / "index", num_threads=1) for _ in range(2)]
-    broken = start(tmp_path / "nowhere")
+    nodes = [two_nodes.head_node.node_id, *(node.node_id for node in two_nodes.worker_nodes)]
+    replicas = [on_node(node)(tmp_path / "index", num_threads=1) for node in nodes]
+    broken = on_node(nodes[0])(tmp_path / "nowhere")
     assert len(set(ray.get([replica.ready.remote() for replica in replicas], timeout=300))) == 1
     with pytest.raises(RetrieverError, match="not a built index"):
         ray.get(broken.ready.remote(), timeout=300)
@@ -217,8 +230,9 @@ def test_actors_answer_many_callers_and_survive_the_loss_of_one(local_ray: None,
     with pytest.raises(RetrieverError, match="k must be"):
         asyncio.run(searching.search("q", 0))
 
-    ray.kill(replicas[0])
+    (lost,) = two_nodes.worker_nodes
+    two_nodes.remove_node(lost)
     assert asyncio.run(ask_all()) == ["Otter", "Eagle", "Lion"] * 8
-    ray.kill(replicas[1])
+    ray.kill(replicas[0])
     with pytest.raises(RetrieverUnavailable, match="last failure"):
         asyncio.run(searching.search("q", 1))
