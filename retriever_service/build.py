@@ -237,8 +237,9 @@ def _fill_segments(
         if not (directory / segment.name).exists():
             index = faiss.clone_index(empty)
             fill(index, partial(_read_behind, store, start), count)
-            passages = (store.corpus[row] for row in range(start, start + count))
-            write_segment(directory, number, index, factory, passages)
+            write_segment(
+                directory, number, index, factory, partial(store.corpus.write_rows, start, start + count)
+            )
             logger.info(f"segment {number + 1} of {len(counts)}: {count} passages")
         segments.append(segment)
         start += count

@@ -303,6 +303,14 @@ class Corpus:
         for file in self._files:
             yield from file
 
+    def write_rows(self, start: int, stop: int, path: Path) -> None:
+        """Write rows [start, stop) as `write_passages` would, without making passages of them. Memory: one batch."""
+        rows = pa.Table.from_batches([batch for file in self._files for batch in file.batches], _SCHEMA)
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
+            for first in range(start, stop, ROWS_PER_BATCH):
+                # One chunk, so that it is one batch of the file.
+                writer.write_table(rows.slice(first, min(ROWS_PER_BATCH, stop - first)).combine_chunks())
+
     def column(self, name: Literal["id", "title", "text", "metadata"]) -> pa.ChunkedArray:
         """One field of all passages; `metadata` as JSON text, null where there is none."""
         index = _SCHEMA.get_field_index(name)

@@ -21,7 +21,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from retriever_service.corpus import Corpus, Passage, write_passages
+from retriever_service.corpus import Corpus
 from retriever_service.encoder import EncoderSpec, TextEncoder
 from retriever_service.errors import RetrieverError
 from retriever_service.files import FileRecord, check_contents, check_size, fsync, write_json
@@ -149,9 +149,12 @@ def read_manifest(index_dir: str | Path) -> Manifest:
 
 
 def write_segment(
-    index_dir: Path, number: int, index: faiss.Index, factory: str, passages: Iterable[Passage]
+    index_dir: Path, number: int, index: faiss.Index, factory: str, write_passages: Callable[[Path], None]
 ) -> Segment:
     """Write a segment, whole or not at all; what is there under its number is replaced.
+
+    Args:
+        write_passages: writes those of the index's rows to a file that `Corpus` opens.
 
     Raises:
         RetrieverError: the disk is full.
@@ -164,7 +167,7 @@ def write_segment(
     work.mkdir(parents=True)
     try:
         faiss.write_index(index, str(work / INDEX_FILE))
-        write_passages(passages, work / PASSAGES_FILE)
+        write_passages(work / PASSAGES_FILE)
     except (RuntimeError, OSError) as error:
         free = shutil.disk_usage(work).free
         shutil.rmtree(work)

@@ -18,6 +18,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from retriever_service.bm25 import build_bm25
-from retriever_service.corpus import Corpus, Passage
+from retriever_service.corpus import Corpus, Passage, write_passages
 from retriever_service.encoder import TextEncoder
 from retriever_service.errors import RetrieverError
 from retriever_service.files import exclusive, record_file, writing
@@ -147,7 +148,9 @@ def _append(
     flat.add(np.ascontiguousarray(vectors))
     number = 1 + max(int(Path(segment.name).name) for segment in index.manifest.segments)
     old_passages = (index.corpus[row] for row in range(first, len(index.corpus)))
-    segment = write_segment(index.directory, number, flat, FLAT, chain(old_passages, passages))
+    segment = write_segment(
+        index.directory, number, flat, FLAT, partial(write_passages, chain(old_passages, passages))
+    )
     return (*kept, segment)
 
 

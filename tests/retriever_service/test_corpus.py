@@ -163,6 +163,35 @@ def test_served_passages_are_the_written_ones(
     assert list(corpus) == rows
 
 
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    parts=st.lists(
+        st.lists(
+            st.builds(Passage, TEXT, TEXT, TEXT, st.sampled_from([{}, {"year": 1990}])),
+            min_size=1,
+            max_size=9,
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+    data=st.data(),
+)
+def test_rows_are_copied_into_another_file_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: list[list[Passage]], data: st.DataObject
+) -> None:
+    monkeypatch.setattr(corpus_module, "ROWS_PER_BATCH", 4)
+    for number, part in enumerate(parts):
+        write_passages(part, tmp_path / f"{number}.arrow")
+    rows = [passage for part in parts for passage in part]
+    start = data.draw(st.integers(0, len(rows)))
+    stop = data.draw(st.integers(start, len(rows)))
+    source = Corpus(*(tmp_path / f"{number}.arrow" for number in range(len(parts))))
+    source.write_rows(start, stop, tmp_path / "copy.arrow")
+    copy = Corpus(tmp_path / "copy.arrow")
+    assert list(copy) == rows[start:stop]
+    assert [copy[row] for row in range(len(copy))] == rows[start:stop]
+
+
 @pytest.mark.parametrize("row", [-1, 1])
 def test_row_outside_the_corpus_is_an_error(tmp_path: Path, row: int) -> None:
     write_passages([Passage("1", "", "x")], tmp_path / "p.arrow")
