@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from retriever_service.corpus import Passage
-from retriever_service.encoder import Encoder, EncoderSpec, _bundled_model, _resolve, passage_text
+from retriever_service.encoder import Encoder, EncoderSpec, _resolve, bundled_model, passage_text
 from retriever_service.errors import RetrieverError
 
 QUERIES = [
@@ -100,7 +100,7 @@ def test_prefixes_change_vectors_and_fingerprint(encoder: Encoder) -> None:
 
 
 def test_copy_in_another_directory_is_the_same_encoder(encoder: Encoder, tmp_path: Path) -> None:
-    copy = shutil.copytree(_bundled_model(), tmp_path / "copy-of-minilm")
+    copy = shutil.copytree(bundled_model(), tmp_path / "copy-of-minilm")
     loaded = Encoder.load(EncoderSpec(str(copy)))
     assert loaded.fingerprint == encoder.fingerprint
     assert dataclasses.replace(loaded.spec, model="minilm") == encoder.spec
