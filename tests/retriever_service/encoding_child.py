@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -56,14 +55,11 @@ def main() -> None:
     parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS)
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--die-at", type=int)
-    parser.add_argument("--largest-file", type=int, help="bytes")
     arguments = parser.parse_args()
     # A shell gives its background jobs, and what they start, deaf ears for Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if arguments.die_at:
         die_at(arguments.die_at)
-    if arguments.largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (arguments.largest_file,) * 2)
     encode_corpus(
         [arguments.corpus],
         arguments.out,

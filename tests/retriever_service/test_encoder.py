@@ -41,6 +41,19 @@ def test_vector_of_a_query_does_not_depend_on_its_company(encoder: Encoder) -> N
     assert np.array_equal(together, alone)
 
 
+def test_encoding_leaves_the_memory_of_gpus_to_torch(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect 4 of reference servers: the cache of the GPU is emptied after every batch."""
+
+    def empty() -> None:
+        raise AssertionError("emptied")
+
+    monkeypatch.setattr("torch.cuda.empty_cache", empty)
+    encoder.encode_queries(["lion"])
+    assert len(list(encoder.encode_passages([Passage("1", "", "lion")]))) == 1
+
+
 def test_vectors_are_float32_of_unit_length(encoder: Encoder) -> None:
     vectors = encoder.encode_queries(QUERIES)
     assert vectors.dtype == np.float32
