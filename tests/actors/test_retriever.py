@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import ray
 import ray.exceptions
+import torch
 
 from actors.retriever import RetrieverActor, RetrieverClient
 from retriever_service.build import build_index
 from retriever_service.corpus import Passage
 from retriever_service.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
-from retriever_service.search import Hit
+from retriever_service.search import Hit, SearchEngine
 from tests.retriever_service.support import write_animals
 
 
@@ -109,9 +110,11 @@ def test_bad_request_is_not_tried_again() -> None:
 
 @pytest.fixture
 def local_ray() -> Iterator[None]:
+    threads = torch.get_num_threads()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.component
@@ -137,8 +140,14 @@ def test_actors_answer_many_callers_and_survive_the_loss_of_one(local_ray: None,
         return [hits[0].passage.title for hits in answers]
 
     assert asyncio.run(ask_all()) == ["Otter", "Eagle", "Lion"] * 8
+    # Spread over replicas, every answer is that of a plain search.
+    plain = SearchEngine.open(tmp_path / "index", num_threads=1)
+    for k in (1, 3, 9):
+        for question in (*questions, " "):
+            assert asyncio.run(searching.search(question, k)) == plain.search([question], k)[0]
     stats = ray.get([replica.stats.remote() for replica in replicas], timeout=60)
-    assert sum(entry.queries for entry in stats) == 24
+    assert sum(entry.queries for entry in stats) == 36
+    assert min(entry.queries for entry in stats) >= 12
     assert ray.get(replicas[0].info.remote(), timeout=60)["passages"] == 6
     with pytest.raises(RetrieverError, match="k must be"):
         asyncio.run(searching.search("q", 0))

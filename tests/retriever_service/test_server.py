@@ -174,49 +174,21 @@ def test_exsearch_k_is_capped_and_has_a_default() -> None:
     assert with_server(scenario) == [10, 100, 100]
 
 
-MILLION = "x" * 1_000_000
-
-
 @pytest.mark.parametrize(
     ("method", "path", "request_", "status", "told"),
     [
-        ("POST", "/search", {"json": {"query": "a", "k": 0}}, 422, "k: "),
-        ("POST", "/search", {"json": {"query": "a", "k": -1}}, 422, "k: "),
-        ("POST", "/search", {"json": {"query": "a", "k": 10**9}}, 422, "at most 1000"),
         ("POST", "/search", {"json": {"query": "a", "rerank": 10**9}}, 422, "at most 1000"),
-        ("POST", "/search", {"json": {"query": MILLION}}, 422, "at most 8192"),
         ("POST", "/search", {"json": {"queries": ["a"] * 4097}}, 422, "at most 4096"),
         ("POST", "/search", {"json": {"queries": ["a"] * 1000, "k": 66}}, 422, "at most 65536"),
         ("POST", "/search", {"json": {"query": "a", "method": "bm25"}}, 422, "no word index"),
         ("POST", "/search", {"json": {"query": "a", "filter": {"x": {"gt": 1, "lt": "b"}}}}, 422, "filter"),
         ("POST", "/search", {"json": {"queries": [1, 2]}}, 422, "queries.0: "),
-        ("POST", "/retrieve", {"json": {"queries": ["a"], "topk": 0}}, 422, "topk"),
-        ("POST", "/retrieve", {"json": {"queries": ["a"], "topk": -1}}, 422, "topk"),
-        ("POST", "/retrieve", {"json": {"queries": ["a"], "topk": 10**9}}, 422, "at most 1000"),
-        ("POST", "/retrieve", {"json": {"queries": [MILLION]}}, 422, "at most 8192"),
         ("POST", "/retrieve", {"json": {"queries": "a"}}, 422, "queries"),
         ("POST", "/retrieve", {"json": {}}, 422, "queries"),
-        ("POST", "/retrieve", {"json": []}, 422, "request"),
         ("GET", "/api/search", {}, 422, "query"),
-        ("GET", "/api/search", {"params": {"query": "a", "k": "many"}}, 422, "k: "),
-        ("GET", "/api/search", {"params": {"query": "a", "k": 0}}, 422, "k: "),
-        ("GET", "/api/search", {"params": {"query": "a", "k": -1}}, 422, "k: "),
-        ("GET", "/api/search", {"params": {"query": "a", "k": 10**9}}, 422, "at most 1000"),
-        ("GET", "/api/search", {"params": {"query": MILLION[:20_000]}}, 422, "at most 8192"),
         ("POST", "/passages", {"json": {"passages": []}}, 422, "passages"),
         ("POST", "/passages", {"json": {"passages": [{"id": "a0", "text": "x"}]}}, 422, "'a0' already"),
         ("DELETE", "/passages", {"json": {"ids": ["nowhere"]}}, 422, "'nowhere'"),
-        ("POST", "/search", {"content": b"{", "headers": {"Content-Type": "application/json"}}, 400, "JSON"),
-        (
-            "POST",
-            "/search",
-            {"content": b"\xff", "headers": {"Content-Type": "application/json"}},
-            400,
-            "JSON",
-        ),
-        ("POST", "/search", {"content": b"", "headers": {"Content-Type": "application/json"}}, 400, "JSON"),
-        ("POST", "/search", {"content": b'{"query": "a"}'}, 415, "Content-Type"),
-        ("POST", "/search", {"data": {"query": "a"}}, 415, "Content-Type"),
         ("GET", "/search", {}, 405, "Method Not Allowed"),
         ("GET", "/nowhere", {}, 404, "Not Found"),
         ("GET", "/search/", {}, 404, "Not Found"),
@@ -225,12 +197,82 @@ MILLION = "x" * 1_000_000
 def test_what_makes_no_sense_is_refused_with_a_reason(
     method: str, path: str, request_: dict[str, Any], status: int, told: str
 ) -> None:
-    reply = ask(method, path, **request_)
+    assert_refused(ask(method, path, **request_), status, told)
+
+
+def assert_refused(reply: httpx.Response, status: int, told: str) -> None:
     assert reply.status_code == status
     body = reply.json()
     assert set(body) == {"error", "detail"}
     assert told in body["detail"]
     assert len(body["detail"]) < 500
+
+
+DIALECTS = ["/search", "/retrieve", "one query to /retrieve", "/api/search"]
+
+
+def question(dialect: str, query: str, k: Any) -> dict[str, Any]:
+    """A request with one query for k passages."""
+    match dialect:
+        case "/search":
+            return {"method": "POST", "url": "/search", "json": {"queries": [query], "k": k}}
+        case "/retrieve":
+            return {"method": "POST", "url": "/retrieve", "json": {"queries": [query], "topk": k}}
+        case "one query to /retrieve":
+            return {"method": "POST", "url": "/retrieve", "json": {"query": query, "topk": k}}
+    return {"method": "GET", "url": f"/api/search?query={query}&k={k}"}
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_numbers_and_queries_that_make_no_sense_are_refused_in_every_dialect(dialect: str) -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        for k in (0, -1, -(10**30), "many", 1.5, True, "", [3]):
+            assert_refused(await client.request(**question(dialect, "a", k)), 422, "k: ")
+        assert_refused(await client.request(**question(dialect, "a", 10**9)), 422, "at most 1000")
+        # An address that long is refused before it comes here.
+        long = "x" * (60_000 if dialect == "/api/search" else 1_000_000)
+        assert_refused(await client.request(**question(dialect, long, 3)), 422, "at most 8192")
+        assert engine.searches == []
+        assert (await client.request(**question(dialect, "a", 3))).status_code == 200
+
+    with_server(scenario)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/search"), ("POST", "/retrieve"), ("POST", "/passages"), ("DELETE", "/passages")],
+)
+def test_bodies_that_make_no_sense_are_refused_by_every_route(method: str, path: str) -> None:
+    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+        json_ = {"Content-Type": "application/json"}
+        for content in (
+            b"",
+            b"{",
+            b"\xff",
+            b"{'query': 1}",
+            b'{"query": "a"} and more',
+            b'{"query": NaN}'[:-4],
+        ):
+            assert_refused(await client.request(method, path, content=content, headers=json_), 400, "JSON")
+        for content in (
+            b"[]",
+            b"null",
+            b"17",
+            b'"query"',
+            b"{}",
+            b'{"queries": {}}',
+            b'{"passages": 1, "ids": 1}',
+        ):
+            assert_refused(await client.request(method, path, content=content, headers=json_), 422, ": ")
+        too_long = b'{"query": "' + b"x" * 8 * 2**20 + b'"}'
+        assert_refused(await client.request(method, path, content=too_long, headers=json_), 413, "8,388,608")
+        for headers in ({}, {"Content-Type": "text/plain"}):
+            reply = await client.request(method, path, content=b'{"query": "a"}', headers=headers)
+            assert_refused(reply, 415, "Content-Type")
+        assert engine.searches == []
+        assert (await client.get("/info")).json()["engine"]["count"] == 6
+
+    with_server(scenario)
 
 
 def test_failure_of_the_server_is_not_told_but_counted() -> None:
