@@ -52,7 +52,6 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS)
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--die-at", type=int)
     arguments = parser.parse_args()
@@ -65,7 +64,7 @@ def main() -> None:
         arguments.out,
         EncoderSpec("hash"),
         workers=arguments.workers,
-        shard_rows=arguments.shard_rows,
+        shard_rows=SHARD_ROWS,
         load_encoder=load_slow_encoder if arguments.slow else load_hash_encoder,
     )
 
