@@ -60,9 +60,9 @@ def measure(way: Way, passages: Sequence[Passage]) -> Ratio:
     """Both sides have loaded their model and encoded everything once before it counts."""
     from sentence_transformers import SentenceTransformer
 
-    from retriever_service.encoder import _bundled_model
+    from retriever_service.encoder import bundled_model
 
-    plain = SentenceTransformer(_bundled_model(), device="cpu")
+    plain = SentenceTransformer(bundled_model(), device="cpu")
     texts = [passage_text(passage) for passage in passages]
     parts = [passages[first :: way.workers] for first in range(way.workers)]
     spec = EncoderSpec(dtype=way.dtype)

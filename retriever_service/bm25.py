@@ -40,7 +40,7 @@ import pyarrow as pa
 from retriever_service.corpus import Passage
 from retriever_service.encoder import passage_text
 from retriever_service.errors import RetrieverError
-from retriever_service.files import check_disk, fsync, write_json
+from retriever_service.files import check_disk, fsync, telling_of_room, write_json
 from retriever_service.ranked import NO_ROW, NO_SCORE, Ranked
 
 K1, B = 0.9, 0.4
@@ -55,7 +55,7 @@ _BYTES_PER_POSTING = 8
 def build_bm25(passages: Iterable[Passage], out_dir: Path) -> None:
     """Build the word index of a corpus, whose rows are numbered in the order of `passages`.
 
-    Memory: 4 bytes per word, and about 30 for every different word of every passage.
+    Memory: 4 bytes per word, and about 30 for every different word of every passage; `planner` predicts it.
 
     Raises:
         RetrieverError: `out_dir` exists, there are no passages, or the disk has too little room.
@@ -68,8 +68,6 @@ def build_bm25(passages: Iterable[Passage], out_dir: Path) -> None:
     partial.mkdir()
     try:
         _write(_Tokens.of(passages), partial)
-        for path in (*partial.iterdir(), partial):
-            fsync(path)
         os.replace(partial, out_dir)
         fsync(out_dir.parent)
     finally:
@@ -85,17 +83,24 @@ def _write(tokens: _Tokens, directory: Path) -> None:
     # scipy's choice of type depends on the size; one type means one compiled search.
     index.scores["indptr"] = index.scores["indptr"].astype(np.int64)
     check_disk(directory, _BYTES_PER_POSTING * len(index.scores["data"]), "the word index")
-    index.save(directory, show_progress=False)
     terms = pa.record_batch({"term": pa.array(list(tokens.vocab), pa.string())})
-    with pa.OSFile(str(directory / TERMS_FILE), "wb") as file, pa.ipc.new_file(file, terms.schema) as writer:
-        writer.write_batch(terms)
+    with telling_of_room(directory):
+        index.save(directory, show_progress=False)
+        with (
+            pa.OSFile(str(directory / TERMS_FILE), "wb") as file,
+            pa.ipc.new_file(file, terms.schema) as writer,
+        ):
+            writer.write_batch(terms)
+        for path in directory.iterdir():
+            fsync(path)
     write_json(directory / ABOUT_FILE, _ABOUT)
+    fsync(directory)
 
 
 class Bm25:
     """Searches a word index; a `FirstStage`. Use one instance from one thread at a time.
 
-    The first search, and the first with `allowed`, compile for a few seconds.
+    The first search of a process, and the first with `allowed`, compile for a few seconds; `warm_up` does it before.
     """
 
     def __init__(self, index: Any, terms: pa.StringArray, num_threads: int) -> None:
@@ -135,6 +140,12 @@ class Bm25:
             raise RetrieverError(f"{directory}: the files of this word index do not belong together; {mend}")
         index.unique_token_ids_set = range(len(terms))  # what bm25s takes query terms for known by
         return cls(index, terms, num_threads or len(os.sched_getaffinity(0)))
+
+    def warm_up(self) -> None:
+        """Compile whatever searches will need."""
+        if len(self._terms):
+            for weights in (None, np.ones(self.count, np.float32)):
+                self._retrieve([[0]], 1, weights)
 
     def search(self, queries: Sequence[str], depth: int, allowed: npt.NDArray[np.bool_] | None) -> Ranked:
         """The best `depth` rows of each query among the allowed ones; see `ranked.FirstStage`."""

@@ -7,17 +7,18 @@ Guarantees:
 - the whole corpus is read and checked, and the sizes are compared with what the machine has, before anything
   expensive;
 - an existing index is never overwritten: the same corpus, encoder and factory reuse it, others are refused;
+- what earlier runs left, vectors and parts of the index, is compared with its checksums before it is used;
 - memory stays within the bound, whatever the corpus: vectors are read from files by slices, and the index is
   written by segments that fit.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,15 @@ from retriever_service.dense import VectorSearch
 from retriever_service.encode import Progress, encode_corpus
 from retriever_service.encoder import Encoder, EncoderSpec, LoadEncoder, Vectors
 from retriever_service.errors import RetrieverError
-from retriever_service.files import exclusive, fsync, record_file, write_json, writing
+from retriever_service.files import (
+    FileRecord,
+    check_contents,
+    exclusive,
+    fsync,
+    record_file,
+    write_json,
+    writing,
+)
 from retriever_service.filling import fill
 from retriever_service.index import (
     FLAT,
@@ -45,6 +54,7 @@ from retriever_service.index import (
     files_below,
     open_index,
     read_segment,
+    verify_checksums,
     write_manifest,
     write_segment,
 )
@@ -52,13 +62,13 @@ from retriever_service.index_size import empty_index
 from retriever_service.planner import check_fits, plan_index
 from retriever_service.ranked import Rows
 from retriever_service.tuning import Tunable, draw_sample, tune
-from retriever_service.vectors import VectorStore
+from retriever_service.vectors import VectorStore, read_record
 
 logger = logging.getLogger(__name__)
 
 TARGET_RECALL = 0.95
 _RECALL_AT = 10
-_JOB_FILE, _TRAINED_FILE = "job.json", "trained.faiss"
+_JOB_FILE, _TRAINED_FILE, _INDEX_DIR = "job.json", "trained.faiss", "index"
 
 
 def build_index(
@@ -104,7 +114,8 @@ def build_index(
             on_progress=on_progress,
             load_encoder=load_encoder,
         )
-        return _build(store, work, out, factory, memory_bytes, bm25, target_recall, seed)
+        # Encoding has compared its shards with their checksums already.
+        return _build(store, work, out, factory, memory_bytes, bm25, target_recall, seed, verify=False)
 
 
 def build_from_vectors(
@@ -124,7 +135,8 @@ def build_from_vectors(
             `seed`.
         memory_bytes: most resident memory of this process while it builds; None for what the machine has free.
             The smaller, the more segments.
-        bm25: build a word index too, for the search methods `bm25` and `hybrid`.
+        bm25: build a word index too, for the search methods `bm25` and `hybrid`. It is built in one piece: its memory
+            grows with the corpus, and a bound below that is refused.
         target_recall: of an approximate index: the share of the exact top 10 that `nprobe` or `efSearch` is tuned
             to find. What was measured goes into the manifest.
 
@@ -136,7 +148,7 @@ def build_from_vectors(
     if (out / MANIFEST_FILE).exists():
         raise RetrieverError(f"{out} holds an index already; name another directory or remove it")
     with _workshop(out) as work:
-        return _build(store, work, out, factory, memory_bytes, bm25, target_recall, seed)
+        return _build(store, work, out, factory, memory_bytes, bm25, target_recall, seed, verify=True)
 
 
 def _build(
@@ -148,6 +160,8 @@ def _build(
     bm25: bool,
     target_recall: float,
     seed: int,
+    *,
+    verify: bool,
 ) -> Manifest:
     given = store.manifest
     plan = plan_index(
@@ -157,9 +171,12 @@ def _build(
         memory_bytes=memory_bytes,
         passage_bytes=given.passages.bytes / given.count,
         has_vectors=True,
+        bm25=bm25,
     )
     check_fits(plan, out, memory_bytes)
-    directory = work / "index"
+    if verify:
+        store.verify()
+    directory = work / _INDEX_DIR
     directory.mkdir(exist_ok=True)
     _check_job(
         work / _JOB_FILE,
@@ -172,14 +189,12 @@ def _build(
             "seed": seed,
         },
     )
-    empty = _trained(store, factory, plan.training_rows, work / _TRAINED_FILE, seed)
-    segments = _fill_segments(store, directory, factory, empty, plan.segments)
+    empty = _trained(store, factory, plan.training_rows, work, seed)
+    segments, files = _fill_segments(store, work, factory, empty, plan.segments)
     words = "bm25-0" if bm25 else None
-    if words is not None and not (directory / words).exists():
-        build_bm25(store.corpus, directory / words)
+    if words is not None:
+        files |= _once(work, directory, words, lambda: build_bm25(store.corpus, directory / words))
     search_parameters, recall = _tune(store, directory, segments, target_recall, seed)
-    names = [name for segment in segments for name in (segment.index_file, segment.passages_file)]
-    names += files_below(directory, words) if words else []
     manifest = Manifest(
         version=FORMAT_VERSION,
         generation=0,
@@ -198,7 +213,7 @@ def _build(
         tombstones=None,
         bm25=words,
         recall=recall,
-        files={name: record_file(directory / name) for name in names},
+        files=files,
     )
     write_manifest(manifest, directory)
     if out.exists():
@@ -209,41 +224,76 @@ def _build(
     return manifest
 
 
-def _trained(store: VectorStore, factory: str, num_rows: int, file: Path, seed: int) -> faiss.Index:
-    """An empty index, trained on `num_rows` where its kind needs that; kept in `file` for whoever goes on."""
+def _once(work: Path, root: Path, name: str, make: Callable[[], object]) -> dict[str, FileRecord]:
+    """Make a file or directory of `root`, or take up what a build that was cut off has made of it.
+
+    Returns:
+        Its files, by their paths within `root`.
+
+    Raises:
+        RetrieverError: it was changed since it was made.
+    """
+    mend = f"remove {work} and build again"
+    record = work / f"{name.replace('/', '-')}.json"
+    path = root / name
+    if not record.exists():
+        if path.is_dir():
+            shutil.rmtree(path)
+        make()
+        names = files_below(root, name) if path.is_dir() else [name]
+        made = {file: record_file(root / file) for file in names}
+        write_json(record, {file: dataclasses.asdict(it) for file, it in made.items()})
+        return made
+    left = read_record(record, dict[str, FileRecord], mend)
+    for file, it in left.items():
+        check_contents(root / file, it, mend)
+    return left
+
+
+def _trained(store: VectorStore, factory: str, num_rows: int, work: Path, seed: int) -> faiss.Index:
+    """An empty index, trained on `num_rows` where its kind needs that; kept for whoever goes on."""
     index: faiss.Index = empty_index(factory, store.manifest.dimension)
     if index.is_trained:
         return index
-    if not file.exists():
+
+    def train() -> None:
         count = store.manifest.count
         rows = np.random.default_rng(seed).choice(count, num_rows, replace=False, shuffle=False)
         try:
             index.train(store.sample(np.sort(rows)))
         except RuntimeError as error:
             raise RetrieverError(f"the index cannot be trained on {len(rows)} passages: {error}") from error
-        with writing(file) as target:
-            target.write(faiss.serialize_index(index).tobytes())
+        with writing(work / _TRAINED_FILE) as file:
+            file.write(faiss.serialize_index(index).tobytes())
+
+    _once(work, work, _TRAINED_FILE, train)
     # Also where it was just trained: the index that goes on is then the same one with and without a kill.
-    return faiss.read_index(str(file))
+    return faiss.read_index(str(work / _TRAINED_FILE))
 
 
 def _fill_segments(
-    store: VectorStore, directory: Path, factory: str, empty: faiss.Index, counts: Sequence[int]
-) -> tuple[Segment, ...]:
-    segments, start = [], 0
+    store: VectorStore, work: Path, factory: str, empty: faiss.Index, counts: Sequence[int]
+) -> tuple[tuple[Segment, ...], dict[str, FileRecord]]:
+    """The segments and their files."""
+    directory = work / _INDEX_DIR
+    segments: list[Segment] = []
+    files: dict[str, FileRecord] = {}
+    start = 0
     for number, count in enumerate(counts):
-        segment = Segment(f"segments/{number:04d}", count, factory)
-        # A directory with its final name is whole.
-        if not (directory / segment.name).exists():
+
+        def fill_segment(number: int = number, count: int = count, start: int = start) -> None:
             index = faiss.clone_index(empty)
             fill(index, partial(_read_behind, store, start), count)
             write_segment(
                 directory, number, index, factory, partial(store.corpus.write_rows, start, start + count)
             )
             logger.info(f"segment {number + 1} of {len(counts)}: {count} passages")
+
+        segment = Segment(f"segments/{number:04d}", count, factory)
+        files |= _once(work, directory, segment.name, fill_segment)
         segments.append(segment)
         start += count
-    return tuple(segments)
+    return tuple(segments), files
 
 
 def _read_behind(store: VectorStore, offset: int, start: int, stop: int) -> Vectors:
@@ -284,6 +334,7 @@ def _reuse(
 ) -> Manifest:
     """The manifest of the existing index if it is the one asked for."""
     manifest = open_index(out).manifest
+    verify_checksums(out)
     reader = CorpusReader(corpus_sources)
     for _ in reader:
         pass
@@ -329,7 +380,7 @@ def _check_job(file: Path, job: dict[str, Any]) -> None:
     if not file.exists():
         write_json(file, job)
         return
-    begun = json.loads(file.read_text(encoding="utf-8"))
+    begun = read_record(file, dict[str, Any], f"remove {file.parent} and build again")
     if differing := [
         f"{key} {begun.get(key)!r} -> {value!r}" for key, value in job.items() if begun.get(key) != value
     ]:

@@ -36,9 +36,11 @@ from typer.core import TyperGroup
 from retriever_service.encoder import EncoderSpec, WeightsDtype
 from retriever_service.errors import RetrieverError
 from retriever_service.search import Hit, Method, SearchEngine, SearchOptions
+from retriever_service.service.settings import ServerSettings
 from retriever_service.vectors import StoreDtype
 
 TOKEN_VARIABLE = "EXSEARCH_TOKEN"
+_SERVING = ServerSettings()
 _PROBED_PASSAGES = 256
 _RUN_DEPTH = 100
 
@@ -221,6 +223,9 @@ def plan(
         typer.Option("--corpus", help="Take the length of passages from here, and time encoding."),
     ] = None,
     encoder: EncoderName = "minilm",
+    bm25: Annotated[
+        bool, typer.Option("--bm25", help="With a word index: its memory and disk, not its time.")
+    ] = False,
     memory: Memory = None,
     out: Annotated[Path, typer.Option("--out", help="Where it would be built.")] = Path(),
     as_json: AsJson = False,
@@ -241,6 +246,7 @@ def plan(
         dimension,
         factory,
         memory_bytes=memory,
+        bm25=bm25,
         passage_bytes=sum(len(passage_text(p).encode()) for p in sample) / len(sample)
         if sample
         else PASSAGE_BYTES,
@@ -275,6 +281,8 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Search an index."""
+    if not query.strip():
+        raise RetrieverError("the query is empty; say what to look for")
     engine = SearchEngine.open(index, search_parameters=search_parameters, reranker=rerank)
     options = SearchOptions(method, candidates if rerank else 0, _filter(where), distinct=distinct)
     (hits,) = engine.search([query], k, options)
@@ -336,8 +344,8 @@ def evaluate(
 @app.command()
 def serve(
     index: IndexDir,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = _SERVING.host,
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = _SERVING.port,
     device: Device = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads (default: all).")] = None,
     processes: Annotated[
@@ -348,17 +356,27 @@ def serve(
     ] = None,
     search_parameters: SearchParameters = "",
     rerank: Reranker = None,
-    max_batch: Annotated[int, typer.Option(help="Most queries encoded at once.")] = 128,
-    max_waiting: Annotated[int, typer.Option(help="Queries that may wait; beyond it: 429.")] = 4_096,
-    deadline: Annotated[float, typer.Option(help="Seconds after which a search is given up: 504.")] = 30.0,
-    read_only: Annotated[bool, typer.Option("--read-only", help="No additions or deletions.")] = False,
+    max_batch: Annotated[int, typer.Option(help="Most queries encoded at once.")] = _SERVING.max_batch,
+    max_waiting: Annotated[
+        int, typer.Option(help="Queries that may wait; beyond it: 429.")
+    ] = _SERVING.max_waiting,
+    deadline: Annotated[
+        float, typer.Option(help="Seconds after which a search is given up: 504.")
+    ] = _SERVING.deadline_s,
+    read_only: Annotated[
+        bool, typer.Option("--read-only", help="No additions or deletions.")
+    ] = _SERVING.read_only,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte and compare checksums first.")
+    ] = False,
 ) -> None:
     """Serve an index over HTTP, also in the forms of Search-R1 and of the original EXSEARCH.
 
     A bearer token is asked for if the environment variable EXSEARCH_TOKEN is set.
     """
+    from retriever_service.index import verify_checksums
     from retriever_service.service.engine_processes import engine_opener
-    from retriever_service.service.lifecycle import ServerSettings
+    from retriever_service.service.server import Engine
     from retriever_service.service.server import serve as run
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -380,7 +398,13 @@ def serve(
         search_parameters=search_parameters,
         reranker=rerank,
     )
-    run(settings, open_engine, on_listening=lambda url: _say(f"serving {index} at {url} (Ctrl-C to stop)"))
+
+    def open_checked() -> Engine:
+        if verify:
+            verify_checksums(index)
+        return open_engine()
+
+    run(settings, open_checked, on_listening=lambda url: _say(f"serving {index} at {url} (Ctrl-C to stop)"))
 
 
 @app.command()
@@ -389,7 +413,10 @@ def add(
     corpus: CorpusSources,
     as_json: AsJson = False,
 ) -> None:
-    """Add passages to an index without building it again; servers of it take them up."""
+    """Add passages to an index without building it again; servers of it take them up.
+
+    Reads the whole index first, and leaves a damaged one alone.
+    """
     from retriever_service.corpus import read_corpus
     from retriever_service.encoder import Encoder
     from retriever_service.index import read_manifest
@@ -397,7 +424,7 @@ def add(
 
     passages = list(read_corpus(corpus))
     encoder = Encoder.load(read_manifest(index).encoder)
-    manifest = add_passages(index, passages, encoder)
+    manifest = add_passages(index, passages, encoder, verify=True)
     _report_update(index, manifest.num_passages, {"added": len(passages)}, as_json)
 
 
@@ -407,10 +434,13 @@ def delete(
     ids: Annotated[list[str], typer.Argument(help="Ids of passages.")],
     as_json: AsJson = False,
 ) -> None:
-    """Delete passages from an index without building it again; servers of it leave them out."""
+    """Delete passages from an index without building it again; servers of it leave them out.
+
+    Reads the whole index first, and leaves a damaged one alone.
+    """
     from retriever_service.updates import delete_passages
 
-    manifest = delete_passages(index, ids)
+    manifest = delete_passages(index, ids, verify=True)
     _report_update(index, manifest.num_passages, {"deleted": len(ids)}, as_json)
 
 

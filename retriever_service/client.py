@@ -70,8 +70,8 @@ class RetrieverHttpClient:
         url: of the server, without a path: "http://127.0.0.1:8000".
         dialect: `native` for our own server; `search-r1` for a server of that contract, which knows a query and
             k only, and whose documents may have no ids: such a passage has an empty one.
-        timeout_s: an attempt is given up after so many seconds; a blocking one, when nothing has come or gone
-            for so long.
+        timeout_s: an attempt is given up after so many seconds. A blocking one may take longer by as much again
+            while it connects, while it sends, and while it waits for the head of the reply: each has its own.
         max_attempts: attempts per search.
         backoff_s: mean pause before the second attempt, in seconds; it doubles with each further one and is
             drawn between half and one and a half of that, so that clients do not return all at once. If the
@@ -183,8 +183,26 @@ class RetrieverHttpClient:
         for attempt in self._attempts():
             time.sleep(attempt.pause_s)
             with attempt:
-                attempt.reply = self._judge(self._blocking.request(method, path, json=body))
+                attempt.reply = self._judge(self._request(self._blocking, method, path, body))
         return attempt.reply
+
+    def _request(
+        self, client: httpx.Client, method: str, path: str, body: dict[str, Any] | None
+    ) -> httpx.Response:
+        """As `client.request`, whose timeout begins anew with every piece of a reply that trickles in."""
+        give_up = time.monotonic() + self._timeout_s
+        with client.stream(method, path, json=body) as response:
+            content = bytearray()
+            for piece in response.iter_raw():
+                content += piece
+                if time.monotonic() > give_up:
+                    raise TimeoutError(f"the reply was not whole after {self._timeout_s} s")
+            return httpx.Response(
+                response.status_code,
+                headers=response.headers,
+                content=bytes(content),
+                request=response.request,
+            )
 
     def _attempts(self) -> Iterator[_Attempt]:
         """Attempts until one of them succeeds.

@@ -170,10 +170,15 @@ def _read_records(source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise RetrieverError(
             f"corpus {source} does not exist; relative paths begin at data.root, or at the working directory"
         )
-    return _read_jsonl(path)
+    return read_jsonl(path)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(line number from 1, object) pairs of a JSON Lines file, which may be compressed; blank lines are skipped.
+
+    Raises:
+        RetrieverError: while iterating, at the first mistake; names file and line.
+    """
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:

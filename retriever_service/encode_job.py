@@ -31,6 +31,7 @@ from retriever_service.files import (
     check_size,
     exclusive,
     record_file,
+    write_array,
     write_json,
     writing,
 )
@@ -141,8 +142,7 @@ def _begin(
         job = Job(out, begun)
         if asked.passages != begun.passages:
             check_contents(out / PASSAGES_FILE, begun.passages, MEND)
-        if not (out / MANIFEST_FILE).exists():
-            _check_finished(job)
+        _check_finished(job)
     rows = sum(len(job.rows(number)) for number in pending_shards(job))
     check_disk(out, rows * job.contents.row_bytes, f"encoding {rows:,} passages")
     if begun is None:
@@ -208,10 +208,7 @@ def encode_shard(
         raise RetrieverError(f"vectors of {contents.encoder.model} do not fit {contents.dtype}; use float32")
     vectors_file, record = job.files(number)
     with writing(vectors_file) as file:
-        # Not numpy.save: its writing tells of a full disk without saying so (no errno).
-        description = np.lib.format.header_data_from_array_1_0(vectors)  # type: ignore[no-untyped-call]
-        np.lib.format.write_array_header_1_0(file, description)  # type: ignore[no-untyped-call]
-        file.write(vectors.data)
+        write_array(file, vectors)
     shard = Shard(vectors_file.name, rows.start, len(rows), record_file(vectors_file))
     write_json(record, dataclasses.asdict(shard))
     return shard

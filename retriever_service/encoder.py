@@ -11,9 +11,7 @@ Guarantees:
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +26,7 @@ import numpy.typing as npt
 from retriever_service.corpus import Passage
 from retriever_service.errors import RetrieverError
 from retriever_service.token_batches import of_like_length, of_like_size
+from retriever_service.transformer import PAD_TO_MULTIPLE, fingerprint, token_limit
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -46,8 +45,6 @@ WINDOW_PASSAGES = 4_096
 _CPU_QUERIES, _GPU_BATCH = 32, 256
 _CPU_BATCH_TOKENS = 4_096
 _TOKENIZER_SLICE = 256
-_PAD_TO_MULTIPLE = 8
-_TOKENIZER_PROBE = "Probe \u00c9t\u00e9 42nd-street (naive)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +118,14 @@ class Encoder:
 
     def __init__(self, model: SentenceTransformer, spec: EncoderSpec) -> None:
         self.spec = spec
-        self.fingerprint = _fingerprint(model, spec)
+        self.fingerprint = fingerprint(
+            model,
+            {
+                "modules": [(type(module).__name__, "+".join(_pooling_modes(module))) for module in model],
+                "passage_template": PASSAGE_TEMPLATE,
+                "use": dataclasses.asdict(spec) | {"model": ""},
+            },
+        )
         dimension = model.get_embedding_dimension()
         if dimension is None:
             raise RetrieverError(f"encoder {spec.model}: sentence-transformers does not know its vector size")
@@ -146,7 +150,7 @@ class Encoder:
             raise RetrieverError(f"the encoder cannot run on {device!r}: torch finds no GPU; use 'cpu'")
         if spec.dtype is None:
             spec = dataclasses.replace(spec, dtype=_fast_dtype(device))
-        path = _bundled_model() if spec.model == BUNDLED_MODEL else spec.model
+        path = bundled_model() if spec.model == BUNDLED_MODEL else spec.model
         if Path(path).is_dir():
             transformers_logging.disable_progress_bar()  # a bar is for downloads
         try:
@@ -172,8 +176,8 @@ class Encoder:
         prefix = self.spec.query_prefix or ""
         batches = [list(range(len(queries)))]
         if self._on_cpu:
-            batches = of_like_length(self._num_tokens(queries, prefix), _PAD_TO_MULTIPLE, _CPU_QUERIES)
-        return self._encode(queries, prefix, batches, pad_to=_PAD_TO_MULTIPLE)
+            batches = of_like_length(self._num_tokens(queries, prefix), PAD_TO_MULTIPLE, _CPU_QUERIES)
+        return self._encode(queries, prefix, batches, pad_to=PAD_TO_MULTIPLE)
 
     def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
         """Vectors in the order of the passages, by windows of `WINDOW_PASSAGES`; batches are of like length."""
@@ -184,7 +188,7 @@ class Encoder:
                 batches = of_like_size(self._num_tokens(texts, prefix), _CPU_BATCH_TOKENS)
                 yield self._encode(texts, prefix, batches, pad_to=1)
             else:
-                yield self._encode(texts, prefix, [list(range(len(texts)))], pad_to=_PAD_TO_MULTIPLE)
+                yield self._encode(texts, prefix, [list(range(len(texts)))], pad_to=PAD_TO_MULTIPLE)
 
     def _num_tokens(self, texts: Sequence[str], prefix: str) -> list[int]:
         lengths: list[int] = []
@@ -225,7 +229,12 @@ def passage_text(passage: Passage) -> str:
     return PASSAGE_TEMPLATE.format(title=passage.title, text=passage.text) if passage.title else passage.text
 
 
-def _bundled_model() -> str:
+def bundled_model() -> str:
+    """The directory of `BUNDLED_MODEL`.
+
+    Raises:
+        RetrieverError: its package is not installed.
+    """
     found = importlib.util.find_spec(_BUNDLED_PACKAGE)
     if found is None or found.origin is None:
         raise RetrieverError(
@@ -254,7 +263,7 @@ def _resolve(spec: EncoderSpec, model: SentenceTransformer) -> EncoderSpec:
         family = _Family(
             "", prompts.get("query") or "", prompts.get("passage") or prompts.get("document") or "", True
         )
-    limit = _token_limit(model)
+    limit = token_limit(model)
     if spec.max_length is not None and not 0 < spec.max_length <= limit:
         raise RetrieverError(
             f"encoder {spec.model}: max_length {spec.max_length}, but it takes 1 to {limit} tokens"
@@ -269,40 +278,6 @@ def _resolve(spec: EncoderSpec, model: SentenceTransformer) -> EncoderSpec:
     )
 
 
-def _token_limit(model: SentenceTransformer) -> int:
-    """The longest input that the position embeddings allow (tokens), padding included."""
-    transformer: Any = model[0]
-    config = transformer.auto_model.config
-    positions = getattr(config, "max_position_embeddings", None) or model.max_seq_length or 512
-    # RoBERTa-like models number their positions from padding_idx + 1.
-    offset = config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "mpnet") else 0
-    limit = int(positions) - offset
-    return limit - limit % _PAD_TO_MULTIPLE
-
-
 def _pooling_modes(module: Any) -> tuple[str, ...]:
     modes = getattr(module, "pooling_mode", ())
     return (modes,) if isinstance(modes, str) else tuple(modes)
-
-
-def _fingerprint(model: SentenceTransformer, spec: EncoderSpec) -> str:
-    """SHA-256 over weights, vocabulary, pooling and the use that the spec makes of them.
-
-    The model's name is left out: a copy in another directory is the same encoder.
-    """
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    tokenizer = model.tokenizer
-    description = {
-        "modules": [(type(module).__name__, "+".join(_pooling_modes(module))) for module in model],
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "probe": tokenizer(_TOKENIZER_PROBE)["input_ids"],
-        "passage_template": PASSAGE_TEMPLATE,
-        "use": dataclasses.asdict(spec) | {"model": ""},
-    }
-    digest.update(json.dumps(description, sort_keys=True).encode())
-    return digest.hexdigest()

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from retriever_service.corpus import _read_jsonl
+from retriever_service.corpus import read_jsonl
 from retriever_service.errors import RetrieverError
 from retriever_service.files import writing
 
@@ -132,7 +132,7 @@ def read_queries(path: str | Path) -> dict[str, str]:
     """
     _check_is_file(path)
     queries: dict[str, str] = {}
-    for number, record in _read_jsonl(Path(path)):
+    for number, record in read_jsonl(Path(path)):
         id_ = record.get("_id", record.get("id"))
         text = record.get("text", record.get("question"))
         if not isinstance(id_, str) or not isinstance(text, str) or not id_ or not text.strip():

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import numpy.typing as npt
+
 from retriever_service.errors import RetrieverError
 
 
@@ -59,7 +62,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name once it is complete and on the disk; a failure leaves nothing of it.
 
     Raises:
-        RetrieverError: the disk is full.
+        RetrieverError: the disk is full, or the file may not grow so large.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -74,6 +77,10 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             raise RetrieverError(
                 f"{path}: the disk is full; make room and run the same command again"
             ) from error
+        if error.errno == errno.EFBIG:
+            raise RetrieverError(
+                f"{path} may not grow so large (ulimit -f); raise the limit and run the same command again"
+            ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -83,6 +90,32 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write strict JSON, whole or not at all."""
     with writing(path) as file:
         file.write((json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def write_array(file: BinaryIO, values: npt.NDArray[Any]) -> None:
+    """Write an array in numpy's format.
+
+    Not by `numpy.save`: its writing tells of a full disk without saying so (no errno).
+    """
+    description = np.lib.format.header_data_from_array_1_0(values)  # type: ignore[no-untyped-call]
+    np.lib.format.write_array_header_1_0(file, description)  # type: ignore[no-untyped-call]
+    file.write(np.ascontiguousarray(values).data)
+
+
+@contextmanager
+def telling_of_room(path: Path) -> Iterator[None]:
+    """Whatever a library raises when it cannot write `path`, as the error of a user who can make room.
+
+    Raises:
+        RetrieverError: says how much room there was.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(path.parent).free
+        raise RetrieverError(
+            f"{path} cannot be written ({error}); {free:,} bytes were free. Make room and run the same again"
+        ) from error
 
 
 def fsync(path: Path) -> None:

@@ -32,7 +32,14 @@ import numpy as np
 from retriever_service.corpus import Corpus
 from retriever_service.encoder import EncoderSpec, TextEncoder
 from retriever_service.errors import RetrieverError
-from retriever_service.files import FileRecord, check_contents, check_size, fsync, write_json
+from retriever_service.files import (
+    FileRecord,
+    check_contents,
+    check_size,
+    fsync,
+    telling_of_room,
+    write_json,
+)
 from retriever_service.ranked import Mask
 
 FORMAT_VERSION = 2
@@ -41,7 +48,8 @@ INDEX_FILE, PASSAGES_FILE = "index.faiss", "passages.arrow"
 METRIC = "inner_product"
 FLAT = "Flat"
 """FAISS's exact index."""
-_MEND = "build the index again"
+MEND = "build the index again"
+_BLOCK_BYTES = 1 << 20
 _OPEN_ATTEMPTS = 5
 
 
@@ -132,7 +140,7 @@ def read_manifest(index_dir: str | Path) -> Manifest:
         fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if fields["version"] != FORMAT_VERSION:
             raise RetrieverError(
-                f"{path}: index format {fields['version']}, this program reads {FORMAT_VERSION}; {_MEND}"
+                f"{path}: index format {fields['version']}, this program reads {FORMAT_VERSION}; {MEND}"
             )
         fields["encoder"] = EncoderSpec(**fields["encoder"])
         fields["corpus_sources"] = tuple(fields["corpus_sources"])
@@ -145,7 +153,7 @@ def read_manifest(index_dir: str | Path) -> Manifest:
             f"{index_dir} is not a built index (no readable {MANIFEST_FILE}); build one, or name another"
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise RetrieverError(f"{path}: damaged manifest ({error!r}); {_MEND}") from error
+        raise RetrieverError(f"{path}: damaged manifest ({error!r}); {MEND}") from error
 
 
 def write_segment(
@@ -159,6 +167,7 @@ def write_segment(
     Raises:
         RetrieverError: the disk is full.
     """
+    library: Any = faiss  # its annotations leave this class out
     segment = Segment(f"segments/{number:04d}", index.ntotal, factory)
     final = index_dir / segment.name
     work = final.with_name(f".{final.name}.tmp")
@@ -166,18 +175,17 @@ def write_segment(
         shutil.rmtree(leftover, ignore_errors=True)
     work.mkdir(parents=True)
     try:
-        faiss.write_index(index, str(work / INDEX_FILE))
-        write_passages(work / PASSAGES_FILE)
-    except (RuntimeError, OSError) as error:
-        free = shutil.disk_usage(work).free
-        shutil.rmtree(work)
-        raise RetrieverError(
-            f"{final} cannot be written ({error}); {free:,} bytes were free. Make room and run the same again"
-        ) from error
-    for path in (*work.iterdir(), work):
-        fsync(path)
-    os.replace(work, final)
-    fsync(final.parent)
+        with telling_of_room(final):
+            # Not by FAISS alone: it goes on if there is no room for the last of its buffers.
+            with open(work / INDEX_FILE, "wb") as file:
+                faiss.write_index(index, library.PyCallbackIOWriter(file.write, _BLOCK_BYTES))
+            write_passages(work / PASSAGES_FILE)
+            for path in (*work.iterdir(), work):
+                fsync(path)
+        os.replace(work, final)
+        fsync(final.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     return segment
 
 
@@ -225,7 +233,7 @@ def open_index(index_dir: str | Path) -> OpenIndex:
 
 def _open(directory: Path, manifest: Manifest) -> OpenIndex:
     for name, record in manifest.files.items():
-        check_size(directory / name, record, _MEND)
+        check_size(directory / name, record, MEND)
     segments = []
     for segment in manifest.segments:
         path = directory / segment.index_file
@@ -233,13 +241,13 @@ def _open(directory: Path, manifest: Manifest) -> OpenIndex:
         if (opened.ntotal, opened.d) != (segment.count, manifest.dimension):
             raise RetrieverError(
                 f"{path}: {opened.ntotal} vectors of {opened.d} dimensions, but the manifest says {segment.count} "
-                f"of {manifest.dimension}; {_MEND}"
+                f"of {manifest.dimension}; {MEND}"
             )
         segments.append(opened)
     corpus = Corpus(*(directory / segment.passages_file for segment in manifest.segments))
     if len(corpus) != manifest.count or manifest.count != sum(s.count for s in manifest.segments):
         raise RetrieverError(
-            f"{directory}: {len(corpus)} passages, but the manifest says {manifest.count}; {_MEND}"
+            f"{directory}: {len(corpus)} passages, but the manifest says {manifest.count}; {MEND}"
         )
     return OpenIndex(directory, manifest, tuple(segments), corpus, _alive(directory, manifest))
 
@@ -254,7 +262,7 @@ def read_segment(index_file: Path) -> faiss.Index:
         # The older IO_FLAG_MMAP silently reads Flat and HNSW indexes into memory.
         return faiss.read_index(str(index_file), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
-        raise RetrieverError(f"{index_file}: FAISS cannot read it ({error}); {_MEND}") from error
+        raise RetrieverError(f"{index_file}: FAISS cannot read it ({error}); {MEND}") from error
 
 
 def _alive(directory: Path, manifest: Manifest) -> Mask | None:
@@ -264,7 +272,7 @@ def _alive(directory: Path, manifest: Manifest) -> Mask | None:
     try:
         alive[np.load(directory / manifest.tombstones, allow_pickle=False)] = False
     except (ValueError, IndexError, EOFError) as error:
-        raise RetrieverError(f"{directory / manifest.tombstones} is damaged ({error}); {_MEND}") from error
+        raise RetrieverError(f"{directory / manifest.tombstones} is damaged ({error}); {MEND}") from error
     return alive
 
 
@@ -275,7 +283,7 @@ def verify_checksums(index_dir: str | Path) -> None:
         RetrieverError: a file was changed since it was written.
     """
     for name, record in read_manifest(index_dir).files.items():
-        check_contents(Path(index_dir) / name, record, _MEND)
+        check_contents(Path(index_dir) / name, record, MEND)
 
 
 def check_encoder(manifest: Manifest, encoder: TextEncoder, index_dir: str | Path) -> None:

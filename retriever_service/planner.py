@@ -38,6 +38,12 @@ _CODEC_TRAINING_ROWS = 100_000
 """FAISS learns codes from at most so many rows, which it copies."""
 _FLOAT = 4
 _STORED_FLOAT = {"float32": 4, "float16": 2}
+_WORDS_ONCE_BYTES = 64 << 20
+"""Of building a word index: numba and SciPy, and the commonest words."""
+_WORDS_PER_PASSAGE, _WORDS_PER_BYTE = 48, 3.0
+"""Memory for every passage, and for every byte of its text. Measured on English text: 2.2 to 2.6 for a byte."""
+_WORDS_DISK_PER_BYTE = 0.9
+"""Of the word index, for every byte of text. Measured: 0.6 to 0.9, less the larger the corpus is."""
 _GPU_SCRATCH_BYTES = 1536 << 20
 """What FAISS takes on each GPU for intermediate results."""
 
@@ -60,6 +66,8 @@ class Request:
     """Disk per passage, of its text; on average."""
     has_vectors: bool
     """The passages are encoded already."""
+    bm25: bool = False
+    """A word index too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +85,10 @@ class Plan:
     vectors_bytes: int
     """Encoded passages, as the build reads them."""
     passages_bytes: int
+    words_bytes: int
+    """Of the word index; 0 without one."""
+    words_memory_bytes: int
+    """Peak resident memory while the word index is built, which cannot be done in parts; 0 without one."""
     disk_bytes: int
     """Most that the build puts on the disk."""
     build_memory_bytes: int
@@ -102,6 +114,7 @@ def plan_index(
     store_dtype: StoreDtype = "float32",
     passage_bytes: float = PASSAGE_BYTES,
     has_vectors: bool = False,
+    bm25: bool = False,
     calibration: Calibration | None = None,
 ) -> Plan:
     """Predict sizes and times; see `Request` for the arguments, `calibration.calibrate` for times.
@@ -117,7 +130,7 @@ def plan_index(
             f"{count} vectors of {dimension} dimensions within {memory_bytes} bytes cannot be planned; all three "
             "must be at least 1"
         )
-    request = Request(count, dimension, factory, memory_bytes, store_dtype, passage_bytes, has_vectors)
+    request = Request(count, dimension, factory, memory_bytes, store_dtype, passage_bytes, has_vectors, bm25)
     return _plan(request, calibration)
 
 
@@ -135,7 +148,11 @@ def check_fits(plan: Plan, out_dir: str | Path, memory_bytes: int | None = None)
     have = available_memory() if memory_bytes is None else memory_bytes
     if plan.build_memory_bytes > have:
         within = replace(request, memory_bytes=have)
-        if plan.least_memory_bytes <= have:
+        if plan.words_memory_bytes > have:
+            advice = (
+                "so much takes the word index alone, which is built in one piece; build without it (--bm25)"
+            )
+        elif plan.least_memory_bytes <= have:
             bounded = _plan(within)
             advice = f"with a memory bound of {have:,} bytes it is built in {len(bounded.segments)} segments"
         else:
@@ -185,13 +202,18 @@ def _plan(request: Request, calibration: Calibration | None = None) -> Plan:
         )
     training = _training_rows(size, request)
     segments = _segments(size, request)
-    build = max(_training_memory(size, request, training), _filling_memory(size, request, max(segments)))
+    words_memory = _words_memory(request)
+    build = max(
+        words_memory, _training_memory(size, request, training), _filling_memory(size, request, max(segments))
+    )
     least = max(
+        words_memory,
         _training_memory(size, request, _training_rows(size, replace(request, memory_bytes=1))),
         _filling_memory(size, request, math.ceil(count / MOST_SEGMENTS)),
     )
     index_bytes = sum(size.file(rows) for rows in segments)
     passages = round(count * request.passage_bytes)
+    words = round(passages * _WORDS_DISK_PER_BYTE) if request.bm25 else 0
     vectors = count * request.dimension * _STORED_FLOAT[request.store_dtype]
     return Plan(
         request=request,
@@ -201,8 +223,14 @@ def _plan(request: Request, calibration: Calibration | None = None) -> Plan:
         index_bytes=index_bytes,
         vectors_bytes=vectors,
         passages_bytes=passages,
+        words_bytes=words,
+        words_memory_bytes=words_memory,
         # The encoded passages come with a copy of the passages.
-        disk_bytes=index_bytes + size.once + passages + (0 if request.has_vectors else vectors + passages),
+        disk_bytes=index_bytes
+        + size.once
+        + passages
+        + words
+        + (0 if request.has_vectors else vectors + passages),
         build_memory_bytes=build,
         least_memory_bytes=least,
         load_private_bytes=_PROCESS_BYTES + sum(size.private(rows) for rows in segments),
@@ -242,6 +270,14 @@ def _filling_memory(size: IndexSize, request: Request, rows: int) -> int:
     """A segment, and a slice of vectors in its different forms."""
     slices = SLICE_ROWS * _FLOAT * (request.dimension + 2 * size.inner_dimension)
     return _PROCESS_BYTES + slices + size.once + size.building(rows)
+
+
+def _words_memory(request: Request) -> int:
+    """Numbers of words, then their scores, of the whole corpus."""
+    if not request.bm25:
+        return 0
+    each = _WORDS_PER_PASSAGE + _WORDS_PER_BYTE * request.passage_bytes
+    return _PROCESS_BYTES + _WORDS_ONCE_BYTES + round(request.count * each)
 
 
 def _segments(size: IndexSize, request: Request) -> tuple[int, ...]:

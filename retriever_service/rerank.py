@@ -8,8 +8,6 @@ Guarantees:
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from retriever_service.corpus import Passage
-from retriever_service.encoder import _TOKENIZER_PROBE, _token_limit, passage_text
+from retriever_service.encoder import passage_text
 from retriever_service.errors import RetrieverError
+from retriever_service.transformer import fingerprint, token_limit
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder
@@ -35,7 +34,14 @@ class Reranker:
 
     def __init__(self, model: CrossEncoder) -> None:
         self._model = model
-        self.fingerprint = _fingerprint(model)
+        self.fingerprint = fingerprint(
+            model,
+            {
+                "modules": [type(module).__name__ for module in model],
+                "max_length": model.max_seq_length,
+                "prompt": model.prompts.get(model.default_prompt_name),
+            },
+        )
 
     @classmethod
     def open(cls, model: str, device: str = "cpu") -> Reranker:
@@ -67,7 +73,7 @@ class Reranker:
                 "Hugging Face hub, such as cross-encoder/ms-marco-MiniLM-L6-v2"
             ) from error
         _check_is_reranker(loaded, model)
-        limit = _token_limit(loaded)
+        limit = token_limit(loaded)
         loaded.max_seq_length = min(loaded.max_seq_length or limit, limit)
         logger.info(f"re-ranker {model}: up to {loaded.max_seq_length} tokens")
         return cls(loaded)
@@ -97,22 +103,3 @@ def _check_is_reranker(model: CrossEncoder, name: str) -> None:
     # transformers fills a missing head with random numbers, and only warns.
     if len(model) == 1 and not architectures[0].endswith("ForSequenceClassification"):
         raise RetrieverError(f"{name} is a {architectures[0]}, which has no trained score; {mend}")
-
-
-def _fingerprint(model: CrossEncoder) -> str:
-    """SHA-256 over weights, vocabulary, and the use that is made of them; not the name."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    description = {
-        "modules": [type(module).__name__ for module in model],
-        "vocabulary": sorted(model.tokenizer.get_vocab().items()),
-        "probe": model.tokenizer(_TOKENIZER_PROBE)["input_ids"],
-        "max_length": model.max_seq_length,
-        "prompt": model.prompts.get(model.default_prompt_name),
-    }
-    digest.update(json.dumps(description, sort_keys=True).encode())
-    return digest.hexdigest()

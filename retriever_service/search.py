@@ -4,6 +4,7 @@ Guarantees:
 - hits are sorted by score (descending), equal scores by corpus row; a passage comes at most once;
 - `min(k, number of matching passages)` hits, fewer only where an approximate index, or BM25, finds fewer:
   FAISS's placeholder id -1 never becomes a passage;
+- a query of nothing but white space finds nothing, whatever the method;
 - with Flat segments on the CPU, hits and scores do not depend on which other queries are searched at the same
   time;
 - an update that has returned is on disk.
@@ -35,6 +36,7 @@ FUSION_DEPTH = 100
 """Hits of each ranking that a hybrid search fuses, at least."""
 
 CACHED_QUERIES = 100_000
+_WARM_UP = "warm-up"
 Method = Literal["dense", "bm25", "hybrid"]
 
 
@@ -229,14 +231,17 @@ class SearchEngine:
         if not queries:
             return []
         normalised = [normalise_query(query) for query in queries]
+        answerable = [query for query in normalised if query]
+        if not answerable:
+            return [[] for _ in queries]
         allowed = self._allowed(options)
         wanted = max(k, options.rerank) + len(options.exclude)
         # Near-duplicates are few as a rule: so many more, and all over again where that was not enough.
         depth = 2 * wanted if options.distinct else wanted
-        candidates = self._candidates(normalised, depth, allowed, options)
+        candidates = iter(self._candidates(answerable, depth, allowed, options))
         return [
-            self._rerank(query, found[: max(k, options.rerank)], options)[:k]
-            for query, found in zip(normalised, candidates, strict=True)
+            self._rerank(query, next(candidates)[: max(k, options.rerank)], options)[:k] if query else []
+            for query in normalised
         ]
 
     def search_vectors(self, vectors: Vectors, k: int) -> list[list[Hit]]:
@@ -333,7 +338,13 @@ class SearchEngine:
         return [Hit(hits[i].passage, float(scores[i])) for i in order]
 
     def warm_up(self) -> None:
-        pass
+        """Do before the first search what would make it slow: read pages, compile. Counts and keeps nothing."""
+        vectors = self._encoder.encode_queries([_WARM_UP])
+        self._vectors.search(vectors, 1)
+        if self._bm25 is not None:
+            self._bm25.warm_up()
+        if self._reranker is not None:
+            self._reranker.scores([(_WARM_UP, self._index.corpus[0])])
 
     def close(self) -> None:
         """There is nothing to do: files and memory are given back with the object."""

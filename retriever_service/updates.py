@@ -4,7 +4,8 @@ Guarantees:
 - an update is on disk when the function returns, and whole or absent whatever happens before;
 - readers see the state before or the state after, never one between; open ones go on with theirs;
 - one update at a time per index, across processes;
-- an update that cannot be made changes nothing.
+- an update that cannot be made changes nothing;
+- what is copied from old files into new ones is compared with its checksum first: damage does not spread.
 
 Passages that were added are searched exactly: they form Flat segments, whatever the index was built as. Small ones
 are merged, so that there are never many.
@@ -32,15 +33,18 @@ from retriever_service.bm25 import build_bm25
 from retriever_service.corpus import Corpus, Passage, write_passages
 from retriever_service.encoder import TextEncoder
 from retriever_service.errors import RetrieverError
-from retriever_service.files import exclusive, record_file, writing
+from retriever_service.files import check_contents, exclusive, record_file, write_array, writing
 from retriever_service.index import (
     FLAT,
+    MEND,
     Manifest,
     OpenIndex,
     Segment,
     check_encoder,
     files_below,
     open_index,
+    read_manifest,
+    verify_checksums,
     write_manifest,
     write_segment,
 )
@@ -52,16 +56,21 @@ MOST_PASSAGES_WITH_WORDS = 1_000_000
 """Above this an addition to an index with a word index is refused: it would be built anew, for minutes."""
 
 
-def add_passages(index_dir: str | Path, passages: Iterable[Passage], encoder: TextEncoder) -> Manifest:
+def add_passages(
+    index_dir: str | Path, passages: Iterable[Passage], encoder: TextEncoder, *, verify: bool = False
+) -> Manifest:
     """Add passages; the id of a deleted one may come again.
+
+    Args:
+        verify: read every byte of the index first, and leave it alone if it is damaged.
 
     Raises:
         RetrieverError: nothing to add, an id that is there already or comes twice, a passage without text,
-            another encoder, or an index whose word index is too large to be built anew.
+            another encoder, an index whose word index is too large to be built anew, a full disk, or damage.
     """
     new = list(passages)
     _check(new)
-    with _updating(Path(index_dir)) as index:
+    with _updating(Path(index_dir), verify) as index:
         check_encoder(index.manifest, encoder, index_dir)
         if taken := _rows_of(index, [passage.id for passage in new]):
             raise RetrieverError(
@@ -78,15 +87,18 @@ def add_passages(index_dir: str | Path, passages: Iterable[Passage], encoder: Te
         )
 
 
-def delete_passages(index_dir: str | Path, ids: Sequence[str]) -> Manifest:
+def delete_passages(index_dir: str | Path, ids: Sequence[str], *, verify: bool = False) -> Manifest:
     """Delete passages; their rows stay, as tombstones, until the index is built again.
 
+    Args:
+        verify: see `add_passages`.
+
     Raises:
-        RetrieverError: nothing to delete, or an id that is not there.
+        RetrieverError: nothing to delete, an id that is not there, a full disk, or damage.
     """
     if not ids:
         raise RetrieverError("no ids of passages to delete")
-    with _updating(Path(index_dir)) as index:
+    with _updating(Path(index_dir), verify) as index:
         rows = _rows_of(index, ids)
         if missing := [id_ for id_ in ids if id_ not in rows]:
             raise RetrieverError(f"{index_dir} has no passage {missing[0]!r} (of {len(missing)} such ids)")
@@ -111,12 +123,21 @@ def _check(passages: Sequence[Passage]) -> None:
 
 
 @contextmanager
-def _updating(directory: Path) -> Iterator[OpenIndex]:
+def _updating(directory: Path, verify: bool) -> Iterator[OpenIndex]:
     """The index, while nobody else changes it; what an update that was cut off left behind is removed."""
+    if not directory.is_dir():
+        open_index(directory)  # refuses it
     with exclusive(directory / LOCK_FILE):
         index = open_index(directory)
+        if verify:
+            verify_checksums(directory)
         _remove_unused(index.manifest, directory)
-        yield index
+        try:
+            yield index
+        except BaseException:
+            # What was made until then takes room, which may be just what there was too little of.
+            _remove_unused(read_manifest(directory), directory)
+            raise
 
 
 def _rows_of(index: OpenIndex, ids: Sequence[str]) -> dict[str, int]:
@@ -139,7 +160,9 @@ def _append(
     merged: list[faiss.Index] = []
     count = len(passages)
     while kept and kept[-1].factory == FLAT and kept[-1].count <= count:
-        count += kept.pop().count
+        segment = kept.pop()
+        _check_before_copying(index, segment.index_file, segment.passages_file)
+        count += segment.count
         merged.insert(0, index.segments[len(kept)])
     first = sum(segment.count for segment in kept)
     flat = faiss.index_factory(index.manifest.dimension, FLAT, faiss.METRIC_INNER_PRODUCT)
@@ -154,6 +177,11 @@ def _append(
     return (*kept, segment)
 
 
+def _check_before_copying(index: OpenIndex, *names: str) -> None:
+    for name in names:
+        check_contents(index.directory / name, index.manifest.files[name], MEND)
+
+
 def _replace(
     index: OpenIndex, *, segments: tuple[Segment, ...] | None = None, deleted: Sequence[int] = ()
 ) -> Manifest:
@@ -165,9 +193,10 @@ def _replace(
         gone = np.flatnonzero(~index.alive) if index.alive is not None else np.empty(0, np.int64)
         tombstones = f"tombstones-{generation}.npy"
         with writing(directory / tombstones) as file:
-            np.save(file, np.union1d(gone, deleted).astype(np.int64))
+            write_array(file, np.union1d(gone, deleted).astype(np.int64))
     if segments is not None and bm25 is not None:
         bm25 = f"bm25-{generation}"
+        _check_before_copying(index, *(s.passages_file for s in segments if s in old.segments))
         build_bm25(Corpus(*(directory / s.passages_file for s in segments)), directory / bm25)
     segments = segments or old.segments
     names = [name for s in segments for name in (s.index_file, s.passages_file)]

@@ -8,13 +8,16 @@ Guarantees:
 - while a query is being searched for, equal ones wait for the same result; the search is given up only when
   the last of them has gone, and each waits no longer than its own deadline;
 - failures reach everyone who waits for them and are not kept;
-- nothing that is kept can be written to: hits are immutable, and callers get lists of their own;
+- nothing that is kept can be written to: hits are immutable, and callers of `search` get lists and metadata of their
+  own (those of `ask` share the metadata, and must leave it alone);
 - all hits of one request come from one state of the index.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +26,6 @@ from typing import Any
 from retriever_service.errors import RetrieverTimeout
 from retriever_service.search import DEFAULT_OPTIONS, Hit, SearchOptions, check_request, normalise_query
 from retriever_service.service.batching import Answers, BatchingSearcher
-
-CACHED_ANSWERS = 20_000
 
 Key = tuple[str, int, SearchOptions, str]
 """(normalised query, k, options, fingerprint): everything that the hits depend on."""
@@ -57,7 +58,7 @@ class CachingSearcher:
         max_answers: answers (of one query each) that are kept, the most recently used ones; 0 keeps none.
     """
 
-    def __init__(self, batcher: BatchingSearcher[Any], *, max_answers: int = CACHED_ANSWERS) -> None:
+    def __init__(self, batcher: BatchingSearcher[Any], *, max_answers: int) -> None:
         self._batcher = batcher
         self._max_answers = max_answers
         self._kept: OrderedDict[Key, tuple[Hit, ...]] = OrderedDict()
@@ -76,7 +77,8 @@ class CachingSearcher:
         deadline_s: float | None = None,
     ) -> list[list[Hit]]:
         """The best `k` passages of each query; as `ask`, without the fingerprint."""
-        return (await self.ask(queries, k, options, deadline_s)).lists()
+        answers = await self.ask(queries, k, options, deadline_s)
+        return [[_own(hit) for hit in hits] for hits in answers.hits]
 
     async def ask(
         self,
@@ -168,3 +170,11 @@ class CachingSearcher:
         for key in flight.keys:
             if self._flights.get(key) is flight:
                 del self._flights[key]
+
+
+def _own(hit: Hit) -> Hit:
+    """The hit with metadata that nobody else has."""
+    if not hit.passage.metadata:
+        return hit
+    passage = dataclasses.replace(hit.passage, metadata=copy.deepcopy(hit.passage.metadata))
+    return dataclasses.replace(hit, passage=passage)

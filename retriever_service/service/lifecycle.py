@@ -4,7 +4,7 @@
        \\--> failed
 
 Guarantees:
-- `ready` means that the index is loaded and a query has been answered, which also reads its pages;
+- `ready` means that the index is loaded and was searched in every way that it can be, so that no first search is slow;
 - from `draining` on nothing new is taken, and what was taken before is answered within the grace period.
 """
 
@@ -12,30 +12,22 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import ipaddress
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from retriever_service.corpus import Passage
-from retriever_service.errors import (
-    RetrieverError,
-    RetrieverOverloaded,
-    RetrieverTimeout,
-    RetrieverUnavailable,
-)
+from retriever_service.errors import RetrieverOverloaded, RetrieverTimeout, RetrieverUnavailable
 from retriever_service.search import Searcher, SearchOptions
 from retriever_service.service.batching import Answers, BatchingSearcher
-from retriever_service.service.cache import CACHED_ANSWERS, CachingSearcher
-from retriever_service.service.limits import Limits
+from retriever_service.service.cache import CachingSearcher
 from retriever_service.service.metrics import Metrics
+from retriever_service.service.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PROBE = "warm-up"
 _MAX_WAITING_UPDATES = 16
 
 
@@ -68,51 +60,6 @@ class Engine(Searcher, Protocol):
     def close(self) -> None:
         """The last call: let go of what would not end by itself."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerSettings:
-    """How to serve."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on. The default is not reachable from other machines."""
-    port: int = 8000
-    """0 takes a free one."""
-    token: str | None = field(default=None, repr=False)
-    """If set, clients must send it as a bearer token, except to /healthz and /readyz."""
-    read_only: bool = False
-    """Passages cannot be added or deleted over HTTP."""
-    max_batch: int = 128
-    """Most queries in one batch."""
-    max_waiting: int = 8_192
-    """Queries that may wait; beyond it, requests get 429."""
-    cached_answers: int = CACHED_ANSWERS
-    """Answers to recent queries that are kept; 0 keeps none."""
-    deadline_s: float = 30.0
-    """A search that took longer gets 504. Clients may ask for less, but not for less than a second."""
-    update_deadline_s: float = 600.0
-    """An addition or deletion that took longer gets 504; it may still be made."""
-    body_deadline_s: float = 10.0
-    """A request body that takes longer to arrive gets 408."""
-    refresh_s: float = 10.0
-    """How often to look whether another process has changed the index, in seconds; 0 for never."""
-    grace_s: float = 20.0
-    """After SIGTERM, what is being answered may take so long."""
-    limits: Limits = field(default_factory=Limits)
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch", "max_waiting", "deadline_s", "update_deadline_s", "body_deadline_s"):
-            if getattr(self, name) <= 0:
-                raise RetrieverError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("cached_answers", "refresh_s", "grace_s"):
-            if getattr(self, name) < 0:
-                raise RetrieverError(f"{name} must not be below 0, got {getattr(self, name)}")
-        if self.token is not None and not (
-            self.token.isascii() and self.token.isprintable() and self.token.strip()
-        ):
-            raise RetrieverError("the token must be of printable ASCII characters, and not empty")
-        if self.token is None and not _is_loopback(self.host):
-            logger.warning(f"everyone who can reach {self.host} can search here: no token is set")
 
 
 class State(enum.StrEnum):
@@ -213,13 +160,13 @@ class Service:
 
     def _load(self) -> Engine:
         self._engine = self._open_engine()
+        self._engine.warm_up()
         self._engine.on_stage = self.metrics.note_stage
         return self._engine
 
     async def _become_ready(self) -> None:
         try:
             fingerprint = await self._batcher.ready()
-            await self._batcher.ask([_PROBE], 1)
         except Exception as error:
             logger.error(f"the index cannot be served: {error}")
             self.state = State.FAILED
@@ -241,10 +188,3 @@ class Service:
             except Exception as error:
                 self.metrics.note_error("refresh")
                 logger.error(f"the index has changed and cannot be opened anew: {error}")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

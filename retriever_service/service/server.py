@@ -32,8 +32,9 @@ from starlette.responses import Response
 from retriever_service.errors import RetrieverError
 from retriever_service.service.failures import as_http_error, responses
 from retriever_service.service.guard import OPEN_PATHS, Guard
-from retriever_service.service.lifecycle import Engine, ServerSettings, Service
+from retriever_service.service.lifecycle import Engine, Service
 from retriever_service.service.routes import direct_handlers, reading, writing
+from retriever_service.service.settings import ServerSettings
 
 __all__ = ["Engine", "ServerSettings", "create_app", "serve"]
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 import ray.exceptions
+import torch
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -27,7 +28,7 @@ from retriever_service.client import RetrieverHttpClient
 from retriever_service.corpus import Passage
 from retriever_service.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
-from retriever_service.search import Hit
+from retriever_service.search import Hit, SearchEngine
 from tests.retriever_service.fake_engine import FakeEngine
 from tests.retriever_service.scripted_server import ScriptedServer
 from tests.retriever_service.support import write_animals
@@ -186,7 +187,9 @@ def two_nodes() -> Iterator[Cluster]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
+    threads = torch.get_num_threads()
     yield cluster
+    torch.set_num_threads(threads)
     ray.shutdown()
     cluster.shutdown()
 
@@ -224,8 +227,14 @@ def test_actors_on_two_nodes_answer_many_callers_and_survive_the_loss_of_one(
         return [hits[0].passage.title for hits in answers]
 
     assert asyncio.run(ask_all()) == ["Otter", "Eagle", "Lion"] * 8
+    # Spread over replicas, every answer is that of a plain search.
+    plain = SearchEngine.open(tmp_path / "index", num_threads=1)
+    for k in (1, 3, 9):
+        for question in (*questions, " "):
+            assert asyncio.run(searching.search(question, k)) == plain.search([question], k)[0]
     stats = ray.get([replica.stats.remote() for replica in replicas], timeout=60)
-    assert sum(entry.queries for entry in stats) == 24
+    assert sum(entry.queries for entry in stats) == 36
+    assert min(entry.queries for entry in stats) >= 12
     assert ray.get(replicas[0].info.remote(), timeout=60)["passages"] == 6
     with pytest.raises(RetrieverError, match="k must be"):
         asyncio.run(searching.search("q", 0))

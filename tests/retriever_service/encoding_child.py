@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import signal
 import time
 from collections.abc import Iterable, Iterator
@@ -53,23 +52,19 @@ def main() -> None:
     parser.add_argument("corpus", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--shard-rows", type=int, default=SHARD_ROWS)
     parser.add_argument("--slow", action="store_true")
     parser.add_argument("--die-at", type=int)
-    parser.add_argument("--largest-file", type=int, help="bytes")
     arguments = parser.parse_args()
     # A shell gives its background jobs, and what they start, deaf ears for Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if arguments.die_at:
         die_at(arguments.die_at)
-    if arguments.largest_file:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (arguments.largest_file,) * 2)
     encode_corpus(
         [arguments.corpus],
         arguments.out,
         EncoderSpec("hash"),
         workers=arguments.workers,
-        shard_rows=arguments.shard_rows,
+        shard_rows=SHARD_ROWS,
         load_encoder=load_slow_encoder if arguments.slow else load_hash_encoder,
     )
 

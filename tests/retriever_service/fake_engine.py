@@ -43,6 +43,7 @@ class FakeEngine:
         self.gate.set()
         self.held = False
         """Whether a search waits at the gate."""
+        self.is_warm = False
         self.searches: list[list[str]] = []
         self.threads: set[str] = set()
         self._passages = {passage.id: passage for passage in passages}
@@ -79,6 +80,9 @@ class FakeEngine:
             if passage.id not in options.exclude and fulfils(passage, options.where)
         ]
         return sorted(hits, key=lambda hit: -hit.score)[:k]
+
+    def warm_up(self) -> None:
+        self.is_warm = True
 
     def add(self, passages: Sequence[Passage]) -> int:
         for passage in passages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.retriever_service.fake_engine import FakeEngine
 
 class ScriptedServer:
     """Answers as a server of either dialect, unless `script` has something else: a status, (status, headers, body) or
-    "hang", one per request. Records requests and connections."""
+    "hang" or "trickle", one per request. Records requests and connections."""
 
     def __init__(self) -> None:
         self.script: list[Any] = []
@@ -33,6 +34,9 @@ class ScriptedServer:
 
     def reply(self, path: str, body: Any) -> tuple[int, dict[str, str], bytes]:
         action = self.script.pop(0) if self.script else 200
+        self.pause_s = 0.1 if action == "trickle" else 0.0
+        if action == "trickle":
+            action = (200, {}, b" " * 100)
         if action == "hang":
             self.over.wait(timeout=30)
             action = 200
@@ -71,7 +75,13 @@ class ScriptedServer:
                 for name, value in {**headers, "Content-Length": str(len(content))}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(content)
+                if not server.pause_s:
+                    self.wfile.write(content)
+                    return
+                with suppress(OSError):  # whoever asked has gone
+                    for byte in content:
+                        server.over.wait(server.pause_s)
+                        self.wfile.write(bytes([byte]))
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass

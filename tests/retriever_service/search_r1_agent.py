@@ -12,20 +12,22 @@ from typing import Any
 
 
 def batch_search(url: str, queries: list[str], topk: int = 3) -> list[str]:
-    """What the language model is shown for each query."""
+    """What the language model is shown for each query; verl's tool asks in the same way."""
     payload = {"queries": queries, "topk": topk, "return_scores": True}
     return [passages_to_string(result) for result in post(url, payload)["result"]]
 
 
 def bare_search(url: str, query: str, topk: int = 3) -> list[str]:
-    """The dialect without scores: `contents` at the top level of each document."""
-    return [document["contents"] for document in post(url, {"queries": [query], "topk": topk})["result"][0]]
+    """The dialect of slime and torchtitan, without scores: `contents` at the top level of each document."""
+    payload = {"queries": [query], "topk": topk, "return_scores": False}
+    return [document["contents"] for document in post(url, payload)["result"][0]]
 
 
 def singular_search(url: str, query: str, topk: int = 3) -> str:
-    """The dialect with one query."""
+    """The dialect of SkyRL, with one query: the reply has one inner list."""
     payload = {"query": query, "topk": topk, "return_scores": True}
-    return passages_to_string(post(url, payload)["result"][0])
+    (result,) = post(url, payload)["result"]
+    return passages_to_string(result)
 
 
 def passages_to_string(result: list[dict[str, Any]]) -> str:

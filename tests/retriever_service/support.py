@@ -6,10 +6,15 @@ import dataclasses
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -17,6 +22,7 @@ from retriever_service.corpus import Passage
 from retriever_service.encoder import EncoderSpec, Vectors, passage_text
 
 DIMENSION = 32
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class HashEncoder:
@@ -70,9 +76,30 @@ def write_animals(path: Path) -> Path:
     return write_jsonl(path, rows)
 
 
+@contextmanager
+def server_process(
+    module: str, *arguments: object, **settings: Any
+) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server that is ready, and its address. `module` takes the settings as its last argument, as JSON."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    command.append(json.dumps({"port": 0, "grace_s": 20.0} | settings))
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            url = process.stdout.readline().strip()
+            transport = httpx.HTTPTransport(retries=3)
+            with httpx.Client(transport=transport, base_url=url, timeout=60) as client:
+                while client.get("/readyz").status_code != 200:
+                    assert process.poll() is None
+                    time.sleep(0.01)
+            yield url, process
+        finally:
+            process.kill()
+
+
 def real_data(name: str) -> Path:
     """The folder of a set of real passages and questions; without it the test is skipped."""
-    beside_the_checkout = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+    beside_the_checkout = ROOT.parent / "shared" / "data"
     folder = Path(os.environ.get("EXSEARCH_DATA") or beside_the_checkout) / name
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder}; EXSEARCH_DATA may name the folder that holds {name}")

@@ -61,6 +61,8 @@ async def while_busy(
 
 
 def test_callers_that_arrive_during_a_batch_share_the_next(engine: FakeEngine) -> None:
+    """Defect 4 of reference servers: a pool of threads over one index; here one thread, and batches."""
+
     async def scenario() -> Any:
         batcher = batching(engine)
         results = await while_busy(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,11 +102,51 @@ def test_of_many_equal_scores_the_first_rows_come(build: Build) -> None:
 
 
 def test_scores_and_rows_are_equally_many_whatever_is_asked_for(build: Build) -> None:
+    """Defect 3 of reference servers: BM25 gives more scores than hits."""
     index = build("lion", "tiger")
     for depth in (1, 2, 50):
         ranked = index.search(["lion", "unicorn", ""], depth, None)
         assert ranked.rows.shape == ranked.scores.shape == (3, depth)
         assert [len(found(ranked, query)) for query in range(3)] == [1, 0, 0]
+
+
+def test_queries_of_a_batch_are_spread_over_the_threads(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect 3 of reference servers: the queries of a batch one after the other."""
+    index, both_are_there = build("lion", "tiger"), threading.Barrier(2)
+    retrieve = index._retrieve
+
+    def together(*arguments: Any) -> Ranked:
+        both_are_there.wait(timeout=30)
+        return retrieve(*arguments)
+
+    monkeypatch.setattr(index, "_retrieve", together)
+    ranked = index.search(["tiger", "lion"], 1, None)
+    assert ranked.rows.tolist() == [[1], [0]]
+
+
+def test_warmed_up_index_compiles_no_more(tmp_path: Path) -> None:
+    """In a process of its own: functions that were compiled before would hide what is not warmed up."""
+    build_bm25(passages(["lion tiger", "lion", "lion"]), tmp_path / "b")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        warming, searching = pool.submit(_compilations, tmp_path / "b").result()
+    assert warming > 0
+    assert searching == 0
+
+
+def _compilations(directory: Path) -> tuple[int, int]:
+    """How often something is compiled while the index is warmed up, and by all kinds of searches afterwards."""
+    from numba.core.event import install_recorder
+
+    index = Bm25.open(directory, num_threads=2)
+    with install_recorder("numba:compile") as warming:
+        index.warm_up()
+    with install_recorder("numba:compile") as searching:
+        for allowed in (None, np.array([True, False, True])):
+            index.search(["tiger", "lion"], 1, allowed)
+            index.search(["unicorn"], 5, allowed)
+    return len(warming.buffer), len(searching.buffer)
 
 
 def test_no_queries_give_no_lines(build: Build) -> None:

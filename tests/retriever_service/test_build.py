@@ -76,7 +76,24 @@ def test_segments_answer_like_one_index(store: VectorStore, tmp_path: Path, thre
     for row, hits in zip(scores, found(engine), strict=True):
         best = sorted(range(COUNT), key=lambda i: (-np.float32(round(float(row[0, i]), 5)), i))[:20]
         assert [id_ for id_, _ in hits] == [f"p{i}" for i in best]
+    # Defect 7 of reference builders: vectors that went through half precision.
+    indexed = np.concatenate([segment.reconstruct_n(0, segment.ntotal) for segment in engine._index.segments])
+    assert np.array_equal(indexed, store.read(0, COUNT))
     verify_checksums(tmp_path / "three")
+
+
+def test_places_without_a_passage_stay_empty_in_every_segment(
+    store: VectorStore, tmp_path: Path, three_segments: None
+) -> None:
+    """Defect 2 of reference servers: FAISS's -1, behind the rows of other segments, becomes one of their passages."""
+    build_from_vectors(store, tmp_path / "index", factory="IVF16,Flat")
+    few = found(open_engine(tmp_path / "index", search_parameters="nprobe=1"), COUNT)
+    all_ = found(open_engine(tmp_path / "index", search_parameters="nprobe=16"), COUNT)
+    for some, everything in zip(few, all_, strict=True):
+        assert 0 < len(some) < len(everything) == COUNT
+        assert len(dict(some)) == len(some)
+        scores = dict(everything)
+        assert dict(some) == pytest.approx({id_: scores[id_] for id_, _ in some})
 
 
 @pytest.mark.parametrize(
@@ -119,6 +136,15 @@ def test_a_bound_that_is_too_small_is_refused_before_anything_is_made(
 ) -> None:
     with pytest.raises(RetrieverError, match="smallest bound that works"):
         build_from_vectors(store, tmp_path / "index", memory_bytes=1 << 20)
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_bound_below_the_word_index_is_refused_before_anything_is_made(
+    store: VectorStore, tmp_path: Path
+) -> None:
+    build_from_vectors(store, tmp_path / "without", memory_bytes=230 << 20)
+    with pytest.raises(RetrieverError, match="the word index alone, which is built in one piece"):
+        build_from_vectors(store, tmp_path / "index", memory_bytes=230 << 20, bm25=True)
     assert not (tmp_path / "index").exists()
 
 

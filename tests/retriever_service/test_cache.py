@@ -86,9 +86,14 @@ def test_equal_question_is_answered_from_the_cache() -> None:
         ("Lion", 2, DEFAULT_OPTIONS),
         ("lion", 2, OPTIONS[1]),
         ("lion", 2, OPTIONS[2]),
+        ("lion", 2, SearchOptions(method="hybrid")),
+        ("lion", 2, SearchOptions(rerank=3)),
+        ("lion", 2, SearchOptions(distinct=True)),
     ],
 )
 def test_question_that_differs_in_anything_is_searched(other: tuple[str, int, SearchOptions]) -> None:
+    """Defect 6 of reference caches: known by the query alone, so that k, index and options make no difference."""
+
     async def scenario() -> Cached:
         cached = Cached()
         await cached.batcher.ready()
@@ -202,6 +207,8 @@ def test_overload_leaves_those_who_share_unharmed() -> None:
 
 
 def test_update_makes_old_answers_unreachable() -> None:
+    """Defect 6 of reference caches: answers of another index."""
+
     async def scenario() -> None:
         cached = Cached()
         await cached.batcher.ready()
@@ -248,12 +255,15 @@ def test_only_the_most_recently_used_answers_are_kept() -> None:
 
 
 def test_what_a_caller_does_to_its_hits_changes_nothing_for_others() -> None:
+    """Defect 6 of reference caches: what callers get is what is kept."""
+
     async def scenario() -> None:
         cached = Cached()
         await cached.batcher.ready()
         (hits,) = await cached.cache.search(["lion"], 2)
         with pytest.raises(AttributeError):
             hits[0].score = 0.0  # type: ignore[misc]
+        hits[0].passage.metadata["score"] = 0.0  # type: ignore[index]
         hits.clear()
         assert await cached.cache.search(["lion"], 2) == plain("lion", 2)
 

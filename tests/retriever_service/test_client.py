@@ -82,6 +82,32 @@ def test_search_r1_documents_without_ids_have_empty_ones(
     assert search(client(server, "search-r1"), ["lion"], 1) == [[Hit(Passage("", "Lion", "it roars"), 2.0)]]
 
 
+@pytest.mark.parametrize("query", ["a&k=1#b%20?c/d", 'a "b" | c', "caf\u00e9 \u4e16\n{}"])
+def test_query_arrives_as_it_is(server: ScriptedServer, search: Search, query: str) -> None:
+    """Defect 8 of the original client: the query is pasted into the address."""
+    search(client(server, "search-r1"), [query], 1)
+    ((_, body, _),) = server.requests
+    assert body["queries"] == [query]
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("contents", "title", "text"),
+    [
+        ("no line break, no bar", "", "no line break, no bar"),
+        ('"Lion"\nthe lion | the cat', "Lion", "the lion | the cat"),
+        ("Lion\nof two\nlines", "Lion", "of two\nlines"),
+    ],
+)
+def test_passage_of_any_form_is_understood(
+    server: ScriptedServer, search: Search, contents: str, title: str, text: str
+) -> None:
+    """Defect 8 of the original client: a passage without a bar between title and text is an exception."""
+    document = {"document": {"id": "1", "contents": contents}, "score": 0.5}
+    server.script = [(200, {}, json.dumps({"result": [[document]]}).encode())]
+    assert search(client(server, "search-r1"), ["q"], 1) == [[Hit(Passage("1", title, text), 0.5)]]
+
+
 @both_ways
 def test_options_and_token_are_sent(server: ScriptedServer, search: Search) -> None:
     options = SearchOptions(
@@ -112,6 +138,7 @@ def test_options_that_search_r1_cannot_fulfil_are_refused(server: ScriptedServer
 @both_ways
 @pytest.mark.parametrize("failure", [429, 503, 500, 504, 408])
 def test_failure_that_passes_is_tried_again(server: ScriptedServer, search: Search, failure: int) -> None:
+    """Defect 5 of reference clients: no second attempt."""
     server.script = [failure, failure]
     assert search(client(server), ["lion"], 1) == FakeEngine().search(["lion"], 1)
     assert len(server.requests) == 3
@@ -120,6 +147,7 @@ def test_failure_that_passes_is_tried_again(server: ScriptedServer, search: Sear
 @both_ways
 @pytest.mark.parametrize("failure", [400, 401, 404, 413, 422, 302])
 def test_mistake_is_not_tried_again(server: ScriptedServer, search: Search, failure: int) -> None:
+    """Defect 5 of reference clients: no look at the status."""
     server.script = [failure]
     with pytest.raises(RetrieverError, match=f"{failure}: as scripted"):
         search(client(server), ["lion"], 1)
@@ -128,6 +156,7 @@ def test_mistake_is_not_tried_again(server: ScriptedServer, search: Search, fail
 
 @both_ways
 def test_last_failure_is_typed_and_named(server: ScriptedServer, search: Search) -> None:
+    """Defect 1 of reference clients: a search that failed becomes one that found nothing."""
     server.script = [503] * 9
     with pytest.raises(RetrieverUnavailable, match=r"3 attempts .*status 503: as scripted"):
         search(client(server, max_attempts=3), ["lion"], 1)
@@ -136,9 +165,19 @@ def test_last_failure_is_typed_and_named(server: ScriptedServer, search: Search)
 
 @both_ways
 def test_hanging_server_is_given_up_at_the_deadline(server: ScriptedServer, search: Search) -> None:
+    """Defect 5 of reference clients: no timeout (defect 8, too)."""
     server.script = ["hang"] * 2
     with pytest.raises(RetrieverUnavailable, match=r"2 attempts of 0.05 s; .*Timeout"):
         search(client(server, timeout_s=0.05, max_attempts=2), ["lion"], 1)
+
+
+@both_ways
+def test_reply_that_trickles_is_given_up_at_the_deadline(server: ScriptedServer, search: Search) -> None:
+    server.script = ["trickle"]
+    started = time.monotonic()
+    with pytest.raises(RetrieverUnavailable, match=r"1 attempts of 0.2 s; .*Timeout"):
+        search(client(server, timeout_s=0.2, max_attempts=1), ["lion"], 1)
+    assert time.monotonic() - started < 5
 
 
 @both_ways

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from retriever_service.corpus import Passage
-from retriever_service.encoder import Encoder, EncoderSpec, _bundled_model, _resolve, passage_text
+from retriever_service.encoder import Encoder, EncoderSpec, _resolve, bundled_model, passage_text
 from retriever_service.errors import RetrieverError
 
 QUERIES = [
@@ -39,6 +39,19 @@ def test_vector_of_a_query_does_not_depend_on_its_company(encoder: Encoder) -> N
     together = encoder.encode_queries(QUERIES * 3)
     alone = np.concatenate([encoder.encode_queries([query]) for query in QUERIES * 3])
     assert np.array_equal(together, alone)
+
+
+def test_encoding_leaves_the_memory_of_gpus_to_torch(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect 4 of reference servers: the cache of the GPU is emptied after every batch."""
+
+    def empty() -> None:
+        raise AssertionError("emptied")
+
+    monkeypatch.setattr("torch.cuda.empty_cache", empty)
+    encoder.encode_queries(["lion"])
+    assert len(list(encoder.encode_passages([Passage("1", "", "lion")]))) == 1
 
 
 def test_vectors_are_float32_of_unit_length(encoder: Encoder) -> None:
@@ -108,7 +121,7 @@ def test_prefixes_change_vectors_and_fingerprint(encoder: Encoder) -> None:
 
 
 def test_copy_in_another_directory_is_the_same_encoder(encoder: Encoder, tmp_path: Path) -> None:
-    copy = shutil.copytree(_bundled_model(), tmp_path / "copy-of-minilm")
+    copy = shutil.copytree(bundled_model(), tmp_path / "copy-of-minilm")
     loaded = Encoder.load(EncoderSpec(str(copy), dtype="float32"))
     assert loaded.fingerprint == encoder.fingerprint
     assert dataclasses.replace(loaded.spec, model="minilm") == encoder.spec

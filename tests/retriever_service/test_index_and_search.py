@@ -19,7 +19,7 @@ from retriever_service.corpus import Corpus
 from retriever_service.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
 from retriever_service.index import read_manifest, verify_checksums
-from retriever_service.search import SearchEngine
+from retriever_service.search import SearchEngine, SearchOptions
 from tests.retriever_service.support import (
     DIMENSION,
     HashEncoder,
@@ -99,6 +99,7 @@ def test_k_beyond_the_corpus_gives_every_passage_once(searcher: SearchEngine) ->
 
 
 def test_index_that_finds_too_few_never_gives_a_wrong_passage(tmp_path: Path) -> None:
+    """Defect 2 of reference servers: FAISS's -1 becomes the last passage."""
     rows = [{"id": f"p{i}", "text": f"word{i} word{i % 7}"} for i in range(64)]
     build([write_jsonl(tmp_path / "c.jsonl", rows)], tmp_path / "index", SPEC, factory="IVF16,Flat")
     narrow = open_searcher(tmp_path / "index").search(["word1", "word2"], 64)
@@ -110,6 +111,44 @@ def test_index_that_finds_too_few_never_gives_a_wrong_passage(tmp_path: Path) ->
 def test_unknown_search_parameters_are_refused(animals: Path) -> None:
     with pytest.raises(RetrieverError, match=r"'nonsense=3' do not fit this index"):
         open_searcher(animals, search_parameters="nonsense=3")
+
+
+@pytest.mark.parametrize("method", ["dense", "bm25", "hybrid"])
+def test_query_of_white_space_finds_nothing_and_costs_nothing(tmp_path: Path, method: Any) -> None:
+    build([write_animals(tmp_path / "c.jsonl")], tmp_path / "index", SPEC, bm25=True)
+    encoder = HashEncoder(SPEC)
+    searcher = open_searcher(tmp_path / "index", load_encoder=lambda spec, device: encoder)
+    options = SearchOptions(method)
+    assert searcher.search(["", " \n\t"], 3, options) == [[], []]
+    assert encoder.query_batches == []
+    nothing, lion, nothing_either = searcher.search([" ", "lion", ""], 3, options)
+    assert (nothing, nothing_either) == ([], [])
+    assert [lion] == searcher.search(["lion"], 3, options)
+
+
+def test_warming_up_uses_everything_and_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class CountingReranker:
+        fingerprint = "counting"
+        pairs = 0
+
+        def scores(self, pairs: Any) -> Any:
+            self.pairs += len(pairs)
+            return np.zeros(len(pairs), np.float32)
+
+    reranker, warmed_up, stages = CountingReranker(), [], []
+    monkeypatch.setattr("retriever_service.rerank.Reranker.open", lambda model, device: reranker)
+    monkeypatch.setattr("retriever_service.bm25.Bm25.warm_up", lambda self: warmed_up.append(self))
+    build([write_animals(tmp_path / "c.jsonl")], tmp_path / "index", SPEC, bm25=True)
+    encoder = HashEncoder(SPEC)
+    searcher = open_searcher(tmp_path / "index", reranker="any", load_encoder=lambda spec, device: encoder)
+    searcher.on_stage = lambda stage, seconds: stages.append(stage)
+    searcher.warm_up()
+    assert (len(encoder.query_batches), len(warmed_up), reranker.pairs) == (1, 1, 1)
+    assert (stages, searcher.cache_hits) == ([], 0)
+    searcher.search(encoder.query_batches[0], 1)
+    assert (len(encoder.query_batches), searcher.cache_hits) == (2, 0)
 
 
 def test_no_queries_give_no_results(searcher: SearchEngine) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retriever_service.bm25 import build_bm25
 from retriever_service.calibration import Calibration, calibrate, clustered_vectors
+from retriever_service.corpus import Passage
 from retriever_service.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
 from retriever_service.machine import available_memory
@@ -218,6 +222,46 @@ def test_too_small_a_bound_names_the_smallest_and_the_nearest_factory(
     assert f"the smallest bound that works is {plan.least_memory_bytes:,} bytes" in message
     (nearest,) = _quoted(message)
     check_fits(plan_index(WIKIPEDIA, 768, nearest, memory_bytes=GIB), tmp_path, GIB)
+
+
+def test_a_word_index_takes_no_more_memory_than_planned(tmp_path: Path) -> None:
+    """Words as long, and as frequent, as those of English."""
+    count = 20_000
+    words = np.minimum(np.random.default_rng(0).zipf(1.2, (count, 60)), 30_000)
+    texts = [" ".join(f"word{number:x}" for number in row) for row in words]
+    size = sum(map(len, texts)) / count
+    planned = plan_index(count, 8, "Flat", passage_bytes=size, bm25=True)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        peak, disk = pool.submit(_build_words, texts, tmp_path / "words").result()
+    assert 0.5 * planned.words_memory_bytes < peak < planned.words_memory_bytes
+    assert disk < planned.words_bytes
+    assert (
+        planned.disk_bytes - planned.words_bytes
+        == plan_index(count, 8, "Flat", passage_bytes=size).disk_bytes
+    )
+
+
+def _build_words(texts: list[str], directory: Path) -> tuple[int, int]:
+    """(most memory of this process, but for the texts; bytes of the word index)."""
+    held = sum(map(len, texts))
+    build_bm25((Passage(str(row), "", text) for row, text in enumerate(texts)), directory)
+    return _resident("VmHWM") - held, sum(path.stat().st_size for path in directory.iterdir())
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:"))
+
+
+def test_a_bound_below_the_word_index_is_refused_as_it_cannot_be_divided(
+    tmp_path: Path, disk: Callable[[int], None]
+) -> None:
+    disk(1 << 40)
+    check_fits(plan_index(WIKIPEDIA, 768, "Flat", memory_bytes=8 * GIB), tmp_path, 8 * GIB)
+    plan = plan_index(WIKIPEDIA, 768, "Flat", memory_bytes=8 * GIB, bm25=True)
+    with pytest.raises(RetrieverError, match="the word index alone, which is built in one piece"):
+        check_fits(plan, tmp_path, 8 * GIB)
+    check_fits(plan_index(WIKIPEDIA, 768, "Flat", memory_bytes=64 * GIB, bm25=True), tmp_path, 64 * GIB)
 
 
 def test_too_small_a_disk_names_the_nearest_factory_that_fits(

@@ -85,6 +85,7 @@ def test_exsearch_reply() -> None:
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1))
 def test_probabilities_add_up_whatever_the_scores(scores: list[float]) -> None:
+    """Defect 8 of the original server: a softmax that overflows."""
     hits = [Hit(LION.passage, score) for score in sorted(scores, reverse=True)]
     probabilities = [hit["prob"] for hit in exsearch_reply("q", hits)["topk"]]
     assert math.isclose(sum(probabilities), 1.0)
