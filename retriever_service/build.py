@@ -60,7 +60,7 @@ from retriever_service.index import (
 )
 from retriever_service.index_size import empty_index
 from retriever_service.planner import check_fits, plan_index
-from retriever_service.ranked import Rows
+from retriever_service.ranked import NO_ROW, Ranked, Rows
 from retriever_service.tuning import Tunable, draw_sample, tune
 from retriever_service.vectors import VectorStore, read_record
 
@@ -307,14 +307,21 @@ def _tune(
     k = min(_RECALL_AT, store.manifest.count - 1)
     if segments[0].factory == FLAT or k < 1:
         return "", ()
-    opened = [read_segment(directory / segment.index_file) for segment in segments]
-    vectors = VectorSearch(opened)
 
     def search(queries: Vectors, depth: int, search_parameters: str) -> Rows:
-        vectors.set_parameters(search_parameters)
-        return vectors.search(queries, depth).rows
+        scores, rows, start = [], [], 0
+        for segment in segments:
+            # One at a time: what is mapped, and was read, counts as memory of this process.
+            vectors = VectorSearch([read_segment(directory / segment.index_file)])
+            vectors.set_parameters(search_parameters)
+            part = vectors.search(queries, depth)
+            scores.append(part.scores)
+            rows.append(np.where(part.rows >= 0, part.rows + start, NO_ROW))
+            start += segment.count
+        return Ranked.best(np.concatenate(scores, axis=1), np.concatenate(rows, axis=1), depth).rows
 
-    report = tune(store, draw_sample(store, k, seed=seed), search, Tunable.of(opened[0]), target_recall)
+    tunable = Tunable.of(read_segment(directory / segments[0].index_file))
+    report = tune(store, draw_sample(store, k, seed=seed), search, tunable, target_recall)
     return report.search_parameters, report.points
 
 

@@ -1,4 +1,4 @@
-"""How fast this machine encodes passages, and trains and fills an index: measured in a few seconds.
+"""How fast this machine encodes passages, and trains, fills and searches an index: measured in a few seconds.
 
 The measured index has the asked-for centroids, codes and links, but few vectors; times for many are extrapolated.
 Expect them to be right within a factor of two: the cost of linking a graph depends on the vectors too.
@@ -22,6 +22,7 @@ from retriever_service.corpus import Passage
 from retriever_service.encoder import TextEncoder, Vectors
 from retriever_service.files import record_file, writing
 from retriever_service.index_size import empty_index
+from retriever_service.tuning import NUM_QUERIES
 
 _TRAINING_ROWS = 2_560
 _FIRST_ADDED, _MOST_ADDED = 1_024, 32_768
@@ -32,6 +33,11 @@ _OPQ_ITERATIONS = 2
 _CODEC_TRAINING_ROWS = 65_536
 """FAISS learns product quantisers and rotations from at most so many rows."""
 _FILE_BYTES = 64 << 20
+_SCANNING_QUERIES = 64
+_TRIED_SHARE = 0.1
+"""Of the cells, with all values of nprobe that tuning tries together; from 1,000,000 clustered vectors."""
+_TRIED_EF_SEARCH, _EF_CONSTRUCTION = 250, 40
+"""The same for graphs, and FAISS's default for adding."""
 _NUM_CLUSTERS, _SPREAD = 1_024, 0.8
 
 
@@ -45,10 +51,12 @@ class Seconds:
     add: float
     files: float
     """Writing the index with its passages, and reading it once for its checksums."""
+    recall: float
+    """Measuring an approximate index against exact search, and tuning it."""
 
     @property
     def total(self) -> float:
-        return (self.encode or 0.0) + self.train + self.add + self.files
+        return (self.encode or 0.0) + self.train + self.add + self.files + self.recall
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,10 @@ class Calibration:
     """More per vector for every doubling of the index; above 0 for graphs."""
     file_s: float
     """Per byte written, and read again for its checksum."""
+    recall_s: float
+    """Of measuring and tuning, per vector; 0 for exact indexes."""
+    recall_adds: float
+    """Of tuning a graph: searches, in additions of a vector."""
 
     def seconds(self, encoded: int, segments: Sequence[int], training_rows: int, file_bytes: int) -> Seconds:
         """Times for `encoded` passages, segments of so many rows, and files of so many bytes in all."""
@@ -81,6 +93,7 @@ class Calibration:
             train=train,
             add=sum(rows * self._add_s(rows) for rows in segments),
             files=self.file_s * file_bytes,
+            recall=sum(rows * self.recall_s + self.recall_adds * self._add_s(rows) for rows in segments),
         )
 
     def _add_s(self, rows: int) -> float:
@@ -111,6 +124,7 @@ def calibrate(
     cluster_s = _give_centroids(index)
     learn_once_s, learn_s = (0.0, 0.0) if index.is_trained else _learning(index, vectors)
     add_s, add_rows, add_doubling_s = _adding(index, vectors)
+    recall_s, recall_adds = _measuring(index, vectors)
     return Calibration(
         encode_s=None if encoder is None else _encoding(encoder, passages),
         cluster_s=cluster_s,
@@ -120,6 +134,8 @@ def calibrate(
         add_rows=add_rows,
         add_doubling_s=add_doubling_s,
         file_s=_files(directory),
+        recall_s=recall_s,
+        recall_adds=recall_adds,
     )
 
 
@@ -198,11 +214,27 @@ def _adding(index: Any, vectors: Vectors) -> tuple[float, int, float]:
     return costs[-1], sizes[-1], max(0.0, float(doubling))
 
 
+def _measuring(index: Any, vectors: Vectors) -> tuple[float, float]:
+    """(seconds per vector, additions of a vector) that `tuning` takes for a filled index."""
+    if isinstance(index, faiss.IndexFlat):
+        return 0.0, 0.0
+    queries = vectors[:_SCANNING_QUERIES]
+    scale = NUM_QUERIES / len(queries)
+    exact_s = scale * _elapsed(lambda: queries @ vectors.T > 1.0) / len(vectors)
+    if _is_graph(index):
+        return exact_s, NUM_QUERIES * _TRIED_EF_SEARCH / _EF_CONSTRUCTION
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        ivf.nprobe = ivf.nlist
+    scan_s = scale * _elapsed(lambda: index.search(queries, 10)) / index.ntotal
+    return exact_s + scan_s * (1.0 if ivf is None else _TRIED_SHARE), 0.0
+
+
 def _is_graph(index: Any) -> bool:
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        return _is_graph(index.index)
-    return isinstance(index, faiss.IndexHNSW)
+    cast = faiss.downcast_index(index)
+    if isinstance(cast, faiss.IndexPreTransform):
+        return _is_graph(cast.index)
+    return isinstance(cast, faiss.IndexHNSW)
 
 
 def _encoding(encoder: TextEncoder, passages: Sequence[Passage]) -> float:

@@ -158,19 +158,19 @@ def _to_gpus(segments: Sequence[faiss.Index]) -> tuple[faiss.Index, ...]:
 
 def _only(index: Any, mask: Mask) -> Any:
     """FAISS's search parameters that look at the rows of `mask` only; None if the index has no such search."""
-    index = faiss.downcast_index(index)
+    cast = faiss.downcast_index(index)
     library: Any = faiss  # its annotations are those of C++, before Python's keyword arguments
     selector = library.IDSelectorBitmap(np.packbits(mask, bitorder="little"))
-    if isinstance(index, faiss.IndexPreTransform):
-        inner = _only(index.index, mask)
+    if isinstance(cast, faiss.IndexPreTransform):
+        inner = _only(cast.index, mask)
         return None if inner is None else library.SearchParametersPreTransform(index_params=inner)
-    if isinstance(index, faiss.IndexHNSW):
-        return library.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
-    if isinstance(index, faiss.IndexIVFPQ):
-        return library.IVFPQSearchParameters(sel=selector, nprobe=index.nprobe)
-    if isinstance(index, faiss.IndexIVF):
-        return library.SearchParametersIVF(sel=selector, nprobe=index.nprobe)
-    if isinstance(index, faiss.IndexFlat | faiss.IndexScalarQuantizer):
+    if isinstance(cast, faiss.IndexHNSW):
+        return library.SearchParametersHNSW(sel=selector, efSearch=cast.hnsw.efSearch)
+    if isinstance(cast, faiss.IndexIVFPQ):
+        return library.IVFPQSearchParameters(sel=selector, nprobe=cast.nprobe)
+    if isinstance(cast, faiss.IndexIVF):
+        return library.SearchParametersIVF(sel=selector, nprobe=cast.nprobe)
+    if isinstance(cast, faiss.IndexFlat | faiss.IndexScalarQuantizer):
         return library.SearchParameters(sel=selector)
     return None
 

@@ -52,7 +52,7 @@ from retriever_service.vectors import (
 
 logger = logging.getLogger(__name__)
 
-SHARD_ROWS = 8_192
+SHARD_ROWS = 4_096
 _LOCK_FILE = "lock"
 _MEND_JOB = "remove the directory and encode the corpus anew"
 

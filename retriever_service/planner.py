@@ -22,8 +22,10 @@ from typing import Literal
 from retriever_service.calibration import Calibration, Seconds
 from retriever_service.errors import RetrieverError
 from retriever_service.filling import SLICE_ROWS
+from retriever_service.index import FLAT
 from retriever_service.index_size import IndexSize, index_size
 from retriever_service.machine import available_memory
+from retriever_service.tuning import LARGEST_BLOCK, NUM_QUERIES
 
 TRAINING_ROWS_PER_CENTROID = 64
 LEAST_TRAINING_ROWS_PER_CENTROID = 39
@@ -34,6 +36,8 @@ PASSAGE_BYTES = 700
 """On disk: 100 English words with title and id."""
 _PROCESS_BYTES = 200 << 20
 """Interpreter, NumPy, FAISS and Arrow."""
+_BYTES_PER_SCORE = 12
+"""Of `tuning.exact_neighbours`."""
 _CODEC_TRAINING_ROWS = 100_000
 """FAISS learns codes from at most so many rows, which it copies."""
 _FLOAT = 4
@@ -204,12 +208,14 @@ def _plan(request: Request, calibration: Calibration | None = None) -> Plan:
     segments = _segments(size, request)
     words_memory = _words_memory(request)
     build = max(
-        words_memory, _training_memory(size, request, training), _filling_memory(size, request, max(segments))
+        words_memory,
+        _training_memory(size, request, training),
+        _segment_memory(size, request, max(segments)),
     )
     least = max(
         words_memory,
         _training_memory(size, request, _training_rows(size, replace(request, memory_bytes=1))),
-        _filling_memory(size, request, math.ceil(count / MOST_SEGMENTS)),
+        _segment_memory(size, request, math.ceil(count / MOST_SEGMENTS)),
     )
     index_bytes = sum(size.file(rows) for rows in segments)
     passages = round(count * request.passage_bytes)
@@ -266,10 +272,13 @@ def _training_memory(size: IndexSize, request: Request, rows: int) -> int:
     return _PROCESS_BYTES + 4 * size.once + _FLOAT * (copies + learnt)
 
 
-def _filling_memory(size: IndexSize, request: Request, rows: int) -> int:
-    """A segment, and a slice of vectors in its different forms."""
+def _segment_memory(size: IndexSize, request: Request, rows: int) -> int:
+    """While it is filled, from a slice of vectors in its different forms; then mapped and read, to measure it."""
     slices = SLICE_ROWS * _FLOAT * (request.dimension + 2 * size.inner_dimension)
-    return _PROCESS_BYTES + slices + size.once + size.building(rows)
+    filling = slices + size.once + size.building(rows)
+    sampled = _BYTES_PER_SCORE * min(NUM_QUERIES, request.count) * min(LARGEST_BLOCK, request.count)
+    measuring = 0 if request.factory == FLAT else max(sampled, size.file(rows))
+    return _PROCESS_BYTES + max(filling, measuring)
 
 
 def _words_memory(request: Request) -> int:
@@ -288,7 +297,7 @@ def _segments(size: IndexSize, request: Request) -> tuple[int, ...]:
     else:
         bound = request.memory_bytes
         fitting = (
-            n for n in numbers if _filling_memory(size, request, math.ceil(request.count / n)) <= bound
+            n for n in numbers if _segment_memory(size, request, math.ceil(request.count / n)) <= bound
         )
         number = next(fitting, numbers[-1])
     ends = [request.count * i // number for i in range(number + 1)]

@@ -31,7 +31,7 @@ Search = Callable[[Vectors, int, str], Rows]
 NUM_QUERIES = 1_000
 _SCORES_BYTES = 64 << 20
 """Of the scores of one block of rows, for all queries."""
-_FIRST_BLOCK, _LARGEST_BLOCK = 1_024, 16_384
+_FIRST_BLOCK, LARGEST_BLOCK = 1_024, 16_384
 _SAMPLED_ROWS = 16_384
 _LARGEST_EF_SEARCH = 4_096
 _TIE = 1e-5
@@ -67,12 +67,13 @@ class Tunable:
     @classmethod
     def of(cls, index: faiss.Index) -> Tunable | None:
         """That of an index; None if it has no such parameter."""
-        index = faiss.downcast_index(index)
-        if isinstance(index, faiss.IndexPreTransform):
-            return cls.of(index.index)
-        if isinstance(index, faiss.IndexIVF):
-            return cls("nprobe", 1, index.nlist)
-        if isinstance(index, faiss.IndexHNSW):
+        # Another name: what it is cast to does not keep the index alive.
+        cast = faiss.downcast_index(index)
+        if isinstance(cast, faiss.IndexPreTransform):
+            return cls.of(cast.index)
+        if isinstance(cast, faiss.IndexIVF):
+            return cls("nprobe", 1, cast.nlist)
+        if isinstance(cast, faiss.IndexHNSW):
             return cls("efSearch", 16, _LARGEST_EF_SEARCH)
         return None
 
@@ -139,7 +140,7 @@ def exact_neighbours(store: StoredVectors, queries: Vectors, k: int) -> tuple[Ve
     k = min(k, count)
     best_scores = np.full((n, k), -np.inf, dtype=np.float32)
     best_rows = np.full((n, k), -1, dtype=np.int64)
-    largest = max(1, min(_LARGEST_BLOCK, _SCORES_BYTES // (4 * max(1, n))))
+    largest = max(1, min(LARGEST_BLOCK, _SCORES_BYTES // (4 * max(1, n))))
     start, block = 0, min(_FIRST_BLOCK, largest)
     while start < count:
         stop = min(start + block, count)

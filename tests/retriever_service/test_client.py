@@ -82,6 +82,7 @@ def test_search_r1_documents_without_ids_have_empty_ones(
     assert search(client(server, "search-r1"), ["lion"], 1) == [[Hit(Passage("", "Lion", "it roars"), 2.0)]]
 
 
+@both_ways
 @pytest.mark.parametrize("query", ["a&k=1#b%20?c/d", 'a "b" | c', "caf\u00e9 \u4e16\n{}"])
 def test_query_arrives_as_it_is(server: ScriptedServer, search: Search, query: str) -> None:
     """Defect 8 of the original client: the query is pasted into the address."""

@@ -24,6 +24,7 @@ from retriever_service.calibration import Calibration, calibrate, clustered_vect
 from retriever_service.corpus import Passage
 from retriever_service.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
+from retriever_service.index_size import empty_index
 from retriever_service.machine import available_memory
 from retriever_service.planner import MOST_SEGMENTS, check_fits, check_loads, plan_index
 from tests.retriever_service.support import DIMENSION, HashEncoder
@@ -57,12 +58,24 @@ FACTORIES = [
 
 
 def written_bytes(factory: str, vectors: np.ndarray[Any, Any], path: Path) -> int:
-    index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    index = empty_index(factory, vectors.shape[1])
     if not index.is_trained:
         index.train(vectors)
     index.add(vectors)
     faiss.write_index(index, str(path))
     return path.stat().st_size
+
+
+@pytest.mark.parametrize("factory", ["PQ8", "IVF16,PQ8", "HNSW16,PQ8", "OPQ8_16,IVF16,PQ8"])
+def test_codes_are_not_renumbered_for_a_search_that_nobody_makes(factory: str) -> None:
+    vectors = clustered_vectors(1_000, 32, seed=0)
+    index = empty_index(factory, 32)
+    index.train(vectors)
+    index.add(vectors)
+    whole = faiss.index_factory(32, factory + "np", faiss.METRIC_INNER_PRODUCT)
+    whole.train(vectors)
+    whole.add(vectors)
+    assert np.array_equal(faiss.serialize_index(index), faiss.serialize_index(whole))
 
 
 @pytest.mark.parametrize("factory", FACTORIES)
@@ -307,10 +320,12 @@ def test_times_grow_with_what_is_built() -> None:
         add_rows=1_024,
         add_doubling_s=0.0,
         file_s=0.125,
+        recall_s=3.0,
+        recall_adds=2.0,
     )
     seconds = rates.seconds(encoded=100, segments=[50, 50], training_rows=80, file_bytes=800)
-    assert dataclasses.astuple(seconds) == (200.0, 10.0 + 20.0 + 40.0, 100.0, 100.0)
-    assert seconds.total == 470.0
+    assert dataclasses.astuple(seconds) == (200.0, 10.0 + 20.0 + 40.0, 100.0, 100.0, 300.0 + 4.0)
+    assert seconds.total == 774.0
     graph = dataclasses.replace(rates, add_doubling_s=1.0)
     # log2(n) - log2(e) doublings beyond the measured size, on average over the filling.
     assert graph.seconds(0, [1_024 * 16], 0, 0).add == pytest.approx(16_384 * (1.0 + 4.0 - np.log2(np.e)))

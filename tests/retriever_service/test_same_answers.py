@@ -180,14 +180,15 @@ def test_client_of_several_replicas_answers_as_a_plain_search(
     questions: list[tuple[str, int]],
 ) -> None:
     pytest.importorskip("ray")
-    from actors.retriever import RetrieverClient
+    from actors.retriever import ActorReplica, RetrieverClient
 
     async def scenario() -> None:
-        handles = [
-            SimpleNamespace(search=SimpleNamespace(remote=replica.search))
-            for replica in batched(*engines(indexes, "one", "three"))
-        ]
-        client = RetrieverClient(handles)
+        client = RetrieverClient(
+            [
+                ActorReplica(SimpleNamespace(search=SimpleNamespace(remote=replica.search)))
+                for replica in batched(*engines(indexes, "one", "three"))
+            ]
+        )
         answers = await asyncio.gather(*(client.search(*question) for question in questions))
         assert answers == [plain(([query], k, DEFAULT_OPTIONS))[0] for query, k in questions]
 

@@ -90,7 +90,7 @@ def test_exact_neighbours_are_a_sort_of_all_products(rows: list[Any], queries: l
     vectors, asked = np.array(rows, dtype=np.float32), np.array(queries, dtype=np.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "_FIRST_BLOCK", 2)
-        patch.setattr(tuning, "_LARGEST_BLOCK", 7)
+        patch.setattr(tuning, "LARGEST_BLOCK", 7)
         scores, found = exact_neighbours(MemoryStore(vectors), asked, k)
     products = asked @ vectors.T
     expected = np.argsort(-products, axis=1, kind="stable")[:, :k]
