@@ -59,6 +59,7 @@ from retriever_service.index import (
     write_segment,
 )
 from retriever_service.index_size import empty_index
+from retriever_service.machine import release_freed_memory
 from retriever_service.planner import check_fits, plan_index
 from retriever_service.ranked import NO_ROW, Ranked, Rows
 from retriever_service.tuning import Tunable, draw_sample, tune
@@ -287,6 +288,8 @@ def _fill_segments(
             write_segment(
                 directory, number, index, factory, partial(store.corpus.write_rows, start, start + count)
             )
+            del index
+            release_freed_memory()
             logger.info(f"segment {number + 1} of {len(counts)}: {count} passages")
 
         segment = Segment(f"segments/{number:04d}", count, factory)
@@ -320,8 +323,10 @@ def _tune(
             start += segment.count
         return Ranked.best(np.concatenate(scores, axis=1), np.concatenate(rows, axis=1), depth).rows
 
+    sample = draw_sample(store, k, seed=seed)
+    release_freed_memory()
     tunable = Tunable.of(read_segment(directory / segments[0].index_file))
-    report = tune(store, draw_sample(store, k, seed=seed), search, tunable, target_recall)
+    report = tune(store, sample, search, tunable, target_recall)
     return report.search_parameters, report.points
 
 
