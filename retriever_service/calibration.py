@@ -1,7 +1,8 @@
 """How fast this machine encodes passages, and trains, fills and searches an index: measured in a few seconds.
 
 The measured index has the asked-for centroids, codes and links, but few vectors; times for many are extrapolated.
-Expect them to be right within a factor of two: the cost of linking a graph depends on the vectors too.
+Expect them to be right within a factor of two. What tuning takes depends on how hard the recall that is aimed at is to
+reach; where it is out of reach, a graph takes some times as long.
 """
 
 from __future__ import annotations
@@ -24,20 +25,22 @@ from retriever_service.files import record_file, writing
 from retriever_service.index_size import empty_index
 from retriever_service.tuning import NUM_QUERIES
 
-_TRAINING_ROWS = 2_560
+_TRAINING_ROWS = 10_240
 _FIRST_ADDED, _MOST_ADDED = 1_024, 32_768
 _ADDING_S = 1.5
 _ASSIGNED_ROWS = 2_048
 _OPQ_ITERATIONS = 2
-"""Of 50."""
+"""Rotations that are learnt, of 50."""
+_PQ_ITERATIONS = 5
+"""Of k-means, of 25."""
 _CODEC_TRAINING_ROWS = 65_536
 """FAISS learns product quantisers and rotations from at most so many rows."""
 _FILE_BYTES = 64 << 20
 _SCANNING_QUERIES = 64
 _TRIED_SHARE = 0.1
 """Of the cells, with all values of nprobe that tuning tries together; from 1,000,000 clustered vectors."""
-_TRIED_EF_SEARCH, _EF_CONSTRUCTION = 250, 40
-"""The same for graphs, and FAISS's default for adding."""
+_TRIED_EF_SEARCH, _EF_CONSTRUCTION = 1_000, 40
+"""The same for graphs, if the recall that is aimed at is reached at 256; and FAISS's default for adding."""
 _NUM_CLUSTERS, _SPREAD = 1_024, 0.8
 
 
@@ -184,15 +187,23 @@ def _train(index: Any, vectors: Vectors) -> float:
             transform: Any = faiss.downcast_VectorTransform(chain.at(number))
             scale = 1.0
             if isinstance(transform, faiss.OPQMatrix):
-                scale = transform.niter / _OPQ_ITERATIONS
-                transform.niter = _OPQ_ITERATIONS
+                # The first rotation is learnt with more iterations of k-means than the others.
+                wanted = transform.niter_pq_0 + (transform.niter - 1) * transform.niter_pq
+                scale = wanted / (_OPQ_ITERATIONS * transform.niter_pq)
+                transform.niter_pq_0, transform.niter = transform.niter_pq, _OPQ_ITERATIONS
+                quantiser = faiss.ProductQuantizer(transform.d_out, transform.M, 8)
+                quantiser.cp.min_points_per_centroid = 1
+                transform.pq = quantiser
             if not transform.is_trained:
                 seconds += scale * _elapsed(partial(transform.train, vectors))
             vectors = transform.apply(vectors)
         inner = faiss.downcast_index(inner.index)
+    scale = 1.0
     if hasattr(inner, "pq"):
         inner.pq.cp.min_points_per_centroid = 1  # a small sample will do here: no warnings
-    seconds += _elapsed(lambda: inner.train(vectors))
+        scale = inner.pq.cp.niter / _PQ_ITERATIONS
+        inner.pq.cp.niter = _PQ_ITERATIONS
+    seconds += scale * _elapsed(lambda: inner.train(vectors))
     index.is_trained = True
     return seconds
 

@@ -36,6 +36,8 @@ _SAMPLED_ROWS = 16_384
 _LARGEST_EF_SEARCH = 4_096
 _TIE = 1e-5
 """Scores that differ by less, relatively, are equal: they are sums of float32."""
+_FINENESS = 16
+"""A parameter is found to within this share of itself: measuring recall is as dear as it is thorough."""
 _PLATEAU = 1e-3
 """If doubling the effort gains less recall than this, more will not help."""
 
@@ -177,7 +179,7 @@ def measure_recall(
 def tune(
     store: StoredVectors, sample: Sample, search: Search, parameter: Tunable | None, target: float
 ) -> RecallReport:
-    """Find the smallest value of `parameter` whose recall at k is at least `target`, by doubling, then bisection.
+    """Find about the smallest value of `parameter` whose recall at k is at least `target`: by doubling, then bisection.
 
     Where no value reaches it (codes lose what no search finds again), the smallest one is chosen that comes within
     a thousandth of the best, and a warning logged.
@@ -219,7 +221,7 @@ def _smallest(recall: Callable[[int], float], parameter: Tunable, target: float)
             target = recall(doubled) - _PLATEAU
         else:
             below, value = value, doubled
-    while value - below > 1:
+    while value - below > max(1, value // _FINENESS):
         middle = (below + value) // 2
         if recall(middle) >= target:
             value = middle

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from retriever_service import tuning
 from retriever_service.calibration import clustered_vectors
 from retriever_service.errors import RetrieverError
+from retriever_service.index_size import empty_index
 from retriever_service.tuning import (
     Rows,
     Sample,
@@ -68,7 +69,7 @@ def search_in(index: Any) -> Search:
 
 
 def filled(factory: str, vectors: Vectors) -> Any:
-    index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    index = empty_index(factory, vectors.shape[1])
     index.train(vectors)
     index.add(vectors)
     return index
@@ -98,12 +99,15 @@ def test_exact_neighbours_are_a_sort_of_all_products(rows: list[Any], queries: l
     np.testing.assert_array_equal(scores, np.take_along_axis(products, expected, axis=1))
 
 
-def test_exact_neighbours_read_the_corpus_by_blocks() -> None:
+def test_exact_neighbours_read_the_corpus_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore(clustered_vectors(40_000, 8, seed=1))
     exact_neighbours(store, store.vectors[:10], 5)
     assert store.largest_read == 16_384
-    exact_neighbours(store, clustered_vectors(20_000, 8, seed=2), 5)
-    assert store.largest_read == 16_384
+    # Smaller ones for more queries, whose scores would not fit otherwise.
+    monkeypatch.setattr(tuning, "_SCORES_BYTES", 4 * 100 * 50)
+    smaller = MemoryStore(store.vectors[:2_000])
+    exact_neighbours(smaller, store.vectors[:100], 5)
+    assert smaller.largest_read == 50
 
 
 def test_a_sample_leaves_out_the_query_itself(store: MemoryStore, sample: Sample) -> None:
@@ -159,7 +163,7 @@ def test_copies_of_a_passage_are_as_good_as_the_passage() -> None:
 
 
 @pytest.mark.parametrize("factory", ["IVF128,Flat", "PCA30,IVF128,Flat", "HNSW8,Flat", "IVF128_HNSW16,SQ8"])
-def test_the_chosen_value_is_the_smallest_that_reaches_the_target(
+def test_the_chosen_value_is_about_the_smallest_that_reaches_the_target(
     factory: str, store: MemoryStore, sample: Sample
 ) -> None:
     index = filled(factory, store.vectors)
@@ -171,8 +175,9 @@ def test_the_chosen_value_is_the_smallest_that_reaches_the_target(
     name, value = report.search_parameters.split("=")
     assert name == parameter.name
     assert measure_recall(store, sample, search, report.search_parameters).recall["20"] >= target
-    if int(value) > parameter.smallest:
-        assert measure_recall(store, sample, search, f"{name}={int(value) - 1}").recall["20"] < target
+    less = int(value) - max(1, int(value) // 16)
+    if less >= parameter.smallest:
+        assert measure_recall(store, sample, search, f"{name}={less}").recall["20"] < target
 
 
 @given(
@@ -182,7 +187,7 @@ def test_the_chosen_value_is_the_smallest_that_reaches_the_target(
     largest=st.integers(20, 300),
 )
 @settings(deadline=None, max_examples=300)
-def test_any_rising_recall_is_tuned_to_its_smallest_value(
+def test_any_rising_recall_is_tuned_to_about_its_smallest_value(
     thresholds: list[int], target: float, smallest: int, largest: int
 ) -> None:
     # Strictly rising by more than what counts as a plateau.
@@ -193,7 +198,7 @@ def test_any_rising_recall_is_tuned_to_its_smallest_value(
     chosen = tuning._smallest(recall, Tunable("x", smallest, largest), target)
     enough = [value for value in range(smallest, largest + 1) if recall(value) >= target]
     if enough:
-        assert chosen == enough[0]
+        assert enough[0] <= chosen < enough[0] + max(1, chosen // 16)
     else:
         assert recall(largest) - recall(chosen) <= 2e-3
 
