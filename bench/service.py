@@ -122,6 +122,7 @@ def _process(function: Callable[..., None], *arguments: Any) -> Iterator[tuple[A
             raise TimeoutError(f"{function.__name__} said nothing for {READY_S} s")
         yield process, ours.recv()
     finally:
+        process.join(timeout=5)
         process.kill()
         process.join()
 
