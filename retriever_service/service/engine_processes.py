@@ -45,7 +45,8 @@ def engine_opener(
     processes: int | None = None,
     **options: Any,
 ) -> Callable[[], Engine]:
-    """How to open an index to be served: in this process, or in several.
+    """How to open an index to be served: in this process, or in several. A script that serves in several needs its
+    `if __name__ == "__main__":`.
 
     Args:
         threads: CPU threads of all processes together; None for all cores.
