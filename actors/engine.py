@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _GIB = 2**30
+_SHUTDOWN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,8 @@ class VllmEngine:
         """Ends the engine process. Requests under way fail."""
         self._refusal = "the engine was shut down"
         if self._llm is not None:
-            self._llm.shutdown(timeout=10)
+            # On CPUs its process never ends by itself: it is waited for that long, and killed.
+            self._llm.shutdown(timeout=_SHUTDOWN_S)
             # Its destructor calls this again, and fails if that is at the end of the interpreter.
             self._llm.shutdown = lambda timeout=None: None
             self._llm = None
