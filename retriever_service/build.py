@@ -31,7 +31,7 @@ from retriever_service.bm25 import build_bm25
 from retriever_service.corpus import CorpusReader
 from retriever_service.dense import VectorSearch
 from retriever_service.encode import Progress, encode_corpus
-from retriever_service.encoder import Encoder, EncoderSpec, LoadEncoder, Vectors
+from retriever_service.encoder import Encoder, EncoderSpec, LoadEncoder, TextEncoder, Vectors
 from retriever_service.errors import RetrieverError
 from retriever_service.files import (
     FileRecord,
@@ -58,7 +58,7 @@ from retriever_service.index import (
     write_manifest,
     write_segment,
 )
-from retriever_service.index_size import empty_index
+from retriever_service.index_size import empty_index, index_size
 from retriever_service.machine import release_freed_memory
 from retriever_service.planner import check_fits, plan_index
 from retriever_service.ranked import NO_ROW, Ranked, Rows
@@ -113,10 +113,17 @@ def build_index(
             workers=workers,
             memory_bytes=memory_bytes,
             on_progress=on_progress,
-            load_encoder=load_encoder,
+            load_encoder=partial(_load_for, factory, load_encoder),
         )
         # Encoding has compared its shards with their checksums already.
         return _build(store, work, out, factory, memory_bytes, bm25, target_recall, seed, verify=False)
+
+
+def _load_for(factory: str, load_encoder: LoadEncoder, spec: EncoderSpec, device: str) -> TextEncoder:
+    """An encoder whose vectors an index of this factory string can hold: known before anything is encoded."""
+    encoder = load_encoder(spec, device)
+    index_size(factory, encoder.dimension)
+    return encoder
 
 
 def build_from_vectors(

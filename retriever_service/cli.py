@@ -316,6 +316,11 @@ def evaluate(
     asked = {id_: text for id_, text in read_queries(queries).items() if id_ in judged}
     if not asked:
         raise RetrieverError(f"no question of {queries} is judged in {qrels}; do they belong together?")
+    if len(asked) < len(judged):
+        raise RetrieverError(
+            f"{len(judged) - len(asked):,} of {len(judged):,} questions that {qrels} judges are not in {queries}, and "
+            "would count as not answered; give all of them, or judgements of those that are there"
+        )
     if run_in is not None:
         run = read_run(run_in)
     else:

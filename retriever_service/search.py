@@ -235,7 +235,8 @@ class SearchEngine:
         if not answerable:
             return [[] for _ in queries]
         allowed = self._allowed(options)
-        wanted = max(k, options.rerank) + len(options.exclude)
+        k = min(k, len(self._index.corpus))
+        wanted = min(max(k, options.rerank) + len(options.exclude), len(self._index.corpus))
         # Near-duplicates are few as a rule: so many more, and all over again where that was not enough.
         depth = 2 * wanted if options.distinct else wanted
         candidates = iter(self._candidates(answerable, depth, allowed, options))

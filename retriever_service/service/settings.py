@@ -43,6 +43,8 @@ class ServerSettings:
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise RetrieverError(f"port {self.port}: there are 0 (a free one) to 65535")
         for name in ("max_batch", "max_waiting", "deadline_s", "update_deadline_s", "body_deadline_s"):
             if getattr(self, name) <= 0:
                 raise RetrieverError(f"{name} must be above 0, got {getattr(self, name)}")

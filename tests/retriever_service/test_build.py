@@ -23,7 +23,7 @@ from retriever_service.index import read_manifest, verify_checksums
 from retriever_service.planner import plan_index
 from retriever_service.search import SearchEngine, SearchOptions
 from retriever_service.vectors import VectorStore
-from tests.retriever_service.support import load_hash_encoder, write_jsonl
+from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 
 SPEC = EncoderSpec("hash")
 COUNT = 600
@@ -206,3 +206,19 @@ def test_hnsw_and_tombstones_leave_no_gap(store: VectorStore, tmp_path: Path) ->
     engine = open_engine(tmp_path / "index")
     engine.delete([f"p{i}" for i in range(0, COUNT, 2)])
     assert all(len(row) == 10 for row in found(engine, 10))
+
+
+def test_a_factory_that_is_none_is_refused_before_anything_is_encoded(tmp_path: Path) -> None:
+    corpus = write_jsonl(tmp_path / "c.jsonl", [{"id": "1", "text": "lion"}, {"id": "2", "text": "tiger"}])
+    encoder = HashEncoder(SPEC)
+    encoder.encode_passages = None  # type: ignore[assignment,method-assign]  # nobody may call it
+    with pytest.raises(RetrieverError, match="NONSENSE"):
+        build.build_index(
+            [corpus],
+            tmp_path / "index",
+            SPEC,
+            factory="NONSENSE",
+            workers=1,
+            load_encoder=lambda spec, device: encoder,
+        )
+    assert not (tmp_path / "index").exists()

@@ -94,8 +94,9 @@ def test_equal_scores_come_in_row_order(searcher: SearchEngine) -> None:
 
 
 def test_k_beyond_the_corpus_gives_every_passage_once(searcher: SearchEngine) -> None:
-    (hits,) = searcher.search(["lion"], 100)
-    assert sorted(hit.passage.id for hit in hits) == [f"a{i}" for i in range(6)]
+    for k in (100, 10**9):
+        (hits,) = searcher.search(["lion"], k)
+        assert sorted(hit.passage.id for hit in hits) == [f"a{i}" for i in range(6)]
 
 
 def test_index_that_finds_too_few_never_gives_a_wrong_passage(tmp_path: Path) -> None:

@@ -621,3 +621,9 @@ def test_half_a_request_and_nonsense_harm_nobody() -> None:
                 connection.sendall(sent)
                 assert connection.recv(100).startswith(b"HTTP/1.1 " + status)
         assert httpx.post(f"{url}/search", json={"query": "lion"}, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("port", [-1, 65_536])
+def test_port_that_is_none_is_refused(port: int) -> None:
+    with pytest.raises(RetrieverError, match="65535"):
+        ServerSettings(port=port)
