@@ -146,8 +146,8 @@ class RetrieverConfig(Section):
     factory: str = "Flat"
     """FAISS index factory string."""
     search_parameters: str = ""
-    """How thoroughly an approximate index is searched, in FAISS's notation: nprobe=64 or efSearch=128. FAISS's own
-    defaults are low: an IVF index looks into one cell."""
+    """How thoroughly an approximate index is searched, in FAISS's notation: nprobe=64 or efSearch=128. Empty: as tuned
+    when it was built."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where queries are encoded and searched. `auto`: cuda only if `gpus_per_replica` > 0."""
     replicas: int = Field(1, ge=1)

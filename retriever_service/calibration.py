@@ -1,8 +1,9 @@
 """How fast this machine encodes passages, and trains, fills and searches an index: measured in a few seconds.
 
 The measured index has the asked-for centroids, codes and links, but few vectors; times for many are extrapolated.
-Expect them to be right within a factor of two. What tuning takes depends on how hard the recall that is aimed at is to
-reach; where it is out of reach, a graph takes some times as long.
+Expect them to be right within a factor of two, but for the training of product quantisers, which is over-estimated
+(up to six times with rotations), and for graphs that do not reach the recall aimed at, whose tuning takes longer
+(docs/results.md).
 """
 
 from __future__ import annotations

@@ -446,7 +446,7 @@ def delete(
     from retriever_service.updates import delete_passages
 
     manifest = delete_passages(index, ids, verify=True)
-    _report_update(index, manifest.num_passages, {"deleted": len(ids)}, as_json)
+    _report_update(index, manifest.num_passages, {"deleted": len(set(ids))}, as_json)
 
 
 @app.command()
