@@ -1,8 +1,8 @@
 """One engine in each of several processes, as one engine: a batch is divided among them.
 
-A small encoder spends much of its time in Python, between one matrix product and the next: two processes of one thread
-each search a third more than one of two threads, and none of it competes with the event loop for the interpreter
-(docs/results.md). The index is mapped, so that they share its pages.
+A small encoder spends much of its time in Python, between one matrix product and the next: processes of one thread each
+keep all cores busy where one process of several threads does not, and none of it competes with the event loop for the
+interpreter. The index is mapped, so that they share its pages.
 
 Guarantees:
 - an answer is that of one engine, for all of them search the same state: updates are made by one of them and taken up
