@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint base-model bench lock clean
+.PHONY: help setup demo test lint base-model bench gpu-check lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -107,6 +107,9 @@ lint: $(READY)  ## ruff, mypy and the rules on who may import whom
 
 base-model: $(READY)  ## train models/tiny-searcher again, from scratch (ARGS=... for the script)
 	$(BIN)/python scripts/train_tiny_searcher.py --out models/tiny-searcher $(ARGS)
+
+gpu-check: $(READY)  ## check and measure everything that needs a GPU (ARGS="--only PART ..." for some of it, --list)
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 bench: $(READY)  ## measure what is fast, as ratios to the limit beside it
 	$(BIN)/python -m bench $(ARGS)

@@ -75,7 +75,7 @@ class Learner:
         seed: int = 0,
     ) -> None:
         deepspeed = learner_setup.import_deepspeed()
-        from pipeline.attention import PACKED_SDPA
+        from pipeline.attention import PACKED
 
         self.config, self.rank, self.world_size = config, rank, world_size
         self.device = learner_setup.join_process_group(
@@ -91,10 +91,8 @@ class Learner:
         self._resume: dict[str, Any] | None = None  # the same, out of a checkpoint that was just loaded
 
         learner_setup.seed_everything(seed)  # the same on all ranks: adapters start equal
-        self.model, self._zero_init = learner_setup.load_model(
-            config, self.source, self.dtype, self.device, ds_config
-        )
-        self._packed_sdpa = self.model.config._attn_implementation == PACKED_SDPA
+        self.model, self._zero_init = learner_setup.load_model(config, self.source, self.dtype, ds_config)
+        self._packed_attention = self.model.config._attn_implementation == PACKED
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -275,7 +273,7 @@ class Learner:
             position_ids=on_device["position_ids"],
             logits_to_keep=on_device["predictors"],
             use_cache=False,  # with a cache transformers does not look for packed examples in position_ids
-            **({"segment_lengths": batch.segment_lengths} if self._packed_sdpa else {}),
+            **({"segment_lengths": batch.segment_lengths} if self._packed_attention else {}),
         )
         return token_logprobs(output.logits[0], on_device["targets"]), on_device["token_weights"]
 

@@ -107,7 +107,7 @@ def resolve_dtype(config: LearnerConfig, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    config: LearnerConfig, source: Path, dtype: torch.dtype, device: torch.device, ds_config: dict[str, Any]
+    config: LearnerConfig, source: Path, dtype: torch.dtype, ds_config: dict[str, Any]
 ) -> tuple[PreTrainedModel, Any]:
     """The model with its adapters, and an object that must live as long as it.
 
@@ -115,16 +115,12 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
-    from transformers.utils import is_flash_attn_2_available
 
-    from pipeline.attention import PACKED_SDPA
+    from pipeline.attention import PACKED
 
-    attention: str = config.attention
-    if attention == "auto":
-        attention = "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
     zero_init = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation=PACKED_SDPA if attention == "sdpa" else attention
+        source, dtype=dtype, attn_implementation=PACKED if config.attention == "packed" else config.attention
     )
     if config.lora is not None:
         from peft import LoraConfig, inject_adapter_in_model

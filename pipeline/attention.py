@@ -2,12 +2,14 @@
 
 transformers' own sdpa also keeps the examples of a packed row apart (it finds the restarts of
 `position_ids`), but through a dense [T, T] mask: the time grows with the square of the row and the causal
-kernel is lost. Here every example is one causal call of torch's kernel. flash_attention_2 does the same in
-one fused call, on GPUs.
+kernel is lost. Here, in half precision on a GPU, all examples are one call of torch's variable-length flash
+attention; elsewhere every example is one causal call of torch's kernel.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-PACKED_SDPA = "packed_sdpa"
+PACKED = "packed"
 """Name for transformers' `attn_implementation`, known once this module is imported."""
 
 
-def packed_sdpa(
+def packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -43,6 +45,57 @@ def packed_sdpa(
     Returns:
         [1, T, heads, d], and None in place of the attention weights.
     """
+    kernel = varlen if takes_varlen(query, dropout) else per_segment
+    return kernel(query, key, value, segment_lengths, scaling, dropout, sliding_window), None
+
+
+def takes_varlen(query: Tensor, dropout: float) -> bool:
+    """Whether the variable-length kernel can do it: half precision on a GPU, heads of at most 256, no dropout."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and half and query.shape[-1] <= 256 and dropout == 0.0
+
+
+def varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: tuple[int, ...],
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """All segments in one call (torch.nn.attention.varlen). Arguments and result as `packed_attention`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    starts = _segment_starts(segment_lengths, query.device)
+    longest = max(segment_lengths)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    output = varlen_attn(
+        q,
+        k,
+        v,
+        starts,
+        starts,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)  # no auxiliary outputs were asked for
+    return output[None]
+
+
+def per_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segment_lengths: tuple[int, ...],
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """One call of torch's kernel per segment, on any device. Arguments and result as `packed_attention`."""
     outputs = []
     for q, k, v in zip(*(x.split(segment_lengths, dim=2) for x in (query, key, value)), strict=True):
         window = _sliding_mask(q.shape[2], sliding_window, q.device)
@@ -58,7 +111,13 @@ def packed_sdpa(
                 enable_gqa=query.shape[1] != key.shape[1],
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=4)  # every layer of a forward pass asks for the same one
+def _segment_starts(segment_lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32[segments + 1]: where each segment begins, and the end of the last."""
+    return torch.tensor(list(accumulate(segment_lengths, initial=0)), dtype=torch.int32, device=device)
 
 
 def _sliding_mask(length: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
@@ -70,4 +129,4 @@ def _sliding_mask(length: int, sliding_window: int | None, device: torch.device)
     return (distance >= 0) & (distance < sliding_window)
 
 
-AttentionInterface.register(PACKED_SDPA, packed_sdpa)
+AttentionInterface.register(PACKED, packed_attention)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from retriever_service.client import Dialect
 
-Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
+Attention = Literal["packed", "flash_attention_2", "eager"]
 Dtype = Literal["float32", "bfloat16"]
 Transport = Literal["auto", "shared_memory", "nccl", "ipc"]
 Weighting = Literal["likelihood", "posterior", "length_normalised", "reward", "uniform"]
@@ -300,8 +300,9 @@ class LearnerConfig(Section):
     """Examples per optimiser step, over all ranks."""
     tokens_per_microbatch: int = Field(4096, ge=16)
     """Token budget of one packed row; an example must fit."""
-    attention: Attention = "auto"
-    """Attention kernel of transformers. `auto`: flash_attention_2 where installed, else sdpa."""
+    attention: Attention = "packed"
+    """packed: torch's own kernels, each example of a row by itself. flash_attention_2: that package, where it is
+    installed. eager: plain matrix products, slow and for comparison."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all parameters."""
     threads_per_rank: int | None = Field(None, ge=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from pipeline.attention import PACKED_SDPA
+from pipeline.attention import PACKED
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
@@ -36,7 +36,7 @@ def tiny_model(name: str, attention: str) -> Any:
     return transformers.AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention)
 
 
-@pytest.mark.parametrize("attention", [PACKED_SDPA, "eager"])
+@pytest.mark.parametrize("attention", [PACKED, "eager"])
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_packed_logits_and_gradients_equal_those_of_separate_examples(name: str, attention: str) -> None:
     examples = [torch.randint(50, (1, n), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
@@ -49,7 +49,7 @@ def test_packed_logits_and_gradients_equal_those_of_separate_examples(name: str,
         torch.cat(examples, dim=1),
         position_ids=torch.cat([torch.arange(n) for n in LENGTHS])[None],
         use_cache=False,
-        **({"segment_lengths": LENGTHS} if attention == PACKED_SDPA else {}),
+        **({"segment_lengths": LENGTHS} if attention == PACKED else {}),
     ).logits
     logits.square().sum().backward()
 

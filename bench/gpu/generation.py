@@ -1,0 +1,77 @@
+"""Speed of the engine: start, and tokens per second at the lengths of agents' turns, with and without CUDA graphs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bench.gpu.hosted import HostedEngine, engine_options, hosted
+from bench.gpu.models import SHAPES, random_model
+from bench.gpu.rows import Row, Size
+from pipeline.search_agent import Sampling
+
+PROMPT, TURN = 600, 76
+
+
+def run(device: str, scratch: Path) -> list[Row]:
+    size: Size = "0.6b" if device == "cuda" else "tiny"
+    model = random_model(scratch / "model", size, device)
+    requests, concurrency = (4_096, 512) if device == "cuda" else (16, 8)
+    rows = []
+    for eager in (True, False) if device == "cuda" else (True,):
+        options = engine_options(
+            model, device, enforce_eager=eager, max_num_seqs=concurrency, gpu_memory_utilization=0.85
+        )
+        name = f"generation, {size}, {'eager' if eager else 'CUDA graphs'}"
+        started = time.perf_counter()
+        with hosted(options) as host:
+            rows.append(Row(f"{name}: start", time.perf_counter() - started, "s"))
+            measure(host, size, requests // 8, concurrency)
+            seconds = measure(host, size, requests, concurrency)
+            rows += [
+                Row(f"{name}: generated, {PROMPT} prompt + {TURN} tokens, {concurrency} at once",
+                    requests * TURN / seconds, "tokens/s"),
+                Row(f"{name}: scored, one answer of 8 tokens on a cached prompt", scoring(host, size, requests),
+                    "answers/s"),
+            ]  # fmt: skip
+    return rows
+
+
+def measure(host: HostedEngine, size: Size, requests: int, concurrency: int) -> float:
+    """Seconds for that many sampled requests."""
+    prompts = random_prompts(size, requests)
+
+    async def all_of_them() -> None:
+        slots = asyncio.Semaphore(concurrency)
+
+        async def one(number: int) -> None:
+            sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=TURN, seed=number, stop=())
+            async with slots:
+                await host.engine.generate(prompts[number], sampling)
+
+        await asyncio.gather(*(one(number) for number in range(requests)))
+
+    start = time.perf_counter()
+    host.run(all_of_them())
+    return time.perf_counter() - start
+
+
+def scoring(host: HostedEngine, size: Size, requests: int) -> float:
+    """Answers scored per second; the prompts have been seen before, as trajectories that were just sampled."""
+    prompts = [[*prompt, *range(10, 18)] for prompt in random_prompts(size, requests)[-256:]]
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*(host.engine.score(prompt, PROMPT) for prompt in prompts))
+
+    start = time.perf_counter()
+    host.run(all_of_them())
+    return len(prompts) / (time.perf_counter() - start)
+
+
+def random_prompts(size: Size, requests: int) -> list[list[int]]:
+    rng = np.random.default_rng(requests)
+    ids: list[list[int]] = rng.integers(2, SHAPES[size]["vocab_size"], (requests, PROMPT)).tolist()
+    return ids

@@ -1,0 +1,93 @@
+"""Speed and memory of the learner: tokens per second, FLOP utilisation, peak memory against the predicted one."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import torch
+
+from actors.learner import Learner
+from bench.gpu.limits import matmul_rate
+from bench.gpu.models import SHAPES, all_parameters, random_examples, random_model, training_flops
+from bench.gpu.rows import Row, Size, at_most
+from pipeline.config import LearnerConfig, LoraConfig
+from pipeline.records import WeightedExample
+
+GIB = 2**30
+
+
+def make_learner(config: LearnerConfig, model: Path) -> Learner:
+    """A learner of one rank in this process."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    return Learner(config, model, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
+
+
+def run_small(device: str, scratch: Path) -> list[Row]:
+    """Full fine-tuning of 0.6B, rows of 16,384 tokens."""
+    size: Size = "0.6b" if device == "cuda" else "tiny"
+    row = 16_384 if device == "cuda" else 512
+    examples = random_examples(
+        size, count=64 if device == "cuda" else 8, shortest=row // 16, longest=row // 4
+    )
+    config = LearnerConfig(
+        zero_stage=2, dtype="bfloat16", batch_size=len(examples) // 2, tokens_per_microbatch=row,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    return measure(size, config, examples, device, scratch)
+
+
+def run_large(device: str, scratch: Path) -> list[Row]:
+    """LoRA on 8B, rows of 8,192 tokens: what one GPU of 80 GB can hold."""
+    size: Size = "7b" if device == "cuda" else "tiny"
+    row = 8_192 if device == "cuda" else 512
+    examples = random_examples(size, count=32 if device == "cuda" else 8, shortest=row // 8, longest=row // 2)
+    config = LearnerConfig(
+        zero_stage=2, dtype="bfloat16", batch_size=len(examples) // 2, tokens_per_microbatch=row,
+        gradient_checkpointing=True, lora=LoraConfig(rank=16),
+    )  # fmt: skip
+    return measure(size, config, examples, device, scratch)
+
+
+def measure(
+    size: Size, config: LearnerConfig, examples: list[WeightedExample], device: str, scratch: Path
+) -> list[Row]:
+    learner = make_learner(config, random_model(scratch / "model", size, device))
+    learner.train(examples[: config.batch_size], phase_seed=0)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    metrics = learner.train(examples, phase_seed=1)
+    lora = config.lora is not None
+    name = f"learner, {size}{', LoRA' if lora else ''}, rows of {config.tokens_per_microbatch} tokens"
+    flops = training_flops(size, examples, frozen_base=lora) / metrics["seconds"]
+    rows = [
+        Row(f"{name}: tokens", metrics["total_tokens_per_s"], "tokens/s"),
+        Row(f"{name}: model FLOPs", flops / 1e12, "TFLOP/s"),
+        Row(f"{name}: of a plain bfloat16 matrix product", 100 * flops / matmul_rate(device), "%"),
+        Row(f"{name}: rows filled", 100 * metrics["pack_fill"], "%"),
+    ]
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / GIB
+        predicted = predicted_memory(size, config, examples) / GIB
+        rows += [
+            Row(f"{name}: predicted peak memory", predicted, "GiB"),
+            at_most(f"{name}: measured peak memory / predicted", peak / predicted, "", 1.1),
+        ]
+    learner.shutdown()
+    return rows
+
+
+def predicted_memory(size: Size, config: LearnerConfig, examples: list[WeightedExample]) -> float:
+    """Peak bytes on one rank with gradient checkpointing, by component."""
+    shape, row = SHAPES[size], config.tokens_per_microbatch
+    trained = 0 if config.lora is not None else all_parameters(size)
+    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
+    share = sum(e.loss_mask.sum() for e in examples) / sum(len(e.token_ids) for e in examples)
+    weights = 2 * all_parameters(size)
+    master_adam_and_gradients = (12 + 4) * trained
+    checkpoints = 2 * layers * row * hidden
+    one_layer = 3.4 * row * (3 * shape["intermediate_size"] + 8 * hidden)
+    logits = 4 * share * row * shape["vocab_size"]
+    return float(weights + master_adam_and_gradients + checkpoints + max(one_layer, logits))
