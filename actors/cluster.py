@@ -74,7 +74,8 @@ class Serving:
     """The model that the engines serve."""
 
     model: str
-    version: int
+    version: int | None
+    """None while the engines are asleep."""
 
 
 class Cluster:
@@ -202,9 +203,20 @@ class Cluster:
             seed=self.config.seed,
         )
 
+    def rest(self) -> None:
+        """Have the engines give their memory to the learner where they take turns; until a push or `serve`."""
+        if self.placement.take_turns and self.serving.version is not None:
+            seconds = self.config.cluster.push_timeout_s
+            _get(
+                [worker.sleep.remote(seconds) for worker in self._workers], seconds, "engines to fall asleep"
+            )
+            self.serving = Serving(self.serving.model, None)
+
     def push(self, model: Path, version: int) -> Json:
         """Learner -> engines. Afterwards every engine serves `version`, whose exported form is `model`."""
         assert self.learner is not None
+        if self.placement.take_turns:
+            self.learner.rest()
         engines = [
             EngineRef(worker, node, self.config.rollout.tensor_parallel_size)
             for worker, node in zip(self._workers, self._nodes, strict=True)
@@ -314,6 +326,7 @@ class Cluster:
             start_timeout_s=self.config.cluster.start_timeout_s,
             request_timeout_s=rollout.timeout_s,
             record_proposal=self.config.weighting.correct_proposal,
+            sleeps=placement.take_turns,
         )
         return RolloutActor.options(
             **self._bundle(placement.engine_bundles[index], placement.engine_gpus), max_concurrency=10_000

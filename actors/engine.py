@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 _GIB = 2**30
 _SHUTDOWN_S = 1.0
 
+GPU_BATCHED_TOKENS = 8_192
+"""Tokens that an engine on GPUs computes in one step, prompts and continuations together."""
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -70,6 +73,8 @@ class EngineOptions:
     record_proposal: bool = False
     """Completions carry log-probabilities of the distribution that was sampled from, after temperature and truncation,
     instead of the model's own."""
+    sleeps: bool = False
+    """The engine can `sleep`: it then holds its GPU memory in a form that it can give back. Not on CPUs."""
     request_timeout_s: float = 600.0
     """Longest that one request may take, waiting in the engine's queue included, in seconds."""
 
@@ -105,6 +110,7 @@ class VllmEngine:
         self._refusal = "the engine has not been started"
         self._pushed_version = 0
         self._push_deadline = 0.0
+        self._asleep = False
         self._segment = Segment()
 
     async def start(self, version: int = 0) -> None:
@@ -248,6 +254,7 @@ class VllmEngine:
         self._pushed_version = version
         self._push_deadline = asyncio.get_running_loop().time() + timeout_s
         async with self._push_step("reloading") as llm:
+            await self._wake(llm, "weights", "kv_cache")
             await llm.pause_generation(mode="wait", clear_cache=True)
             await llm.collective_rpc("reload_weights", kwargs={"weights_path": model})
             await llm.collective_rpc("refresh_tied_heads")
@@ -256,6 +263,25 @@ class VllmEngine:
                 raise WeightTransferError("the prefix cache could not be dropped: requests are still running")
             await llm.resume_generation()
         self._version, self._digest, self._refusal = version, "", ""
+
+    async def sleep(self, timeout_s: float) -> None:
+        """Gives the GPU's memory to others: drops the weights and all cached keys and values.
+
+        Running requests end first. Nothing is served until the next push or `reload`, which wakes the engine:
+        the memory of the weights before they arrive, that of the cache when they are whole.
+
+        Raises:
+            WeightTransferError: it took too long or failed; nothing is served from then on.
+        """
+        self._refusal = "the engine is asleep"
+        self._push_deadline = asyncio.get_running_loop().time() + timeout_s
+        async with self._push_step("falling asleep") as llm:
+            await llm.sleep(level=2, mode="wait")
+        self._asleep = True
+
+    async def _wake(self, llm: AsyncLLM, *parts: str) -> None:
+        if self._asleep:
+            self._asleep = not await llm.wake_up(list(parts))
 
     @property
     def is_dead(self) -> bool:
@@ -288,6 +314,7 @@ class VllmEngine:
         self._pushed_version = version
         self._push_deadline = asyncio.get_running_loop().time() + timeout_s
         async with self._push_step("pausing") as llm:
+            await self._wake(llm, "weights")
             await llm.pause_generation(mode="wait", clear_cache=True)
             await llm.collective_rpc("discard_weight_update")
             await llm.start_weight_update()
@@ -325,6 +352,7 @@ class VllmEngine:
             for receipt in await llm.collective_rpc("weight_receipt"):
                 _check_receipt(receipt, digest)
             await llm.finish_weight_update(weight_version=str(version))
+            await self._wake(llm, "kv_cache")
             if not await llm.reset_prefix_cache():
                 raise WeightTransferError("the prefix cache could not be dropped: requests are still running")
             await llm.resume_generation()
@@ -409,7 +437,12 @@ def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
     from vllm.platforms import current_platform
 
     on_cpu = current_platform.is_cpu()
-    device: dict[str, Any] = {"gpu_memory_utilization": options.gpu_memory_utilization}
+    device: dict[str, Any] = {
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "enable_sleep_mode": options.sleeps,
+        # Most of an agent's tokens are prompt: vLLM's default of 2,048 leaves the GPU half idle.
+        "max_num_batched_tokens": max(GPU_BATCHED_TOKENS, options.max_num_seqs),
+    }
     if on_cpu:
         device = {
             "kv_cache_memory_bytes": int(options.kv_cache_gib * _GIB),

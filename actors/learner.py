@@ -87,6 +87,7 @@ class Learner:
         self.zero_stage: int = ds_config["zero_optimization"]["stage"]
         self.source = learner_files.local_directory(model_path)
         self._progress: dict[str, float] = {"step": 0, "num_steps": 0}
+        self._resting = False
         self._phase: dict[str, Any] | None = None  # key and history of the last M-step
         self._resume: dict[str, Any] | None = None  # the same, out of a checkpoint that was just loaded
 
@@ -158,6 +159,7 @@ class Learner:
 
         history = self._enter_phase(_phase_key(records, phase_seed, peak, len(plan)))
         self._progress = {"step": len(history), "num_steps": len(plan)}
+        self._end_rest()
         remaining, started = plan[len(history) :], time.perf_counter()
         self.engine.train()
         for step in remaining:
@@ -196,6 +198,21 @@ class Learner:
             "rank_balance": balance,
             "history": history,
         }
+
+    def rest(self) -> None:
+        """Move what only training needs (master weights, optimiser state, gradients) to the host's memory.
+
+        The weights stay, so that they can be pushed and exported; `train` takes everything back. Nothing happens on
+        CPUs and where the optimiser lives on the host anyway.
+        """
+        if self.device.type == "cuda" and not (self._resting or self.config.offload_optimizer):
+            learner_setup.offload_training_state(self.engine)
+            self._resting = True
+
+    def _end_rest(self) -> None:
+        if self._resting:
+            self.engine.reload_states()
+            self._resting = False
 
     def progress(self) -> dict[str, float]:
         """Where the M-step that runs, or has just ended, stands: step, num_steps, the last step's metrics."""
@@ -289,6 +306,7 @@ class Learner:
         DeepSpeed's state (weights, optimiser), the random number generators of every rank and the position in
         the M-step. `path` must be on a file system that all ranks share.
         """
+        self._end_rest()
         directory = Path(path)
         slot = self._on_rank_zero(lambda: learner_files.free_slot(directory))
         self.engine.save_checkpoint(

@@ -104,6 +104,10 @@ class LearnerGroup:
         """Write a Hugging Face model directory."""
         self._all("export", path)
 
+    def rest(self) -> None:
+        """Move what only training needs out of the GPUs' memory, until the next `train`."""
+        self._all("rest")
+
     def push(
         self, engines: Sequence[EngineRef], transport: Transport, version: int, *, deadline_s: float
     ) -> dict[str, Any]:

@@ -138,6 +138,16 @@ def load_model(
     return model, zero_init
 
 
+def offload_training_state(engine: Any) -> None:
+    """Everything of a DeepSpeed engine but its weights, to the host's memory (`engine.reload_states` undoes it)."""
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as State
+
+    engine.offload_states(
+        include=[State.optim_states, State.hp_params, State.lp_grads, State.contiguous_grad_buffer]
+    )
+    torch.cuda.empty_cache()
+
+
 def seed_everything(seed: int) -> None:
     """Seed python's, numpy's and torch's generators of this process."""
     random.seed(seed)

@@ -18,7 +18,9 @@ from pipeline.errors import UserError
 
 GPU_MEMORY_UTILIZATION = 0.9
 SHARED_GPU_MEMORY_UTILIZATION = 0.4
-"""Of an engine whose GPU a learner rank needs as well."""
+"""Of an engine whose GPU a learner rank needs as well, at the same time."""
+TURN_GPU_MEMORY_UTILIZATION = 0.7
+"""Of an engine that gives it back while the learner trains. The learner's weights and CUDA's own memory stay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Placement:
     rank_gpus: float
     gpu_memory_utilization: float
     """Share of a GPU's memory that an engine takes."""
+    take_turns: bool
+    """Engines sleep while the learner trains, and the learner keeps on the GPU only its weights while they sample."""
 
 
 def plan_placement(
@@ -86,6 +90,7 @@ def _on_cpus(config: Config, cpus: int, ranks: int) -> Placement:
         engine_gpus=0.0,
         rank_gpus=0.0,
         gpu_memory_utilization=0.0,
+        take_turns=False,
     )
 
 
@@ -112,7 +117,10 @@ def _on_gpus(config: Config, gpus: int, ranks: int) -> Placement:
         )
     bundles = [{"CPU": 1.0, "GPU": float(tensor_parallel)}] * workers + [{"CPU": 1.0, "GPU": 1.0}] * ranks
     shared = [{"CPU": 2.0, "GPU": 1.0}] * max(workers, ranks)
-    default = SHARED_GPU_MEMORY_UTILIZATION if colocate else GPU_MEMORY_UTILIZATION
+    take_turns = colocate and config.cluster.take_turns
+    default = GPU_MEMORY_UTILIZATION
+    if colocate:
+        default = TURN_GPU_MEMORY_UTILIZATION if take_turns else SHARED_GPU_MEMORY_UTILIZATION
     return Placement(
         device="gpu",
         transport=_transport(config, ranks, colocate),
@@ -122,6 +130,7 @@ def _on_gpus(config: Config, gpus: int, ranks: int) -> Placement:
         engine_gpus=0.5 if colocate else float(tensor_parallel),
         rank_gpus=0.5 if colocate else 1.0,
         gpu_memory_utilization=rollout.gpu_memory_utilization or default,
+        take_turns=take_turns,
     )
 
 

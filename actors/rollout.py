@@ -140,6 +140,9 @@ class RolloutWorker:
     async def reload(self, model: str, version: int, timeout_s: float) -> None:
         await self.engine.reload(model, version, timeout_s)
 
+    async def sleep(self, timeout_s: float) -> None:
+        await self.engine.sleep(timeout_s)
+
     async def shutdown(self) -> None:
         """End the engine process."""
         self.engine.shutdown()

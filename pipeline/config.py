@@ -220,7 +220,8 @@ class RolloutConfig(Section):
     concurrency: int = Field(128, ge=1)
     """Agents in flight per worker."""
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
-    """Share of GPU memory that an engine may take (vLLM). Null: 0.9, or 0.4 where a learner rank shares the GPU."""
+    """Share of GPU memory that an engine may take (vLLM). Null: 0.9, where a learner rank shares the GPU 0.7, or 0.4
+    without `cluster.take_turns`."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """KV cache of an engine on CPU, in GiB."""
     enforce_eager: bool = False
@@ -363,7 +364,11 @@ class ClusterConfig(Section):
     devices: Literal["auto", "cpu", "gpu"] = "auto"
     """`auto`: gpu if the cluster has any and the packages for GPUs are installed."""
     colocate: Annotated[Literal["auto", "yes", "no"], BeforeValidator(_as_word)] = "auto"
-    """Engines and learner share the same GPUs, taking turns. `auto`: if there are too few GPUs for both."""
+    """Engines and learner share the same GPUs, one working after the other. `auto`: if there are too few GPUs
+    for both."""
+    take_turns: bool = True
+    """Where engines and learner share GPUs, also with their memory: engines give theirs back while the learner trains,
+    the learner keeps only its weights there while engines sample. False: both keep what they have."""
     transport: Transport = "auto"
     """How weights reach the engines. `auto`: shared_memory on CPU, ipc when colocated in pairs, nccl otherwise."""
     start_timeout_s: float = Field(300.0, gt=0)

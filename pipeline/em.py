@@ -167,6 +167,7 @@ class ExpectationMaximisation:
         """theta_t: weighted maximum likelihood on the E-step's shards, from theta_{t-1} on."""
 
         def maximise() -> Json:
+            self.cluster.rest()
             learner = self.learner_at(t - 1)
             shards = sorted((self.run.iteration(t) / "weighted").glob("*.parquet"))
             if t > 0 and self.config.warmup.mix > 0:

@@ -21,7 +21,7 @@ def run(device: str, scratch: Path) -> list[Row]:
     size: Size = "0.6b" if device == "cuda" else "tiny"
     model = random_model(scratch / "model", size, device)
     learner = make_learner(
-        LearnerConfig(dtype="bfloat16", zero_stage=3, batch_size=4, learning_rate=1e-3, warmup_ratio=0.0),
+        LearnerConfig(dtype="bfloat16", zero_stage=2, batch_size=4, learning_rate=1e-3, warmup_ratio=0.0),
         model,
     )
     limit = copy_rate(device) / 2

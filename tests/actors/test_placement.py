@@ -186,3 +186,21 @@ def test_without_a_learner_the_engines_have_all_gpus() -> None:
     assert placement.rank_bundles == []
     assert gpus_used(placement) == [8.0]
     assert plan(cpus=1, ranks=4, learner=False).bundles == [{"CPU": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "take_turns", "utilization"),
+    [({}, True, 0.7), ({"take_turns": False}, False, 0.4), ({"colocate": "no"}, False, 0.9)],
+)
+def test_engines_and_ranks_that_share_gpus_take_turns_with_the_memory_by_default(
+    cluster: dict[str, Any], take_turns: bool, utilization: float
+) -> None:
+    gpus = 4 if cluster.get("colocate") == "no" else 2
+    placement = plan(gpus=gpus, workers=2, ranks=2, **cluster)
+
+    assert placement.take_turns == take_turns
+    assert placement.gpu_memory_utilization == utilization
+
+
+def test_on_cpus_nobody_sleeps() -> None:
+    assert not plan(workers=2, ranks=2).take_turns
