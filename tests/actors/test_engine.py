@@ -7,6 +7,8 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,3 +227,48 @@ def test_death_of_the_engine_process_is_an_engine_error(shared_engine: EngineFix
             engine.shutdown()
 
     asyncio.run(scenario())
+
+
+class ScriptedEngine(VllmEngine):
+    """Answers scoring requests with given (cached tokens, rows of log-probabilities), one after the other."""
+
+    def __init__(self, *answers: tuple[int, list[float]]) -> None:
+        super().__init__(EngineOptions(model="none", max_model_len=64))
+        self.answers = list(answers)
+        self.skipped_cache: list[bool] = []
+
+    async def _request(self, prompt_ids: Any, params: Any) -> Any:
+        cached, rows = self.answers.pop(0)
+        self.skipped_cache.append(params.skip_reading_prefix_cache)
+        return SimpleNamespace(num_cached_tokens=cached, prompt_logprobs=SimpleNamespace(logprobs=rows))
+
+
+WHOLE = [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -0.7]
+"""Rows of a prompt of eight tokens: of all but the first."""
+GARBAGE = [9.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("answers", "skipped"),
+    [
+        ([(0, WHOLE)], [False]),
+        ([(3, GARBAGE + WHOLE[3:])], [False]),  # rows of cached positions come back unset
+        ([(3, WHOLE[3:])], [False]),  # or not at all
+        ([(5, WHOLE[5:]), (0, WHOLE)], [False, True]),  # the cache reaches into what is scored
+        ([(0, WHOLE[6:]), (0, WHOLE)], [False, True]),  # preempted: fewer rows than the cache explains
+    ],
+)
+def test_scores_are_of_all_tokens_asked_for_whatever_was_read_from_the_cache(
+    answers: list[tuple[int, list[float]]], skipped: list[bool]
+) -> None:
+    engine = ScriptedEngine(*answers)
+
+    assert asyncio.run(engine.token_logprobs(list(range(8)), 4)) == WHOLE[3:]
+    assert engine.skipped_cache == skipped
+
+
+def test_a_sum_over_too_few_tokens_is_never_given_out() -> None:
+    engine = ScriptedEngine((0, WHOLE[6:]), (0, WHOLE[5:]))
+
+    with pytest.raises(EngineError, match="2 of 4"):
+        asyncio.run(engine.score(list(range(8)), 4))
