@@ -79,13 +79,7 @@ $(READY): $(LOCK) pyproject.toml
 	fi
 	"$${pip[@]}" -r $(LOCK) 2> >(grep -v '^WARNING:' >&2) | steps
 	"$${pip[@]}" --quiet --no-build-isolation --editable .
-	if [ $(DEVICE) = cpu ]; then
-	  if ! $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
-	    echo "The torch in $(VENV) is not the CPU build. Run: rm -rf $(VENV); make setup DEVICE=cpu" >&2; exit 1
-	  fi
-	elif ! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-	  echo "Warning: $$torch sees no GPU here. It needs an NVIDIA driver for CUDA $$($(BIN)/python -c 'import torch; print(torch.version.cuda)'); see nvidia-smi." >&2
-	fi
+	$(BIN)/python scripts/check_torch.py $(DEVICE)
 	rm $(VENV)/.incomplete
 	touch $@
 
