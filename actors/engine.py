@@ -24,6 +24,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from actors.weight_bucket import Segment
 from actors.weight_transfer import Transport, WeightTransferError, backend_name
 from pipeline.search_agent import Completion, EngineError, Sampling
@@ -433,6 +435,9 @@ def _set_environment(options: EngineOptions) -> None:
     """What vLLM reads from the environment only; its processes inherit it."""
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(options.start_timeout_s))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    if torch.version.cuda is not None:
+        # A fork of a process that has so much as counted its GPUs cannot use them.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     if options.num_threads is not None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(options.num_threads)

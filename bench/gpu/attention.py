@@ -17,6 +17,7 @@ SHAPES = {
     "Qwen3-0.6B": (16, 8, 128, None),
     "Qwen2.5-0.5B": (14, 2, 64, None),
     "Gemma 3 270M": (4, 1, 256, 512),
+    "heads of 32": (8, 2, 32, None),
 }
 """Query heads, key/value heads, head size, sliding window."""
 Inputs = tuple[Tensor, Tensor, Tensor]
