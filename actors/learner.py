@@ -40,7 +40,7 @@ from actors.weight_transfer import (
     WeightSender,
 )
 from pipeline.config import LearnerConfig
-from pipeline.losses import iteration_weights, token_logprobs, weighted_nll
+from pipeline.losses.likelihood import iteration_weights, token_logprobs, weighted_nll
 from pipeline.packing import OptimizerStep, PackedBatch, collate, num_targets, packing_efficiency, plan_epoch
 from pipeline.records import WeightedExample, examples_from_table
 from pipeline.schedule import learning_rate_at

@@ -39,7 +39,7 @@ from pipeline.config import AgentConfig
 from pipeline.data.questions import read_questions
 from pipeline.data.warmup import synthesise
 from pipeline.data.world.writer import write_world
-from pipeline.losses import token_logprobs
+from pipeline.losses.likelihood import token_logprobs
 from pipeline.protocol import Protocol
 from pipeline.records import Question, WeightedExample
 from retriever_service.build import build_index

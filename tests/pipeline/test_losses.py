@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import losses
-from pipeline.losses import iteration_weights, token_logprobs, weighted_nll
+from pipeline.losses import likelihood as losses
+from pipeline.losses.likelihood import iteration_weights, token_logprobs, weighted_nll
 
 weight_and_tokens = st.lists(
     st.tuples(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), st.integers(0, 50)), min_size=1, max_size=20

@@ -218,7 +218,7 @@ def test_the_summary_of_an_e_step() -> None:
 
 def test_the_pure_modules_load_no_engine_no_cluster_and_no_trainer() -> None:
     code = (
-        "import sys, pipeline.weighting, pipeline.losses, pipeline.protocol, pipeline.search_agent, "
+        "import sys, pipeline.weighting, pipeline.losses.likelihood, pipeline.protocol, pipeline.search_agent, "
         "pipeline.evaluation, pipeline.data.questions, pipeline.data.warmup\n"
         "print(sorted({'ray', 'vllm', 'deepspeed'} & set(sys.modules)))"
     )

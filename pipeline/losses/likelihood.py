@@ -11,7 +11,7 @@ or sharding.
 
 A loss is a function of the target tokens' log-probabilities and of per-token constants that the packed
 batch carries. `token_logprobs` serves every such loss; a preference or clipped-ratio loss is one more
-function beside `weighted_nll`.
+file beside this one.
 """
 
 from __future__ import annotations
