@@ -454,7 +454,7 @@ def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
     device: dict[str, Any] = {
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "enable_sleep_mode": options.sleeps,
-        # Most of an agent's tokens are prompt: vLLM's default of 2,048 leaves the GPU half idle.
+        # Most of an agent's tokens are prompt; vLLM's default here is 2,048.
         "max_num_batched_tokens": max(GPU_BATCHED_TOKENS, options.max_num_seqs),
     }
     if on_cpu:
