@@ -35,11 +35,11 @@ from actors.retriever import ActorReplica, HttpReplica, RetrieverActor, client_o
 from actors.rollout import RolloutActor, RolloutRequest, RolloutSummary
 from actors.weight_transfer import EngineRef
 from actors.weighting import WeightingActor
-from pipeline.config import AgentConfig, Config
-from pipeline.records import Question, Trajectory
-from pipeline.retrieval import Searched
-from pipeline.run import Json
-from retriever_service.search import Hit
+from pipeline.core.config import AgentConfig, Config
+from pipeline.core.records import Question, Trajectory
+from pipeline.core.retrieval import Searched
+from pipeline.core.run import Json
+from retriever_service.search.search import Hit
 
 logger = logging.getLogger(__name__)
 

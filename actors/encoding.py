@@ -1,7 +1,7 @@
 """Encoding a corpus by Ray actors: one encoder each, on a GPU of any node, and the shards of one job in turn.
 
 Guarantees:
-- those of `retriever_service.encode_job`: a job that was cut off goes on behind its last whole shards;
+- those of `retriever_service.encoding.encode_job`: a job that was cut off goes on behind its last whole shards;
 - an actor that dies costs the shard that it had in hand, which another one makes; the job fails when none is left;
 - every wait is bounded and says what for.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.exceptions
 
-from retriever_service.encode_job import (
+from retriever_service.encoding.encode_job import (
     SHARD_ROWS,
     EncoderIdentity,
     Progress,
@@ -28,12 +28,12 @@ from retriever_service.encode_job import (
     open_job,
     pending_shards,
 )
-from retriever_service.encoder import Encoder
+from retriever_service.encoding.encoder import Encoder
 from retriever_service.errors import RetrieverUnavailable
 
 if TYPE_CHECKING:
-    from retriever_service.encoder import EncoderSpec, LoadEncoder, TextEncoder
-    from retriever_service.vectors import Job, Shard, StoreDtype, VectorStore
+    from retriever_service.encoding.encoder import EncoderSpec, LoadEncoder, TextEncoder
+    from retriever_service.encoding.vectors import Job, Shard, StoreDtype, VectorStore
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def encode_with_actors(
     on_progress: Progress | None = None,
     load_encoder: LoadEncoder = Encoder.load,
 ) -> VectorStore:
-    """As `retriever_service.encode.encode_corpus`, by actors; the driver reads the corpus.
+    """As `retriever_service.encoding.encode.encode_corpus`, by actors; the driver reads the corpus.
 
     Args:
         out_dir: on a path that all nodes see.

@@ -2,7 +2,7 @@
 
 Guarantees, whatever the ZeRO stage, the number of ranks and the token budget of a pack:
 
-- the gradient of an optimiser step is that of the globally normalised loss of `pipeline.losses`;
+- the gradient of an optimiser step is that of the globally normalised loss of `pipeline.core.losses`;
 - examples of a packed row never see each other;
 - a run that is killed, loaded from its last checkpoint and continued ends with the same weights (bit for
   bit on CPU in float32) as one that was never stopped.
@@ -39,11 +39,18 @@ from actors.weight_transfer import (
     VllmSender,
     WeightSender,
 )
-from pipeline.config import LearnerConfig
-from pipeline.losses.likelihood import iteration_weights, token_logprobs, weighted_nll
-from pipeline.packing import OptimizerStep, PackedBatch, collate, num_targets, packing_efficiency, plan_epoch
-from pipeline.records import WeightedExample, examples_from_table
-from pipeline.schedule import learning_rate_at
+from pipeline.core.config import LearnerConfig
+from pipeline.core.losses.likelihood import iteration_weights, token_logprobs, weighted_nll
+from pipeline.core.packing import (
+    OptimizerStep,
+    PackedBatch,
+    collate,
+    num_targets,
+    packing_efficiency,
+    plan_epoch,
+)
+from pipeline.core.records import WeightedExample, examples_from_table
+from pipeline.core.schedule import learning_rate_at
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +82,7 @@ class Learner:
         seed: int = 0,
     ) -> None:
         deepspeed = learner_setup.import_deepspeed()
-        from pipeline.attention import PACKED
+        from pipeline.core.attention import PACKED
 
         self.config, self.rank, self.world_size = config, rank, world_size
         self.device = learner_setup.join_process_group(

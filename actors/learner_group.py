@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError
 from actors import learner_setup
 from actors.learner import LearnerRank
 from actors.weight_transfer import EngineRef, PushReport, Transport
-from pipeline.config import LearnerConfig
+from pipeline.core.config import LearnerConfig
 
 logger = logging.getLogger(__name__)
 

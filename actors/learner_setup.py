@@ -16,7 +16,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from pipeline.config import LearnerConfig
+from pipeline.core.config import LearnerConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +116,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    from pipeline.attention import PACKED
+    from pipeline.core.attention import PACKED
 
     zero_init = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
     model = AutoModelForCausalLM.from_pretrained(

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from actors.weight_transfer import Transport
-from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.core.config import Config
+from pipeline.core.errors import UserError
 
 GPU_MEMORY_UTILIZATION = 0.9
 SHARED_GPU_MEMORY_UTILIZATION = 0.4

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ray
 import ray.exceptions
 
-from pipeline.config import RetrieverConfig
-from pipeline.search_agent import Retrieve
-from retriever_service.client import RetrieverHttpClient
+from pipeline.core.agents.search import Retrieve
+from pipeline.core.config import RetrieverConfig
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
-from retriever_service.search import CACHED_QUERIES, Hit, SearchEngine
+from retriever_service.search.search import CACHED_QUERIES, Hit, SearchEngine
 from retriever_service.service.batching import BatchingSearcher
+from retriever_service.service.client import RetrieverHttpClient
 from retriever_service.service.limits import Limits
 
 if TYPE_CHECKING:
-    from pipeline.retrieval import Searched
-    from retriever_service.encoder import EncoderSpec
+    from pipeline.core.retrieval import Searched
+    from retriever_service.encoding.encoder import EncoderSpec
 
 logger = logging.getLogger(__name__)
 

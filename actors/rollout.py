@@ -17,11 +17,11 @@ import ray
 
 from actors.engine import EngineOptions, VllmEngine, WeightState
 from actors.retriever import RetrieverClient
-from pipeline.config import AgentConfig
-from pipeline.models import load_tokenizer
-from pipeline.protocol import Protocol
-from pipeline.records import Question, ScoreRequest, Trajectory
-from pipeline.search_agent import EngineError, Sampling, SearchAgent, derive_seed
+from pipeline.core.agents.search import EngineError, Sampling, SearchAgent, derive_seed
+from pipeline.core.config import AgentConfig
+from pipeline.core.models import load_tokenizer
+from pipeline.core.records import Question, ScoreRequest, Trajectory
+from pipeline.core.renderer import Renderer
 
 T = TypeVar("T")
 Scoring = Callable[[Sequence[int], int], Awaitable[T]]
@@ -173,7 +173,7 @@ class RolloutWorker:
         key = config.model_dump_json()
         if key not in self._agents:
             self._agents[key] = SearchAgent(
-                Protocol(self.tokenizer, config),
+                Renderer(self.tokenizer, config),
                 self.engine,
                 self.retriever.search,
                 max_length=self.options.max_model_len,

@@ -2,8 +2,8 @@
 
 It works while rollouts go on. For every finished question it has the gold answers scored on the engine that has just
 sampled the trajectories (its prefix cache still holds them), turns likelihoods into weights
-(`pipeline.weighting`), and writes shards as soon as all questions of a shard are in. What is in a shard depends only
-on the questions, never on the order in which they finish.
+(`pipeline.core.weighting`), and writes shards as soon as all questions of a shard are in. What is in a shard depends
+only on the questions, never on the order in which they finish.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import numpy as np
 import ray
 from ray.actor import ActorHandle
 
-from pipeline.config import Config
-from pipeline.evaluation import score_answer
-from pipeline.models import load_tokenizer
-from pipeline.protocol import Protocol
-from pipeline.records import (
+from pipeline.core.config import Config
+from pipeline.core.evaluation import score_answer
+from pipeline.core.models import load_tokenizer
+from pipeline.core.records import (
     Question,
     ScoreRequest,
     Trajectory,
@@ -30,8 +29,9 @@ from pipeline.records import (
     examples_to_table,
     trajectories_to_table,
 )
-from pipeline.run import write_table
-from pipeline.weighting import Array, Scored, best_answer, importance_weights, summarise
+from pipeline.core.renderer import Renderer
+from pipeline.core.run import write_table
+from pipeline.core.weighting import Array, Scored, best_answer, importance_weights, summarise
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class Weighting:
 
     def __init__(self, config: Config, tokenizer_path: str) -> None:
         self.config = config
-        self.protocol = Protocol(load_tokenizer(tokenizer_path), config.agent)
+        self.renderer = Renderer(load_tokenizer(tokenizer_path), config.agent)
 
     async def begin(self, questions: list[Question], rollouts: Path, weighted: Path) -> None:
         """Start an E-step over `questions`; shards go to the two (empty) directories."""
@@ -105,7 +105,7 @@ class Weighting:
 
     async def _weigh(self, question: Question, group: list[Trajectory], worker: ActorHandle[Any]) -> _Group:
         usable = [t for t in group if not t.stop_reason.is_infrastructure]
-        golds = [(answer, self.protocol.answer_ids(answer)) for answer in dict.fromkeys(question.answers)]
+        golds = [(answer, self.renderer.answer_ids(answer)) for answer in dict.fromkeys(question.answers)]
         requests, owners = [], []
         for number, trajectory in enumerate(usable):
             for gold_number, (_, ids) in enumerate(golds):
@@ -140,7 +140,7 @@ class Weighting:
         return _Group(
             trajectories=group,
             examples=[
-                self.protocol.with_gold_answer(trajectory, answer, float(weight))
+                self.renderer.with_gold_answer(trajectory, answer, float(weight))
                 for (trajectory, answer), weight in zip(examples, weights, strict=True)
             ],
             scored=scored,

@@ -21,12 +21,12 @@ import numpy as np
 from rich.console import Console
 
 from bench.measure import HEADER, Ratio, in_turn, print_table
-from pipeline.data.world.writer import write_world
-from retriever_service.corpus import Passage, read_corpus
-from retriever_service.encode import encode_corpus
-from retriever_service.encode_workers import EncoderProcesses, OnRows
-from retriever_service.encoder import Encoder, EncoderSpec, TextEncoder, passage_text
-from retriever_service.evaluation import evaluate_run, read_qrels, read_queries
+from pipeline.core.data.world.writer import write_world
+from retriever_service.encoding.encode import encode_corpus
+from retriever_service.encoding.encode_workers import EncoderProcesses, OnRows
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, TextEncoder, passage_text
+from retriever_service.passages.corpus import Passage, read_corpus
+from retriever_service.passages.evaluation import evaluate_run, read_qrels, read_queries
 
 PLAIN_BATCH, GOAL = 32, 2.0
 
@@ -60,7 +60,7 @@ def measure(way: Way, passages: Sequence[Passage]) -> Ratio:
     """Both sides have loaded their model and encoded everything once before it counts."""
     from sentence_transformers import SentenceTransformer
 
-    from retriever_service.encoder import bundled_model
+    from retriever_service.encoding.encoder import bundled_model
 
     plain = SentenceTransformer(bundled_model(), device="cpu")
     texts = [passage_text(passage) for passage in passages]

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from actors.retriever import ActorReplica, RetrieverActor, RetrieverClient
-from pipeline.data.questions import read_questions
-from retriever_service.client import RetrieverHttpClient
-from retriever_service.encoder import Encoder, Vectors
-from retriever_service.index import open_index
-from retriever_service.search import Hit, SearchEngine
+from pipeline.core.data.questions import read_questions
+from retriever_service.encoding.encoder import Encoder, Vectors
+from retriever_service.index.index import open_index
+from retriever_service.search.search import Hit, SearchEngine
+from retriever_service.service.client import RetrieverHttpClient
 from retriever_service.service.server import ServerSettings, serve
 
 K, ROUNDING = 10, 2e-6

@@ -25,14 +25,14 @@ import numpy as np
 from rich.console import Console
 
 from bench.measure import print_table
-from retriever_service.build import build_from_vectors
-from retriever_service.calibration import calibrate, clustered_vectors
-from retriever_service.corpus import Passage
-from retriever_service.encode import encode_corpus
-from retriever_service.encoder import EncoderSpec, Vectors
-from retriever_service.index import open_index
-from retriever_service.planner import Plan, plan_index
-from retriever_service.vectors import VectorStore
+from retriever_service.building.build import build_from_vectors
+from retriever_service.building.calibration import calibrate, clustered_vectors
+from retriever_service.building.planner import Plan, plan_index
+from retriever_service.encoding.encode import encode_corpus
+from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.vectors import VectorStore
+from retriever_service.index.index import open_index
+from retriever_service.passages.corpus import Passage
 
 FACTORIES = (
     "Flat",

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from pipeline.data.world.writer import write_world
+from pipeline.core.data.world.writer import write_world
 from retriever_service.cli import size_in_bytes
 
 SAMPLE_S = 0.05

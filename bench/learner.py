@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from bench.measure import Ratio, in_turn
-from pipeline.config import LearnerConfig
-from pipeline.records import WeightedExample
+from pipeline.core.config import LearnerConfig
+from pipeline.core.records import WeightedExample
 
 NUM_EXAMPLES, BATCH = 96, 32
 PADDED_MICROBATCH = 8

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.data.questions import read_questions
-from retriever_service.search import SearchEngine
+from pipeline.core.data.questions import read_questions
+from retriever_service.search.search import SearchEngine
 
 DEPTHS = (5, 10)
 

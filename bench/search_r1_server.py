@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from retriever_service.search import Hit, SearchEngine
+from retriever_service.search.search import Hit, SearchEngine
 
 
 class QueryRequest(BaseModel):

@@ -25,10 +25,10 @@ import httpx
 from bench import search_r1_server
 from bench.load import Load, run_load
 from bench.measure import print_table
-from pipeline.data.world.writer import write_world
-from retriever_service.build import build_index
-from retriever_service.encoder import EncoderSpec
-from retriever_service.search import SearchEngine
+from pipeline.core.data.world.writer import write_world
+from retriever_service.building.build import build_index
+from retriever_service.encoding.encoder import EncoderSpec
+from retriever_service.search.search import SearchEngine
 from retriever_service.service.engine_processes import engine_opener
 from retriever_service.service.server import ServerSettings, serve
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.display import Display
-from pipeline.errors import UserError
+from pipeline.core.display import Display
+from pipeline.core.errors import UserError
 from retriever_service.cli import (
     Commands,
     CorpusSources,
@@ -60,7 +60,7 @@ def train(config: ConfigFile = None, run: RunOption = None, overrides: Overrides
 
     Example: exsearch train --config configs/real-cpu.yaml --run runs/real data.root=DIR em.iterations=2
     """
-    from pipeline.config_loading import load_config
+    from pipeline.core.config_loading import load_config
     from pipeline.em import train as run_training
 
     display = Display()
@@ -79,7 +79,7 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """The whole EM loop on a generated encyclopedia: a tiny model teaches itself to search."""
-    from pipeline.recipes.demo import run_demo
+    from pipeline.commands.demo import run_demo
 
     display = Display()
     run_demo(run, overrides or [], display)
@@ -94,7 +94,7 @@ def world(
     ] = "small",
 ) -> None:
     """Generate an encyclopedia with multi-hop questions."""
-    from pipeline.recipes.demo import make_world
+    from pipeline.commands.demo import make_world
 
     summary = make_world(out, seed, size, Display())
     typer.echo(json.dumps(summary))
@@ -107,8 +107,8 @@ def warmup(
     overrides: Overrides = None,
 ) -> None:
     """Synthesise warm-up trajectories from gold supervision, for `warmup.trajectories`."""
-    from pipeline.config_loading import load_config
-    from pipeline.recipes.warmup import write_warm_up
+    from pipeline.commands.warmup import write_warm_up
+    from pipeline.core.config_loading import load_config
 
     typer.echo(json.dumps(write_warm_up(load_config(config, overrides or []), out, Display())))
 
@@ -130,7 +130,7 @@ def evaluate(
     overrides: Overrides = None,
 ) -> None:
     """Score a model on a split: EM, F1, accuracy, retrieval recall, per hop and type; one row per question file."""
-    from pipeline.recipes.evaluate import evaluate_model
+    from pipeline.commands.evaluate import evaluate_model
 
     display = Display()
     scores = evaluate_model(
@@ -154,9 +154,9 @@ def ask(
     overrides: Overrides = None,
 ) -> None:
     """Ask one question and watch the agent think, search and record."""
-    from pipeline.config_loading import load_config
-    from pipeline.recipes.ask import ask as run_ask
-    from pipeline.recipes.ask import run_config_of
+    from pipeline.commands.ask import ask as run_ask
+    from pipeline.commands.ask import run_config_of
+    from pipeline.core.config_loading import load_config
 
     display = Display()
     loaded = load_config(config or run_config_of(model), overrides or [])
@@ -185,7 +185,7 @@ def encode_with_ray(
 
     Killed or interrupted, the same command goes on. RAY_ADDRESS names the cluster.
     """
-    from pipeline.recipes.encode import encode_on_cluster
+    from pipeline.commands.encode import encode_on_cluster
 
     display = Display()
     spec = encoder_spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype)
@@ -198,7 +198,7 @@ def show_config(config: ConfigFile = None, overrides: Overrides = None, as_json:
     """Print the resolved configuration."""
     import yaml
 
-    from pipeline.config_loading import load_config
+    from pipeline.core.config_loading import load_config
 
     tree: dict[str, Any] = load_config(config, overrides or []).model_dump(mode="json")
     typer.echo(json.dumps(tree) if as_json else yaml.safe_dump(tree, sort_keys=False), nl=as_json)

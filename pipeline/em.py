@@ -10,7 +10,7 @@
     test the best theta_t, beside the base model, the warm-up and the one-search baseline
 
 Iteration 0 is the warm-up. Version -1 of the policy is the base model where there is a warm-up; version t is theta_t.
-Every phase is skipped if the run directory says that it is finished (`pipeline.run`), so the same command resumes.
+Every phase is skipped if the run directory says that it is finished (`pipeline.core.run`), so the same command resumes.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ import pyarrow.parquet as pq
 
 from actors.cluster import Cluster, Serving, plan, ray_session
 from actors.learner_group import LearnerGroup
-from pipeline.config import AgentConfig, Config
-from pipeline.data.splits import Splits, load_splits
-from pipeline.data.warmup_source import WarmUpSource, load_warm_up_source, warm_up_examples
-from pipeline.display import Display
-from pipeline.evaluation import evaluate
-from pipeline.models import load_tokenizer
-from pipeline.packing import num_targets
-from pipeline.protocol import Protocol
-from pipeline.records import Question, examples_from_table, examples_to_table, trajectories_to_table
-from pipeline.report import best_iteration, build_report, scalars, should_stop
-from pipeline.retrieval import Searched, Servers, await_servers, prepare_index
-from pipeline.run import Json, RunDirectory, write_json, write_table
-from pipeline.search_agent import derive_seed
-from pipeline.tracking import Tracker
-from retriever_service.index import read_manifest
+from pipeline.core.agents.search import derive_seed
+from pipeline.core.config import AgentConfig, Config
+from pipeline.core.data.splits import Splits, load_splits
+from pipeline.core.data.warmup_source import WarmUpSource, load_warm_up_source, warm_up_examples
+from pipeline.core.display import Display
+from pipeline.core.evaluation import evaluate
+from pipeline.core.models import load_tokenizer
+from pipeline.core.packing import num_targets
+from pipeline.core.records import Question, examples_from_table, examples_to_table, trajectories_to_table
+from pipeline.core.renderer import Renderer
+from pipeline.core.report import best_iteration, build_report, scalars, should_stop
+from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
+from pipeline.core.run import Json, RunDirectory, write_json, write_table
+from pipeline.core.tracking import Tracker
+from retriever_service.index.index import read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +54,10 @@ def train(config: Config, run_path: Path, display: Display) -> Json:
     Raises:
         UserError: bad input, before anything expensive.
     """
-    protocol = Protocol(load_tokenizer(config.model.path), config.agent)
+    renderer = Renderer(load_tokenizer(config.model.path), config.agent)
     splits = load_splits(config)
     has_warm_up = config.warmup.questions or config.warmup.trajectories
-    source = load_warm_up_source(config, splits.train, protocol) if has_warm_up else None
+    source = load_warm_up_source(config, splits.train, renderer) if has_warm_up else None
     servers = await_servers(config, display)
     with RunDirectory(run_path, config) as run, Tracker(run.path, config.tracking, run.path.name) as tracker:
         display.log_to(run.path / "run.log")
@@ -67,7 +67,7 @@ def train(config: Config, run_path: Path, display: Display) -> Json:
             run.keep_to(
                 searched.fingerprint if isinstance(searched, Servers) else read_manifest(searched).fingerprint
             )
-            em = ExpectationMaximisation(config, protocol, splits, source, run, searched, tracker, display)
+            em = ExpectationMaximisation(config, renderer, splits, source, run, searched, tracker, display)
             with em.start_cluster():
                 return em.run_all()
 
@@ -78,7 +78,7 @@ class ExpectationMaximisation:
     def __init__(
         self,
         config: Config,
-        protocol: Protocol,
+        renderer: Renderer,
         splits: Splits,
         warm_up_source: WarmUpSource | None,
         run: RunDirectory,
@@ -87,7 +87,7 @@ class ExpectationMaximisation:
         display: Display,
     ) -> None:
         self.config = config
-        self.protocol = protocol
+        self.renderer = renderer
         self.splits = splits
         self.warm_up_source = warm_up_source
         self.run = run
@@ -133,7 +133,7 @@ class ExpectationMaximisation:
             cache = Path(f"{index}.rewritten.jsonl")
             examples, statistics = asyncio.run(
                 warm_up_examples(
-                    self.config, source, self.protocol, self.cluster.retrieve, self.searched, cache
+                    self.config, source, self.renderer, self.cluster.retrieve, self.searched, cache
                 )
             )
             directory = self.run.fresh(self.run.iteration(0) / "weighted")

@@ -33,11 +33,11 @@ from rich.progress import (
 from rich.text import Text
 from typer.core import TyperGroup
 
-from retriever_service.encoder import EncoderSpec, WeightsDtype
+from retriever_service.encoding.encoder import EncoderSpec, WeightsDtype
+from retriever_service.encoding.vectors import StoreDtype
 from retriever_service.errors import RetrieverError
-from retriever_service.search import Hit, Method, SearchEngine, SearchOptions
+from retriever_service.search.search import Hit, Method, SearchEngine, SearchOptions
 from retriever_service.service.settings import ServerSettings
-from retriever_service.vectors import StoreDtype
 
 TOKEN_VARIABLE = "EXSEARCH_TOKEN"
 _SERVING = ServerSettings()
@@ -139,7 +139,7 @@ def encode(
 
     Killed or interrupted, the same command goes on.
     """
-    from retriever_service.encode import encode_corpus
+    from retriever_service.encoding.encode import encode_corpus
 
     with _progress("encoding", "passages") as advance:
         store = encode_corpus(
@@ -181,8 +181,8 @@ def build(
     seed: Annotated[int, typer.Option(help="Of the sample that an index is trained on.")] = 0,
 ) -> None:
     """Build an index of a corpus, or of encoded passages. Killed or interrupted, the same command goes on."""
-    from retriever_service.build import build_from_vectors, build_index
-    from retriever_service.vectors import VectorStore
+    from retriever_service.building.build import build_from_vectors, build_index
+    from retriever_service.encoding.vectors import VectorStore
 
     if (corpus is None) == (vectors is None):
         raise RetrieverError("give either --corpus or --vectors")
@@ -231,10 +231,10 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Predict disk, memory and time of an index, and whether it fits here. Measures this machine for seconds."""
-    from retriever_service.calibration import calibrate
-    from retriever_service.corpus import read_corpus
-    from retriever_service.encoder import Encoder, EncoderSpec, passage_text
-    from retriever_service.planner import PASSAGE_BYTES, check_fits, plan_index
+    from retriever_service.building.calibration import calibrate
+    from retriever_service.building.planner import PASSAGE_BYTES, check_fits, plan_index
+    from retriever_service.encoding.encoder import Encoder, EncoderSpec, passage_text
+    from retriever_service.passages.corpus import read_corpus
 
     sample = list(islice(read_corpus(corpus), _PROBED_PASSAGES)) if corpus else []
     loaded = Encoder.load(EncoderSpec(encoder)) if sample else None
@@ -310,7 +310,13 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score searches against judgements: nDCG, recall, MRR, and all gold passages found; as fractions."""
-    from retriever_service.evaluation import evaluate_run, read_qrels, read_queries, read_run, write_run
+    from retriever_service.passages.evaluation import (
+        evaluate_run,
+        read_qrels,
+        read_queries,
+        read_run,
+        write_run,
+    )
 
     judged = read_qrels(qrels)
     asked = {id_: text for id_, text in read_queries(queries).items() if id_ in judged}
@@ -379,7 +385,7 @@ def serve(
 
     A bearer token is asked for if the environment variable EXSEARCH_TOKEN is set.
     """
-    from retriever_service.index import verify_checksums
+    from retriever_service.index.index import verify_checksums
     from retriever_service.service.engine_processes import engine_opener
     from retriever_service.service.server import Engine
     from retriever_service.service.server import serve as run
@@ -422,10 +428,10 @@ def add(
 
     Reads the whole index first, and leaves a damaged one alone.
     """
-    from retriever_service.corpus import read_corpus
-    from retriever_service.encoder import Encoder
-    from retriever_service.index import read_manifest
-    from retriever_service.updates import add_passages
+    from retriever_service.encoding.encoder import Encoder
+    from retriever_service.index.index import read_manifest
+    from retriever_service.index.updates import add_passages
+    from retriever_service.passages.corpus import read_corpus
 
     passages = list(read_corpus(corpus))
     encoder = Encoder.load(read_manifest(index).encoder)
@@ -443,7 +449,7 @@ def delete(
 
     Reads the whole index first, and leaves a damaged one alone.
     """
-    from retriever_service.updates import delete_passages
+    from retriever_service.index.updates import delete_passages
 
     manifest = delete_passages(index, ids, verify=True)
     _report_update(index, manifest.num_passages, {"deleted": len(set(ids))}, as_json)
@@ -455,7 +461,7 @@ def info(
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
 ) -> None:
     """Print the manifest of an index, without its list of files."""
-    from retriever_service.index import read_manifest, verify_checksums
+    from retriever_service.index.index import read_manifest, verify_checksums
 
     manifest = read_manifest(index)
     if verify:
@@ -476,7 +482,7 @@ def encoder_spec(
 
 
 def _filter(where: str | None) -> Any:
-    from retriever_service.filters import Filter
+    from retriever_service.passages.filters import Filter
 
     if where is None:
         return None

@@ -1,11 +1,11 @@
-"""Write `docs/configuration.md` from the typed configuration (`pipeline.config`).
+"""Write `docs/configuration.md` from the typed configuration (`pipeline.core.config`).
 
     python scripts/generate_configuration_docs.py            write the page
     python scripts/generate_configuration_docs.py --check    exit with 1 if the page is out of date
 
 Everything on the page is read from the code: keys, types, ranges, defaults and their documentation from the model,
 the rules between keys from the messages that breaking them gives, the keys that a resumed run may change from
-`pipeline.run`. The same code gives the same page, byte for byte.
+`pipeline.core.run`. The same code gives the same page, byte for byte.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from pipeline.config import Config
-from pipeline.config_loading import load_config, section_of
-from pipeline.errors import UserError
-from pipeline.run import FREE_TO_CHANGE
+from pipeline.core.config import Config
+from pipeline.core.config_loading import load_config, section_of
+from pipeline.core.errors import UserError
+from pipeline.core.run import FREE_TO_CHANGE
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -39,7 +39,7 @@ really used is in its `config.yaml`; `exsearch config` prints it without running
 [configs/](../configs). [formats.md](formats.md) describes the files that the `data` section names,
 [clusters.md](clusters.md) what the cluster settings mean.
 
-The page is made by `scripts/generate_configuration_docs.py`: change `pipeline/config.py`, not the page."""
+The page is made by `scripts/generate_configuration_docs.py`: change `pipeline/core/config.py`, not the page."""
 
 BROKEN_RULES: tuple[tuple[str, ...], ...] = (
     ("weighting=posterior", "rollout.samples=1"),
@@ -105,7 +105,9 @@ def _table(fields: Iterable[tuple[str, FieldInfo]], prefix: str) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in fields:
         if not field.description:
-            raise SystemExit(f"{prefix}{name} has no line of documentation under it in pipeline/config.py")
+            raise SystemExit(
+                f"{prefix}{name} has no line of documentation under it in pipeline/core/config.py"
+            )
         meaning = " ".join(field.description.split())
         cells = (f"`{prefix}{name}`", type_text(field), f"`{default_text(field.default)}`", meaning)
         rows.append(_row(*cells))
@@ -185,7 +187,7 @@ def _is_section(key: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write docs/configuration.md from pipeline/config.py.")
+    parser = argparse.ArgumentParser(description="Write docs/configuration.md from pipeline/core/config.py.")
     parser.add_argument("--check", action="store_true", help="write nothing, fail if the page is out of date")
     page = render()
     if parser.parse_args().check:

@@ -4,8 +4,9 @@
 
 A Qwen2-architecture model of about 3.3 million parameters with its own byte-level BPE learns the agent's protocol
 from gold trajectories on generated worlds of the partition `pretrain`, whose names occur in no world of the partition
-`default` (`pipeline/data/world/names.py`): what it can learn here is to read, to copy and to follow the format, not a
-single fact of the demo. The searcher that it imitates is impatient: it mostly settles for what its first search found.
+`default` (`pipeline/core/data/world/names.py`): what it can learn here is to read, to copy and to follow the format,
+not a single fact of the demo. The searcher that it imitates is impatient: it mostly settles for what its first search
+found.
 To search on until the question is answered is left for EM to discover.
 
 The steps: worlds -> tokenizer -> gold trajectories with passages from a real dense search -> copying random strings
@@ -35,17 +36,17 @@ from rich.progress import Progress
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config import AgentConfig
-from pipeline.data.questions import read_questions
-from pipeline.data.warmup import synthesise
-from pipeline.data.world.writer import write_world
-from pipeline.losses.likelihood import token_logprobs
-from pipeline.protocol import Protocol
-from pipeline.records import Question, WeightedExample
-from retriever_service.build import build_index
-from retriever_service.corpus import read_corpus
-from retriever_service.encoder import EncoderSpec
-from retriever_service.search import Hit, SearchEngine
+from pipeline.core.config import AgentConfig
+from pipeline.core.data.questions import read_questions
+from pipeline.core.data.warmup import synthesise
+from pipeline.core.data.world.writer import write_world
+from pipeline.core.losses.likelihood import token_logprobs
+from pipeline.core.records import Question, WeightedExample
+from pipeline.core.renderer import Renderer
+from retriever_service.building.build import build_index
+from retriever_service.encoding.encoder import EncoderSpec
+from retriever_service.passages.corpus import read_corpus
+from retriever_service.search.search import Hit, SearchEngine
 
 VOCABULARY = 512
 PAD, EOS = "<|pad|>", "<|end|>"
@@ -85,8 +86,8 @@ def main() -> None:
         work = arguments.work or Path(scratch)
         worlds = [make_world(work, seed) for seed in range(1000, 1000 + arguments.worlds)]
         tokenizer = train_tokenizer(worlds)
-        protocol = Protocol(tokenizer, AGENT)
-        examples = [e for world in worlds for e in gold_examples(world, protocol, arguments)]
+        renderer = Renderer(tokenizer, AGENT)
+        examples = [e for world in worlds for e in gold_examples(world, renderer, arguments)]
     console.print(f"{len(examples):,} gold trajectories, {sum(len(e.token_ids) for e in examples):,} tokens")
     model = new_model(len(tokenizer), tokenizer)
     console.print(f"{model.num_parameters():,} parameters")
@@ -135,7 +136,7 @@ def _texts(world: Path) -> Iterator[str]:
         yield from (f"{hop.question} {hop.evidence}" for hop in question.decomposition)
 
 
-def gold_examples(world: Path, protocol: Protocol, arguments: argparse.Namespace) -> list[WeightedExample]:
+def gold_examples(world: Path, renderer: Renderer, arguments: argparse.Namespace) -> list[WeightedExample]:
     """The world's training questions as trajectories of a searcher who does each step right, but is impatient."""
     searcher = SearchEngine.open(world.with_name(world.name.replace("world", "index")))
     passages = {p.id: p for p in read_corpus([world / "corpus.jsonl"])}
@@ -150,11 +151,11 @@ def gold_examples(world: Path, protocol: Protocol, arguments: argparse.Namespace
         return hits[query][:k]
 
     result = asyncio.run(
-        synthesise(questions, protocol, retrieve, passages.get, max_length=MAX_LENGTH, seed=0)
+        synthesise(questions, renderer, retrieve, passages.get, max_length=MAX_LENGTH, seed=0)
     )
     console.print(f"{world.name}: {len(result.trajectories)} trajectories, skipped {dict(result.skipped)}")
     answers = {q.id: q.answers[0] for q in questions}
-    return [protocol.with_gold_answer(t, answers[t.question_id], 1.0) for t in result.trajectories]
+    return [renderer.with_gold_answer(t, answers[t.question_id], 1.0) for t in result.trajectories]
 
 
 def first_step(question: Question) -> Question:

@@ -16,14 +16,14 @@ import typer.main
 from typer.core import TyperGroup
 
 from pipeline.cli import app
-from pipeline.config import Config
-from pipeline.config_loading import all_keys, load_config
-from pipeline.evaluation import evaluate
-from pipeline.records import EXAMPLE_SCHEMA, TRAJECTORY_SCHEMA, Question, StopReason
-from pipeline.report import build_report
-from pipeline.run import RunDirectory
-from pipeline.weighting import WeightingSummary
-from retriever_service.index import Manifest
+from pipeline.core.config import Config
+from pipeline.core.config_loading import all_keys, load_config
+from pipeline.core.evaluation import evaluate
+from pipeline.core.records import EXAMPLE_SCHEMA, TRAJECTORY_SCHEMA, Question, StopReason
+from pipeline.core.report import build_report
+from pipeline.core.run import RunDirectory
+from pipeline.core.weighting import WeightingSummary
+from retriever_service.index.index import Manifest
 from scripts.generate_configuration_docs import PAGE, render
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,17 +14,15 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DRIVERS = ("pipeline.cli", "pipeline.em", "pipeline.recipes")
 
-IMPORT_PURE_MODULES = f"""
+IMPORT_PURE_MODULES = """
 import importlib, pkgutil, sys
-import pipeline, retriever_service
+import pipeline.core, retriever_service
 
-for package in (pipeline, retriever_service):
+for package in (pipeline.core, retriever_service):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if not module.name.startswith({DRIVERS!r}):
-            importlib.import_module(module.name)
-print(sorted(set(sys.modules) & {{"actors", "deepspeed", "ray", "vllm"}}))
+        importlib.import_module(module.name)
+print(sorted(set(sys.modules) & {"actors", "deepspeed", "ray", "vllm"}))
 """
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.gpu.limits import seconds
 from bench.gpu.rows import Row, at_least, at_most
-from pipeline.attention import per_segment, takes_varlen, varlen
+from pipeline.core.attention import per_segment, takes_varlen, varlen
 
 SHAPES = {
     "Qwen3-0.6B": (16, 8, 128, None),

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from bench.gpu.rows import Row, at_least, at_most
-from retriever_service.corpus import Passage
-from retriever_service.encoder import Encoder, EncoderSpec, Vectors
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, Vectors
+from retriever_service.passages.corpus import Passage
 
 
 def run(device: str, scratch: Path) -> list[Row]:

@@ -10,8 +10,8 @@ import torch
 from bench.gpu.hosted import HostedEngine, engine_options, hosted
 from bench.gpu.models import TOKENIZER
 from bench.gpu.rows import Row, at_least, at_most
-from pipeline.models import load_tokenizer
-from pipeline.search_agent import Sampling
+from pipeline.core.agents.search import Sampling
+from pipeline.core.models import load_tokenizer
 
 QUESTIONS = [
     "Who founded the maker of the Silver Harp?",

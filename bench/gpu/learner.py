@@ -11,8 +11,8 @@ from actors.learner import Learner
 from bench.gpu.limits import matmul_rate
 from bench.gpu.models import SHAPES, all_parameters, random_examples, random_model, training_flops
 from bench.gpu.rows import Row, Size, at_most
-from pipeline.config import LearnerConfig, LoraConfig
-from pipeline.records import WeightedExample
+from pipeline.core.config import LearnerConfig, LoraConfig
+from pipeline.core.records import WeightedExample
 
 GIB = 2**30
 

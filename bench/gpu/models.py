@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bench.gpu.rows import Size
-from pipeline.records import WeightedExample
+from pipeline.core.records import WeightedExample
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "models" / "tiny-searcher"
 """Any tokenizer does: what is measured gets token ids."""

@@ -12,7 +12,7 @@ from bench.gpu.learner import make_learner
 from bench.gpu.limits import copy_rate
 from bench.gpu.models import random_examples, random_model
 from bench.gpu.rows import Row, Size, at_most
-from pipeline.config import LearnerConfig
+from pipeline.core.config import LearnerConfig
 
 PUSHES = 4
 

@@ -18,7 +18,7 @@ from bench.gpu.learner import GIB, make_learner
 from bench.gpu.models import random_examples, random_model
 from bench.gpu.push import sender
 from bench.gpu.rows import Row, Size, at_most
-from pipeline.config import LearnerConfig
+from pipeline.core.config import LearnerConfig
 
 
 def run(device: str, scratch: Path) -> list[Row]:

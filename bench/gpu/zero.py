@@ -13,8 +13,8 @@ import torch
 from bench.gpu.learner import make_learner
 from bench.gpu.models import TOKENIZER
 from bench.gpu.rows import Row, at_most
-from pipeline.config import LearnerConfig
-from pipeline.records import WeightedExample
+from pipeline.core.config import LearnerConfig
+from pipeline.core.records import WeightedExample
 
 TOLERANCES = {"float32": (1e-4, 2e-2), "bfloat16": (2e-2, 1.0)}
 """Relative difference of the loss of any step, and of the whole change of the weights."""

@@ -24,7 +24,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from retriever_service.errors import RetrieverTimeout
-from retriever_service.search import DEFAULT_OPTIONS, Hit, SearchOptions, check_request, normalise_query
+from retriever_service.search.search import (
+    DEFAULT_OPTIONS,
+    Hit,
+    SearchOptions,
+    check_request,
+    normalise_query,
+)
 from retriever_service.service.batching import Answers, BatchingSearcher
 
 Key = tuple[str, int, SearchOptions, str]

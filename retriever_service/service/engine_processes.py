@@ -20,10 +20,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from retriever_service.corpus import Passage
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
+from retriever_service.passages.corpus import Passage
 from retriever_service.processes import OnProgress, WorkerDied, WorkerProcess
-from retriever_service.search import DEFAULT_OPTIONS, Hit, SearchEngine, SearchOptions, check_request
+from retriever_service.search.search import DEFAULT_OPTIONS, Hit, SearchEngine, SearchOptions, check_request
 from retriever_service.service.lifecycle import Engine
 
 logger = logging.getLogger(__name__)

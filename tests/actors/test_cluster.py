@@ -15,10 +15,10 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.cluster import Cluster, ClusterError
 from actors.rollout import RolloutRequest, RolloutSummary, RolloutWorker
-from pipeline.config import AgentConfig
-from pipeline.config_loading import load_config
-from pipeline.records import Question, ScoreRequest
-from pipeline.search_agent import EngineError
+from pipeline.core.agents.search import EngineError
+from pipeline.core.config import AgentConfig
+from pipeline.core.config_loading import load_config
+from pipeline.core.records import Question, ScoreRequest
 
 
 class Worker:

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from actors.encoding import _encode_all, encode_with_actors
 from pipeline.cli import app
-from retriever_service.corpus import Passage
-from retriever_service.encode import encode_corpus
-from retriever_service.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.encode import encode_corpus
+from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.vectors import VectorStore
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
-from retriever_service.vectors import VectorStore
+from retriever_service.passages.corpus import Passage
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 
 SPEC = EncoderSpec("hash")

@@ -25,11 +25,11 @@ import torch
 import transformers
 
 from actors.learner import Learner, LearnerRank
-from pipeline.config import LearnerConfig, LoraConfig
-from pipeline.errors import UserError
-from pipeline.packing import plan_epoch
-from pipeline.records import WeightedExample, examples_to_table
-from pipeline.schedule import learning_rate_at
+from pipeline.core.config import LearnerConfig, LoraConfig
+from pipeline.core.errors import UserError
+from pipeline.core.packing import plan_epoch
+from pipeline.core.records import WeightedExample, examples_to_table
+from pipeline.core.schedule import learning_rate_at
 
 pytestmark = pytest.mark.component
 
@@ -154,7 +154,7 @@ PROCESSES.set_forkserver_preload(
         "actors.learner",
         "deepspeed.runtime.zero.muon.muon_optimizer",  # DeepSpeed imports it for every optimiser, and torch.compile
         "peft",
-        "pipeline.attention",
+        "pipeline.core.attention",
         "transformers.models.qwen2.modeling_qwen2",
     ]
 )

@@ -15,7 +15,7 @@ from actors.learner_files import (
     local_directory,
     write_model_directory,
 )
-from pipeline.errors import UserError
+from pipeline.core.errors import UserError
 
 LAYOUT = {"learner.num_ranks": 2}
 

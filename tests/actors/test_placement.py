@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from actors.placement import Placement, plan_placement
-from pipeline.config import Config
-from pipeline.errors import UserError
+from pipeline.core.config import Config
+from pipeline.core.errors import UserError
 
 
 def plan(

@@ -23,12 +23,12 @@ from actors.retriever import (
     RetrieverActor,
     RetrieverClient,
 )
-from retriever_service.build import build_index
-from retriever_service.client import RetrieverHttpClient
-from retriever_service.corpus import Passage
-from retriever_service.encoder import EncoderSpec
+from retriever_service.building.build import build_index
+from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
-from retriever_service.search import Hit, SearchEngine
+from retriever_service.passages.corpus import Passage
+from retriever_service.search.search import Hit, SearchEngine
+from retriever_service.service.client import RetrieverHttpClient
 from tests.retriever_service.fake_engine import FakeEngine
 from tests.retriever_service.scripted_server import ScriptedServer
 from tests.retriever_service.support import write_animals

@@ -12,16 +12,16 @@ import pytest
 from rich.console import Console
 
 from actors.retriever import open_retriever
-from pipeline.config_loading import load_config
-from pipeline.data.warmup import synthesise
-from pipeline.display import Display
-from pipeline.errors import UserError
-from pipeline.protocol import Protocol
-from pipeline.records import Hop, Question, Trajectory
-from pipeline.retrieval import Searched, Servers, await_servers
-from retriever_service.build import build_index
-from retriever_service.corpus import read_corpus
-from retriever_service.encoder import EncoderSpec
+from pipeline.core.config_loading import load_config
+from pipeline.core.data.warmup import synthesise
+from pipeline.core.display import Display
+from pipeline.core.errors import UserError
+from pipeline.core.records import Hop, Question, Trajectory
+from pipeline.core.renderer import Renderer
+from pipeline.core.retrieval import Searched, Servers, await_servers
+from retriever_service.building.build import build_index
+from retriever_service.encoding.encoder import EncoderSpec
+from retriever_service.passages.corpus import read_corpus
 from tests.retriever_service.server_process import index_server, search_r1_server
 from tests.retriever_service.support import write_animals
 
@@ -47,8 +47,8 @@ def test_an_agent_finds_the_same_on_servers_as_in_their_index(
     def trajectory(searched: Searched) -> Trajectory:
         """Of an agent that asks the retriever its question and then answers."""
         retrieve = open_retriever(pickle.loads(pickle.dumps(searched)), config.retriever)
-        protocol = Protocol(tokenizer, config.agent)
-        made = synthesise([QUESTION], protocol, retrieve, passages.get, max_length=2048, seed=0)
+        renderer = Renderer(tokenizer, config.agent)
+        made = synthesise([QUESTION], renderer, retrieve, passages.get, max_length=2048, seed=0)
         result = asyncio.run(made)
         assert result.inserted == 0
         return result.trajectories[0]

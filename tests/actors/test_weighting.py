@@ -14,9 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.weighting import Weighting
-from pipeline.config import Config
-from pipeline.protocol import Protocol
-from pipeline.records import (
+from pipeline.core.config import Config
+from pipeline.core.records import (
     Question,
     ScoreRequest,
     StopReason,
@@ -25,7 +24,8 @@ from pipeline.records import (
     examples_from_table,
     trajectories_from_table,
 )
-from pipeline.weighting import Scored, importance_weights, summarise
+from pipeline.core.renderer import Renderer
+from pipeline.core.weighting import Scored, importance_weights, summarise
 
 SILVER_HARP = Question("q1", "Who founded the maker of the Silver Harp?", ("Mara Velin", "M. Velin"))
 ANSWERED, FAILED, DIED = StopReason.ANSWERED, StopReason.RETRIEVER_UNAVAILABLE, StopReason.ENGINE_ERROR
@@ -49,12 +49,12 @@ class FakeWorker:
 
     def __init__(
         self,
-        protocol: Protocol,
+        renderer: Renderer,
         table: dict[tuple[str, str], float],
         token_logprob: float = 0.0,
         limit: int = 4096,
     ) -> None:
-        self.protocol, self.table, self.token_logprob, self.limit = protocol, table, token_logprob, limit
+        self.renderer, self.table, self.token_logprob, self.limit = renderer, table, token_logprob, limit
         self.scored: list[ScoreRequest] = []
         self.score = _Method(self._score)
         self.token_logprobs = _Method(self._token_logprobs)
@@ -68,8 +68,8 @@ class FakeWorker:
         return [self._one(request) for request in requests]
 
     def _one(self, request: ScoreRequest) -> float:
-        context = self.protocol.decode(request.token_ids[: request.start].tolist())
-        answer = self.protocol.decode(request.token_ids[request.start :].tolist())
+        context = self.renderer.decode(request.token_ids[: request.start].tolist())
+        answer = self.renderer.decode(request.token_ids[request.start :].tolist())
         found = [
             v for (mark, gold), v in self.table.items() if mark in context and answer == f" {gold} </answer>"
         ]
@@ -86,14 +86,14 @@ class Bench:
     def __init__(self, tokenizer: Any, path: Path, questions: Sequence[Question], **sections: Any) -> None:
         self.config = Config.model_validate({"em": {"questions_per_shard": 2}} | sections)
         self.actor = Weighting(self.config, "model")
-        self.protocol = Protocol(tokenizer, self.config.agent)
+        self.renderer = Renderer(tokenizer, self.config.agent)
         self.rollouts, self.weighted = path / "rollouts", path / "weighted"
         self.rollouts.mkdir(parents=True)
         self.weighted.mkdir()
         asyncio.run(self.actor.begin(list(questions), self.rollouts, self.weighted))
 
     def worker(self, table: dict[tuple[str, str], float] | None = None, **options: Any) -> FakeWorker:
-        return FakeWorker(self.protocol, table or {}, limit=self.config.model.max_length, **options)
+        return FakeWorker(self.renderer, table or {}, limit=self.config.model.max_length, **options)
 
     def add(self, group: list[Trajectory], worker: Any) -> None:
         asyncio.run(self.actor.add(group, worker))
@@ -127,8 +127,8 @@ class Bench:
         thinks: bool = True,
     ) -> Trajectory:
         """One search for `mark`, then an answer; without thinking the environment opens the answer at once."""
-        encode = self.protocol.tokenizer
-        pieces = [(self.protocol.prompt_ids(question.text), False)]
+        encode = self.renderer.tokenizer
+        pieces = [(self.renderer.prompt_ids(question.text), False)]
         if thinks:
             turn = f"<think> {mark} </think>", f"<record> {mark} </record> <answer>"
             pieces += [
@@ -191,7 +191,7 @@ def test_weights_are_those_of_the_formulas(bench: Any, weighting: dict[str, Any]
     at = bench([question], weighting=weighting)
     group = [at.trajectory(question, 0, mark="good", answer="Mara"), at.trajectory(question, 1, mark="bad")]
     at.add(group, at.worker({("good", "Mara Velin"): -0.5, ("bad", "Mara Velin"): -4.0}))
-    tokens = len(at.protocol.answer_ids("Mara Velin"))
+    tokens = len(at.renderer.answer_ids("Mara Velin"))
     reward = {"f1": 2 / 3}.get(weighting.get("reward", "f1"), 0.0)
     scored = [Scored(-0.5, tokens, reward=reward), Scored(-4.0, tokens)]
     expected = importance_weights(scored, at.config.weighting)
@@ -212,8 +212,8 @@ def test_of_several_gold_answers_the_most_likely_counts(bench: Any) -> None:
     assert len(worker.scored) == 4
     first, second = at.examples()
     assert [first.weight, second.weight] == pytest.approx([math.exp(-1.0), math.exp(-2.0)])
-    assert at.protocol.decode(first.token_ids.tolist()).endswith("<answer> M. Velin </answer>")
-    assert at.protocol.decode(second.token_ids.tolist()).endswith("<answer> Mara Velin </answer>")
+    assert at.renderer.decode(first.token_ids.tolist()).endswith("<answer> M. Velin </answer>")
+    assert at.renderer.decode(second.token_ids.tolist()).endswith("<answer> Mara Velin </answer>")
 
 
 def test_the_gold_answer_stands_in_place_of_the_models_own_and_is_trained_on(bench: Any) -> None:
@@ -223,7 +223,7 @@ def test_the_gold_answer_stands_in_place_of_the_models_own_and_is_trained_on(ben
     at.add([trajectory], worker)
     (example,) = at.examples()
     start = trajectory.answer_start
-    gold = at.protocol.answer_ids("Mara Velin")
+    gold = at.renderer.answer_ids("Mara Velin")
     assert example.token_ids.tolist() == [*trajectory.token_ids[:start].tolist(), *gold]
     assert example.loss_mask.tolist() == [*trajectory.loss_mask[:start].tolist(), *[True] * len(gold)]
     assert (example.question_id, example.sample) == ("q1", 0)
@@ -283,7 +283,7 @@ def test_a_question_with_nothing_but_failures_has_no_say(bench: Any) -> None:
 def test_what_is_too_long_to_be_scored_is_excluded_and_counted(bench: Any) -> None:
     lengths = bench()
     short, long = lengths.trajectory(sample=0, mark="a"), lengths.trajectory(sample=1, mark="a " * 40)
-    longest_gold = max(len(lengths.protocol.answer_ids(answer)) for answer in SILVER_HARP.answers)
+    longest_gold = max(len(lengths.renderer.answer_ids(answer)) for answer in SILVER_HARP.answers)
     limit = short.answer_start + longest_gold + 1
     assert long.answer_start > limit
     at = bench(model={"max_length": limit}, weighting={"method": "uniform", "correct_proposal": True})
@@ -383,7 +383,7 @@ def test_questions_that_are_weighted_at_the_same_time_do_not_mix(bench: Any) -> 
 
     class Slow(FakeWorker):
         def __init__(self, delay: int) -> None:
-            super().__init__(at.protocol, table)
+            super().__init__(at.renderer, table)
             self.delay, fake = delay, self.score
 
             async def later(requests: Sequence[ScoreRequest]) -> list[float]:
@@ -479,7 +479,7 @@ def test_the_statistics_are_those_of_the_formulas(bench: Any) -> None:
     right = at.trajectory(asked[0], 0, mark="q0 0", answer="Answer 0")
     at.add([right, at.trajectory(asked[0], 1, mark="q0 1")], at.worker(table))
     at.add(group_of(at, asked[1]), at.worker(table))
-    tokens = len(at.protocol.answer_ids("answer 0"))
+    tokens = len(at.renderer.answer_ids("answer 0"))
     groups = [
         [Scored(-1.0, tokens, correct=True), Scored(-2.0, tokens)],
         [Scored(-2.0, tokens), Scored(-3.0, tokens)],

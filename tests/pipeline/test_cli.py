@@ -18,12 +18,12 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
-from pipeline.config import Config
-from pipeline.config_loading import load_config
-from pipeline.records import trajectories_from_table
-from pipeline.run import RunDirectory
-from retriever_service.build import build_index
-from retriever_service.encoder import EncoderSpec
+from pipeline.core.config import Config
+from pipeline.core.config_loading import load_config
+from pipeline.core.records import trajectories_from_table
+from pipeline.core.run import RunDirectory
+from retriever_service.building.build import build_index
+from retriever_service.encoding.encoder import EncoderSpec
 from tests.retriever_service.fake_engine import ANIMALS
 from tests.retriever_service.scripted_server import ScriptedServer
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
@@ -79,13 +79,13 @@ def run_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr("actors.cluster.ray.init", expensive)
     monkeypatch.setattr(
-        "retriever_service.build.build_index", partial(build_index, load_encoder=load_hash_encoder)
+        "retriever_service.building.build.build_index", partial(build_index, load_encoder=load_hash_encoder)
     )
     monkeypatch.setattr(
-        "pipeline.retrieval.build_index", partial(build_index, load_encoder=load_hash_encoder)
+        "pipeline.core.retrieval.build_index", partial(build_index, load_encoder=load_hash_encoder)
     )
     monkeypatch.setattr(
-        "retriever_service.encoder.Encoder.load", lambda spec, device="cpu": HashEncoder(spec)
+        "retriever_service.encoding.encoder.Encoder.load", lambda spec, device="cpu": HashEncoder(spec)
     )
     return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
@@ -512,7 +512,7 @@ def test_an_interrupted_question_promises_nothing(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.recipes.ask.ask", interrupted)
+    monkeypatch.setattr("pipeline.commands.ask.ask", interrupted)
     result = run_command("ask", "--model", folder / "model", "--index", folder / "index", "who?")
     assert result.exit_code == 130
     assert "interrupted" in result.stderr and "goes on" not in result.stderr

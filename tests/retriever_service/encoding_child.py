@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from retriever_service.corpus import Passage
-from retriever_service.encode import encode_corpus
-from retriever_service.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.encode import encode_corpus
+from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.passages.corpus import Passage
 from tests.retriever_service.support import HashEncoder, load_hash_encoder
 
 SHARD_ROWS = 8

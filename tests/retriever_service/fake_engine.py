@@ -13,10 +13,16 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from retriever_service.corpus import Passage
 from retriever_service.errors import RetrieverError
-from retriever_service.filters import Filter
-from retriever_service.search import DEFAULT_OPTIONS, Hit, SearchOptions, check_request, normalise_query
+from retriever_service.passages.corpus import Passage
+from retriever_service.passages.filters import Filter
+from retriever_service.search.search import (
+    DEFAULT_OPTIONS,
+    Hit,
+    SearchOptions,
+    check_request,
+    normalise_query,
+)
 
 ANIMALS = (
     Passage("a0", "Lion", "the lion lives on the savanna", {"legs": 4, "home": "land"}),

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retriever_service import bm25 as bm25_module
-from retriever_service.bm25 import K1, B, Bm25, build_bm25
-from retriever_service.corpus import Passage, read_corpus
 from retriever_service.errors import RetrieverError
-from retriever_service.evaluation import evaluate_run, read_qrels, read_queries
-from retriever_service.ranked import NO_ROW, Ranked
+from retriever_service.index import bm25 as bm25_module
+from retriever_service.index.bm25 import K1, B, Bm25, build_bm25
+from retriever_service.passages.corpus import Passage, read_corpus
+from retriever_service.passages.evaluation import evaluate_run, read_qrels, read_queries
+from retriever_service.passages.ranked import NO_ROW, Ranked
 from tests.retriever_service.support import real_data
 
 WORDS = ["lion", "tiger", "otter", "eagle"]

@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retriever_service import build
-from retriever_service.build import build_from_vectors
-from retriever_service.encode import encode_corpus
-from retriever_service.encoder import EncoderSpec
+from retriever_service.building import build
+from retriever_service.building.build import build_from_vectors
+from retriever_service.building.planner import plan_index
+from retriever_service.encoding.encode import encode_corpus
+from retriever_service.encoding.encoder import EncoderSpec
+from retriever_service.encoding.vectors import VectorStore
 from retriever_service.errors import RetrieverError
-from retriever_service.index import read_manifest, verify_checksums
-from retriever_service.planner import plan_index
-from retriever_service.search import SearchEngine, SearchOptions
-from retriever_service.vectors import VectorStore
+from retriever_service.index.index import read_manifest, verify_checksums
+from retriever_service.search.search import SearchEngine, SearchOptions
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 
 SPEC = EncoderSpec("hash")
@@ -104,7 +104,7 @@ def test_filters_and_deletions_hold_for_every_kind_of_index(
 ) -> None:
     build_from_vectors(store, tmp_path / "index", factory=factory)
     engine = open_engine(tmp_path / "index")
-    from retriever_service.filters import Filter
+    from retriever_service.passages.filters import Filter
 
     everything = {id_ for row in found(engine, 600) for id_, _ in row}
     engine.delete(["p0", "p2"])
@@ -169,8 +169,8 @@ def test_an_unfinished_build_of_another_index_is_refused(
 CHILD = """
 import sys
 from pathlib import Path
-from retriever_service.build import build_index
-from retriever_service.encoder import EncoderSpec
+from retriever_service.building.build import build_index
+from retriever_service.encoding.encoder import EncoderSpec
 from tests.retriever_service.support import load_hash_encoder
 if __name__ == "__main__":
     build_index([sys.argv[1]], Path(sys.argv[2]), EncoderSpec("hash"), factory="IVF8,SQ8", bm25=True, workers=1,

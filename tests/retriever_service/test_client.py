@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from retriever_service.client import RetrieverHttpClient
-from retriever_service.corpus import Passage
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
-from retriever_service.filters import Filter
-from retriever_service.search import Hit, SearchOptions
+from retriever_service.passages.corpus import Passage
+from retriever_service.passages.filters import Filter
+from retriever_service.search.search import Hit, SearchOptions
+from retriever_service.service.client import RetrieverHttpClient
 from tests.retriever_service.fake_engine import FakeEngine
 from tests.retriever_service.scripted_server import ScriptedServer
 
@@ -202,7 +202,7 @@ def test_server_says_when_to_come_back(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, retry_after: str, least: float, most: float
 ) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("retriever_service.client.time.sleep", pauses.append)
+    monkeypatch.setattr("retriever_service.service.client.time.sleep", pauses.append)
     server.script = [(429, {"Retry-After": retry_after}, b"{}")]
     client(server, backoff_s=1.0, timeout_s=10.0, seed=None).search(["lion"], 1)
     before_first, before_second = pauses
@@ -212,7 +212,7 @@ def test_server_says_when_to_come_back(
 
 def test_pauses_grow_and_are_not_alike(server: ScriptedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("retriever_service.client.time.sleep", pauses.append)
+    monkeypatch.setattr("retriever_service.service.client.time.sleep", pauses.append)
     for seed in range(20):
         server.script = [503] * 3
         client(server, backoff_s=1.0, seed=seed).search(["lion"], 1)

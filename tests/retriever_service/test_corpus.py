@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retriever_service import corpus as corpus_module
-from retriever_service.corpus import Corpus, CorpusReader, Passage, read_corpus, write_passages
 from retriever_service.errors import RetrieverError
+from retriever_service.passages import corpus as corpus_module
+from retriever_service.passages.corpus import Corpus, CorpusReader, Passage, read_corpus, write_passages
 from tests.retriever_service.support import write_jsonl
 
 GOOD = {"id": "1", "title": "T", "text": "body"}

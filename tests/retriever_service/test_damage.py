@@ -17,11 +17,12 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from retriever_service import build, encode
+from retriever_service.building import build
 from retriever_service.cli import app
-from retriever_service.encoder import EncoderSpec
+from retriever_service.encoding import encode
+from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
-from retriever_service.search import SearchEngine
+from retriever_service.search.search import SearchEngine
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 
 COUNT = 40
@@ -45,7 +46,7 @@ def hashing(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(build, "build_index", partial(build.build_index, load_encoder=load_hash_encoder))
     monkeypatch.setattr(
-        "retriever_service.encoder.Encoder.load", lambda spec, device="cpu": HashEncoder(spec)
+        "retriever_service.encoding.encoder.Encoder.load", lambda spec, device="cpu": HashEncoder(spec)
     )
 
 
@@ -248,7 +249,7 @@ def test_another_model_of_the_same_name_is_refused(
     done("encode")
     done("build of a corpus")
     load = lambda spec, device="cpu": OtherWeights(spec)  # noqa: E731
-    monkeypatch.setattr("retriever_service.encoder.Encoder.load", load)
+    monkeypatch.setattr("retriever_service.encoding.encoder.Encoder.load", load)
     monkeypatch.setattr(encode, "encode_corpus", partial(encode.encode_corpus, load_encoder=load))
     monkeypatch.setattr(build, "build_index", partial(build.build_index, load_encoder=load))
     refused(command, folder, "another")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_service.corpus import Passage
-from retriever_service.duplicates import THRESHOLD, drop_duplicates, first_of_each
-from retriever_service.search import Hit
+from retriever_service.passages.corpus import Passage
+from retriever_service.passages.duplicates import THRESHOLD, drop_duplicates, first_of_each
+from retriever_service.search.search import Hit
 
 LONG = " ".join(f"word{i}" for i in range(60))
 WORDS = st.lists(st.sampled_from("abc"), max_size=14)

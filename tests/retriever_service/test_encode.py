@@ -22,13 +22,19 @@ import numpy as np
 import psutil
 import pytest
 
-from retriever_service.corpus import Passage
-from retriever_service.encode import encode_corpus
-from retriever_service.encode_job import EncoderIdentity, encode_shard, finish_job, open_job, pending_shards
-from retriever_service.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.encode import encode_corpus
+from retriever_service.encoding.encode_job import (
+    EncoderIdentity,
+    encode_shard,
+    finish_job,
+    open_job,
+    pending_shards,
+)
+from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.vectors import Job, VectorStore
 from retriever_service.errors import RetrieverError
 from retriever_service.files import exclusive
-from retriever_service.vectors import Job, VectorStore
+from retriever_service.passages.corpus import Passage
 from tests.retriever_service.encoding_child import SHARD_ROWS
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from retriever_service.corpus import Passage
-from retriever_service.encoder import Encoder, EncoderSpec, _resolve, bundled_model, passage_text
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, _resolve, bundled_model, passage_text
 from retriever_service.errors import RetrieverError
+from retriever_service.passages.corpus import Passage
 
 QUERIES = [
     "who wrote it?",
@@ -85,7 +85,7 @@ def test_pooling_is_known_by_name(encoder: Encoder) -> None:
 def test_passages_of_all_lengths_come_back_in_their_order(
     encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retriever_service.encoder.WINDOW_PASSAGES", 16)
+    monkeypatch.setattr("retriever_service.encoding.encoder.WINDOW_PASSAGES", 16)
     passages = [Passage(str(i), f"T{i}", "the lion lives on the savanna " * (i * 7 % 19)) for i in range(40)]
     windows = list(encoder.encode_passages(passages))
     assert [len(window) for window in windows] == [16, 16, 8]

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retriever_service.build import build_index
-from retriever_service.corpus import Passage
-from retriever_service.encoder import EncoderSpec
+from retriever_service.building.build import build_index
+from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
-from retriever_service.filters import Filter
-from retriever_service.search import SearchEngine, SearchOptions
+from retriever_service.index.updates import delete_passages
+from retriever_service.passages.corpus import Passage
+from retriever_service.passages.filters import Filter
+from retriever_service.search.search import SearchEngine, SearchOptions
 from retriever_service.service.engine_processes import EngineProcesses, engine_opener
-from retriever_service.updates import delete_passages
 from tests.retriever_service.support import load_hash_encoder, write_jsonl
 
 WORDS = ["lion", "tiger", "otter", "eagle", "river", "cliff", "desert"]

@@ -13,7 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retriever_service.errors import RetrieverError
-from retriever_service.evaluation import Run, evaluate_run, read_qrels, read_queries, read_run, write_run
+from retriever_service.passages.evaluation import (
+    Run,
+    evaluate_run,
+    read_qrels,
+    read_queries,
+    read_run,
+    write_run,
+)
 from tests.retriever_service.support import write_jsonl
 
 QRELS = {"q1": {"a": 1, "b": 1, "c": 0}, "q2": {"d": 2}}

@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from retriever_service import filling
-from retriever_service.calibration import clustered_vectors
-from retriever_service.filling import fill
+from retriever_service.building.calibration import clustered_vectors
+from retriever_service.index import filling
+from retriever_service.index.filling import fill
 
 ROWS, LARGE = 3_000, 300_000
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retriever_service import corpus as corpus_module
-from retriever_service.corpus import Corpus, Passage, write_passages
 from retriever_service.errors import RetrieverError
-from retriever_service.filters import Filter, MetadataColumns
+from retriever_service.passages import corpus as corpus_module
+from retriever_service.passages.corpus import Corpus, Passage, write_passages
+from retriever_service.passages.filters import Filter, MetadataColumns
 
 CITIES: list[dict[str, Any]] = [
     {"year": 1990, "lang": "en", "kind": "city"},

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_service.fusion import reciprocal_rank_fusion
-from retriever_service.ranked import NO_ROW, Ranked
+from retriever_service.passages.ranked import NO_ROW, Ranked
+from retriever_service.search.fusion import reciprocal_rank_fusion
 
 LINE = st.lists(st.integers(0, 12), unique=True, max_size=6)
 

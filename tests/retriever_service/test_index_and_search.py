@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retriever_service import files
-from retriever_service.build import build_index
-from retriever_service.corpus import Corpus
-from retriever_service.encoder import EncoderSpec
+from retriever_service.building.build import build_index
+from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
-from retriever_service.index import read_manifest, verify_checksums
-from retriever_service.search import SearchEngine, SearchOptions
+from retriever_service.index.index import read_manifest, verify_checksums
+from retriever_service.passages.corpus import Corpus
+from retriever_service.search.search import SearchEngine, SearchOptions
 from tests.retriever_service.support import (
     DIMENSION,
     HashEncoder,
@@ -139,8 +139,8 @@ def test_warming_up_uses_everything_and_is_not_counted(
             return np.zeros(len(pairs), np.float32)
 
     reranker, warmed_up, stages = CountingReranker(), [], []
-    monkeypatch.setattr("retriever_service.rerank.Reranker.open", lambda model, device: reranker)
-    monkeypatch.setattr("retriever_service.bm25.Bm25.warm_up", lambda self: warmed_up.append(self))
+    monkeypatch.setattr("retriever_service.search.rerank.Reranker.open", lambda model, device: reranker)
+    monkeypatch.setattr("retriever_service.index.bm25.Bm25.warm_up", lambda self: warmed_up.append(self))
     build([write_animals(tmp_path / "c.jsonl")], tmp_path / "index", SPEC, bm25=True)
     encoder = HashEncoder(SPEC)
     searcher = open_searcher(tmp_path / "index", reranker="any", load_encoder=lambda spec, device: encoder)

@@ -19,14 +19,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_service.bm25 import build_bm25
-from retriever_service.calibration import Calibration, calibrate, clustered_vectors
-from retriever_service.corpus import Passage
-from retriever_service.encoder import EncoderSpec
+from retriever_service.building.calibration import Calibration, calibrate, clustered_vectors
+from retriever_service.building.planner import MOST_SEGMENTS, check_fits, check_loads, plan_index
+from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
-from retriever_service.index_size import empty_index
+from retriever_service.index.bm25 import build_bm25
+from retriever_service.index.index_size import empty_index
 from retriever_service.machine import available_memory
-from retriever_service.planner import MOST_SEGMENTS, check_fits, check_loads, plan_index
+from retriever_service.passages.corpus import Passage
 from tests.retriever_service.support import DIMENSION, HashEncoder
 
 GIB = 1 << 30
@@ -343,7 +343,7 @@ def test_a_calibration_times_everything_that_a_factory_does(factory: str, tmp_pa
 
 
 def test_encoding_is_timed_per_passage(tmp_path: Path) -> None:
-    from retriever_service.corpus import Passage
+    from retriever_service.passages.corpus import Passage
 
     encoder = HashEncoder(EncoderSpec("hash"))
     passages = [Passage(str(i), "", f"passage number {i}") for i in range(64)]

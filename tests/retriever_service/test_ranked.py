@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_service.ranked import NO_ROW, Ranked
+from retriever_service.passages.ranked import NO_ROW, Ranked
 
 CANDIDATES = st.dictionaries(st.integers(0, 30), st.integers(-3, 3), max_size=12)
 

@@ -11,9 +11,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-from retriever_service.corpus import Passage
 from retriever_service.errors import RetrieverError
-from retriever_service.rerank import Reranker
+from retriever_service.passages.corpus import Passage
+from retriever_service.search.rerank import Reranker
 
 pytestmark = pytest.mark.component
 

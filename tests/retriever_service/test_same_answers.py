@@ -19,11 +19,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_service import build
-from retriever_service.encoder import EncoderSpec
-from retriever_service.filters import Filter
-from retriever_service.planner import plan_index
-from retriever_service.search import DEFAULT_OPTIONS, Hit, SearchEngine, SearchOptions
+from retriever_service.building import build
+from retriever_service.building.planner import plan_index
+from retriever_service.encoding.encoder import EncoderSpec
+from retriever_service.passages.filters import Filter
+from retriever_service.search.search import DEFAULT_OPTIONS, Hit, SearchEngine, SearchOptions
 from retriever_service.service.batching import BatchingSearcher
 from retriever_service.service.cache import CachingSearcher
 from tests.retriever_service.support import load_hash_encoder, write_jsonl

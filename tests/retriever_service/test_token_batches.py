@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_service.token_batches import of_like_length, of_like_size
+from retriever_service.encoding.token_batches import of_like_length, of_like_size
 
 LENGTHS = st.lists(st.integers(1, 600), max_size=200)
 

@@ -12,11 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retriever_service import tuning
-from retriever_service.calibration import clustered_vectors
-from retriever_service.errors import RetrieverError
-from retriever_service.index_size import empty_index
-from retriever_service.tuning import (
+from retriever_service.building import tuning
+from retriever_service.building.calibration import clustered_vectors
+from retriever_service.building.tuning import (
     Rows,
     Sample,
     Search,
@@ -26,6 +24,8 @@ from retriever_service.tuning import (
     measure_recall,
     tune,
 )
+from retriever_service.errors import RetrieverError
+from retriever_service.index.index_size import empty_index
 
 Vectors = npt.NDArray[np.float32]
 

@@ -12,14 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retriever_service import build, index, updates
-from retriever_service.corpus import Passage
-from retriever_service.encoder import EncoderSpec
+from retriever_service.building import build
+from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
 from retriever_service.files import exclusive
-from retriever_service.index import read_manifest, verify_checksums
-from retriever_service.search import SearchEngine, SearchOptions
-from retriever_service.updates import add_passages, delete_passages
+from retriever_service.index import index, updates
+from retriever_service.index.index import read_manifest, verify_checksums
+from retriever_service.index.updates import add_passages, delete_passages
+from retriever_service.passages.corpus import Passage
+from retriever_service.search.search import SearchEngine, SearchOptions
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 
 SPEC = EncoderSpec("hash")

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retriever_service.encode import encode_corpus
-from retriever_service.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.encode import encode_corpus
+from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.vectors import VectorStore
 from retriever_service.errors import RetrieverError
-from retriever_service.vectors import VectorStore
 from tests.retriever_service.support import DIMENSION, HashEncoder, load_hash_encoder, write_jsonl
 
 COUNT, SHARD_ROWS = 150, 40

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from retriever_service.corpus import Passage
 from retriever_service.errors import RetrieverError
-from retriever_service.filters import Filter
-from retriever_service.search import DEFAULT_OPTIONS, Hit, SearchOptions
+from retriever_service.passages.corpus import Passage
+from retriever_service.passages.filters import Filter
+from retriever_service.search.search import DEFAULT_OPTIONS, Hit, SearchOptions
 from retriever_service.service.batching import Answers
 from retriever_service.service.wire import (
     RetrieveRequest,

@@ -28,7 +28,7 @@ def ray_cluster() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A generated world, cut down to 500 passages and a handful of questions."""
-    from pipeline.data.world.writer import WorldSpec, generate_passages, generate_questions
+    from pipeline.core.data.world.writer import WorldSpec, generate_passages, generate_questions
 
     out = tmp_path_factory.mktemp("world")
     spec = WorldSpec(seed=3, num_passages=500, num_train=8, num_dev=4, num_test=4)
@@ -41,8 +41,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def index(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from retriever_service.build import build_index
-    from retriever_service.encoder import EncoderSpec
+    from retriever_service.building.build import build_index
+    from retriever_service.encoding.encoder import EncoderSpec
 
     out = tmp_path_factory.mktemp("index") / "index"
     build_index([str(world / "corpus.jsonl")], out, EncoderSpec("minilm"))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config_loading import load_config
-from pipeline.display import Display
-from pipeline.records import examples_from_table, trajectories_from_table
-from retriever_service.index import read_manifest
+from pipeline.core.config_loading import load_config
+from pipeline.core.display import Display
+from pipeline.core.records import examples_from_table, trajectories_from_table
+from retriever_service.index.index import read_manifest
 from tests.system.conftest import TOKEN, overrides, random_model
 
 pytestmark = pytest.mark.system

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from pipeline.records import examples_from_table, trajectories_from_table
+from pipeline.core.records import examples_from_table, trajectories_from_table
 from tests.system.conftest import overrides, random_model
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]

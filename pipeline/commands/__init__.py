@@ -1,0 +1,1 @@
+"""The commands, one function each: parse nothing, decide nothing about training."""

@@ -1,0 +1,78 @@
+"""The demo: a generated encyclopedia, a tiny model, and the whole EM loop on them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from actors.cluster import count_devices, ray_session
+from pipeline.core.config import Config
+from pipeline.core.config_loading import load_config
+from pipeline.core.data.world.writer import write_world
+from pipeline.core.display import Display
+from pipeline.core.run import Json
+from pipeline.em import train
+
+HOME = Path(__file__).resolve().parents[2]
+"""The checkout: configs/ and models/ are found from any working directory."""
+
+MAX_ENGINES_AND_RANKS = 2
+"""More do not make so small a run faster."""
+
+
+def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
+    """Make the world beside the run directory, train on it, and show what came of it.
+
+    Raises:
+        UserError: bad overrides, or a run directory that holds something else.
+    """
+    world = run.with_name(f"{run.name}-world")
+    with ray_session(demo_config(world, overrides)):
+        config = demo_config(world, overrides, count_devices())
+        make_world(world, seed=0, size="small", display=display)
+        report = train(config, run, display)
+    display.report(report)
+    best = run / "iterations" / f"{report['best_iteration']:04d}" / "model"
+    question = json.loads((world / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])["question"]
+    display.line(
+        f"""
+Next:
+  {command("exsearch")} ask --model {best} --index {run / "index"} "{question}"
+  {command("exsearch")} evaluate --run {run} --split test
+  {command("exsearch")} demo --run {run}-posterior weighting=posterior
+  {command("tensorboard")} --logdir {run}
+The figures are in {run / "report.json"}; docs/quickstart.md goes on from here."""
+    )
+    return report
+
+
+def command(name: str) -> str:
+    """How a program of this environment is called from the shell that we were called from."""
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))
+
+
+def demo_config(world: Path, overrides: Sequence[str], devices: int = 1) -> Config:
+    """`configs/demo.yaml` on a world, with an engine and a learner rank per device: GPU, or CPU core without GPUs."""
+    size = min(devices, MAX_ENGINES_AND_RANKS)
+    defaults = [
+        f"data.root={world}",
+        f"model.path={HOME / 'models' / 'tiny-searcher'}",
+        f"rollout.workers={size}",
+        f"learner.num_ranks={size}",
+    ]
+    return load_config(HOME / "configs" / "demo.yaml", [*defaults, *overrides])
+
+
+def make_world(out: Path, seed: int, size: str, display: Display) -> Json:
+    """Write a generated world, or find that it is there already; returns what it holds.
+
+    Raises:
+        UserError: unknown size, or `out` holds something else.
+    """
+    with display.progress("generating the encyclopedia", None, "records") as advance:
+        return asdict(write_world(out, seed=seed, size=size, on_progress=advance.to))  # type: ignore[arg-type]

@@ -1,0 +1,103 @@
+"""Score one model on one split, each question file for itself and all together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.cluster import Cluster, Serving, ray_session
+from pipeline.core.config import Config
+from pipeline.core.config_loading import load_config
+from pipeline.core.data.questions import read_questions
+from pipeline.core.display import Display
+from pipeline.core.errors import UserError
+from pipeline.core.evaluation import evaluate
+from pipeline.core.models import check_model
+from pipeline.core.records import Question, trajectories_to_table
+from pipeline.core.report import best_iteration
+from pipeline.core.retrieval import await_servers, prepare_index
+from pipeline.core.run import Json, RunFiles, write_json, write_table
+
+
+def evaluate_model(
+    config_file: Path | None,
+    overrides: Sequence[str],
+    *,
+    run: Path | None,
+    model: str | None,
+    split: str,
+    out: Path | None,
+    display: Display,
+) -> Json:
+    """Greedy evaluation of a model directory, or of a run's best iteration.
+
+    Returns:
+        `{"model", "split", "sets": {file: scores}, "all": scores}`.
+
+    Raises:
+        UserError: nothing to evaluate, no such split, nothing to search, or bad input.
+    """
+    if run is not None:
+        if config_file is not None:
+            raise UserError("give --run or --config, not both: a run has its own configuration")
+        config_file = run / "config.yaml"
+        if not config_file.is_file():
+            raise UserError(f"{run} is not a run directory: it has no config.yaml")
+    config = load_config(config_file, overrides)
+    model = model or (_best_model(run, config) if run is not None else config.model.path)
+    check_model(model)
+    if out is not None and out.suffix != ".json":
+        raise UserError(f"--out is {out}; give a name that ends in .json (the trajectories go beside it)")
+    if split not in ("train", "dev", "test"):
+        raise UserError(f"--split is {split}; choose train, dev or test")
+    sets = _read_sets(config, split)
+    if run is None and config.retriever.index is None and config.retriever.url is None:
+        raise UserError(
+            "evaluation needs something to search: give --run, or retriever.index=DIR (see exsearch index build), or "
+            "retriever.url=ADDRESS of a server"
+        )
+    searched = await_servers(config, display) or prepare_index(config, (run or Path()) / "index", display)
+    questions = [question for members in sets.values() for question in members]
+    with ray_session(config):
+        with display.status("starting the retriever and the vLLM engines"):
+            cluster = Cluster(config, searched, Serving(model, 0), learner=False)
+        with cluster, display.progress(f"evaluating on {split}", len(questions), "questions") as advance:
+            trajectories = cluster.greedy(questions, config.agent, on_done=lambda summary: advance(1))
+    found = {trajectory.question_id: trajectory for trajectory in trajectories}
+
+    def score(members: Sequence[Question]) -> Json:
+        own = [found[question.id] for question in members]
+        return evaluate(members, own, config.evaluation.bootstrap_samples, config.seed)
+
+    result = {
+        "model": model,
+        "split": split,
+        "sets": {name: score(members) for name, members in sets.items()},
+        "all": score(questions),
+    }
+    if out is not None:
+        write_json(out, result)
+        write_table(out.with_suffix(".parquet"), trajectories_to_table(trajectories))
+    return result
+
+
+def _best_model(run: Path, config: Config) -> str:
+    """The model directory of the run's best iteration; the model it started from if that is iteration 0 without one."""
+    files = RunFiles(run)
+    best = files.model(best_iteration(files, config.em))
+    return str(best) if best.exists() else config.model.path
+
+
+def _read_sets(config: Config, split: str) -> dict[str, list[Question]]:
+    """Questions per file, sampled as a whole as the run does."""
+    paths: Sequence[str] = getattr(config.data, split)
+    if not paths:
+        raise UserError(f"data.{split} is empty; name question files, or choose another --split")
+    chosen = read_questions(
+        paths, root=config.data.root, limit=getattr(config.data, f"{split}_limit"), seed=config.seed
+    )
+    wanted = {question.id: question for question in chosen}
+    sets = {
+        path: [q for q in read_questions([path], root=config.data.root) if q.id in wanted] for path in paths
+    }
+    return {path: members for path, members in sets.items() if members}

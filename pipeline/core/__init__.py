@@ -1,0 +1,1 @@
+"""What lies below the actors: plain Python and torch, no Ray, no engine."""

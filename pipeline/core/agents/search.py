@@ -1,0 +1,282 @@
+"""think -> search -> record, as an async state machine. Knows no engine and no Ray.
+
+    prompt -> [think turn -> search -> observation] x n -> answer
+
+One `SearchAgent` serves any number of questions at once; each `run` is a coroutine that waits for nothing but its own
+model turns and searches. Every run ends in a `Trajectory` with a typed stop reason; nothing is raised for what the
+model or the infrastructure did.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
+
+import numpy as np
+
+from pipeline.core.records import Question, Step, StopReason, Trajectory
+from pipeline.core.renderer import MalformedTurn, Renderer, Turn
+from retriever_service.errors import RetrieverUnavailable
+from retriever_service.search.search import Hit
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one model turn is sampled. `top_k` 0 is off; `temperature` 0 is greedy; stop strings stay in the output."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_tokens: int
+    seed: int
+    stop: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine generated.
+
+    `logprobs[i]` is log p(token_ids[i] | before) under the model itself, before temperature and truncation.
+    `stop` is the stop string that ended it, if one did.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    stop: str | None
+    finish_reason: Literal["stop", "eos", "length"]
+
+
+class EngineError(RuntimeError):
+    """The inference engine could not serve a request."""
+
+
+class Generator(Protocol):
+    """The one thing an agent needs of an engine."""
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
+
+
+ANSWER_RESERVE = 32
+"""Tokens kept free for an answer at the end of the context."""
+
+Retrieve = Callable[[str, int], Awaitable[Sequence[Hit]]]
+"""(query, k) -> the k best passages. Raises RetrieverUnavailable when it has given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Progress of one trajectory, for those who watch (`exsearch ask`)."""
+
+    kind: Literal["think", "search", "record", "answer", "stop"]
+    text: str = ""
+    hits: tuple[Hit, ...] = ()
+
+
+OnEvent = Callable[[Event], None]
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from the run's seed and whatever names a request: the same parts, the same seed, on any machine."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+@dataclass(slots=True)
+class _Transcript:
+    """The growing context. `append_*` are the only ways to change it, so an id once written stays."""
+
+    token_ids: list[int] = field(default_factory=list)
+    loss_mask: list[bool] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+
+    def append_environment(self, ids: Sequence[int]) -> None:
+        self.token_ids += ids
+        self.loss_mask += [False] * len(ids)
+        self.logprobs += [float("nan")] * len(ids)
+
+    def append_model(self, completion: Completion) -> None:
+        self.token_ids += completion.token_ids
+        self.loss_mask += [True] * len(completion.token_ids)
+        self.logprobs += completion.logprobs
+
+
+class SearchAgent:
+    """Runs trajectories of one policy.
+
+    Args:
+        renderer: renders and parses; also carries the switches `think`, `search`, `record`.
+        generator: the engine.
+        retrieve: the retriever.
+        max_length: longest context in tokens. The last turn always keeps room for an answer.
+    """
+
+    def __init__(
+        self, renderer: Renderer, generator: Generator, retrieve: Retrieve, *, max_length: int
+    ) -> None:
+        self.renderer = renderer
+        self.config = renderer.config
+        self.generator = generator
+        self.retrieve = retrieve
+        self.max_length = max_length
+        if self.config.think:
+            self.allowed_searches = self.config.max_searches
+        else:
+            self.allowed_searches = 1 if self.config.search else 0
+        demand = renderer.answer_demand_ids(at_turn_start=False)
+        self.answer_reserve = len(demand) + min(self.config.max_turn_tokens, ANSWER_RESERVE)
+        """Tokens that no turn and no passage may take: an answer can always be demanded and written."""
+
+    async def run(
+        self,
+        question: Question,
+        *,
+        sampling: Sampling,
+        sample: int = 0,
+        policy_version: int = 0,
+        on_event: OnEvent = lambda event: None,
+    ) -> Trajectory:
+        """One trajectory.
+
+        Args:
+            sampling: temperature, truncation and the trajectory's seed; stop strings and `max_tokens` are set here.
+            sample: number of this trajectory among the question's K.
+        """
+        run = _Run(self, question, sampling, on_event)
+        try:
+            answer_start, answer, reason, detail = await run.to_the_end()
+        except RetrieverUnavailable as error:
+            answer_start, answer, reason = len(run.transcript.token_ids), "", StopReason.RETRIEVER_UNAVAILABLE
+            detail = str(error)
+        except EngineError as error:
+            answer_start, answer, reason = len(run.transcript.token_ids), "", StopReason.ENGINE_ERROR
+            detail = str(error)
+        on_event(Event("stop", reason.value))
+        return Trajectory(
+            question_id=question.id,
+            sample=sample,
+            policy_version=policy_version,
+            token_ids=np.asarray(run.transcript.token_ids, dtype=np.int32),
+            loss_mask=np.asarray(run.transcript.loss_mask, dtype=np.bool_),
+            logprobs=np.asarray(run.transcript.logprobs, dtype=np.float32),
+            answer_start=answer_start,
+            steps=tuple(run.transcript.steps),
+            answer=answer,
+            stop_reason=reason,
+            detail=detail,
+        )
+
+
+Ending = tuple[int, str, StopReason, str]
+"""(answer_start, answer, stop reason, detail)"""
+
+
+class _Run:
+    """One trajectory in the making."""
+
+    def __init__(self, agent: SearchAgent, question: Question, sampling: Sampling, on_event: OnEvent) -> None:
+        self.agent = agent
+        self.renderer = agent.renderer
+        self.question = question
+        self.sampling = sampling
+        self.on_event = on_event
+        self.transcript = _Transcript()
+        self.num_turns = 0
+
+    async def to_the_end(self) -> Ending:
+        self.transcript.append_environment(self.renderer.prompt_ids(self.question.text))
+        if self.agent.allowed_searches == 0:
+            return await self._demand_answer(StopReason.ANSWERED, at_turn_start=True)
+        if not self.agent.config.think and not await self._search(self.question.text):
+            return self._cut(StopReason.LENGTH_LIMIT, "the passages do not fit")
+        while True:
+            before = len(self.transcript.token_ids)
+            completion = await self._generate()
+            if completion.finish_reason == "length":
+                return self._cut(StopReason.LENGTH_LIMIT, completion.text)
+            try:
+                turn = self.renderer.parse_turn(completion.text, expects_record=self._expects_record)
+            except MalformedTurn as error:
+                return self._cut(StopReason.MALFORMED, f"{error}: {completion.text!r}")
+            self._record(turn)
+            self.transcript.append_model(completion)
+            if turn.answer is not None:
+                self.on_event(Event("answer", turn.answer))
+                return self._answer_start(before, completion), turn.answer, StopReason.ANSWERED, ""
+            assert turn.query is not None
+            self.on_event(Event("think", turn.query))
+            if len(self.transcript.steps) >= self.agent.allowed_searches:
+                return await self._demand_answer(StopReason.STEP_LIMIT, at_turn_start=False)
+            if not await self._search(turn.query):
+                return await self._demand_answer(StopReason.LENGTH_LIMIT, at_turn_start=False)
+
+    @property
+    def _expects_record(self) -> bool:
+        return self.agent.config.record and bool(self.transcript.steps)
+
+    @property
+    def _room(self) -> int:
+        """Tokens that the model may still write; one position stays free for the engine's own."""
+        return self.agent.max_length - len(self.transcript.token_ids) - 1
+
+    async def _generate(self, stop: tuple[str, ...] | None = None) -> Completion:
+        seed = derive_seed(self.sampling.seed, self.num_turns)
+        self.num_turns += 1
+        room = self._room if stop else self._room - self.agent.answer_reserve
+        max_tokens = min(self.agent.config.max_turn_tokens, room)
+        if max_tokens < 1:
+            return Completion([], [], "", None, "length")
+        sampling = replace(
+            self.sampling, seed=seed, max_tokens=max_tokens, stop=stop if stop else self.renderer.stop
+        )
+        return await self.agent.generator.generate(self.transcript.token_ids, sampling)
+
+    async def _search(self, query: str) -> bool:
+        """Append what the retriever finds. False, and nothing appended, if no turn would fit behind it."""
+        hits: tuple[Hit, ...] = ()
+        if self.agent.config.search:
+            hits = tuple(await self.agent.retrieve(query, self.agent.config.documents))
+        ids = self.renderer.observation_ids(hits)
+        if len(ids) + self.agent.config.max_turn_tokens + self.agent.answer_reserve > self._room:
+            return False
+        self.transcript.append_environment(ids)
+        self.transcript.steps.append(Step(query, hits))
+        self.on_event(Event("search", query, hits))
+        return True
+
+    def _record(self, turn: Turn) -> None:
+        if turn.record and self.transcript.steps:
+            self.transcript.steps[-1] = replace(self.transcript.steps[-1], record=turn.record)
+            self.on_event(Event("record", turn.record))
+
+    async def _demand_answer(self, reason: StopReason, *, at_turn_start: bool) -> Ending:
+        """Open an answer in the model's place and let it write."""
+        self.transcript.append_environment(self.renderer.answer_demand_ids(at_turn_start=at_turn_start))
+        answer_start = len(self.transcript.token_ids)
+        closing = self.renderer.tags.answer[1]
+        completion = await self._generate(stop=(closing,))
+        self.transcript.append_model(completion)
+        if completion.stop != closing:
+            reason = StopReason.LENGTH_LIMIT if completion.finish_reason == "length" else StopReason.MALFORMED
+            return answer_start, "", reason, completion.text[:200]
+        answer = completion.text.split(closing)[0].strip()
+        self.on_event(Event("answer", answer))
+        return answer_start, answer, reason, ""
+
+    def _cut(self, reason: StopReason, detail: str) -> Ending:
+        """End without the turn that went wrong; the answer tag is opened so that a gold answer can be scored."""
+        self.transcript.append_environment(self.renderer.answer_demand_ids(at_turn_start=True))
+        return len(self.transcript.token_ids), "", reason, detail[:200]
+
+    def _answer_start(self, turn_start: int, completion: Completion) -> int:
+        """Index right behind the opening answer tag that the model wrote in its last turn."""
+        ids, opening = completion.token_ids, self.renderer.tags.answer[0]
+        lengths = range(1, len(ids) + 1)
+        return (
+            turn_start
+            + lengths[bisect_left(lengths, True, key=lambda n: opening in self.renderer.decode(ids[:n]))]
+        )

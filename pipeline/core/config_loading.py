@@ -1,0 +1,121 @@
+"""YAML file + `key=value` overrides -> `Config`, with errors that name the key and the mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from pipeline.core.config import Config
+from pipeline.core.errors import UserError
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        path: YAML file; None for the defaults.
+        overrides: `section.key=value`, the value in YAML notation; later ones win.
+
+    Raises:
+        UserError: unreadable file, unknown key (with a suggestion), value of a wrong type, settings that do not fit.
+    """
+    tree: dict[str, Any] = _read(path) if path is not None else {}
+    for override in overrides:
+        _apply(tree, override)
+    _check_keys(tree, Config, "")
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_describe(problem) for problem in error.errors())) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"no configuration file {path}; the shipped ones are in configs/")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold sections (key: value), not a {type(tree).__name__}")
+    return tree
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"override {override!r} is not of the form key=value, for example rollout.samples=8")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {text!r} is not valid YAML: {error}") from error
+    if key.strip() == "weighting" and isinstance(value, str):
+        key = "weighting.method"
+    *sections, name = key.strip().split(".")
+    node = tree
+    for section in sections:
+        child = node.get(section)
+        if child is None:
+            child = node[section] = {}
+        elif isinstance(child, str) and section == "weighting":
+            child = node[section] = {"method": child}
+        if not isinstance(child, dict):
+            raise UserError(
+                f"override {override!r}: {section} is a single value here, it has no keys below it"
+            )
+        node = child
+    node[name] = value
+
+
+def _check_keys(tree: Mapping[str, Any], model: type[BaseModel], prefix: str) -> None:
+    """Refuse unknown keys with the nearest known one. Pydantic refuses them too, but cannot suggest."""
+    for key, value in tree.items():
+        if key not in model.model_fields:
+            raise UserError(f"unknown configuration key {prefix}{key}{_suggestion(str(key), model, prefix)}")
+        section = section_of(model.model_fields[key])
+        if section is not None and isinstance(value, Mapping):
+            _check_keys(value, section, f"{prefix}{key}.")
+
+
+def _suggestion(key: str, model: type[BaseModel], prefix: str) -> str:
+    elsewhere = [name for name in all_keys(Config) if name.rsplit(".", 1)[-1] == key]
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere)}?"
+    near = difflib.get_close_matches(key, model.model_fields, n=1)
+    if near:
+        return f"; did you mean {prefix}{near[0]}?"
+    return f"; known here: {', '.join(sorted(model.model_fields))}"
+
+
+def all_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    keys = []
+    for name, field in model.model_fields.items():
+        section = section_of(field)
+        keys += all_keys(section, f"{prefix}{name}.") if section is not None else [f"{prefix}{name}"]
+    return keys
+
+
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The model of a field that is a section, also where it may be null."""
+    candidates = (field.annotation, *get_args(field.annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _describe(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not key:
+        return message
+    given = "" if isinstance(problem["input"], Mapping) else f", not {problem['input']!r}"
+    return f"configuration key {key}: {message[0].lower()}{message[1:]}{given}"

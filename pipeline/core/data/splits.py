@@ -1,0 +1,47 @@
+"""The questions of a run, checked before anything expensive starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.core.config import Config
+from pipeline.core.data.questions import check_splits_disjoint, read_questions
+from pipeline.core.errors import UserError
+from pipeline.core.records import Question
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """`test` may be empty; so may `train` and `dev` where nothing is trained."""
+
+    train: list[Question]
+    dev: list[Question]
+    test: list[Question]
+
+
+def load_splits(config: Config, required: Sequence[str] = ("train", "dev")) -> Splits:
+    """Read and sample the three splits.
+
+    Args:
+        required: splits that must not be empty where EM iterations are asked for.
+
+    Raises:
+        UserError: a bad file, overlapping splits, or an empty one that is required.
+    """
+    data = config.data
+    if config.em.iterations > 0:
+        for key in required:
+            if not getattr(data, key):
+                raise UserError(f"data.{key} is empty; name at least one file of questions (docs/formats.md)")
+
+    def read(split: str) -> list[Question]:
+        paths = getattr(data, split)
+        limit = getattr(data, f"{split}_limit")
+        return read_questions(paths, root=data.root, limit=limit, seed=config.seed) if paths else []
+
+    splits = Splits(read("train"), read("dev"), read("test"))
+    check_splits_disjoint(splits.train, splits.dev, splits.test)
+    if config.warmup.sources:
+        check_splits_disjoint(read_questions(config.warmup.sources, root=data.root), splits.dev, splits.test)
+    return splits

@@ -1,0 +1,209 @@
+"""Scores of answers and of whole evaluations.
+
+Answers are compared as in KILT and SQuAD: lower case, no punctuation, no articles, single spaces. Guarantees:
+
+- every question counts, also one that failed, has no trajectory or was excluded: its score is 0;
+- an answer is as good as its best match among the gold answers; a gold answer is never matched by nothing.
+
+Sources: SQuAD `evaluate-v1.1.py` (exact match, F1), KILT `eval_downstream.py` (normalisation); accuracy is
+"cover-EM": the gold answer occurs in the prediction as a run of whole tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.core.records import Question, StopReason, Trajectory
+
+Floats = npt.NDArray[np.float64]
+
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_METRICS = ("em", "f1", "accuracy")
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerScore:
+    """Exact match, token F1 and accuracy (cover-EM) of one answer, each in [0, 1]."""
+
+    em: float
+    f1: float
+    accuracy: float
+
+
+def normalise_answer(text: str) -> str:
+    """Lower case without punctuation, articles and extra white space (KILT)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def score_answer(prediction: str, golds: Iterable[str]) -> AnswerScore:
+    """Scores of a prediction, each the best over the gold answers. Without gold answers: 0."""
+    scores = [_score_one(prediction, gold) for gold in golds]
+    return AnswerScore(
+        em=max((s.em for s in scores), default=0.0),
+        f1=max((s.f1 for s in scores), default=0.0),
+        accuracy=max((s.accuracy for s in scores), default=0.0),
+    )
+
+
+def _score_one(prediction: str, gold: str) -> AnswerScore:
+    predicted_tokens, gold_tokens = normalise_answer(prediction).split(), normalise_answer(gold).split()
+    if not gold_tokens:
+        # A gold such as "A" or "!!!" is compared as it stands, so that an empty prediction does not match it.
+        predicted_tokens, gold_tokens = prediction.lower().split(), gold.lower().split()
+    if not predicted_tokens or not gold_tokens:
+        return AnswerScore(0.0, 0.0, 0.0)
+    common = (Counter(predicted_tokens) & Counter(gold_tokens)).total()
+    return AnswerScore(
+        em=float(predicted_tokens == gold_tokens),
+        f1=2 * common / (len(predicted_tokens) + len(gold_tokens)),
+        accuracy=float(contains_tokens(predicted_tokens, gold_tokens)),
+    )
+
+
+def contains_tokens(tokens: Sequence[str], wanted: Sequence[str]) -> bool:
+    """True if `wanted` (not empty) is a contiguous run of `tokens`."""
+    n = len(wanted)
+    return n > 0 and any(tokens[i : i + n] == wanted for i in range(len(tokens) - n + 1))
+
+
+def recall_by_step(trajectory: Trajectory, supporting_ids: Sequence[str]) -> list[float]:
+    """Share of the supporting passages found up to and including each search; [] without searches."""
+    wanted, found, recalls = set(supporting_ids), set[str](), []
+    for step in trajectory.steps:
+        found |= wanted & {hit.passage.id for hit in step.hits}
+        recalls.append(len(found) / len(wanted))
+    return recalls
+
+
+def evaluate(
+    questions: Sequence[Question],
+    trajectories: Sequence[Trajectory],
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Evaluation of one (greedy) trajectory per question, ready for JSON.
+
+    Returns:
+        n                     number of questions
+        em, f1, accuracy      percent, over all questions
+        em_interval, ...      [low, high], 95 % bootstrap over questions; null if `bootstrap_samples` is 0
+        gold_recall           mean percentage of a question's supporting passages found in the whole
+                              trajectory, over questions that name them; null if none does, or a passage came
+                              without an id (from servers that have none)
+        gold_recall_by_step   the same after 1, 2, ... searches
+        all_gold              percentage of those questions with every supporting passage found
+        searches              mean number of searches per question
+        stop_reasons          number of trajectories per stop reason, and `missing`
+        by_hops, by_type      {group: {n, em, f1, accuracy, gold_recall}} over questions with that field
+
+    Raises:
+        ValueError: no questions, two trajectories of one question, or a trajectory of an unknown question.
+    """
+    if not questions:
+        raise ValueError("there are no questions to evaluate")
+    by_question = _one_per_question(questions, trajectories)
+    has_ids = all(hit.passage.id for t in trajectories for step in t.steps for hit in step.hits)
+    rows = [
+        _score_question(question, by_question.get(question.id), question.supporting_ids if has_ids else ())
+        for question in questions
+    ]
+    scores = np.array([[row.score.em, row.score.f1, row.score.accuracy] for row in rows])
+    intervals = _bootstrap_intervals(100.0 * scores, bootstrap_samples, seed)
+    with_gold = [row for row in rows if row.recalls is not None]
+    stop_reasons = Counter({reason.value: 0 for reason in StopReason} | {"missing": 0})
+    stop_reasons.update(row.stop_reason for row in rows)
+    return {
+        **_summary(rows),
+        **{f"{name}_interval": interval for name, interval in zip(_METRICS, intervals, strict=True)},
+        "gold_recall_by_step": _mean_recall_by_step([row.recalls for row in rows if row.recalls is not None]),
+        "all_gold": _percent([float(row.final_recall == 1.0) for row in with_gold]),
+        "searches": float(np.mean([row.searches for row in rows])),
+        "stop_reasons": dict(stop_reasons),
+        "by_hops": _by_group(rows, lambda row: "" if row.question.hops is None else str(row.question.hops)),
+        "by_type": _by_group(rows, lambda row: row.question.type),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One question's results. `recalls` is None where there are no ids to compare."""
+
+    question: Question
+    score: AnswerScore
+    recalls: list[float] | None
+    searches: int
+    stop_reason: str
+
+    @property
+    def final_recall(self) -> float:
+        return self.recalls[-1] if self.recalls else 0.0
+
+
+def _one_per_question(
+    questions: Sequence[Question], trajectories: Sequence[Trajectory]
+) -> dict[str, Trajectory]:
+    by_question = {t.question_id: t for t in trajectories}
+    if len(by_question) != len(trajectories):
+        raise ValueError("an evaluation takes one trajectory per question; some question has several")
+    if unknown := by_question.keys() - {q.id for q in questions}:
+        raise ValueError(f"trajectories of questions that are not evaluated: {sorted(unknown)[:5]}")
+    return by_question
+
+
+def _score_question(question: Question, trajectory: Trajectory | None, supporting_ids: Sequence[str]) -> _Row:
+    if trajectory is None:
+        nothing: list[float] | None = [] if supporting_ids else None
+        return _Row(question, AnswerScore(0.0, 0.0, 0.0), nothing, 0, "missing")
+    return _Row(
+        question=question,
+        score=score_answer(trajectory.answer, question.answers),
+        recalls=recall_by_step(trajectory, supporting_ids) if supporting_ids else None,
+        searches=trajectory.num_searches,
+        stop_reason=trajectory.stop_reason.value,
+    )
+
+
+def _summary(rows: Sequence[_Row]) -> dict[str, Any]:
+    return {
+        "n": len(rows),
+        **{name: _percent([getattr(row.score, name) for row in rows]) for name in _METRICS},
+        "gold_recall": _percent([row.final_recall for row in rows if row.recalls is not None]),
+    }
+
+
+def _by_group(rows: Sequence[_Row], group_of: Callable[[_Row], str]) -> dict[str, dict[str, Any]]:
+    groups: dict[str, list[_Row]] = {}
+    for row in rows:
+        groups.setdefault(group_of(row), []).append(row)
+    return {group: _summary(groups[group]) for group in sorted(groups) if group}
+
+
+def _percent(values: Sequence[float]) -> float | None:
+    return 100.0 * float(np.mean(values)) if values else None
+
+
+def _mean_recall_by_step(recalls: Sequence[list[float]]) -> list[float]:
+    """Mean percentage after each search; a trajectory that stopped earlier keeps what it had found."""
+    steps = max((len(r) for r in recalls), default=0)
+    padded = [r + [r[-1] if r else 0.0] * (steps - len(r)) for r in recalls]
+    return [100.0 * float(np.mean([r[step] for r in padded])) for step in range(steps)]
+
+
+def _bootstrap_intervals(scores: Floats, samples: int, seed: int) -> list[list[float] | None]:
+    """95 % percentile intervals of the means of `scores` [N, M], resampling the N questions."""
+    if samples == 0:
+        return [None] * scores.shape[1]
+    rng = np.random.default_rng(seed)
+    n = len(scores)
+    means = np.array([scores[rng.integers(0, n, n)].mean(axis=0) for _ in range(samples)])  # [samples, M]
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return [[float(a), float(b)] for a, b in zip(low, high, strict=True)]

@@ -1,0 +1,246 @@
+"""The records that move between the parts of ExSearch, all frozen, and their columnar (Arrow) form.
+
+Data moves forward once: `Question` -> `Trajectory` (sampled by a rollout worker) -> `WeightedExample` (made by the
+weighting actor) -> learner. Nothing is parsed out of text again once it is a record, and nothing is tokenised again
+once it is token ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from retriever_service.passages.corpus import Passage
+from retriever_service.search.search import Hit
+
+TokenIds = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One gold reasoning step of a question: a resolved sub-query, its answer and where that is written."""
+
+    question: str
+    answer: str
+    evidence: str = ""
+    supporting_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with every accepted answer; the gold supervision beyond that is optional.
+
+    Example:
+        Question(id="2hop__1", text="Who founded the maker of X?", answers=("Ada",), type="bridge", hops=2)
+    """
+
+    id: str
+    text: str
+    answers: tuple[str, ...]
+    type: str = ""
+    hops: int | None = None
+    supporting_ids: tuple[str, ...] = ()
+    decomposition: tuple[Hop, ...] = ()
+
+
+class StopReason(StrEnum):
+    """Why a trajectory ended. The first four are the model's own behaviour; the last two are not."""
+
+    ANSWERED = "answered"
+    """The model closed an answer by itself."""
+    STEP_LIMIT = "step_limit"
+    """The model still wanted to search after the last allowed search; an answer was demanded from it."""
+    LENGTH_LIMIT = "length_limit"
+    """A turn, or the whole context, ran out of tokens."""
+    MALFORMED = "malformed"
+    """A turn did not follow the protocol; it was cut off."""
+    RETRIEVER_UNAVAILABLE = "retriever_unavailable"
+    """The retriever failed for good on one of the queries."""
+    ENGINE_ERROR = "engine_error"
+    """The inference engine failed for good."""
+
+    @property
+    def is_infrastructure(self) -> bool:
+        """True if the trajectory says nothing about the model: it is retried, then excluded, never weighted."""
+        return self in (StopReason.RETRIEVER_UNAVAILABLE, StopReason.ENGINE_ERROR)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One think-search-record step as the agent lived it. `record` is empty until the model wrote one."""
+
+    query: str
+    hits: tuple[Hit, ...] = ()
+    record: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trajectory:
+    """One sampled trajectory z of a question (T tokens in all).
+
+    Layout of the three parallel arrays, for one search:
+
+        token_ids   prompt ... | <think> q </think> | <search> ... </search> | <record> e </record> <answer> a </answer>
+        loss_mask   0          | 1                  | 0                      | 1
+        logprobs    NaN        | log p              | NaN                    | log p
+
+    `token_ids[:answer_start]` ends right behind the opening answer tag; the model's own answer and the closing tag
+    follow. Where the model did not open an answer the environment appended the tag (mask 0). An infrastructure
+    failure has no answer: then `answer_start == T`.
+    """
+
+    question_id: str
+    sample: int
+    policy_version: int
+    token_ids: TokenIds
+    loss_mask: Mask
+    logprobs: Floats
+    answer_start: int
+    steps: tuple[Step, ...]
+    answer: str
+    stop_reason: StopReason
+    detail: str = ""
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.token_ids), len(self.loss_mask), len(self.logprobs)}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"trajectory {self.question_id}/{self.sample}: arrays of different lengths {lengths}"
+            )
+        if not 0 <= self.answer_start <= len(self.token_ids):
+            raise ValueError(f"trajectory {self.question_id}/{self.sample}: answer_start {self.answer_start}")
+
+    @property
+    def num_searches(self) -> int:
+        return sum(1 for step in self.steps if step.hits)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreRequest:
+    """Asks for log p(token_ids[i] | token_ids[:i]) for every i >= start."""
+
+    token_ids: TokenIds
+    start: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightedExample:
+    """A training example of the M-step: a trajectory with the gold answer in place, and its weight w(z) >= 0."""
+
+    question_id: str
+    sample: int
+    token_ids: TokenIds
+    loss_mask: Mask
+    weight: float
+
+
+_HIT = pa.struct(
+    [("id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("score", pa.float32())]
+)
+_STEP = pa.struct([("query", pa.string()), ("hits", pa.list_(_HIT)), ("record", pa.string())])
+
+TRAJECTORY_SCHEMA = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("sample", pa.int32()),
+        ("policy_version", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("answer_start", pa.int32()),
+        ("steps", pa.list_(_STEP)),
+        ("answer", pa.string()),
+        ("stop_reason", pa.string()),
+        ("detail", pa.string()),
+    ]
+)
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("sample", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
+        ("weight", pa.float64()),
+    ]
+)
+
+
+def _plain(value: Any) -> Any:
+    """A record as the nested lists and dictionaries that Arrow takes."""
+    if isinstance(value, Hit):
+        return dataclasses.asdict(value.passage) | {"score": value.score}
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def trajectories_to_table(trajectories: Iterable[Trajectory]) -> pa.Table:
+    """One row per trajectory, `TRAJECTORY_SCHEMA`."""
+    return pa.Table.from_pylist([_plain(t) for t in trajectories], schema=TRAJECTORY_SCHEMA)
+
+
+def examples_to_table(examples: Iterable[WeightedExample]) -> pa.Table:
+    """One row per example, `EXAMPLE_SCHEMA`."""
+    return pa.Table.from_pylist([_plain(e) for e in examples], schema=EXAMPLE_SCHEMA)
+
+
+def _hit(row: dict[str, Any]) -> Hit:
+    return Hit(passage=Passage(id=row["id"], title=row["title"], text=row["text"]), score=row["score"])
+
+
+def _step(row: dict[str, Any]) -> Step:
+    return Step(query=row["query"], hits=tuple(_hit(h) for h in row["hits"]), record=row["record"])
+
+
+def trajectories_from_table(table: pa.Table) -> list[Trajectory]:
+    """Inverse of `trajectories_to_table`."""
+    return [
+        Trajectory(
+            question_id=row["question_id"],
+            sample=row["sample"],
+            policy_version=row["policy_version"],
+            token_ids=np.asarray(row["token_ids"], dtype=np.int32),
+            loss_mask=np.asarray(row["loss_mask"], dtype=np.bool_),
+            logprobs=np.asarray(row["logprobs"], dtype=np.float32),
+            answer_start=row["answer_start"],
+            steps=tuple(_step(s) for s in row["steps"]),
+            answer=row["answer"],
+            stop_reason=StopReason(row["stop_reason"]),
+            detail=row["detail"],
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def examples_from_table(table: pa.Table) -> list[WeightedExample]:
+    """Inverse of `examples_to_table`."""
+    return [
+        WeightedExample(
+            question_id=row["question_id"],
+            sample=row["sample"],
+            token_ids=np.asarray(row["token_ids"], dtype=np.int32),
+            loss_mask=np.asarray(row["loss_mask"], dtype=np.bool_),
+            weight=row["weight"],
+        )
+        for row in table.to_pylist()
+    ]
+
+
+def count_stop_reasons(trajectories: Sequence[Trajectory]) -> dict[str, int]:
+    """Number of trajectories per stop reason, every reason present (0 included)."""
+    counts = {reason.value: 0 for reason in StopReason}
+    for trajectory in trajectories:
+        counts[trajectory.stop_reason.value] += 1
+    return counts

@@ -1,0 +1,268 @@
+"""The agent's language: tags, prompts, and text <-> token ids.
+
+Guarantees, each a property test:
+
+- Token-in, token-out. Environment text is tokenised once, here, and appended; what the engine produced is appended as
+  it is. The first n ids of a context never change as later turns arrive.
+- Both layouts speak the same language. `plain` is one running text; `chat` renders through the model's own chat
+  template, incrementally: only the text *between* two contents is ever taken from the template.
+- Text from outside (questions, passages) cannot smuggle in special tokens.
+
+One trajectory, plain layout:
+
+    Question: Who founded the maker of the Silver Harp?
+    <think> Which company makes the Silver Harp? </think>
+    <search>
+    [1] Silver Harp: The Silver Harp is made by Orvane.
+    </search>
+    <record> The Silver Harp is made by Orvane. </record>
+    <think> Who founded Orvane? </think>
+    ...
+    <answer> Mara Velin </answer>
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.config import AgentConfig, Tags
+from pipeline.core.errors import UserError
+from pipeline.core.records import Trajectory, WeightedExample
+from retriever_service.search.search import Hit
+
+_SLOT = "EXSEARCHSLOT"
+_ANSWER_DEMAND = "No more searches are possible. Give the final answer now."
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the model said in one turn: an optional record, then either a sub-query or an answer."""
+
+    record: str = ""
+    query: str | None = None
+    answer: str | None = None
+
+
+class MalformedTurn(ValueError):
+    """The text of a turn does not follow the protocol; the message says how."""
+
+
+class Renderer:
+    """Renders questions, passages and demands into token ids, and parses what the model writes.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        config: layout, tags and switches.
+
+    Raises:
+        UserError: `layout: chat` with a tokenizer that has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, config: AgentConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.tags = config.tags
+        self.stop = (self.tags.think[1], self.tags.answer[1], self.tags.search[0])
+        if config.layout == "chat":
+            self._prompt_parts, self._user_turn_parts = self._chat_parts()
+        else:
+            lead = f"{config.instructions}\n\n" if config.instructions else ""
+            self._prompt_parts = (f"{lead}Question: ", "\n")
+            self._user_turn_parts = ("\n", "\n")
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """The context in front of the first turn."""
+        bos = self._bos()
+        before, after = self._prompt_parts
+        # A space before a word belongs to the word's first token.
+        lead, space = (before[:-1], " ") if before.endswith(" ") else (before, "")
+        return [*bos, *self._trusted(lead), *self._untrusted(space + question), *self._trusted(after)]
+
+    def observation_ids(self, hits: Sequence[Hit]) -> list[int]:
+        """What the environment appends behind a sub-query. Without search: just the way to the next turn."""
+        before, after = self._user_turn_parts
+        if not self.config.search:
+            return self._trusted("\n") if self.config.layout == "plain" else []
+        opening, closing = self.tags.search
+        ids = self._trusted(f"{before}{opening}\n")
+        for rank, hit in enumerate(hits, start=1):
+            text = f"{hit.passage.title}: {hit.passage.text}" if hit.passage.title else hit.passage.text
+            ids += self._trusted(f"[{rank}]")
+            ids += self._untrusted(f" {text}")[: self.config.max_document_tokens]
+            ids += self._trusted("\n")
+        return ids + self._trusted(f"{closing}{after}")
+
+    def answer_demand_ids(self, *, at_turn_start: bool) -> list[int]:
+        """The opening answer tag, written by the environment.
+
+        Args:
+            at_turn_start: the model has not begun its turn; otherwise it ended it with a sub-query.
+        """
+        opening = self.tags.answer[0]
+        if at_turn_start:
+            return self._trusted(opening)
+        before, after = self._user_turn_parts
+        if self.config.layout == "plain":
+            return self._trusted(f"\n{opening}")
+        return self._trusted(f"{before}{_ANSWER_DEMAND}{after}{opening}")
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """A gold answer and the closing tag, to stand behind `token_ids[:answer_start]`."""
+        closing = self.tags.answer[1]
+        if closing in self.tokenizer.all_special_tokens:
+            return [*self._untrusted(f" {answer} "), *self._trusted(closing)]
+        # In one piece, so that the closing tag has the tokens that the model itself writes behind a space.
+        return self._untrusted(f" {answer} {closing}")
+
+    def turn_text(self, turn: Turn) -> str:
+        """A turn as a well-behaved model writes it; inverse of `parse_turn`."""
+        parts = [_tagged(self.tags.record, turn.record)] if turn.record else []
+        if turn.query is not None:
+            parts.append(_tagged(self.tags.think, turn.query))
+        if turn.answer is not None:
+            parts.append(_tagged(self.tags.answer, turn.answer))
+        return "\n".join(parts)
+
+    def parse_turn(self, text: str, *, expects_record: bool) -> Turn:
+        """The turn that `text` says.
+
+        Raises:
+            MalformedTurn: anything but [record] (think | answer), with nothing outside the tags.
+        """
+        rest, record = text.strip(), ""
+        if expects_record:
+            match = re.match(_pattern(self.tags.record), rest, re.DOTALL)
+            if match is None:
+                raise MalformedTurn(f"expected {self.tags.record[0]} ... {self.tags.record[1]}")
+            record, rest = match["content"].strip(), rest[match.end() :].strip()
+        for kind in ("think", "answer"):
+            match = re.fullmatch(_pattern(getattr(self.tags, kind)), rest, re.DOTALL)
+            if match is None:
+                continue
+            content = match["content"].strip()
+            stray = next((s for s in _all_strings(self.tags) if s in f"{record} {content}"), None)
+            if stray is not None:
+                raise MalformedTurn(f"{stray} inside of another action")
+            if kind == "answer":
+                return Turn(record=record, answer=content)
+            if not content:
+                raise MalformedTurn("empty sub-query")
+            return Turn(record=record, query=content)
+        raise MalformedTurn(
+            f"expected {self.tags.think[0]} or {self.tags.answer[0]}, closed, and nothing else"
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of token ids, special tokens included, byte for byte."""
+        text: str = self.tokenizer.decode(
+            token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def with_gold_answer(self, trajectory: Trajectory, answer: str, weight: float) -> WeightedExample:
+        """The M-step's example: the trajectory up to its answer tag, then the gold answer as a target."""
+        context, gold = trajectory.token_ids[: trajectory.answer_start], self.answer_ids(answer)
+        return WeightedExample(
+            question_id=trajectory.question_id,
+            sample=trajectory.sample,
+            token_ids=np.concatenate([context, np.asarray(gold, dtype=np.int32)]),
+            loss_mask=np.concatenate(
+                [trajectory.loss_mask[: trajectory.answer_start], np.ones(len(gold), dtype=np.bool_)]
+            ),
+            weight=weight,
+        )
+
+    def _bos(self) -> list[int]:
+        """The tokenizer's own beginning-of-sequence id for plain text; a chat template writes its own."""
+        if self.config.layout == "chat":
+            return []
+        ids: list[int] = self.tokenizer("a")["input_ids"]
+        has_bos = self.tokenizer.bos_token_id is not None and ids[:1] == [self.tokenizer.bos_token_id]
+        return ids[:1] if has_bos else []
+
+    def _trusted(self, text: str) -> list[int]:
+        """Ids of our own text; special tokens (the chat template's) are recognised."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def _untrusted(self, text: str) -> list[int]:
+        """Ids of text from outside; what looks like a special token stays plain text."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return list(encoded["input_ids"])
+
+    def _chat_parts(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Template text around the question, and from behind a model turn around the next user turn."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UserError(
+                "agent.layout is chat, but the model's tokenizer has no chat template; use agent.layout=plain or an "
+                "instruction-tuned model"
+            )
+        instructions = self.config.instructions or default_instructions(self.config)
+        question = f"Question: {_SLOT}0"
+        system = [{"role": "system", "content": instructions}, {"role": "user", "content": question}]
+        folded = [{"role": "user", "content": f"{instructions}\n\n{question}"}]
+        for head in (system, folded):
+            parts = self._split_template(head, instructions)
+            if parts is not None:
+                return parts
+        raise UserError(
+            "the tokenizer's chat template loses message contents or moves them; use agent.layout=plain"
+        )
+
+    def _split_template(
+        self, head: list[dict[str, str]], instructions: str
+    ) -> tuple[tuple[str, str], tuple[str, str]] | None:
+        """The template's text around the slots; None if it does not take these first messages as they are.
+
+        Some templates have no system role; some move the system message into the last user turn, which is another
+        place in every turn.
+        """
+        import jinja2
+
+        later = [{"role": "assistant", "content": f"{_SLOT}1"}, {"role": "user", "content": f"{_SLOT}2"}]
+        try:
+            prompt, conversation = self._render(head), self._render([*head, *later])
+        except jinja2.TemplateError:
+            return None
+        before, _, rest = conversation.partition(f"{_SLOT}1")
+        between, _, after = rest.partition(f"{_SLOT}2")
+        prompt_before, _, prompt_after = prompt.partition(f"{_SLOT}0")
+        if not between or instructions not in before or not before.startswith(prompt_before):
+            return None
+        return (prompt_before, prompt_after), (between, after)
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text
+
+
+def default_instructions(config: AgentConfig) -> str:
+    """The built-in system prompt; it names only the actions that are switched on."""
+    tags, lines = config.tags, ["You answer a question by looking for evidence step by step."]
+    if config.think:
+        lines.append(
+            f"Write one simple search query as {_tagged(tags.think, 'query')} and stop."
+            + (f" The passages found come back between {' and '.join(tags.search)}." if config.search else "")
+        )
+    if config.record:
+        lines.append(f"Then note the facts you need as {_tagged(tags.record, 'facts')}.")
+    if config.think:
+        lines.append("Repeat this, one query at a time, until you know enough.")
+    lines.append(f"Finish with the shortest possible answer as {_tagged(tags.answer, 'answer')}.")
+    return "\n".join(lines)
+
+
+def _tagged(tag: tuple[str, str], content: str) -> str:
+    return f"{tag[0]} {content} {tag[1]}"
+
+
+def _pattern(tag: tuple[str, str]) -> str:
+    return f"{re.escape(tag[0])}(?P<content>.*?){re.escape(tag[1])}"
+
+
+def _all_strings(tags: Tags) -> list[str]:
+    return [s for pair in (tags.think, tags.search, tags.record, tags.answer) for s in pair]

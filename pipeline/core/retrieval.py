@@ -1,0 +1,169 @@
+"""The retriever of a run, from the configuration's point of view: an index, or servers."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import httpx
+import torch
+
+from pipeline.core.config import Config
+from pipeline.core.display import Display
+from pipeline.core.errors import UserError
+from retriever_service.building.build import build_index
+from retriever_service.cli import TOKEN_VARIABLE
+from retriever_service.encoding.encoder import Encoder, EncoderSpec
+from retriever_service.errors import RetrieverError, RetrieverUnavailable
+from retriever_service.index.index import check_encoder, open_index, read_manifest
+from retriever_service.passages.corpus import Passage, read_corpus
+from retriever_service.service.client import RetrieverHttpClient
+
+POLL_S = 2.0
+"""Between two looks at a server that is not ready yet."""
+
+_PROBE = "warm-up"
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """The servers of `retriever.url`: replicas of one retriever, which answered when they were looked at."""
+
+    clients: tuple[RetrieverHttpClient, ...]
+    """One per address; each makes a single attempt per search."""
+    fingerprint: str
+    """Of what all of them search; Search-R1 servers have none to tell."""
+
+
+Searched = Path | Servers
+"""Where the passages come from: a built index, or servers."""
+
+
+def encoder_spec(config: Config) -> EncoderSpec:
+    retriever = config.retriever
+    return EncoderSpec(
+        model=retriever.encoder,
+        query_prefix=retriever.query_prefix,
+        passage_prefix=retriever.passage_prefix,
+        max_length=retriever.max_tokens,
+        dtype=retriever.encoder_dtype,
+    )
+
+
+def corpus_paths(config: Config) -> list[str]:
+    """`data.corpus` with `data.root` in front of relative paths."""
+    root = Path(config.data.root)
+    return [source if source.startswith("hf:") else str(root / source) for source in config.data.corpus]
+
+
+def await_servers(config: Config, display: Display) -> Servers | None:
+    """The servers of `retriever.url`, once each has answered a search; None where it is null.
+
+    A server that answers "not now", as ours does while it loads, is waited for up to `cluster.start_timeout_s`. One
+    that gives no answer at all is an error at once: its address is the likelier reason.
+
+    Raises:
+        UserError: a server that does not answer, or not as one of this dialect, or not with this token; servers of
+            different indexes.
+        RetrieverError: an address that is none.
+    """
+    retriever = config.retriever
+    if retriever.url is None:
+        return None
+    clients = tuple(
+        RetrieverHttpClient(
+            url,
+            retriever.dialect,
+            timeout_s=retriever.timeout_s,
+            max_attempts=1,
+            token=os.environ.get(TOKEN_VARIABLE) or None,
+        )
+        for url in retriever.url
+    )
+    deadline = time.monotonic() + config.cluster.start_timeout_s
+    with display.status(f"waiting for the retriever at {', '.join(retriever.url)}"):
+        fingerprints = {client.url: _await_answer(client, config, display, deadline) for client in clients}
+    if retriever.dialect == "search-r1":
+        return Servers(clients, "search-r1")
+    if len(set(fingerprints.values())) > 1:
+        lines = "\n".join(f"  {url}: {fingerprint}" for url, fingerprint in fingerprints.items())
+        raise UserError(
+            f"the servers of retriever.url search different indexes:\n{lines}\nLet all serve one."
+        )
+    return Servers(clients, next(iter(fingerprints.values())))
+
+
+def _await_answer(client: RetrieverHttpClient, config: Config, display: Display, deadline: float) -> str:
+    """The fingerprint of a server, once it has answered a search; see `await_servers`."""
+    told = False
+    while True:
+        try:
+            # As many passages as an agent will ask for: a server may have a limit.
+            client.search([_PROBE], config.agent.documents)
+            return client.fingerprint
+        except RetrieverUnavailable as error:
+            unreachable = isinstance(error.__cause__, httpx.RequestError)
+            if unreachable or time.monotonic() >= deadline:
+                mend = "start it, or correct the address" if unreachable else "see its log"
+                raise UserError(f"retriever.url: {error}; {mend}") from error
+            if not told:
+                display.line(f"{client.url} is not ready yet: {error.__cause__}")
+                told = True
+        except RetrieverError as error:
+            raise UserError(
+                f"retriever.url: {error}; look at the address (http://HOST:PORT, without the route), at "
+                f"retriever.dialect ({client.dialect}) and at the token in {TOKEN_VARIABLE}"
+            ) from error
+        time.sleep(POLL_S)
+
+
+def passages(config: Config, searched: Searched) -> Iterable[Passage]:
+    """All passages, to find gold ones by their id: those of the index; for servers those of `data.corpus`.
+
+    Raises:
+        RetrieverError: a damaged index; while iterating, a bad corpus.
+    """
+    return open_index(searched).corpus if isinstance(searched, Path) else read_corpus(corpus_paths(config))
+
+
+def prepare_index(config: Config, default: Path, display: Display) -> Path:
+    """The directory of the index to search, where no servers are: the configured one, else one built from the corpus
+    at `default`.
+
+    Raises:
+        UserError, RetrieverError: no corpus and no index, a bad corpus, or an index of another encoder.
+    """
+    spec = encoder_spec(config)
+    if config.retriever.index is not None:
+        index = Path(config.retriever.index)
+        manifest = read_manifest(index)
+        if not _asks_for_nothing_else(spec, manifest.encoder):
+            # Under another name it may still be the same encoder: a copy in another directory.
+            check_encoder(manifest, Encoder.load(spec), index)
+        return index
+    if not config.data.corpus:
+        raise UserError(
+            "there is nothing to search: set data.corpus, or retriever.index to a built index, or "
+            "retriever.url to a server"
+        )
+    # Not what is fastest here: the same command is to give the same run on every machine.
+    spec = replace(spec, dtype=spec.dtype or "float32")
+    with display.progress("preparing the index", None, "passages") as advance:
+        build_index(
+            corpus_paths(config),
+            default,
+            spec,
+            factory=config.retriever.factory,
+            # This process may be on a node without GPUs, whatever the retriever actors have.
+            device=config.retriever.torch_device if torch.cuda.is_available() else "cpu",
+            on_progress=advance.to,
+        )
+    return default
+
+
+def _asks_for_nothing_else(asked: EncoderSpec, built: EncoderSpec) -> bool:
+    """True if every setting is left open or is the one that the index was built with."""
+    return all(value in (None, asdict(built)[name]) for name, value in asdict(asked).items())

@@ -1,0 +1,1 @@
+"""Makes an index: the plan, the build, and the tuning of its search."""

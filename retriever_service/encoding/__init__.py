@@ -1,0 +1,1 @@
+"""From texts to vectors: encoders, and corpora encoded once, on many processes."""

@@ -1,0 +1,1 @@
+"""Built indexes: dense, words and their updates, as files."""

@@ -1,0 +1,1 @@
+"""Answers queries from an opened index: search, fusion of two rankings, re-ranking."""

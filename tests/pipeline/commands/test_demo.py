@@ -1,0 +1,39 @@
+"""The demo fits itself to the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from actors.placement import plan_placement
+from pipeline.commands.demo import demo_config
+
+
+@pytest.mark.parametrize(
+    ("resources", "size", "transport"),
+    [
+        ({"CPU": 1}, 1, "shared_memory"),
+        ({"CPU": 2}, 2, "shared_memory"),
+        ({"CPU": 64}, 2, "shared_memory"),
+        ({"CPU": 8, "GPU": 1}, 1, "ipc"),
+        ({"CPU": 8, "GPU": 2}, 2, "ipc"),
+        ({"CPU": 64, "GPU": 8}, 2, "nccl"),
+    ],
+)
+def test_engines_and_ranks_fit_what_the_machine_has(
+    resources: dict[str, float], size: int, transport: str
+) -> None:
+    devices = int(resources.get("GPU") or resources["CPU"])
+
+    config = demo_config(Path("world"), [], devices)
+
+    assert (config.rollout.workers, config.learner.num_ranks) == (size, size)
+    assert plan_placement(config, resources, gpu_packages="GPU" in resources).transport == transport
+
+
+def test_overrides_win() -> None:
+    config = demo_config(Path("world"), ["learner.num_ranks=1", "model.path=mine"], devices=2)
+
+    assert config.learner.num_ranks == 1
+    assert config.model.path == "mine"

@@ -1,0 +1,194 @@
+"""The configuration model: settings that do not go together, and what a person meets who reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from pipeline.core.config import (
+    WITH_SERVER,
+    AgentConfig,
+    Config,
+    EmConfig,
+    RetrieverConfig,
+    Section,
+    Tags,
+)
+from pipeline.core.config_loading import all_keys, load_config
+
+
+def config(**sections: Any) -> Config:
+    return Config.model_validate(sections)
+
+
+def refusal(**sections: Any) -> str:
+    with pytest.raises(ValidationError) as caught:
+        config(**sections)
+    return str(caught.value)
+
+
+def test_the_defaults_are_a_valid_configuration() -> None:
+    assert config() == Config()
+    assert config().weighting.method == "likelihood"
+
+
+def test_one_trajectory_per_question_cannot_be_weighted_against_others() -> None:
+    message = refusal(rollout={"samples": 1}, weighting="posterior")
+    assert "rollout.samples of at least 2, not 1" in message
+    assert "weighting=likelihood" in message
+    message = refusal(
+        rollout={"samples": 1}, weighting={"method": "length_normalised", "self_normalised": True}
+    )
+    assert "rollout.samples" in message
+
+
+@pytest.mark.parametrize("method", ["likelihood", "length_normalised", "reward", "uniform"])
+def test_one_trajectory_per_question_goes_with_every_other_weighting(method: str) -> None:
+    assert config(rollout={"samples": 1}, weighting=method).weighting.method == method
+
+
+@pytest.mark.parametrize("method", ["likelihood", "length_normalised", "reward", "uniform"])
+def test_a_floor_belongs_to_the_posterior(method: str) -> None:
+    message = refusal(weighting={"method": method, "floor": 0.1})
+    assert f"weighting.floor belongs to method: posterior, not {method}" in message
+    assert config(weighting={"method": "posterior", "floor": 0.1}).weighting.floor == 0.1
+
+
+def test_self_normalisation_belongs_to_the_length_normalised_weights() -> None:
+    message = refusal(weighting={"method": "posterior", "self_normalised": True})
+    assert "weighting.self_normalised belongs to method: length_normalised" in message
+    assert config(weighting={"method": "length_normalised", "self_normalised": True})
+
+
+def test_a_packed_row_must_hold_the_longest_example() -> None:
+    message = refusal(model={"max_length": 8192}, learner={"tokens_per_microbatch": 4096})
+    assert "learner.tokens_per_microbatch (4096)" in message
+    assert "model.max_length: 8192" in message
+    assert config(model={"max_length": 64}, learner={"tokens_per_microbatch": 64})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_parameters_are_offloaded_only_where_they_are_partitioned(stage: int) -> None:
+    message = refusal(learner={"offload_parameters": True, "zero_stage": stage})
+    assert "offload_parameters needs zero_stage: 3" in message
+
+
+def test_optimiser_states_are_offloaded_only_where_they_are_partitioned() -> None:
+    message = refusal(learner={"offload_optimizer": True, "zero_stage": 0})
+    assert "offload_optimizer needs zero_stage: 1, 2 or 3" in message
+    assert config(learner={"offload_parameters": True, "offload_optimizer": True, "zero_stage": 3})
+
+
+def test_warm_up_examples_can_only_be_mixed_in_where_there_are_some() -> None:
+    assert "warmup.mix needs warm-up examples" in refusal(warmup={"mix": 0.5})
+    assert config(warmup={"mix": 0.5, "questions": 10})
+    assert config(warmup={"mix": 0.5, "trajectories": "warmup.parquet"})
+
+
+URL = "http://127.0.0.1:8000"
+
+
+def test_one_address_may_be_given_without_a_list() -> None:
+    assert config(retriever={"url": URL}).retriever.url == (URL,)
+    assert config(retriever={"url": [URL, "http://other:1"]}).retriever.url == (URL, "http://other:1")
+    assert config(retriever={"url": None}).retriever.url is None
+
+
+@pytest.mark.parametrize("key", sorted(RetrieverConfig.model_fields.keys() - WITH_SERVER))
+def test_settings_of_the_own_retriever_are_not_silently_ignored_beside_a_server(key: str) -> None:
+    others = {
+        "device": "cuda",
+        "encoder_dtype": "bfloat16",
+        "gpus_per_replica": 0.5,
+        "max_tokens": 64,
+        "replicas": 2,
+        "max_batch": 2,
+    }
+    message = refusal(retriever={"url": URL, "gpus_per_replica": 1.0} | {key: others.get(key, "other")})
+    assert f"retriever.{key}" in message
+    default = json.dumps(RetrieverConfig.model_fields[key].default)
+    assert f"retriever.{key}={default}" in message
+
+
+def test_settings_of_searches_go_with_a_server() -> None:
+    settings = {"dialect": "search-r1", "timeout_s": 5, "max_attempts": 2, "max_failure_share": 0.1}
+    assert config(retriever={"url": URL} | settings).retriever.dialect == "search-r1"
+
+
+@pytest.mark.parametrize(
+    ("retriever", "told"),
+    [
+        ({"dialect": "search-r1"}, "set retriever.url"),
+        ({"url": []}, "empty list"),
+        ({"url": "http://me:secret@host:8000"}, "EXSEARCH_TOKEN"),
+    ],
+)
+def test_addresses_that_make_no_sense(retriever: dict[str, Any], told: str) -> None:
+    assert told in refusal(retriever=retriever)
+
+
+@pytest.mark.parametrize(
+    "tags", [{"think": ("<a>", "<a>")}, {"record": ("<search>", "</record>")}, {"answer": (" ", "</answer>")}]
+)
+def test_tags_must_be_told_apart(tags: dict[str, tuple[str, str]]) -> None:
+    assert "eight different, non-empty strings" in refusal(agent={"tags": tags})
+
+
+def test_tags_can_be_any_strings() -> None:
+    agent = AgentConfig(tags=Tags(think=("[SEARCH]", "[/SEARCH]")))
+    assert agent.tags.think == ("[SEARCH]", "[/SEARCH]")
+
+
+def test_a_bare_string_is_short_for_the_weighting_method() -> None:
+    assert config(weighting="uniform") == config(weighting={"method": "uniform"})
+
+
+@pytest.mark.parametrize("given", ["a.jsonl", ["a.jsonl"], ("a.jsonl",)])
+def test_one_file_may_be_given_without_a_list(given: Any) -> None:
+    assert config(data={"train": given}).data.train == ("a.jsonl",)
+
+
+def test_a_configuration_cannot_be_changed_after_it_was_checked() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        EmConfig().iterations = 3  # type: ignore[misc]
+
+
+def test_a_resolved_configuration_reads_back_as_itself() -> None:
+    original = config(
+        weighting={"method": "posterior", "floor": 0.1},
+        learner={"lora": {"rank": 4}},
+        data={"train": "a.jsonl"},
+        agent={"tags": {"think": ["[S]", "[/S]"]}},
+    )
+    assert Config.model_validate(original.model_dump(mode="json")) == original
+
+
+def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
+    return [model, *(s for sub in model.__subclasses__() for s in sections(sub))]
+
+
+@pytest.mark.parametrize("section", sections(Section)[1:], ids=lambda section: section.__name__)
+def test_every_setting_says_what_it_does(section: type[BaseModel]) -> None:
+    undocumented = [
+        name
+        for name, field in section.model_fields.items()
+        if not field.description and not isinstance(field.default, BaseModel)
+    ]
+    assert undocumented == []
+
+
+def test_every_key_of_the_configuration_has_its_own_name() -> None:
+    keys = all_keys(Config)
+    assert len(keys) == len(set(keys)) > 80
+    assert {"seed", "agent.tags.think", "learner.lora.rank", "weighting.method"} <= set(keys)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[3].glob("configs/*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_configurations_are_valid(path: Path) -> None:
+    assert load_config(path).em.iterations >= 1

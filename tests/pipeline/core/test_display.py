@@ -1,0 +1,237 @@
+"""What a person reads on the terminal or in the log of a job."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from pipeline.core.display import Display
+
+
+class Screen:
+    """A display and what it printed; 160 columns, no terminal: as in the log of a job."""
+
+    def __init__(self, width: int = 160) -> None:
+        self.display = Display(Console(file=io.StringIO(), width=width))
+
+    @property
+    def text(self) -> str:
+        file = self.display.console.file
+        assert isinstance(file, io.StringIO)
+        return file.getvalue()
+
+    def row(self, first: str) -> list[str]:
+        """What stands behind `first` in the table row that begins with it; empty cells leave no trace."""
+        (found,) = [line.split() for line in self.text.splitlines() if line.split()[:1] == [first]]
+        return found[1:]
+
+
+@pytest.fixture
+def screen() -> Screen:
+    return Screen()
+
+
+SCORES: dict[str, Any] = {
+    "n": 200,
+    "em": 41.25,
+    "f1": 50.0,
+    "accuracy": 45.5,
+    "em_interval": [35.0, 47.5],
+    "gold_recall": 80.0,
+    "searches": 2.345,
+    "gold_recall_by_step": [55.0, 80.0],
+    "stop_reasons": {"answered": 190, "step_limit": 10, "malformed": 0},
+    "by_hops": {"2": {"n": 120, "em": 50.0, "f1": 60.0, "accuracy": 55.0, "gold_recall": 85.0}},
+    "by_type": {"bridge": {"n": 120, "em": 50.0, "f1": 60.0, "accuracy": 55.0, "gold_recall": None}},
+}
+WITHOUT_GOLD = SCORES | {"gold_recall": None, "gold_recall_by_step": [], "em_interval": None}
+
+
+def iteration(number: int, **train: Any) -> dict[str, Any]:
+    return {
+        "iteration": number,
+        "phase_seconds": {"expectation": 12.4, "maximisation": 7.6, "evaluation": 3.0},
+        "train": train,
+        "learner": {},
+        "push": None,
+        "dev": SCORES,
+    }
+
+
+BOUND = {
+    "likelihood_bound": -4.123,
+    "likelihood_bound_stderr": 0.456,
+    "effective_sample_size": 2.5,
+    "all_failed_share": 12.5,
+}
+
+
+def report(**parts: Any) -> dict[str, Any]:
+    return {
+        "run": "first",
+        "iterations": [iteration(1, **BOUND), iteration(2, **BOUND)],
+        "best_iteration": 2,
+        "warm_up": iteration(0, trajectories=64),
+        "test": {},
+    } | parts
+
+
+def test_the_report_shows_each_iteration_and_marks_the_best(screen: Screen) -> None:
+    screen.display.report(report())
+    assert "run first" in screen.text
+    bound, _, error, *cells = screen.row("1")
+    assert (bound, error) == ("-4.12", "0.46")
+    assert cells == ["2.50", "12.5", "41.2", "50.0", "2.35", "12", "8"]
+    assert screen.row("2")[:2] == ["*", "-4.12"]
+    assert screen.row("warm-up") == ["41.2", "50.0", "2.35", "12", "8"]
+
+
+def test_iteration_0_of_a_run_without_a_warm_up_is_the_base_model(screen: Screen) -> None:
+    base = {"iteration": 0, "phase_seconds": {"evaluation": 3.0}, "train": {}, "dev": SCORES}
+    screen.display.report(report(warm_up=base))
+    assert screen.row("base") == ["41.2", "50.0", "2.35"]
+    assert "warm-up" not in screen.text
+
+
+def test_the_report_of_a_run_that_was_stopped_half_way(screen: Screen) -> None:
+    half = {"iteration": 1, "phase_seconds": {"expectation": 1.0}, "train": BOUND, "dev": None}
+    screen.display.report(report(iterations=[half], warm_up=None, best_iteration=0))
+    assert screen.row("1")[3:] == ["2.50", "12.5", "1"]
+    assert "test questions" not in screen.text
+
+
+def test_the_report_shows_the_test_scores_from_the_base_model_to_the_best(screen: Screen) -> None:
+    names = ("best", "base", "warm_up", "one_search", "no_search", "another")
+    screen.display.report(report(test=dict.fromkeys(names, SCORES)))
+    text = screen.text[screen.text.index("test questions") :]
+    order = sorted(names, key=text.index)
+    assert order == ["base", "no_search", "one_search", "warm_up", "best", "another"]
+    assert screen.row("best") == ["200", "41.2", "35.0-47.5", "50.0", "45.5", "80.0", "2.35"]
+
+
+@pytest.mark.parametrize("name", ["report", "scores"])
+def test_tables_fit_into_80_columns(name: str) -> None:
+    screen = Screen(width=80)
+    worst = SCORES | {"em": 100.0, "f1": 100.0, "accuracy": 100.0, "em_interval": [100.0, 100.0], "n": 12345}
+    row = iteration(1, **BOUND | {"likelihood_bound": -123.45, "likelihood_bound_stderr": 10.25})
+    row = row | {"phase_seconds": {"expectation": 12345.0, "maximisation": 12345.0}, "dev": worst}
+    given = {
+        "report": report(iterations=[row], test={"one_search": worst}),
+        "scores": scored(sets={"hotpotqa/dev.jsonl": worst}, all=worst),
+    }
+    getattr(screen.display, name)(given[name])
+    assert "\u2026" not in screen.text
+    assert max(map(len, screen.text.splitlines())) <= 80
+    assert "12345" in screen.text
+    assert "100.0-100.0" in screen.text
+
+
+def scored(**parts: Any) -> dict[str, Any]:
+    return {"model": "models/tiny", "split": "dev", "sets": {}, "all": SCORES} | parts
+
+
+def test_scores_show_every_set_and_the_breakdown(screen: Screen) -> None:
+    screen.display.scores(scored(sets={"a/dev.jsonl": SCORES, "b/dev.jsonl": WITHOUT_GOLD}))
+    assert "models/tiny on dev" in screen.text
+    assert screen.row("a/dev.jsonl") == ["200", "41.2", "35.0-47.5", "50.0", "45.5", "80.0", "2.35"]
+    assert screen.row("b/dev.jsonl") == ["200", "41.2", "50.0", "45.5", "2.35"]
+    assert screen.row("all")[:2] == ["200", "41.2"]
+    assert screen.row("2") == ["120", "50.0", "60.0", "55.0", "85.0"]
+    assert screen.row("bridge") == ["120", "50.0", "60.0", "55.0"]
+    assert "stop reasons: answered 190, step_limit 10\n" in screen.text
+    assert "gold recall after each search: 55.0, 80.0" in screen.text
+
+
+def test_scores_without_gold_passages_say_so(screen: Screen) -> None:
+    screen.display.scores(scored(all=WITHOUT_GOLD))
+    assert "no gold passages named" in screen.text
+
+
+@pytest.mark.parametrize("name", ["[bold]dev[/bold].jsonl", "[/dev]", "data[1].jsonl", "[red]"])
+def test_names_of_models_files_types_and_runs_are_shown_as_they_are(screen: Screen, name: str) -> None:
+    by_type = {name: SCORES["by_type"]["bridge"]}
+    screen.display.scores(scored(model=name, sets={name: SCORES}, all=SCORES | {"by_type": by_type}))
+    screen.display.report(report(run=name))
+    assert screen.text.count(name) == 4
+
+
+@pytest.mark.parametrize("method", ["line", "error"])
+def test_messages_are_printed_as_they_are(screen: Screen, method: str) -> None:
+    message = "data[0].train: [red]odd[/red] :smile: 3.5 [/x]"
+    getattr(screen.display, method)(message)
+    assert message in screen.text
+
+
+def test_a_long_path_in_a_message_stays_in_one_piece() -> None:
+    screen, path = Screen(width=40), "/" + "/".join(["folder"] * 20)
+    screen.display.error(f"no question file {path}; there are a.jsonl, b.jsonl")
+    screen.display.line(f"exsearch evaluate --run {path}")
+    assert screen.text.count(path) == 2
+
+
+def test_a_finished_step_is_one_line_where_there_is_no_terminal(screen: Screen) -> None:
+    with screen.display.progress("encoding", 3, "passages") as advance:
+        advance(1)
+        advance.to(3, 3)
+    with screen.display.status("starting vLLM"):
+        pass
+    lines = [line for line in screen.text.splitlines() if line.strip()]
+    assert [line.rsplit(": ", 1)[0] for line in lines] == ["encoding", "starting vLLM"]
+    assert all(line.endswith(" s") for line in lines)
+
+
+def test_progress_counts_what_it_is_told() -> None:
+    display = Display(Console(file=io.StringIO(), force_terminal=True, width=160))
+    with display.progress("encoding", None, "passages") as advance:
+        advance.to(40, 100)
+        advance(2)
+        advance._progress.refresh()
+        assert "42/100" in display.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_step_that_failed_is_not_reported_as_done(screen: Screen) -> None:
+    with pytest.raises(RuntimeError), screen.display.status("starting vLLM"):
+        raise RuntimeError("no")
+    with pytest.raises(RuntimeError), screen.display.progress("encoding", None, "passages"):
+        raise RuntimeError("no")
+    assert screen.text.strip() == ""
+
+
+@pytest.fixture
+def root_logger() -> Iterator[logging.Logger]:
+    """The root logger without handlers; what it had comes back afterwards."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    root.handlers = []
+    yield root
+    for handler in root.handlers:
+        handler.close()
+    root.handlers = handlers
+    root.setLevel(level)
+
+
+def test_the_log_goes_to_a_file_and_warnings_also_to_the_terminal(
+    tmp_path: Path, root_logger: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "runs" / "one" / "run.log"
+    Display().log_to(path)
+    logging.getLogger("pipeline.em").info("iteration 1")
+    logging.getLogger("pipeline.em").warning("a worker died")
+    text = path.read_text(encoding="utf-8")
+    assert "INFO pipeline.em: iteration 1" in text
+    assert "WARNING pipeline.em: a worker died" in text
+    assert capsys.readouterr().err == "WARNING: a worker died\n"
+
+
+def test_a_resumed_run_goes_on_in_its_log(tmp_path: Path, root_logger: logging.Logger) -> None:
+    for start in ("first", "second"):
+        Display().log_to(tmp_path / "run.log")
+        logging.getLogger("pipeline.em").info(start)
+    lines = (tmp_path / "run.log").read_text().splitlines()
+    assert [line.rsplit(" ", 1)[1] for line in lines] == ["first", "second"]

@@ -1,0 +1,189 @@
+"""Scores of answers and evaluations, with hand-computed values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.core.evaluation import AnswerScore, evaluate, normalise_answer, score_answer
+from pipeline.core.records import Question, Step, StopReason, Trajectory
+from retriever_service.passages.corpus import Passage
+from retriever_service.search.search import Hit
+
+
+@pytest.mark.parametrize(
+    ("text", "normalised"),
+    [
+        ("The  Beatles!", "beatles"),
+        ("an A-Team, the", "ateam"),
+        ("Star Wars: Episode IV", "star wars episode iv"),
+        ("Hawaii", "hawaii"),  # not the letters "a" and "i", only the words
+        ("O'Brien\n(1984)", "obrien 1984"),
+        ("a", ""),
+    ],
+)
+def test_answers_are_normalised_as_in_kilt(text: str, normalised: str) -> None:
+    assert normalise_answer(text) == normalised
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golds", "em", "f1", "accuracy"),
+    [
+        ("Mara Velin", ["Mara Velin"], 1, 1, 1),
+        ("the mara velin.", ["Mara Velin"], 1, 1, 1),
+        ("It was Mara Velin", ["Mara Velin"], 0, 2 * 2 / 6, 1),
+        ("Velin Mara", ["Mara Velin"], 0, 1, 0),
+        ("Mara", ["Mara Velin"], 0, 2 / 3, 0),
+        ("nobody", ["Mara Velin"], 0, 0, 0),
+        ("1984", ["in 1984", "1984"], 1, 1, 1),  # the best over gold answers
+        ("yes", ["yes"], 1, 1, 1),
+        ("yes it is", ["yes"], 0, 0.5, 1),
+        ("no", ["yes"], 0, 0, 0),
+        ("Unesco", ["UN"], 0, 0, 0),  # whole tokens, not letters
+        ("", ["Mara"], 0, 0, 0),
+        ("x y x", ["x x"], 0, 4 / 5, 0),
+    ],
+)
+def test_known_scores(prediction: str, golds: list[str], em: float, f1: float, accuracy: float) -> None:
+    score = score_answer(prediction, golds)
+    assert (score.em, score.f1, score.accuracy) == (em, pytest.approx(f1), accuracy)
+
+
+@pytest.mark.parametrize("gold", ["", " ", "A", "the", "!!!", "..."])
+@pytest.mark.parametrize("prediction", ["", "anything", "Ali", "?"])
+def test_a_gold_answer_of_nothing_but_stop_words_is_never_trivially_right(gold: str, prediction: str) -> None:
+    assert score_answer(prediction, [gold]) == AnswerScore(0, 0, 0)
+
+
+def test_a_gold_answer_that_normalises_to_nothing_is_still_matched_by_itself() -> None:
+    assert score_answer("!!!", ["!!!"]) == AnswerScore(1, 1, 1)
+    assert score_answer("a", ["A"]).em == 1
+
+
+def test_without_gold_answers_nothing_is_right() -> None:
+    assert score_answer("x", []) == AnswerScore(0, 0, 0)
+
+
+@given(prediction=st.text(max_size=30), golds=st.lists(st.text(max_size=30), max_size=3))
+def test_scores_are_shares_and_ordered(prediction: str, golds: list[str]) -> None:
+    score = score_answer(prediction, golds)
+    assert 0 <= score.em <= score.accuracy <= 1
+    assert score.em <= score.f1 <= 1
+    assert score_answer(prediction, [*golds, prediction]).f1 >= score.f1
+
+
+def question(id_: str, **fields: Any) -> Question:
+    return Question(**{"id": id_, "text": f"Question {id_}?", "answers": (f"Answer {id_}",), **fields})
+
+
+def trajectory(
+    id_: str, answer: str = "", found: tuple[str, ...] = (), reason: StopReason = StopReason.ANSWERED
+) -> Trajectory:
+    """`found` holds one string of space-separated passage ids per search."""
+    steps = [Step("q", tuple(Hit(Passage(p, "", "text"), 1.0) for p in ids.split())) for ids in found]
+    return Trajectory(
+        question_id=id_,
+        sample=0,
+        policy_version=0,
+        token_ids=np.zeros(1, dtype=np.int32),
+        loss_mask=np.zeros(1, dtype=np.bool_),
+        logprobs=np.zeros(1, dtype=np.float32),
+        answer_start=1,
+        steps=tuple(steps),
+        answer=answer,
+        stop_reason=reason,
+    )
+
+
+QUESTIONS = [
+    question("1", supporting_ids=("a", "b"), hops=2, type="bridge"),
+    question("2", supporting_ids=("c",), hops=1, type="single"),
+    question("3", hops=2, type="bridge"),
+    question("4", supporting_ids=("d", "e")),
+]
+TRAJECTORIES = [
+    trajectory("1", "Answer 1", ("a x", "x y", "b")),
+    trajectory("2", "wrong", ("c",)),
+    trajectory("3", "", reason=StopReason.ENGINE_ERROR),
+]
+
+
+def test_every_question_counts_also_failed_and_missing_ones() -> None:
+    result = evaluate(QUESTIONS, TRAJECTORIES, bootstrap_samples=0)
+    assert (result["n"], result["em"], result["accuracy"]) == (4, 25.0, 25.0)
+    assert result["searches"] == 1.0
+    assert result["stop_reasons"]["answered"] == 2
+    assert result["stop_reasons"]["engine_error"] == 1
+    assert result["stop_reasons"]["missing"] == 1
+    assert result["stop_reasons"]["malformed"] == 0
+
+
+def test_gold_recall_accumulates_over_the_searches_and_holds_where_a_trajectory_stopped() -> None:
+    result = evaluate(QUESTIONS, TRAJECTORIES, bootstrap_samples=0)
+    assert result["gold_recall"] == pytest.approx(100 * (1 + 1 + 0) / 3)
+    assert result["gold_recall_by_step"] == pytest.approx([50.0, 50.0, 200 / 3])
+    assert result["all_gold"] == pytest.approx(200 / 3)
+
+
+def test_break_downs_leave_out_questions_without_the_label() -> None:
+    result = evaluate(QUESTIONS, TRAJECTORIES, bootstrap_samples=0)
+    assert {hops: group["n"] for hops, group in result["by_hops"].items()} == {"1": 1, "2": 2}
+    assert result["by_hops"]["2"]["em"] == 50.0
+    assert result["by_type"]["single"] == {
+        "n": 1,
+        "em": 0.0,
+        "f1": 0.0,
+        "accuracy": 0.0,
+        "gold_recall": 100.0,
+    }
+    assert set(result["by_type"]) == {"bridge", "single"}
+
+
+def test_without_supporting_passages_recall_is_null_not_zero() -> None:
+    result = evaluate([question("3")], [trajectory("3", "Answer 3")], bootstrap_samples=0)
+    assert result["gold_recall"] is None
+    assert result["all_gold"] is None
+    assert result["gold_recall_by_step"] == []
+    assert result["em"] == 100.0
+
+
+def test_with_passages_without_ids_recall_is_null_for_all_questions() -> None:
+    nameless = Hit(Passage("", "", "text"), 1.0)
+    trajectories = [replace(TRAJECTORIES[0], steps=(Step("q", (nameless,)),)), *TRAJECTORIES[1:]]
+    result = evaluate(QUESTIONS, trajectories, bootstrap_samples=0)
+    assert result["gold_recall"] is result["all_gold"] is result["by_hops"]["1"]["gold_recall"] is None
+    assert result["gold_recall_by_step"] == []
+    assert result["em"] == 25.0
+
+
+def test_intervals_enclose_the_score_and_repeat_with_the_seed() -> None:
+    questions = [question(str(i)) for i in range(200)]
+    trajectories = [trajectory(str(i), f"Answer {i if i % 2 else 'no'}") for i in range(200)]
+    result = evaluate(questions, trajectories, bootstrap_samples=400, seed=1)
+    low, high = result["em_interval"]
+    assert low < result["em"] < high
+    # Normal approximation: 1.96 * sqrt(0.25 / 200) = 6.9 points on either side.
+    assert high - low == pytest.approx(13.9, abs=2.5)
+    assert result == evaluate(questions, trajectories, bootstrap_samples=400, seed=1)
+    assert result["em_interval"] != evaluate(questions, trajectories, 400, seed=2)["em_interval"]
+    assert evaluate(questions, trajectories, bootstrap_samples=0)["f1_interval"] is None
+
+
+def test_the_result_is_plain_json() -> None:
+    result = evaluate(QUESTIONS, TRAJECTORIES, bootstrap_samples=10)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_evaluations_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ValueError, match="no questions"):
+        evaluate([], [])
+    with pytest.raises(ValueError, match="several"):
+        evaluate(QUESTIONS, [TRAJECTORIES[0], TRAJECTORIES[0]])
+    with pytest.raises(ValueError, match="not evaluated"):
+        evaluate(QUESTIONS, [trajectory("unknown")])

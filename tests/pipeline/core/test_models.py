@@ -1,0 +1,87 @@
+"""Model directories: what is missing is said before anything expensive starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.errors import UserError
+from pipeline.core.models import check_model, load_tokenizer
+
+
+def model_directory(path: Path, *files: str) -> str:
+    path.mkdir()
+    for name in files:
+        (path / name).write_text("{}")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "weights", ["model.safetensors", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+)
+@pytest.mark.parametrize(
+    "tokenizer_file", ["tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model"]
+)
+def test_a_complete_directory_is_accepted(tmp_path: Path, weights: str, tokenizer_file: str) -> None:
+    check_model(model_directory(tmp_path / "model", "config.json", weights, tokenizer_file))
+
+
+@pytest.mark.parametrize(
+    ("files", "missing"),
+    [
+        (("model.safetensors", "tokenizer.json"), "no config.json"),
+        (("config.json", "tokenizer.json"), r"no weights \(\*\.safetensors\)"),
+        (("config.json", "model.safetensors"), "no tokenizer .*tokenizer.json.*copy the tokenizer files"),
+        (("config.json", "model.safetensors", "tokenizer_config.json"), "no tokenizer"),
+        ((), "no config.json"),
+    ],
+)
+def test_an_incomplete_directory_is_refused_with_what_is_missing(
+    tmp_path: Path, files: tuple[str, ...], missing: str
+) -> None:
+    path = model_directory(tmp_path / "model", *files)
+    with pytest.raises(UserError, match=missing) as caught:
+        check_model(path)
+    assert str(caught.value).startswith(f"model.path: {path} ")
+
+
+def test_a_file_is_no_model_directory(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("")
+    with pytest.raises(UserError, match="not a Hugging Face model directory"):
+        check_model(str(tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "path", ["/no/such/model", "./model", "../model", "~/model", "runs/a/model", "model"]
+)
+def test_a_path_that_does_not_exist_is_refused(path: str) -> None:
+    with pytest.raises(
+        UserError, match=f"model.path: {path} does not exist; give a model directory or a hub name"
+    ):
+        check_model(path)
+
+
+def test_a_hub_name_is_left_to_transformers() -> None:
+    check_model("Qwen/Qwen2.5-7B-Instruct")
+
+
+def test_the_tokenizer_of_a_model_directory_is_loaded(tmp_path: Path, tokenizer: Any) -> None:
+    path = model_directory(tmp_path / "model", "config.json", "model.safetensors")
+    tokenizer.save_pretrained(path)
+    loaded = load_tokenizer(path)
+    text = "<think> Which company makes the Silver Harp? </think>"
+    assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
+    path = model_directory(tmp_path / "model", "config.json", "model.safetensors")
+    (Path(path) / "tokenizer.json").write_text("{ cut off")
+    with pytest.raises(UserError, match=f"the tokenizer of {path} cannot be loaded"):
+        load_tokenizer(path)
+
+
+def test_an_incomplete_directory_is_refused_before_its_tokenizer_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer"):
+        load_tokenizer(model_directory(tmp_path / "model", "config.json", "model.safetensors"))

@@ -1,0 +1,182 @@
+"""The report of a run, made from what its phases left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core.config import Config, EmConfig
+from pipeline.core.report import best_iteration, build_report, scalars, should_stop
+from pipeline.core.run import RunDirectory, RunFiles, write_json
+
+TRAIN = {
+    "questions": 2,
+    "likelihood_bound": -3.0,
+    "likelihood_bound_stderr": 0.5,
+    "effective_sample_size": 2.5,
+    "all_failed_share": 50.0,
+    "excluded": 1,
+    "stop_reasons": {"answered": 7, "engine_error": 1},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "first", Config())
+
+
+def scores(em: float, f1: float = 0.0) -> dict[str, Any]:
+    return {"n": 10, "em": em, "f1": f1, "accuracy": em}
+
+
+def evaluated(run: RunDirectory, *ems: float, f1: tuple[float, ...] = ()) -> None:
+    """Iterations 0, 1, ... with these dev scores."""
+    for t, em in enumerate(ems):
+        dev = scores(em, f1[t] if f1 else 0.0)
+        run.phase(t, "evaluation", lambda dev=dev: {"push": {"seconds": 0.1}, "scores": dev})  # type: ignore[misc]
+
+
+def with_iterations(number: int, **em: Any) -> Config:
+    return Config(em=EmConfig(iterations=number, **em))
+
+
+def finished_run(run: RunDirectory, iterations: int = 2) -> Config:
+    run.phase(0, "expectation", lambda: {"trajectories": 64, "skipped": {}})
+    for t in range(1, iterations + 1):
+        run.phase(t, "expectation", lambda: dict(TRAIN))
+    for t in range(iterations + 1):
+        run.phase(t, "maximisation", lambda: {"loss": 1.5, "steps": 3})
+    evaluated(run, *(10.0 * (t + 1) for t in range(iterations + 1)))
+    for name, version in (("base", -1), ("warm_up", 0), ("one_search", 0), ("best", iterations)):
+        run.test(name, version, lambda version=version: {"iteration": version} | scores(40.0))  # type: ignore[misc]
+    return with_iterations(iterations)
+
+
+def test_the_report_of_a_finished_run(run: RunDirectory) -> None:
+    report = build_report(run, finished_run(run))
+    assert report["run"] == "first"
+    assert report["best_iteration"] == 2
+    assert set(report["test"]) == {"base", "one_search", "warm_up", "best"}
+    assert report["test"]["best"]["em"] == 40.0
+    assert [row["iteration"] for row in report["iterations"]] == [1, 2]
+    row = report["iterations"][0]
+    assert set(row["phase_seconds"]) == {"expectation", "maximisation", "evaluation"}
+    assert all(seconds >= 0 for seconds in row["phase_seconds"].values())
+    assert row["train"] == TRAIN
+    assert row["learner"] == {"loss": 1.5, "steps": 3}
+    assert row["dev"] == scores(20.0)
+    assert row["push"] == {"seconds": 0.1}
+    assert (report["select_by"], report["weighting"], report["seed"]) == ("em", "likelihood", 0)
+
+
+def test_the_warm_up_is_a_row_of_its_own(run: RunDirectory) -> None:
+    report = build_report(run, finished_run(run))
+    assert report["warm_up"]["iteration"] == 0
+    assert report["warm_up"]["train"]["trajectories"] == 64
+    assert report["warm_up"]["dev"] == scores(10.0)
+
+
+def test_the_report_survives_json(run: RunDirectory, tmp_path: Path) -> None:
+    report = build_report(run, finished_run(run))
+    write_json(tmp_path / "report.json", report)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+
+
+def test_the_report_of_a_run_that_has_just_begun(run: RunDirectory) -> None:
+    report = build_report(run, Config())
+    assert report["iterations"] == []
+    assert report["warm_up"] is None
+    assert report["best_iteration"] == 0
+    assert report["test"] == {}
+
+
+def test_an_iteration_is_reported_as_far_as_it_has_come(run: RunDirectory) -> None:
+    evaluated(run, 10.0)
+    run.phase(1, "expectation", lambda: dict(TRAIN))
+    (row,) = build_report(run, with_iterations(3))["iterations"]
+    assert set(row["phase_seconds"]) == {"expectation"}
+    assert row["dev"] is None
+    assert row["learner"] == {}
+
+
+def test_a_report_can_be_made_again_and_is_the_same(run: RunDirectory) -> None:
+    config = finished_run(run)
+    assert build_report(run, config) == build_report(RunFiles(run.path), config)
+
+
+@pytest.mark.parametrize(
+    ("ems", "best"),
+    [
+        ((10, 20, 30), 2),
+        ((10, 30, 20), 1),
+        ((30, 20, 10), 0),
+        ((10, 30, 30), 1),
+        ((5, 5, 5), 0),
+        ((), 0),
+        ((0,), 0),
+    ],
+)
+def test_the_best_iteration_is_the_earliest_with_the_highest_dev_score(
+    run: RunDirectory, ems: tuple[float, ...], best: int
+) -> None:
+    evaluated(run, *ems)
+    assert best_iteration(run, EmConfig(iterations=5)) == best
+
+
+def test_the_chosen_metric_decides_what_is_best(run: RunDirectory) -> None:
+    evaluated(run, 10, 20, 30, f1=(10, 50, 40))
+    assert best_iteration(run, EmConfig(select_by="em")) == 2
+    assert best_iteration(run, EmConfig(select_by="f1")) == 1
+
+
+def test_iterations_beyond_the_configured_number_do_not_count(run: RunDirectory) -> None:
+    evaluated(run, 10, 20, 30, 40)
+    assert best_iteration(run, EmConfig(iterations=2)) == 2
+
+
+def test_training_stops_after_so_many_iterations_without_a_better_score(run: RunDirectory) -> None:
+    ems = [10, 30, 20, 30, 25]
+    stops = []
+    for t, em in enumerate(ems):
+        run.phase(t, "evaluation", lambda em=em: {"scores": scores(em)})  # type: ignore[misc]
+        stops.append(should_stop(run, t, EmConfig(iterations=9, patience=2)))
+    assert stops == [False, False, False, True, True]
+
+
+def test_without_patience_training_never_stops_early(run: RunDirectory) -> None:
+    evaluated(run, 50, 10, 10, 10, 10)
+    assert not should_stop(run, 4, EmConfig(iterations=9))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "the model itself"),
+        (
+            {"rollout": {"temperature": 0.8, "top_p": 0.95}},
+            "temperature 0.8, top_p 0.95, top_k 0; not corrected",
+        ),
+        (
+            {"rollout": {"top_k": 20}, "weighting": {"correct_proposal": True}},
+            "temperature 1, top_p 1, top_k 20; corrected by the clipped ratio p/q",
+        ),
+    ],
+)
+def test_the_report_says_what_the_trajectories_were_sampled_from(
+    run: RunDirectory, settings: dict[str, Any], expected: str
+) -> None:
+    assert build_report(run, Config.model_validate(settings))["proposal"] == expected
+
+
+def test_scalars_are_the_numbers_under_dotted_names() -> None:
+    tree = {
+        "em": 40,
+        "push": {"seconds": 0.5, "verified": True, "deep": {"bytes": 3}},
+        "name": "x",
+        "interval": [1.0, 2.0],
+        "nothing": None,
+    }
+    assert scalars(tree) == {"em": 40.0, "push.seconds": 0.5, "push.deep.bytes": 3.0}

@@ -1,0 +1,419 @@
+"""The run directory through kills and resumes: what is there is whole, and nothing is computed or written twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.core.config import Config
+from pipeline.core.config_loading import all_keys, load_config
+from pipeline.core.errors import UserError
+from pipeline.core.run import FREE_TO_CHANGE, RunDirectory, RunFiles, flatten, write_atomically, write_json
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process: nothing in the program catches it."""
+
+
+def kill(*_: object, **__: object) -> Any:
+    raise Killed
+
+
+def config(*overrides: str) -> Config:
+    return load_config(None, ("data.root=/", "model.path=somebody/model", *overrides))
+
+
+def restarted(run: RunDirectory, *overrides: str) -> RunDirectory:
+    """The same command once more, after its process has come to an end; with that goes its lock."""
+    run._lock.close()
+    return RunDirectory(run.path, config(*overrides))
+
+
+def with_a_result(run: RunDirectory) -> RunDirectory:
+    run.phase(0, "expectation", dict)
+    return run
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "runs" / "one", config())
+
+
+# ---------------------------------------------------------------- atomic writes
+
+
+def test_a_file_is_written_with_the_folders_above_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "a" / "b.json", {"name": "caf\u00e9", "value": 1.5})
+    assert json.loads((tmp_path / "a" / "b.json").read_text(encoding="utf-8")) == {
+        "name": "caf\u00e9",
+        "value": 1.5,
+    }
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), Killed()])
+def test_a_write_that_is_cut_off_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, failure: BaseException
+) -> None:
+    path = tmp_path / "report.json"
+    write_atomically(path, "old")
+
+    def fail(*_: object) -> None:
+        raise failure
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, step, fail)
+        with pytest.raises(type(failure)):
+            write_atomically(path, "new and longer")
+    assert contents(tmp_path) == {"report.json": b"old"}
+    write_atomically(path, "new")
+    assert contents(tmp_path) == {"report.json": b"new"}
+
+
+def test_the_content_is_on_disk_before_the_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def recorded(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (calls.append(name), real(*arguments))[1]
+
+    monkeypatch.setattr(os, "fsync", recorded("fsync", os.fsync))
+    monkeypatch.setattr(os, "replace", recorded("replace", os.replace))
+    write_atomically(tmp_path / "x", "text")
+    assert calls == ["fsync", "replace"]
+
+
+# ---------------------------------------------------------------- opening
+
+
+def test_a_new_run_keeps_its_resolved_configuration(tmp_path: Path) -> None:
+    wanted = config("rollout.samples=2", "weighting=posterior", "data.train=a.jsonl", "learner.lora={}")
+    RunDirectory(tmp_path / "run", wanted)
+    assert load_config(tmp_path / "run" / "config.yaml") == wanted
+
+
+def test_the_kept_configuration_holds_in_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("here/data", "here/model", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    run = with_a_result(RunDirectory(tmp_path / "run", config("data.root=data", "model.path=model")))
+    kept = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert kept["data"]["root"] == str(tmp_path / "here" / "data")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    restarted(run, "data.root=../here/data", f"model.path={tmp_path / 'here' / 'model'}")
+
+
+def test_a_hub_name_is_kept_as_it_is(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", config("model.path=somebody/some-model"))
+    assert yaml.safe_load((run.path / "config.yaml").read_text())["model"]["path"] == "somebody/some-model"
+
+
+def test_an_empty_directory_may_become_a_run(tmp_path: Path) -> None:
+    RunDirectory(tmp_path, config())
+    assert (tmp_path / "config.yaml").is_file()
+
+
+def test_a_run_goes_on_with_the_same_configuration(run: RunDirectory) -> None:
+    run.phase(1, "expectation", lambda: {"value": 1})
+    before = contents(run.path)
+    again = restarted(run)
+    assert contents(run.path) == before
+    assert again.finished(1, "expectation") == run.finished(1, "expectation")
+
+
+def test_two_processes_do_not_work_on_one_run(run: RunDirectory) -> None:
+    with pytest.raises(UserError, match=f"another process is working on {run.path}"):
+        RunDirectory(run.path, config())
+    assert restarted(run).path == run.path
+
+
+def test_a_run_can_be_read_while_it_is_written(run: RunDirectory) -> None:
+    run.phase(1, "evaluation", lambda: {"em": 1.0})
+    assert (RunFiles(run.path).finished(1, "evaluation") or {})["em"] == 1.0
+
+
+def test_a_directory_with_something_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"is not empty and holds no run.*--run"):
+        RunDirectory(tmp_path, config())
+    assert contents(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+def test_a_file_in_place_of_the_directory_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.write_text("notes")
+    with pytest.raises(UserError, match="--run"):
+        RunDirectory(path, config())
+    assert path.read_text() == "notes"
+
+
+def test_a_run_that_was_killed_while_it_was_made_is_made_by_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", kill)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process does not tidy up
+        with pytest.raises(Killed):
+            RunDirectory(tmp_path / "run", config())
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    RunDirectory(tmp_path / "run", config())
+    assert load_config(tmp_path / "run" / "config.yaml") == config()
+
+
+CHANGES = {
+    "seed": "1",
+    "weighting": "posterior",
+    "learner.learning_rate": "1e-3",
+    "data.train": "other.jsonl",
+    "agent.tags.think": "['[S]', '[/S]']",
+    "learner.lora": "{rank: 4}",
+    "em.select_by": "f1",
+}
+
+
+@pytest.mark.parametrize(("key", "value"), CHANGES.items())
+def test_another_configuration_is_refused_with_the_keys_that_differ_and_nothing_is_overwritten(
+    run: RunDirectory, key: str, value: str
+) -> None:
+    before = contents(with_a_result(run).path)
+    with pytest.raises(UserError) as caught:
+        restarted(run, f"{key}={value}", "em.iterations=7")
+    message = str(caught.value)
+    assert f"\n  {key}" in message
+    assert " -> " in message
+    assert "em.iterations" not in message
+    assert str(run.path) in message
+    assert "--run" in message
+    assert contents(run.path) == before
+
+
+def test_every_difference_is_listed_with_the_old_and_the_new_value(run: RunDirectory) -> None:
+    with pytest.raises(UserError) as caught:
+        restarted(with_a_result(run), "seed=3", "rollout.samples=8", "weighting.temperature=2")
+    lines = [line for line in str(caught.value).splitlines() if " -> " in line]
+    assert lines == ["  seed: 0 -> 3", "  rollout.samples: 4 -> 8", "  weighting.temperature: 1.0 -> 2.0"]
+
+
+def test_a_run_without_any_result_may_be_started_with_another_configuration(run: RunDirectory) -> None:
+    restarted(run, "data.corpus=mended.jsonl")
+    assert load_config(run.path / "config.yaml") == config("data.corpus=mended.jsonl")
+
+
+def test_removing_a_section_is_a_difference_too(tmp_path: Path) -> None:
+    run = with_a_result(RunDirectory(tmp_path, config("learner.lora.rank=4")))
+    with pytest.raises(UserError, match=r"learner\.lora"):
+        restarted(run)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "em.iterations=9",
+        "em.patience=1",
+        "rollout.workers=3",
+        "cluster.address=auto",
+        "retriever.url=http://other:8000",
+        "tracking.tensorboard=false",
+    ],
+)
+def test_where_and_how_long_a_run_goes_may_change_and_is_remembered(run: RunDirectory, override: str) -> None:
+    restarted(run, override)
+    assert load_config(run.path / "config.yaml") == config(override)
+
+
+def test_only_the_keys_themselves_are_free_to_change_not_keys_that_begin_like_them(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.core.run.FREE_TO_CHANGE", ("rollout.sample", "se", "rollout.top", "em"))
+    for override in ("rollout.samples=8", "seed=1", "rollout.top_k=5"):
+        with pytest.raises(UserError, match=override.split("=")[0]):
+            restarted(with_a_result(run), override)
+    restarted(run, "em.iterations=1")
+
+
+def test_the_free_keys_exist() -> None:
+    keys = all_keys(Config)
+    assert [k for k in FREE_TO_CHANGE if k not in keys and not any(x.startswith(f"{k}.") for x in keys)] == []
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: [", "seed: 0\nunknown_key: 1\n", "- a\n"], ids=["not yaml", "unknown key", "a list"]
+)
+def test_a_run_whose_configuration_cannot_be_read_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read"):
+        RunDirectory(tmp_path, config())
+    assert contents(tmp_path) == {"config.yaml": text.encode()}
+
+
+def test_a_run_keeps_to_the_index_that_its_results_come_from(run: RunDirectory) -> None:
+    run.keep_to("old")
+    run.keep_to("mended before there was a result")
+    with_a_result(run).keep_to("mended before there was a result")
+    again = restarted(run)
+    with pytest.raises(UserError, match=r"another index \(mended .*\) than there is now \(new\).*--run"):
+        again.keep_to("new")
+    again.keep_to("mended before there was a result")
+
+
+# ---------------------------------------------------------------- phases
+
+
+def test_a_phase_is_computed_once_and_then_read(run: RunDirectory) -> None:
+    calls: list[int] = []
+
+    def work() -> dict[str, Any]:
+        calls.append(1)
+        return {"bound": -3.25, "counts": {"answered": 2}}
+
+    first = run.phase(1, "expectation", work)
+    again = restarted(run).phase(1, "expectation", work)
+    assert len(calls) == 1
+    assert first == again == run.finished(1, "expectation")
+    assert {k: v for k, v in first.items() if k != "seconds"} == {"bound": -3.25, "counts": {"answered": 2}}
+    assert first["seconds"] >= 0
+
+
+def test_phases_of_other_iterations_and_other_phases_are_their_own(run: RunDirectory) -> None:
+    run.phase(1, "expectation", lambda: {"value": 1})
+    assert run.finished(1, "maximisation") is None
+    assert run.finished(2, "expectation") is None
+    run.phase(2, "expectation", lambda: {"value": 2})
+    assert [(run.finished(t, "expectation") or {})["value"] for t in (1, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("out of memory"), Killed()])
+def test_a_phase_that_was_cut_off_is_repeated(run: RunDirectory, failure: BaseException) -> None:
+    def half() -> dict[str, Any]:
+        shards = run.fresh(run.iteration(1) / "rollouts")
+        (shards / "000000.parquet").write_text("half")
+        (shards / "000009.parquet").write_text("a leftover, were it kept")
+        raise failure
+
+    def whole() -> dict[str, Any]:
+        shards = run.fresh(run.iteration(1) / "rollouts")
+        (shards / "000000.parquet").write_text("whole")
+        return {"shards": 1}
+
+    with pytest.raises(type(failure)):
+        run.phase(1, "expectation", half)
+    assert run.finished(1, "expectation") is None
+    resumed = restarted(run)
+    assert resumed.phase(1, "expectation", whole)["shards"] == 1
+    assert contents(run.iteration(1) / "rollouts") == {"000000.parquet": b"whole"}
+
+
+def test_a_phase_that_was_killed_while_its_result_was_written_is_repeated(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", kill)
+        with pytest.raises(Killed):
+            run.phase(1, "maximisation", lambda: {"loss": 1.0})
+    assert run.finished(1, "maximisation") is None
+    assert run.phase(1, "maximisation", lambda: {"loss": 0.5})["loss"] == 0.5
+
+
+def test_figures_that_are_not_finite_are_null_from_the_start(run: RunDirectory) -> None:
+    result = run.phase(1, "maximisation", lambda: {"loss": float("nan"), "norms": [1.0, float("inf")]})
+    assert (result["loss"], result["norms"]) == (None, [1.0, None])
+    assert result == run.finished(1, "maximisation")
+    assert "NaN" not in (run.iteration(1) / "maximisation.json").read_text()
+
+
+def test_test_results_are_computed_once_and_listed_by_name(run: RunDirectory) -> None:
+    assert run.test_results() == {}
+    run.test("base", 0, lambda: {"iteration": 0, "em": 10.0})
+    run.test("best", 2, lambda: {"iteration": 2, "em": 50.0})
+    run.test("best", 2, lambda: pytest.fail("computed twice"))
+    (run.path / "test" / "best.parquet").write_bytes(b"trajectories")
+    assert {name: result["em"] for name, result in run.test_results().items()} == {"base": 10.0, "best": 50.0}
+
+
+def test_another_best_iteration_is_tested_again(run: RunDirectory) -> None:
+    run.test("best", 1, lambda: {"iteration": 1, "em": 50.0})
+    run.test("best", 3, lambda: {"iteration": 3, "em": 60.0})
+    assert run.test_results()["best"]["em"] == 60.0
+
+
+def test_a_fresh_directory_is_empty_whatever_was_there(run: RunDirectory) -> None:
+    path = run.iteration(1) / "weighted"
+    for _ in range(2):
+        assert list(run.fresh(path).iterdir()) == []
+        (path / "deeper").mkdir()
+        (path / "deeper" / "file").write_text("x")
+
+
+# ---------------------------------------------------------------- the end of an iteration
+
+
+def with_learner(run: RunDirectory, number: int) -> Path:
+    state = run.learner(number) / "rank0.pt"
+    write_atomically(state, f"state {number}")
+    return state
+
+
+def test_the_learner_state_of_the_previous_iteration_goes_when_the_iteration_is_done(
+    run: RunDirectory,
+) -> None:
+    states = [with_learner(run, t) for t in range(3)]
+    write_atomically(run.model(1) / "model.safetensors", "weights")
+    run.close_iteration(1)
+    assert (run.iteration(1) / "DONE").is_file()
+    assert [state.exists() for state in states] == [False, True, True]
+    run.close_iteration(2)
+    assert [state.exists() for state in states] == [False, False, True]
+    assert (run.model(1) / "model.safetensors").is_file()
+
+
+def test_the_previous_learner_state_is_kept_until_the_mark_is_written(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [with_learner(run, t) for t in range(2)]
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", kill)
+        with pytest.raises(Killed):
+            run.close_iteration(1)
+    assert not (run.iteration(1) / "DONE").exists()
+    assert all(state.exists() for state in states)
+
+
+def test_closing_an_iteration_again_finishes_what_a_kill_left(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [with_learner(run, t) for t in range(2)]
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.core.run.shutil.rmtree", kill)
+        with pytest.raises(Killed):
+            run.close_iteration(1)
+    assert (run.iteration(1) / "DONE").exists()
+    run.close_iteration(1)
+    assert [state.exists() for state in states] == [False, True]
+
+
+def test_closing_the_warm_up_removes_nothing(run: RunDirectory) -> None:
+    state = with_learner(run, 0)
+    run.close_iteration(0)
+    assert state.exists()
+
+
+def test_nested_settings_become_dotted_keys() -> None:
+    assert flatten({"a": {"b": {"c": 1}, "d": [2]}, "e": None}) == {"a.b.c": 1, "a.d": [2], "e": None}
+
+
+def test_the_stored_configuration_is_plain_yaml(run: RunDirectory) -> None:
+    stored = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert stored["rollout"]["samples"] == 4
+    assert stored["weighting"]["method"] == "likelihood"

@@ -1,0 +1,229 @@
+"""The E-step's arithmetic: what defines each weighting; defects of other implementations as cases."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from pipeline.core.config import WeightingConfig
+from pipeline.core.weighting import (
+    Scored,
+    best_answer,
+    effective_sample_size,
+    importance_weights,
+    log_mean_likelihood,
+    summarise,
+)
+
+METHODS = ("likelihood", "posterior", "length_normalised", "reward", "uniform")
+log_likelihoods = st.lists(st.floats(-500, 0), min_size=1, max_size=8)
+
+
+def weights(values: Sequence[float], *, num_tokens: int = 3, **config: object) -> np.ndarray:
+    scored = [Scored(value, num_tokens) for value in values]
+    return importance_weights(scored, WeightingConfig.model_validate(config))
+
+
+def test_likelihood_weights_are_the_probabilities_of_the_gold_answer() -> None:
+    assert weights([math.log(0.5), math.log(0.125)], method="likelihood") == pytest.approx([0.5, 0.125])
+
+
+def test_the_better_of_two_trajectories_gets_the_softmax_share_and_not_the_rest() -> None:
+    # Defect in the wild: weights NLL_i / sum NLL would give 0.048 to the better and 0.952 to the worse one.
+    assert weights([-0.1, -2.0], method="posterior") == pytest.approx([0.870, 0.130], abs=5e-4)
+
+
+def test_length_normalised_weights_are_geometric_mean_token_probabilities() -> None:
+    assert weights([-6.0, -3.0], num_tokens=3, method="length_normalised") == pytest.approx(
+        [math.exp(-2), math.exp(-1)]
+    )
+    normalised = weights([-6.0, -3.0], method="length_normalised", self_normalised=True)
+    assert normalised == pytest.approx(np.exp([-2, -1]) / np.exp([-2, -1]).sum())
+
+
+def test_a_longer_gold_answer_is_not_punished_by_length_normalisation() -> None:
+    scored = [Scored(-6.0, 6), Scored(-1.0, 1)]
+    config = WeightingConfig(method="length_normalised")
+    assert importance_weights(scored, config) == pytest.approx([math.exp(-1)] * 2)
+
+
+def test_uniform_weights_are_one_over_k() -> None:
+    assert weights([-1.0, -50.0, 0.0, -3.0], method="uniform") == pytest.approx([0.25] * 4)
+
+
+def test_a_higher_reward_gives_a_higher_weight() -> None:
+    # Defect in the wild: a metric fed through exp(-x) trains on the worst answers.
+    scored = [Scored(-1.0, 2, reward=reward) for reward in (0.0, 0.4, 1.0)]
+    assert importance_weights(scored, WeightingConfig(method="reward")).tolist() == [0.0, 0.4, 1.0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("method", ["likelihood", "posterior", "length_normalised"])
+@given(values=log_likelihoods)
+def test_a_more_likely_gold_answer_never_gets_a_smaller_weight(
+    method: str, temperature: float, values: list[float]
+) -> None:
+    result = weights(values, method=method, temperature=temperature)
+    order = np.argsort(values, kind="stable")
+    assert (np.diff(result[order]) >= 0).all()
+    assert np.isfinite(result).all()
+    assert (result >= 0).all()
+
+
+@given(values=log_likelihoods, temperature=st.floats(0.2, 5))
+def test_posterior_weights_of_a_question_sum_to_one(values: list[float], temperature: float) -> None:
+    assert weights(values, method="posterior", temperature=temperature).sum() == pytest.approx(1.0)
+
+
+@given(values=log_likelihoods, shift=st.floats(-200, 0))
+def test_posterior_weights_do_not_change_when_all_answers_become_less_likely(
+    values: list[float], shift: float
+) -> None:
+    shifted = [value + shift for value in values]
+    assert weights(shifted, method="posterior") == pytest.approx(
+        weights(values, method="posterior"), abs=1e-9
+    )
+
+
+def test_posterior_weights_survive_answers_too_unlikely_for_floating_point() -> None:
+    assert weights([-5000.0, -5001.0], method="posterior") == pytest.approx(
+        weights([-1.0, -2.0], method="posterior")
+    )
+
+
+@given(values=st.lists(st.floats(-20, 0), min_size=2, max_size=6))
+def test_the_floor_leads_from_the_exact_posterior_to_the_likelihood(values: list[float]) -> None:
+    exact, likelihood = np.exp(values) / np.exp(values).sum(), np.exp(values)
+    assert weights(values, method="posterior", floor=0.0) == pytest.approx(exact, rel=1e-9)
+    huge = weights(values, method="posterior", floor=1e9)
+    assert huge / huge.max() == pytest.approx(likelihood / likelihood.max(), rel=1e-6)
+    middle = weights(values, method="posterior", floor=0.1)
+    assert middle == pytest.approx(likelihood / (0.1 + likelihood.sum()), rel=1e-9)
+
+
+def test_with_a_floor_a_question_whose_trajectories_all_fail_fades_out() -> None:
+    failed = weights([-30.0, -31.0], method="posterior", floor=1e-3)
+    assert failed.max() < 1e-9
+    assert weights([-30.0, -31.0], method="posterior").max() > 0.7
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_questions_weights_do_not_depend_on_the_company_it_is_scored_in(method: str) -> None:
+    # Defect in the wild: a normaliser over the shuffled micro-batch instead of one question's trajectories.
+    config = WeightingConfig.model_validate({"method": method})
+    good = [Scored(-0.1, 2, True, 1.0), Scored(-0.2, 2, True, 1.0)]
+    bad = [Scored(-40.0, 2), Scored(-41.0, 2)]
+    alone = importance_weights(bad, config)
+    together = [importance_weights(group, config) for group in (good, bad)]
+    assert together[1].tolist() == alone.tolist()
+    assert summarise([good, bad], together).questions == 2
+
+
+def test_only_the_answers_likelihood_counts_not_the_trajectorys_length_or_probability() -> None:
+    # Defect in the wild: scoring the mean NLL of every assistant token. A trajectory enters by the likelihood
+    # of the gold answer behind it; how probable its own words were changes nothing by default.
+    scored = [Scored(-1.0, 3, log_ratio=-5.0), Scored(-1.0, 3, log_ratio=0.0)]
+    for method in ("likelihood", "posterior", "length_normalised"):
+        result = importance_weights(scored, WeightingConfig.model_validate({"method": method}))
+        assert result[0] == result[1]
+
+
+def test_the_proposal_correction_multiplies_by_the_clipped_ratio() -> None:
+    scored = [Scored(-1.0, 3, log_ratio=ratio) for ratio in (-1.0, 0.0, 10.0)]
+    config = WeightingConfig(method="uniform", correct_proposal=True, max_ratio=2.0)
+    assert importance_weights(scored, config) * 3 == pytest.approx([math.exp(-1), 1.0, 2.0])
+
+
+def test_the_proposal_correction_keeps_self_normalised_weights_normalised() -> None:
+    scored = [Scored(-1.0, 3, log_ratio=math.log(2)), Scored(-1.0, 3, log_ratio=0.0)]
+    for settings in ({"method": "posterior"}, {"method": "length_normalised", "self_normalised": True}):
+        config = WeightingConfig.model_validate(settings | {"correct_proposal": True})
+        assert importance_weights(scored, config) == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_weights_are_clipped_at_the_maximum() -> None:
+    assert weights([0.0, -5.0], method="likelihood", max_weight=0.5) == pytest.approx([0.5, math.exp(-5)])
+
+
+@pytest.mark.parametrize("values", [[], [float("nan")], [0.5]])
+def test_impossible_log_likelihoods_are_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"trajectories|at most 0"):
+        weights(values, method="likelihood")
+
+
+def test_rounding_above_zero_is_taken_as_certainty() -> None:
+    assert weights([1e-6], method="likelihood").tolist() == [1.0]
+
+
+@pytest.mark.parametrize("method", ["likelihood", "posterior", "length_normalised"])
+def test_impossible_answers_get_weight_zero(method: str) -> None:
+    assert weights([-math.inf, -1.0], method=method)[0] == 0.0
+    assert weights([-math.inf, -math.inf], method=method).tolist() == [0.0, 0.0]
+
+
+def test_the_most_likely_of_several_gold_answers_counts() -> None:
+    assert best_answer([-3.0, -1.0, -2.0]) == 1
+    assert best_answer([-1.0, -1.0]) == 0
+    with pytest.raises(ValueError, match="without answers"):
+        best_answer([])
+
+
+@given(values=st.lists(st.floats(0, 1), min_size=1, max_size=8), scale=st.sampled_from([1.0, 1e-200, 1e-300]))
+def test_effective_sample_size_lies_between_one_and_k_whatever_the_scale(
+    values: list[float], scale: float
+) -> None:
+    w = np.array(values) * scale
+    assume(w.max() > 1e-300)
+    assert 1 - 1e-9 <= effective_sample_size(w) <= len(values) + 1e-9
+
+
+def test_effective_sample_size_of_known_cases() -> None:
+    assert effective_sample_size(np.ones(4)) == pytest.approx(4)
+    assert effective_sample_size(np.array([0.0, 1e-250, 0.0])) == pytest.approx(1)
+    assert effective_sample_size(np.zeros(3)) == 0
+    assert effective_sample_size(np.array([1.0, 3.0])) == pytest.approx(1.6)
+
+
+@given(values=log_likelihoods)
+def test_the_bound_of_a_question_is_the_log_of_the_mean_likelihood(values: list[float]) -> None:
+    bound = log_mean_likelihood(np.array(values))
+    assert min(values) - 1e-9 <= bound <= max(values) + 1e-9
+    if max(values) > -300:
+        assert bound == pytest.approx(math.log(np.mean(np.exp(values))), rel=1e-6, abs=1e-9)
+
+
+def test_the_summary_of_an_e_step() -> None:
+    groups = [
+        [Scored(math.log(0.5), 1, correct=True), Scored(math.log(0.1), 1)],
+        [Scored(math.log(0.2), 1), Scored(math.log(0.2), 1)],
+    ]
+    config = WeightingConfig(method="likelihood")
+    summary = summarise(groups, [importance_weights(group, config) for group in groups])
+    bounds = [math.log(0.3), math.log(0.2)]
+    assert summary.likelihood_bound == pytest.approx(np.mean(bounds))
+    assert summary.likelihood_bound_stderr == pytest.approx(np.std(bounds, ddof=1) / math.sqrt(2))
+    assert summary.effective_sample_size == pytest.approx((0.36 / 0.26 + 2) / 2)
+    assert summary.all_failed_share == 50.0
+    assert summary.mean_weight == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="0 questions"):
+        summarise([], [])
+
+
+def test_the_pure_modules_load_no_engine_no_cluster_and_no_trainer() -> None:
+    code = (
+        "import sys, pipeline.core.weighting, pipeline.core.losses.likelihood, pipeline.core.renderer, "
+        "pipeline.core.agents.search, "
+        "pipeline.core.evaluation, pipeline.core.data.questions, pipeline.core.data.warmup\n"
+        "print(sorted({'ray', 'vllm', 'deepspeed'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert result.stdout.strip() == "[]"
