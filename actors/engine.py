@@ -28,7 +28,7 @@ import torch
 
 from actors.weight_bucket import Segment
 from actors.weight_transfer import Transport, WeightTransferError, backend_name
-from pipeline.core.agents.search import Completion, EngineError, Sampling
+from pipeline.core.agents.program import Completion, EngineError, Sampling
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs, RequestOutput, SamplingParams

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ray
 import ray.exceptions
 
-from pipeline.core.agents.search import Retrieve
+from pipeline.core.agents.program import Retrieve
 from pipeline.core.config import RetrieverConfig
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
 from retriever_service.search.search import CACHED_QUERIES, Hit, SearchEngine

@@ -1,78 +1,112 @@
-"""A rollout worker: one vLLM engine, many search agents at once.
+"""A rollout worker: one vLLM engine, many episodes at once.
 
-A request is one question with its K samples. All agents run as coroutines; none waits for another, and the engine
-batches whatever is in flight. What comes back for a question is two objects: a small `RolloutSummary` for the driver
-and the trajectories themselves, which the driver passes on by reference only.
+A request is one task with its K samples of a program. All episodes run as coroutines; none waits for another, and the
+engine batches whatever is in flight. What comes back for a task is two objects: a small `RolloutSummary` for the driver
+and the episodes themselves, which the driver passes on by reference only.
+
+A program whose roles are several policies runs on a worker of one of them and reaches the others through their
+workers' `generate` and `token_logprobs`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from actors.engine import EngineOptions, VllmEngine, WeightState
 from actors.retriever import RetrieverClient
-from pipeline.core.agents.search import EngineError, Sampling, SearchAgent, derive_seed
-from pipeline.core.config import AgentConfig
+from pipeline.core.agents.program import (
+    Completion,
+    EngineError,
+    Model,
+    Program,
+    Sampling,
+    Task,
+    derive_seed,
+)
 from pipeline.core.models import load_tokenizer
-from pipeline.core.records import Question, ScoreRequest, Trajectory
-from pipeline.core.renderer import Renderer
+from pipeline.core.records import Episode, ScoreRequest
 
 T = TypeVar("T")
-Scoring = Callable[[Sequence[int], int], Awaitable[T]]
 
 INFRASTRUCTURE_ATTEMPTS = 2
-"""A trajectory that an infrastructure failure ended is run this many times before it is given up, and so is a scoring
+"""An episode that an infrastructure failure ended is run this many times before it is given up, and so is a scoring
 request."""
+
+
+class PeerDied(RuntimeError):
+    """The worker that a role of the program lives on has died. `role` says whose."""
+
+    def __init__(self, role: str) -> None:
+        super().__init__(f"the worker of the role {role} died")
+        self.role = role
+
+    def __reduce__(self) -> tuple[type[PeerDied], tuple[str]]:
+        return PeerDied, (self.role,)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another policy's worker, as a role of a program sees it: its handle, its engine's options and weight version."""
+
+    handle: Any
+    options: EngineOptions
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """Sample `samples` trajectories of `question`. `seed`: of run and iteration. `temperature`: 0 is greedy."""
+    """Run `program` `samples` times on `task`.
 
-    question: Question
-    agent: AgentConfig
+    Attributes:
+        sampling: temperature and truncation; its seed is that of the run and the phase, from which each episode derives
+            its own.
+        roles: the roles that this worker's own engine plays.
+        peers: the other roles.
+    """
+
+    task: Task
+    program: Program[Any]
     samples: int
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
+    sampling: Sampling
+    roles: tuple[str, ...]
+    peers: Mapping[str, Peer] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutSummary:
     """What the driver needs to know of a finished request: counts, not contents."""
 
-    question_id: str
-    trajectories: int
+    task_id: str
+    episodes: int
     infrastructure_failures: int
     generated_tokens: int
     last_failure: str = ""
 
 
 class RolloutWorker:
-    """The actor class; `cluster.py` gives it its resources. Await `start` before use.
+    """The actor class; `actors.pool` gives it its resources. Await `start` before use.
 
     The weight-transfer verbs are those of `VllmEngine`, called by the learner (`actors.weight_transfer.RayEngines`).
 
     Args:
         options: of the vLLM engine.
         retriever: client of the retriever replicas.
-        concurrency: agents in flight.
+        concurrency: episodes in flight.
     """
 
     def __init__(self, options: EngineOptions, retriever: RetrieverClient, *, concurrency: int) -> None:
         self.options = options
         self.retriever = retriever
         self.engine = VllmEngine(options)
-        self.tokenizer = load_tokenizer(options.model)
         self._slots = asyncio.Semaphore(concurrency)
-        self._agents: dict[str, SearchAgent] = {}
 
     async def start(self, version: int) -> str:
         """Bring the engine up with the weights in `options.model`, which are policy version `version`.
@@ -83,47 +117,60 @@ class RolloutWorker:
         await self.engine.start(version)
         return str(ray.get_runtime_context().get_node_id())
 
+    async def search_with(self, retriever: RetrieverClient) -> None:
+        """From now on programs retrieve there."""
+        self.retriever = retriever
+
     @ray.method(num_returns=2)
-    async def rollout(self, request: RolloutRequest) -> tuple[RolloutSummary, list[Trajectory]]:
-        """All samples of one question, in the order of their numbers."""
-        agent = self._agent(request.agent)
-        runs = [self._sample(agent, request, sample) for sample in range(request.samples)]
-        trajectories = await asyncio.gather(*runs)
-        failures = [t for t in trajectories if t.stop_reason.is_infrastructure]
+    async def rollout(self, request: RolloutRequest) -> tuple[RolloutSummary, list[Episode]]:
+        """All episodes of one task, in the order of their numbers.
+
+        Raises:
+            PeerDied: another policy's worker is gone; nothing of the request is kept.
+        """
+        episodes = await asyncio.gather(
+            *(self._episode(request, sample) for sample in range(request.samples))
+        )
+        failures = [failure for episode in episodes if (failure := episode.failure) is not None]
         summary = RolloutSummary(
-            question_id=request.question.id,
-            trajectories=len(trajectories),
+            task_id=request.task.id,
+            episodes=len(episodes),
             infrastructure_failures=len(failures),
-            generated_tokens=sum(int(t.loss_mask.sum()) for t in trajectories),
+            generated_tokens=sum(int(turn.loss_mask.sum()) for e in episodes for turn in e.turns),
             last_failure=failures[-1].detail if failures else "",
         )
-        return summary, list(trajectories)
+        return summary, list(episodes)
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        """One turn for a program that runs elsewhere."""
+        return await self._or_exit(lambda: self.engine.generate(prompt_ids, sampling))
+
+    async def token_logprobs(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
+        """log p of each token from `start` on, of each request."""
+        return list(await asyncio.gather(*(self._score(request) for request in requests)))
+
+    async def _score(self, request: ScoreRequest) -> list[float]:
+        for attempts_left in reversed(range(INFRASTRUCTURE_ATTEMPTS)):
+            try:
+                return await self._or_exit(
+                    lambda: self.engine.token_logprobs(request.token_ids.tolist(), request.start)
+                )
+            except EngineError:
+                if not attempts_left:
+                    raise
+        raise AssertionError  # the last attempt returns or raises
+
+    async def _or_exit(self, call: Callable[[], Awaitable[T]]) -> T:
+        try:
+            return await call()
+        except EngineError:
+            self._exit_if_dead()
+            raise
 
     def _exit_if_dead(self) -> None:
         """An engine process that died cannot come back: this actor ends, and the driver replaces it as a whole."""
         if self.engine.is_dead:
             os._exit(1)
-
-    async def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
-        """log p of the tokens from `start` on, of each request."""
-        return await self._answers(self.engine.score, requests)
-
-    async def token_logprobs(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
-        """The same, token by token."""
-        return await self._answers(self.engine.token_logprobs, requests)
-
-    async def _answers(self, ask: Scoring[T], requests: Sequence[ScoreRequest]) -> list[T]:
-        return list(await asyncio.gather(*(self._answer(ask, request) for request in requests)))
-
-    async def _answer(self, ask: Scoring[T], request: ScoreRequest) -> T:
-        for attempts_left in reversed(range(INFRASTRUCTURE_ATTEMPTS)):
-            try:
-                return await ask(request.token_ids.tolist(), request.start)
-            except EngineError:
-                self._exit_if_dead()
-                if not attempts_left:
-                    raise
-        raise AssertionError  # the last attempt returns or raises
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         await self.engine.init_weight_transfer_engine(init_info)
@@ -147,38 +194,74 @@ class RolloutWorker:
         """End the engine process."""
         self.engine.shutdown()
 
-    async def _sample(self, agent: SearchAgent, request: RolloutRequest, sample: int) -> Trajectory:
-        sampling = Sampling(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            max_tokens=request.agent.max_turn_tokens,
-            seed=derive_seed(request.seed, request.question.id, sample),
-            stop=(),
-        )
+    async def _episode(self, request: RolloutRequest, sample: int) -> Episode:
+        sampling = replace(request.sampling, seed=derive_seed(request.sampling.seed, request.task.id, sample))
         async with self._slots:
             for _ in range(INFRASTRUCTURE_ATTEMPTS):
-                trajectory = await agent.run(
-                    request.question,
-                    sampling=sampling,
-                    sample=sample,
-                    policy_version=self.engine.weights.version,
+                peers = {name: RemoteModel(name, peer) for name, peer in request.peers.items()}
+                own = LocalModel(self.engine)
+                roles: dict[str, Model] = {**dict.fromkeys(request.roles, own), **peers}
+                episode = await request.program(
+                    request.task, roles, self.retriever.search, sampling=sampling, sample=sample
                 )
-                if not trajectory.stop_reason.is_infrastructure:
+                if episode.failure is None:
                     break
                 self._exit_if_dead()
-        return trajectory
+                for name, peer in peers.items():
+                    if peer.is_dead:
+                        raise PeerDied(name)
+        return episode
 
-    def _agent(self, config: AgentConfig) -> SearchAgent:
-        key = config.model_dump_json()
-        if key not in self._agents:
-            self._agents[key] = SearchAgent(
-                Renderer(self.tokenizer, config),
-                self.engine,
-                self.retriever.search,
-                max_length=self.options.max_model_len,
-            )
-        return self._agents[key]
+
+class LocalModel:
+    """A role that this worker's own engine plays."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self._engine = engine
+        self.tokenizer = _tokenizer(engine.options.model)
+        self.max_length = engine.options.max_model_len
+        self.records_proposal = engine.options.record_proposal
+        self.version = engine.weights.version
+        self.generate = engine.generate
+        self.token_logprobs = engine.token_logprobs
+
+
+class RemoteModel:
+    """A role that another worker's engine plays."""
+
+    def __init__(self, role: str, peer: Peer) -> None:
+        self._role = role
+        self._handle = peer.handle
+        self.tokenizer = _tokenizer(peer.options.model)
+        self.max_length = peer.options.max_model_len
+        self.records_proposal = peer.options.record_proposal
+        self.version = peer.version
+        self.is_dead = False
+
+    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+        return await self._answer(self._handle.generate.remote(list(prompt_ids), sampling))
+
+    async def token_logprobs(self, token_ids: Sequence[int], start: int) -> list[float]:
+        (logprobs,) = await self._answer(
+            self._handle.token_logprobs.remote([ScoreRequest.of(token_ids, start)])
+        )
+        return list(logprobs)
+
+    async def _answer(self, reference: Any) -> Any:
+        try:
+            return await reference
+        except RayActorError as error:
+            self.is_dead = True
+            raise EngineError(f"the worker of the role {self._role} died: {error}") from error
+        except RayTaskError as error:
+            if isinstance(error.cause, EngineError):
+                raise EngineError(f"role {self._role}: {error.cause}") from error
+            raise
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(model: str) -> Any:
+    return load_tokenizer(model)
 
 
 RolloutActor = ray.remote(RolloutWorker)

@@ -24,9 +24,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from actors.cluster import Cluster, Serving, plan, ray_session
-from actors.learner_group import LearnerGroup
-from pipeline.core.agents.search import derive_seed
+from actors.cluster import Cluster, plan
+from actors.session import ray_session
+from actors.weighting import Destination
+from pipeline.core.agents.program import Sampling, derive_seed
+from pipeline.core.agents.search import SEARCHER
+from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import AgentConfig, Config
 from pipeline.core.data.splits import Splits, load_splits
 from pipeline.core.data.warmup_source import WarmUpSource, load_warm_up_source, warm_up_examples
@@ -34,12 +37,14 @@ from pipeline.core.display import Display
 from pipeline.core.evaluation import evaluate
 from pipeline.core.models import load_tokenizer
 from pipeline.core.packing import num_targets
+from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Question, examples_from_table, examples_to_table, trajectories_to_table
 from pipeline.core.renderer import Renderer
 from pipeline.core.report import best_iteration, build_report, scalars, should_stop
 from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
 from pipeline.core.run import Json, RunDirectory, write_json, write_table
 from pipeline.core.tracking import Tracker
+from pipeline.core.weighing import SearchWeights
 from retriever_service.index.index import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -61,8 +66,8 @@ def train(config: Config, run_path: Path, display: Display) -> Json:
     servers = await_servers(config, display)
     with RunDirectory(run_path, config) as run, Tracker(run.path, config.tracking, run.path.name) as tracker:
         display.log_to(run.path / "run.log")
-        with ray_session(config):
-            plan(config)
+        with ray_session(config.cluster):
+            plan([searcher_of(config)], config.cluster, config.retriever)
             searched = servers or prepare_index(config, run.path / "index", display)
             run.keep_to(
                 searched.fingerprint if isinstance(searched, Servers) else read_manifest(searched).fingerprint
@@ -70,6 +75,18 @@ def train(config: Config, run_path: Path, display: Display) -> Json:
             em = ExpectationMaximisation(config, renderer, splits, source, run, searched, tracker, display)
             with em.start_cluster():
                 return em.run_all()
+
+
+def searcher_of(config: Config) -> PolicySpec:
+    """The one policy of ExSearch."""
+    return PolicySpec(
+        SEARCHER,
+        config.model,
+        config.rollout,
+        config.learner,
+        records_proposal=config.weighting.correct_proposal,
+        seed=config.seed,
+    )
 
 
 class ExpectationMaximisation:
@@ -95,7 +112,6 @@ class ExpectationMaximisation:
         self.tracker = tracker
         self.display = display
         self.base_version = 0 if warm_up_source is None else -1
-        self.learner_version: int | None = None
 
     def run_all(self) -> Json:
         if self.splits.test and self.base_version < 0:
@@ -148,18 +164,32 @@ class ExpectationMaximisation:
         """Trajectories of theta_{t-1} and their weights."""
 
         def sample() -> Json:
-            self.serve(t - 1)
-            iteration = self.run.iteration(t)
+            config, iteration = self.config, self.run.iteration(t)
+            self.searcher.restore(self.snapshot(t - 1))
             with self.display.progress(
                 f"iteration {t}: E-step", len(self.splits.train), "questions"
             ) as advance:
-                return self.cluster.expectation(
+                report = self.cluster.sample(
+                    SearchProgram(config.agent, score_answers=True),
                     self.splits.train,
-                    self.run.fresh(iteration / "rollouts"),
-                    self.run.fresh(iteration / "weighted"),
-                    seed=derive_seed(self.config.seed, "e-step", t),
+                    {SEARCHER: self.searcher},
+                    samples=config.rollout.samples,
+                    sampling=Sampling(
+                        config.rollout.temperature,
+                        config.rollout.top_p,
+                        config.rollout.top_k,
+                        seed=derive_seed(config.seed, "e-step", t),
+                    ),
+                    into=Destination(
+                        rollouts=self.run.fresh(iteration / "rollouts"),
+                        examples={SEARCHER: self.run.fresh(iteration / "weighted")},
+                        tasks_per_shard=config.em.questions_per_shard,
+                        weigh=SearchWeights(config.weighting, config.agent, config.model.path),
+                    ),
                     on_done=lambda summary: advance(1),
                 )
+            counts = {"trajectories": report.trajectories, "generated_tokens": report.generated_tokens}
+            return {**report.statistics, **counts}
 
         self.phase(t, "expectation", sample)
 
@@ -167,23 +197,20 @@ class ExpectationMaximisation:
         """theta_t: weighted maximum likelihood on the E-step's shards, from theta_{t-1} on."""
 
         def maximise() -> Json:
-            self.cluster.rest()
-            learner = self.learner_at(t - 1)
+            self.searcher.restore(self.snapshot(t - 1))
             shards = sorted((self.run.iteration(t) / "weighted").glob("*.parquet"))
             if t > 0 and self.config.warmup.mix > 0:
                 shards.append(self.mixed_in(t, shards))
             name = f"iteration {t}: M-step" if t else "warm-up"
             with self.display.progress(name, None, "steps") as advance:
-                metrics = learner.train(
+                metrics = self.searcher.train(
                     shards,
-                    phase_seed=derive_seed(self.config.seed, "m-step", t),
+                    seed=derive_seed(self.config.seed, "m-step", t),
                     learning_rate=learning_rate,
                     epochs=epochs,
                     on_progress=advance.to,
                 )
-            learner.save(self.run.learner(t))
-            learner.export(self.run.model(t))
-            self.learner_version = t
+            self.searcher.save(t, state=self.run.learner(t), model=self.run.model(t))
             for number, step in enumerate(metrics.pop("history"), start=1):
                 self.tracker.log(step, iteration=t, phase="maximisation", step=number)
             return metrics
@@ -206,7 +233,8 @@ class ExpectationMaximisation:
         """Push theta_t and evaluate it on the dev questions."""
 
         def measure() -> Json:
-            push = self.serve(t)
+            self.searcher.restore(self.snapshot(t))
+            push = self.searcher.push()
             at = self.run.iteration(t) / "evaluation.parquet"
             scores = self.evaluate(self.splits.dev, self.config.agent, f"iteration {t}: dev", at)
             return {"push": push, "scores": scores}
@@ -218,7 +246,7 @@ class ExpectationMaximisation:
         """Evaluate one version on the test questions; `switches` turns it into a baseline."""
 
         def measure() -> Json:
-            self.serve(version)
+            self.searcher.restore(self.snapshot(version))
             agent = self.config.agent.model_copy(update=switches)
             at = self.run.path / "test" / f"{name}.parquet"
             return {"iteration": version} | self.evaluate(self.splits.test, agent, f"test: {name}", at)
@@ -243,43 +271,38 @@ class ExpectationMaximisation:
 
         return self.run.phase(t, name, logged)
 
-    def policy(self, version: int) -> str:
-        """The model directory of a version."""
-        return self.config.model.path if version == self.base_version else str(self.run.model(version))
+    def snapshot(self, version: int) -> Snapshot:
+        """A version of the searcher on disk."""
+        if version == self.base_version:
+            return Snapshot(version, self.config.model.path)
+        return Snapshot(version, str(self.run.model(version)), self.run.learner(version))
 
     def start_cluster(self) -> Cluster:
         """Engines start with the newest finished model, which spares a resumed run one load."""
         finished = [t for t in range(self.config.em.iterations + 1) if self.run.finished(t, "maximisation")]
-        newest = max(finished, default=self.base_version)
+        newest = self.snapshot(max(finished, default=self.base_version))
+        config = self.config
         with self.display.status("starting the retriever and the vLLM engines"):
-            self.cluster = Cluster(self.config, self.searched, Serving(self.policy(newest), newest))
+            self.cluster = Cluster(
+                [searcher_of(config)],
+                config.cluster,
+                config.retriever,
+                self.searched,
+                serving={SEARCHER: newest},
+                status=self.display.status,
+            )
+        self.searcher = self.cluster.policy(SEARCHER)
         return self.cluster
-
-    def learner_at(self, version: int) -> LearnerGroup:
-        """The learner with the weights and the optimiser of a version."""
-        if self.cluster.learner is None or self.learner_version != version:
-            state = self.run.learner(version) if version != self.base_version else None
-            with self.display.status("starting the learner"):
-                self.cluster.start_learner(state)
-            self.learner_version = version
-        assert self.cluster.learner is not None
-        return self.cluster.learner
-
-    def serve(self, version: int) -> Json | None:
-        """Bring a version to the engines: pushed by the learner if it holds it, else loaded from disk."""
-        if self.cluster.serving.version == version:
-            return None
-        if self.learner_version == version and version != self.base_version:
-            return self.cluster.push(self.run.model(version), version)
-        self.cluster.serve(self.policy(version), version)
-        return None
 
     def evaluate(
         self, questions: Sequence[Question], agent: AgentConfig, name: str, trajectories_at: Path
     ) -> Json:
         """Greedy scores; the trajectories are kept beside them for whoever wants to read them."""
         with self.display.progress(name, len(questions), "questions") as advance:
-            trajectories = self.cluster.greedy(questions, agent, on_done=lambda summary: advance(1))
+            episodes = self.cluster.greedy(
+                SearchProgram(agent), questions, {SEARCHER: self.searcher}, on_done=lambda summary: advance(1)
+            )
+        trajectories = [episode.turn(SEARCHER) for episode in episodes]
         write_table(trajectories_at, trajectories_to_table(trajectories))
         return evaluate(questions, trajectories, self.config.evaluation.bootstrap_samples, self.config.seed)
 

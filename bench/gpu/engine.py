@@ -10,7 +10,7 @@ import torch
 from bench.gpu.hosted import HostedEngine, engine_options, hosted
 from bench.gpu.models import TOKENIZER
 from bench.gpu.rows import Row, at_least, at_most
-from pipeline.core.agents.search import Sampling
+from pipeline.core.agents.program import Sampling
 from pipeline.core.models import load_tokenizer
 
 QUESTIONS = [

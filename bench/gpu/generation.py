@@ -11,7 +11,7 @@ import numpy as np
 from bench.gpu.hosted import HostedEngine, engine_options, hosted
 from bench.gpu.models import SHAPES, random_model
 from bench.gpu.rows import Row, Size
-from pipeline.core.agents.search import Sampling
+from pipeline.core.agents.program import Sampling
 
 PROMPT, TURN = 600, 76
 

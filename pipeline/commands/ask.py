@@ -1,25 +1,29 @@
-"""One question to a trained searcher, watched step by step. No Ray: one engine, and one index or its servers."""
+"""One question to a trained searcher, watched step by step."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import warnings
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from actors.engine import EngineOptions, VllmEngine
-from actors.placement import GPU_MEMORY_UTILIZATION
-from actors.retriever import open_retriever
-from pipeline.core.agents.search import Event, Sampling, SearchAgent
+from ray.util.queue import Empty, Queue
+
+from actors.cluster import Cluster
+from actors.session import ray_session
+from pipeline.core.agents.search import SEARCHER, Event, OnEvent
+from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import Config
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
-from pipeline.core.models import check_model, load_tokenizer
+from pipeline.core.models import check_model
+from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Question, Trajectory
-from pipeline.core.renderer import Renderer
 from pipeline.core.retrieval import Searched, await_servers
 from pipeline.core.run import Json
+
+POLL_S = 0.2
+"""Longest that the last event is waited for, in seconds."""
 
 
 def ask(
@@ -45,37 +49,57 @@ def ask(
         UserError, RetrieverError: no such model or index, or no server that answers.
     """
     check_model(model)
-    _quieten_libraries()
-    retrieve = open_retriever(_searched(index, config, display), config.retriever)
-    renderer = Renderer(load_tokenizer(model), config.agent)
-
-    async def run() -> Trajectory:
-        engine = VllmEngine(
-            EngineOptions(
-                model=model,
-                dtype=config.model.dtype,
-                tensor_parallel_size=config.rollout.tensor_parallel_size,
-                max_model_len=config.model.max_length,
-                max_num_seqs=1,
-                gpu_memory_utilization=config.rollout.gpu_memory_utilization or GPU_MEMORY_UTILIZATION,
-                kv_cache_gib=config.rollout.kv_cache_gib,
-                enforce_eager=True,
+    searched = _searched(index, config, display)
+    spec = PolicySpec(
+        SEARCHER,
+        config.model.model_copy(update={"path": model}),
+        config.rollout.model_copy(update={"workers": 1, "concurrency": 1, "enforce_eager": True}),
+    )
+    retriever = config.retriever.model_copy(update={"replicas": 1})
+    with ray_session(config.cluster):
+        with display.status("starting the retriever and vLLM"):
+            cluster = Cluster([spec], config.cluster, retriever, searched)
+        with cluster, _watching(lambda event: show(event, on_text)) as on_event:
+            (episode,) = cluster.greedy(
+                SearchProgram(config.agent, on_event=on_event),
+                [Question("ask", question, ("",))],
+                {SEARCHER: cluster.policy(SEARCHER)},
             )
-        )
-        with display.status("starting vLLM"):
-            await engine.start()
-        try:
-            agent = SearchAgent(renderer, engine, retrieve, max_length=config.model.max_length)
-            greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=0, seed=0, stop=())
-            return await agent.run(
-                Question("ask", question, ("",)),
-                sampling=greedy,
-                on_event=lambda event: show(event, on_text),
-            )
-        finally:
-            engine.shutdown()
+    return as_json(question, episode.turn(SEARCHER))
 
-    return as_json(question, asyncio.run(run()))
+
+class _Relay:
+    """Sends events from the worker where the program runs; picklable."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def __call__(self, event: Event) -> None:
+        self._queue.actor.put_nowait.remote(event)
+
+
+@contextmanager
+def _watching(on_event: OnEvent) -> Iterator[OnEvent]:
+    """Has `on_event` called here for what is told to the relay, until the block has ended and nothing is left to
+    tell."""
+    queue, ended = Queue(actor_options={"num_cpus": 0}), threading.Event()
+
+    def tell() -> None:
+        while True:
+            try:
+                on_event(queue.get(timeout=POLL_S))
+            except Empty:
+                if ended.is_set():
+                    return
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield _Relay(queue)
+    finally:
+        ended.set()
+        teller.join()
+        queue.shutdown()
 
 
 def _searched(index: Path | None, config: Config, display: Display) -> Searched:
@@ -96,14 +120,6 @@ def run_config_of(model: str) -> Path | None:
     parents = Path(model).resolve().parents
     config = parents[2] / "config.yaml" if len(parents) > 2 else None
     return config if config is not None and config.is_file() else None
-
-
-def _quieten_libraries() -> None:
-    """Here the engine runs in the process of a person who asks: what vLLM tells operators would bury the answer."""
-    warnings.simplefilter("ignore", FutureWarning)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
 def show(event: Event, on_text: Callable[[str], None]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from actors.cluster import count_devices, ray_session
+from actors.session import count_devices, ray_session
 from pipeline.core.config import Config
 from pipeline.core.config_loading import load_config
 from pipeline.core.data.world.writer import write_world
@@ -32,7 +32,7 @@ def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
         UserError: bad overrides, or a run directory that holds something else.
     """
     world = run.with_name(f"{run.name}-world")
-    with ray_session(demo_config(world, overrides)):
+    with ray_session(demo_config(world, overrides).cluster):
         config = demo_config(world, overrides, count_devices())
         make_world(world, seed=0, size="small", display=display)
         report = train(config, run, display)

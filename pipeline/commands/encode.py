@@ -7,9 +7,9 @@ from pathlib import Path
 
 import ray
 
-from actors.cluster import ray_session
 from actors.encoding import encode_with_actors
-from pipeline.core.config import Config
+from actors.session import ray_session
+from pipeline.core.config import ClusterConfig
 from pipeline.core.display import Display
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.encoding.vectors import StoreDtype, VectorStore
@@ -33,7 +33,7 @@ def encode_on_cluster(
     Raises:
         RetrieverError, RetrieverUnavailable: see `encode_with_actors`.
     """
-    with ray_session(Config()):
+    with ray_session(ClusterConfig()):
         resources = ray.cluster_resources()
         device, of_them = ("cuda", "GPU") if resources.get("GPU") else ("cpu", "CPU")
         with display.progress("encoding", None, "passages") as advance:

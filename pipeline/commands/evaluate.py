@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from actors.cluster import Cluster, Serving, ray_session
+from actors.cluster import Cluster
+from actors.session import ray_session
+from pipeline.core.agents.search import SEARCHER
+from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import Config
 from pipeline.core.config_loading import load_config
 from pipeline.core.data.questions import read_questions
@@ -13,6 +16,7 @@ from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.evaluation import evaluate
 from pipeline.core.models import check_model
+from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Question, trajectories_to_table
 from pipeline.core.report import best_iteration
 from pipeline.core.retrieval import await_servers, prepare_index
@@ -58,11 +62,18 @@ def evaluate_model(
         )
     searched = await_servers(config, display) or prepare_index(config, (run or Path()) / "index", display)
     questions = [question for members in sets.values() for question in members]
-    with ray_session(config):
+    spec = PolicySpec(SEARCHER, config.model.model_copy(update={"path": model}), config.rollout)
+    with ray_session(config.cluster):
         with display.status("starting the retriever and the vLLM engines"):
-            cluster = Cluster(config, searched, Serving(model, 0), learner=False)
+            cluster = Cluster([spec], config.cluster, config.retriever, searched)
         with cluster, display.progress(f"evaluating on {split}", len(questions), "questions") as advance:
-            trajectories = cluster.greedy(questions, config.agent, on_done=lambda summary: advance(1))
+            episodes = cluster.greedy(
+                SearchProgram(config.agent),
+                questions,
+                {SEARCHER: cluster.policy(SEARCHER)},
+                on_done=lambda summary: advance(1),
+            )
+    trajectories = [episode.turn(SEARCHER) for episode in episodes]
     found = {trajectory.question_id: trajectory for trajectory in trajectories}
 
     def score(members: Sequence[Question]) -> Json:

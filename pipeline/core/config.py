@@ -121,7 +121,7 @@ class AgentConfig(Section):
     """Most tokens the model may write in one turn."""
 
 
-WITH_SERVER = {"url", "dialect", "timeout_s", "max_attempts", "max_failure_share"}
+WITH_SERVER = {"url", "dialect", "timeout_s", "max_attempts"}
 """Keys of the section `retriever` that mean something beside `url`; the others describe the run's own actors."""
 
 
@@ -160,8 +160,6 @@ class RetrieverConfig(Section):
     """Deadline of one search attempt, in seconds."""
     max_attempts: int = Field(4, ge=1)
     """Attempts per search, with back-off, before the trajectory is given up."""
-    max_failure_share: float = Field(0.02, ge=0, le=1)
-    """The iteration stops with an error when more than this share of trajectories fails for infrastructure reasons."""
 
     @model_validator(mode="after")
     def _server_or_actors(self) -> RetrieverConfig:
@@ -229,7 +227,9 @@ class RolloutConfig(Section):
     timeout_s: float = Field(600.0, gt=0)
     """Deadline of one model turn, in seconds."""
     max_restarts: int = Field(2, ge=0)
-    """How often a dead worker is replaced in one iteration before the run stops."""
+    """How often a dead worker is replaced in one phase before the run stops."""
+    max_failure_share: float = Field(0.02, ge=0, le=1)
+    """A phase stops with an error when more than this share of trajectories fails for infrastructure reasons."""
 
 
 class WeightingConfig(Section):
@@ -369,6 +369,9 @@ class ClusterConfig(Section):
     take_turns: bool = True
     """Where engines and learner share GPUs, also with their memory: engines give theirs back while the learner trains,
     the learner keeps only its weights there while engines sample. False: both keep what they have."""
+    park_learners: Literal["memory", "disk"] = "memory"
+    """Where a policy's learner waits while another policy trains. memory: its processes stay. disk: they end, and start
+    again from the last checkpoint."""
     transport: Transport = "auto"
     """How weights reach the engines. `auto`: shared_memory on CPU, ipc when colocated in pairs, nccl otherwise."""
     start_timeout_s: float = Field(300.0, gt=0)

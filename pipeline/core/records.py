@@ -51,6 +51,11 @@ class Question:
     supporting_ids: tuple[str, ...] = ()
     decomposition: tuple[Hop, ...] = ()
 
+    @property
+    def distinct_answers(self) -> tuple[str, ...]:
+        """The accepted answers, each once, in their order."""
+        return tuple(dict.fromkeys(self.answers))
+
 
 class StopReason(StrEnum):
     """Why a trajectory ended. The first four are the model's own behaviour; the last two are not."""
@@ -96,6 +101,11 @@ class Trajectory:
     `token_ids[:answer_start]` ends right behind the opening answer tag; the model's own answer and the closing tag
     follow. Where the model did not open an answer the environment appended the tag (mask 0). An infrastructure
     failure has no answer: then `answer_start == T`.
+
+    `log_likelihoods` holds log p(y | x, z) of the question's different gold answers, in their order, put in the place
+    of the model's own behind `answer_start`: NaN for one that does not fit into the context, empty where nothing was
+    scored. `proposal_logprobs` is log q of every token where the trajectory was sampled from another distribution than
+    the model itself and that was recorded, else None: there q = p.
     """
 
     question_id: str
@@ -109,6 +119,9 @@ class Trajectory:
     answer: str
     stop_reason: StopReason
     detail: str = ""
+    role: str = "searcher"
+    log_likelihoods: tuple[float, ...] = ()
+    proposal_logprobs: Floats | None = None
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.loss_mask), len(self.logprobs)}
@@ -125,11 +138,40 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Episode:
+    """What a program gives back for one sample of a task: a trajectory per role turn, in the order of the turns."""
+
+    task_id: str
+    sample: int
+    turns: tuple[Trajectory, ...]
+
+    @property
+    def failure(self) -> Trajectory | None:
+        """The turn that an infrastructure failure ended, if one did: then the episode says nothing about the models."""
+        return next((turn for turn in self.turns if turn.stop_reason.is_infrastructure), None)
+
+    def turn(self, role: str) -> Trajectory:
+        """The first turn of a role.
+
+        Raises:
+            ValueError: it has none.
+        """
+        for turn in self.turns:
+            if turn.role == role:
+                return turn
+        raise ValueError(f"episode {self.task_id}/{self.sample} has no turn of the role {role}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ScoreRequest:
     """Asks for log p(token_ids[i] | token_ids[:i]) for every i >= start."""
 
     token_ids: TokenIds
     start: int
+
+    @classmethod
+    def of(cls, token_ids: Sequence[int], start: int) -> ScoreRequest:
+        return cls(np.asarray(token_ids, dtype=np.int32), start)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,6 +203,9 @@ TRAJECTORY_SCHEMA = pa.schema(
         ("answer", pa.string()),
         ("stop_reason", pa.string()),
         ("detail", pa.string()),
+        ("role", pa.string()),
+        ("log_likelihoods", pa.list_(pa.float64())),
+        ("proposal_logprobs", pa.list_(pa.float32())),
     ]
 )
 
@@ -204,6 +249,10 @@ def _step(row: dict[str, Any]) -> Step:
     return Step(query=row["query"], hits=tuple(_hit(h) for h in row["hits"]), record=row["record"])
 
 
+def _floats(values: list[float] | None) -> Floats | None:
+    return None if values is None else np.asarray(values, dtype=np.float32)
+
+
 def trajectories_from_table(table: pa.Table) -> list[Trajectory]:
     """Inverse of `trajectories_to_table`."""
     return [
@@ -219,6 +268,9 @@ def trajectories_from_table(table: pa.Table) -> list[Trajectory]:
             answer=row["answer"],
             stop_reason=StopReason(row["stop_reason"]),
             detail=row["detail"],
+            role=row["role"],
+            log_likelihoods=tuple(row["log_likelihoods"]),
+            proposal_logprobs=_floats(row["proposal_logprobs"]),
         )
         for row in table.to_pylist()
     ]

@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors.cluster import Cluster, ClusterError
 from actors.rollout import RolloutRequest, RolloutSummary, RolloutWorker
-from pipeline.core.agents.search import EngineError
+from pipeline.core.agents.program import EngineError
 from pipeline.core.config import AgentConfig
 from pipeline.core.config_loading import load_config
 from pipeline.core.records import Question, ScoreRequest

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from actors.engine import EngineOptions, VllmEngine
-from pipeline.core.agents.search import Completion, EngineError, Sampling
+from pipeline.core.agents.program import Completion, EngineError, Sampling
 from tests.actors.support import EngineFixture, HfModel
 
 pytestmark = pytest.mark.component

@@ -30,7 +30,7 @@ from actors.weight_transfer import (
     WeightTransferError,
     trainer_init_info,
 )
-from pipeline.core.agents.search import EngineError, Sampling
+from pipeline.core.agents.program import EngineError, Sampling
 from tests.actors.support import EngineFixture, HfModel, LocalEngines, build_model
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=20, seed=0, stop=())

@@ -9,62 +9,23 @@ model or the infrastructure did.
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import numpy as np
-
+from pipeline.core.agents.program import Completion, EngineError, Generator, Retrieve, Sampling, derive_seed
+from pipeline.core.agents.transcript import Transcript
 from pipeline.core.records import Question, Step, StopReason, Trajectory
 from pipeline.core.renderer import MalformedTurn, Renderer, Turn
 from retriever_service.errors import RetrieverUnavailable
 from retriever_service.search.search import Hit
 
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How one model turn is sampled. `top_k` 0 is off; `temperature` 0 is greedy; stop strings stay in the output."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    max_tokens: int
-    seed: int
-    stop: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What an engine generated.
-
-    `logprobs[i]` is log p(token_ids[i] | before) under the model itself, before temperature and truncation.
-    `stop` is the stop string that ended it, if one did.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-    text: str
-    stop: str | None
-    finish_reason: Literal["stop", "eos", "length"]
-
-
-class EngineError(RuntimeError):
-    """The inference engine could not serve a request."""
-
-
-class Generator(Protocol):
-    """The one thing an agent needs of an engine."""
-
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion: ...
-
+SEARCHER = "searcher"
+"""The role of the search agent."""
 
 ANSWER_RESERVE = 32
 """Tokens kept free for an answer at the end of the context."""
-
-Retrieve = Callable[[str, int], Awaitable[Sequence[Hit]]]
-"""(query, k) -> the k best passages. Raises RetrieverUnavailable when it has given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,32 +38,6 @@ class Event:
 
 
 OnEvent = Callable[[Event], None]
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from the run's seed and whatever names a request: the same parts, the same seed, on any machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-@dataclass(slots=True)
-class _Transcript:
-    """The growing context. `append_*` are the only ways to change it, so an id once written stays."""
-
-    token_ids: list[int] = field(default_factory=list)
-    loss_mask: list[bool] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
-
-    def append_environment(self, ids: Sequence[int]) -> None:
-        self.token_ids += ids
-        self.loss_mask += [False] * len(ids)
-        self.logprobs += [float("nan")] * len(ids)
-
-    def append_model(self, completion: Completion) -> None:
-        self.token_ids += completion.token_ids
-        self.loss_mask += [True] * len(completion.token_ids)
-        self.logprobs += completion.logprobs
 
 
 class SearchAgent:
@@ -137,6 +72,7 @@ class SearchAgent:
         *,
         sampling: Sampling,
         sample: int = 0,
+        role: str = SEARCHER,
         policy_version: int = 0,
         on_event: OnEvent = lambda event: None,
     ) -> Trajectory:
@@ -156,17 +92,14 @@ class SearchAgent:
             answer_start, answer, reason = len(run.transcript.token_ids), "", StopReason.ENGINE_ERROR
             detail = str(error)
         on_event(Event("stop", reason.value))
-        return Trajectory(
+        return run.transcript.trajectory(
             question_id=question.id,
             sample=sample,
+            role=role,
             policy_version=policy_version,
-            token_ids=np.asarray(run.transcript.token_ids, dtype=np.int32),
-            loss_mask=np.asarray(run.transcript.loss_mask, dtype=np.bool_),
-            logprobs=np.asarray(run.transcript.logprobs, dtype=np.float32),
-            answer_start=answer_start,
-            steps=tuple(run.transcript.steps),
-            answer=answer,
             stop_reason=reason,
+            answer=answer,
+            answer_start=answer_start,
             detail=detail,
         )
 
@@ -184,7 +117,7 @@ class _Run:
         self.question = question
         self.sampling = sampling
         self.on_event = on_event
-        self.transcript = _Transcript()
+        self.transcript = Transcript()
         self.num_turns = 0
 
     async def to_the_end(self) -> Ending:

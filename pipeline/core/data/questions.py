@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.agents.search import derive_seed
+from pipeline.core.agents.program import derive_seed
 from pipeline.core.errors import UserError
 from pipeline.core.records import Hop, Question
 

@@ -26,7 +26,8 @@ from typing import Protocol as Interface
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.agents.search import Completion, Retrieve, Sampling, SearchAgent, derive_seed
+from pipeline.core.agents.program import Completion, Retrieve, Sampling, derive_seed
+from pipeline.core.agents.search import SearchAgent
 from pipeline.core.data.supervision import GoldStep, PassageOf, Unusable, gold_steps
 from pipeline.core.errors import UserError
 from pipeline.core.records import (

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core.agents.search import Retrieve
+from pipeline.core.agents.program import Retrieve
 from pipeline.core.config import Config
 from pipeline.core.data.questions import read_questions, sample_questions
 from pipeline.core.data.rewriter import Rewriter

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.agents.search import Completion, EngineError, Event, Sampling, SearchAgent, derive_seed
+from pipeline.core.agents.program import Completion, EngineError, Sampling, derive_seed
+from pipeline.core.agents.search import Event, SearchAgent
 from pipeline.core.config import AgentConfig
 from pipeline.core.records import Question, StopReason, Trajectory
 from pipeline.core.renderer import Renderer

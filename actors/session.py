@@ -1,0 +1,85 @@
+"""The connection to Ray, bounded waits on it, and what its machines have."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError
+
+from pipeline.core.config import ClusterConfig
+
+CPU_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
+}
+"""For actors that compute on CPUs. They share the cores, so a thread that waits must not spin. And by default glibc
+gives each large tensor back to the kernel and faults it in again, which takes more time than the arithmetic of a small
+model."""
+
+
+class ClusterError(RuntimeError):
+    """The cluster could not do what was asked: something died too often, or did not come up in time."""
+
+
+@contextmanager
+def ray_session(config: ClusterConfig) -> Iterator[None]:
+    """Connect to the configured cluster, or start a local one, for the duration; an open connection is left alone."""
+    if ray.is_initialized():
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    # It announces Ray's new default, token authentication, at every start.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    ray.init(
+        address=address,
+        include_dashboard=None if address else False,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def wait_for(references: Sequence[Any], timeout_s: float, what: str) -> list[Any]:
+    """The results of all.
+
+    Raises:
+        ClusterError: they did not come in time; it says what was waited for and what the cluster has free.
+    """
+    try:
+        return list(ray.get(list(references), timeout=timeout_s))
+    except GetTimeoutError as error:
+        raise ClusterError(
+            f"waited {timeout_s:.0f} s for {what}; the cluster has {resources_in_words()}"
+        ) from error
+
+
+def resources_in_words() -> str:
+    """What the cluster has in all and what is free of it."""
+    free, total = _amounts(ray.available_resources()), _amounts(ray.cluster_resources())
+    return f"{free} free of {total}"
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in ("CPU", "GPU"))
+
+
+def count_devices() -> int:
+    """GPUs of the connected cluster if they can be used, else its CPUs."""
+    resources = ray.cluster_resources()
+    return (has_gpu_packages() and int(resources.get("GPU", 0))) or int(resources.get("CPU", 0))
+
+
+def has_gpu_packages() -> bool:
+    """Whether the installed torch, and vLLM with it, were built for GPUs."""
+    return torch.version.cuda is not None
