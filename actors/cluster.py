@@ -6,7 +6,6 @@ Recipes and commands use nothing else, and nobody else builds engines.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,21 +19,18 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from actors.placement import Placement, plan_placement
 from actors.policy import Policy, Turns
 from actors.pool import EnginePool, engine_options, engines_per_node
-from actors.retriever import ActorReplica, HttpReplica, RetrieverActor, RetrieverClient, client_of
+from actors.retrievers import Retrievers
 from actors.rollout import RolloutSummary
 from actors.sampling import OnDone, Phase, run_phase
 from actors.session import CPU_ENVIRONMENT, ClusterError, has_gpu_packages, resources_in_words, wait_for
 from actors.weighting import Destination, WeightingActor
 from pipeline.core.agents.program import GREEDY, Program, Sampling, Task
 from pipeline.core.config import ClusterConfig, RetrieverConfig
-from pipeline.core.errors import UserError
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Episode
 from pipeline.core.retrieval import Searched
+from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.search.search import Hit
-
-MAX_RETRIEVER_RESTARTS = 3
-"""Times that Ray starts a dead retriever replica again; clients fail over or wait meanwhile."""
 
 Status = Callable[[str], AbstractContextManager[None]]
 
@@ -69,12 +65,13 @@ class Cluster:
         serving: Mapping[str, Snapshot] | None = None,
         status: Status = lambda text: nullcontext(),
     ) -> None:
-        self.config, self.retriever_config = cluster, retriever
+        self.config = cluster
         self.placement = plan(policies, cluster, retriever)
         self._runtime_env = {"env_vars": CPU_ENVIRONMENT} if self.placement.device == "cpu" else {}
         self._group = self._reserve()
-        self._retrievers: list[Any] = []
-        self.retriever = self._open(searched)
+        self._retrievers = Retrievers(
+            retriever, searched, runtime_env=self._runtime_env, start_timeout_s=cluster.start_timeout_s
+        )
         turns = Turns(take_turns=self.placement.take_turns, park_on_disk=cluster.park_learners == "disk")
         start = {spec.name: Snapshot(0, spec.model.path) for spec in policies} | dict(serving or {})
         self._policies = {
@@ -93,8 +90,8 @@ class Cluster:
         """End all actors and free their resources."""
         for policy in self._policies.values():
             policy.close()
-        for actor in [*self._retrievers, self._weighting]:
-            ray.kill(actor)
+        self._retrievers.close()
+        ray.kill(self._weighting)
         remove_placement_group(self._group)
 
     def policy(self, name: str) -> Policy:
@@ -178,55 +175,20 @@ class Cluster:
 
     async def retrieve(self, query: str, k: int) -> Sequence[Hit]:
         """The k best passages for one query."""
-        return await self.retriever.search(query, k)
+        return await self._retrievers.client.search(query, k)
 
-    def reindex(self, index: Path) -> None:
-        """Search another index from now on, such as one built with an encoder that was just trained.
-
-        The retrievers of the old index end first: nothing is ever answered from it afterwards.
-
-        Raises:
-            UserError: servers search for this run, and their index is not ours to change.
-        """
-        if not self._retrievers:
-            raise UserError(
-                "the index of servers (retriever.url) cannot be changed by a run; remove retriever.url"
-            )
-        for actor in self._retrievers:
-            ray.kill(actor)
-        self.retriever = self._open(index)
-        self._await_retrievers()
+    def reindex(
+        self,
+        encoder: EncoderSpec,
+        corpus: Sequence[str],
+        at: Path,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Search with another encoder, such as one that was just trained, from now on; see `Retrievers.reindex`."""
+        self._retrievers.reindex(encoder, corpus, at, on_progress)
         for policy in self._policies.values():
             if policy.pool is not None:
-                policy.pool.search_with(self.retriever)
-
-    def _open(self, searched: Searched) -> RetrieverClient:
-        if not isinstance(searched, Path):
-            return client_of([HttpReplica(client) for client in searched.clients], self.retriever_config)
-        replicas = range(self.retriever_config.replicas)
-        self._retrievers = [self._new_retriever(searched) for _ in replicas]
-        return client_of([ActorReplica(actor) for actor in self._retrievers], self.retriever_config)
-
-    def _new_retriever(self, index_dir: Path) -> Any:
-        retriever = self.retriever_config
-        return RetrieverActor.options(  # type: ignore[attr-defined]
-            num_cpus=0,
-            num_gpus=retriever.gpus_per_replica,
-            runtime_env=self._runtime_env,
-            scheduling_strategy="SPREAD",
-            max_restarts=MAX_RETRIEVER_RESTARTS,
-        ).remote(
-            str(index_dir),
-            device=retriever.torch_device,
-            max_batch=retriever.max_batch,
-            search_parameters=retriever.search_parameters,
-            num_threads=os.cpu_count() if retriever.torch_device == "cpu" else None,
-        )
-
-    def _await_retrievers(self) -> None:
-        calls = [retriever.ready.remote() for retriever in self._retrievers]
-        seconds = self.config.start_timeout_s
-        wait_for(calls, seconds, "retrievers to open their index (cluster.start_timeout_s)")
+                policy.pool.search_with(self._retrievers.client)
 
     # ---------------------------------------------------------------- starting
 
@@ -253,7 +215,13 @@ class Cluster:
                 sleeps=self.placement.take_turns,
             )
             pool = EnginePool(
-                spec.name, options, spec.rollout, self.config, placement, self._bundle, self.retriever
+                spec.name,
+                options,
+                spec.rollout,
+                self.config,
+                placement,
+                self._bundle,
+                self._retrievers.client,
             )
         return Policy(
             spec,
@@ -271,7 +239,7 @@ class Cluster:
         for policy in self._policies.values():
             if policy.pool is not None:
                 policy.pool.start(policy.current)
-        self._await_retrievers()
+        self._retrievers.wait()
 
     def _bundle(self, index: int, gpus: float) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)

@@ -8,8 +8,8 @@ once it is token ids.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -139,11 +139,15 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Episode:
-    """What a program gives back for one sample of a task: a trajectory per role turn, in the order of the turns."""
+    """What a program gives back for one sample of a task: a trajectory per role turn, in the order of the turns.
+
+    `scores` are figures of the whole episode that the program found out, such as its log-probability under a reference.
+    """
 
     task_id: str
     sample: int
     turns: tuple[Trajectory, ...]
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def failure(self) -> Trajectory | None:

@@ -81,21 +81,21 @@ class Renderer:
         before, after = self._prompt_parts
         # A space before a word belongs to the word's first token.
         lead, space = (before[:-1], " ") if before.endswith(" ") else (before, "")
-        return [*bos, *self._trusted(lead), *self._untrusted(space + question), *self._trusted(after)]
+        return [*bos, *self.trusted_ids(lead), *self._untrusted(space + question), *self.trusted_ids(after)]
 
     def observation_ids(self, hits: Sequence[Hit]) -> list[int]:
         """What the environment appends behind a sub-query. Without search: just the way to the next turn."""
         before, after = self._user_turn_parts
         if not self.config.search:
-            return self._trusted("\n") if self.config.layout == "plain" else []
+            return self.trusted_ids("\n") if self.config.layout == "plain" else []
         opening, closing = self.tags.search
-        ids = self._trusted(f"{before}{opening}\n")
+        ids = self.trusted_ids(f"{before}{opening}\n")
         for rank, hit in enumerate(hits, start=1):
             text = f"{hit.passage.title}: {hit.passage.text}" if hit.passage.title else hit.passage.text
-            ids += self._trusted(f"[{rank}]")
+            ids += self.trusted_ids(f"[{rank}]")
             ids += self._untrusted(f" {text}")[: self.config.max_document_tokens]
-            ids += self._trusted("\n")
-        return ids + self._trusted(f"{closing}{after}")
+            ids += self.trusted_ids("\n")
+        return ids + self.trusted_ids(f"{closing}{after}")
 
     def answer_demand_ids(self, *, at_turn_start: bool) -> list[int]:
         """The opening answer tag, written by the environment.
@@ -105,17 +105,17 @@ class Renderer:
         """
         opening = self.tags.answer[0]
         if at_turn_start:
-            return self._trusted(opening)
+            return self.trusted_ids(opening)
         before, after = self._user_turn_parts
         if self.config.layout == "plain":
-            return self._trusted(f"\n{opening}")
-        return self._trusted(f"{before}{_ANSWER_DEMAND}{after}{opening}")
+            return self.trusted_ids(f"\n{opening}")
+        return self.trusted_ids(f"{before}{_ANSWER_DEMAND}{after}{opening}")
 
     def answer_ids(self, answer: str) -> list[int]:
         """A gold answer and the closing tag, to stand behind `token_ids[:answer_start]`."""
         closing = self.tags.answer[1]
         if closing in self.tokenizer.all_special_tokens:
-            return [*self._untrusted(f" {answer} "), *self._trusted(closing)]
+            return [*self._untrusted(f" {answer} "), *self.trusted_ids(closing)]
         # In one piece, so that the closing tag has the tokens that the model itself writes behind a space.
         return self._untrusted(f" {answer} {closing}")
 
@@ -185,7 +185,7 @@ class Renderer:
         has_bos = self.tokenizer.bos_token_id is not None and ids[:1] == [self.tokenizer.bos_token_id]
         return ids[:1] if has_bos else []
 
-    def _trusted(self, text: str) -> list[int]:
+    def trusted_ids(self, text: str) -> list[int]:
         """Ids of our own text; special tokens (the chat template's) are recognised."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
