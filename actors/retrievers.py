@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 
 from actors.retriever import ActorReplica, HttpReplica, RetrieverActor, RetrieverClient, client_of
 from actors.session import wait_for
@@ -75,8 +76,15 @@ class Retrievers:
                 "retriever.url: a run cannot change the index of servers; remove the key, so that it has its own"
             )
         self.close()
-        device = self.config.torch_device
-        build_index(corpus, at, encoder, factory=self.config.factory, device=device, on_progress=on_progress)
+        build_index(
+            corpus,
+            at,
+            encoder,
+            factory=self.config.factory,
+            # This process may be on a node without GPUs, whatever the replicas have.
+            device=self.config.torch_device if torch.cuda.is_available() else "cpu",
+            on_progress=on_progress,
+        )
         self._start(at)
         self.wait()
 

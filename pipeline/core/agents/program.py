@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from pipeline.core.records import Episode
+from pipeline.core.records import Episode, StopReason
+from retriever_service.errors import RetrieverUnavailable
 from retriever_service.search.search import Hit
 
 
@@ -60,6 +61,16 @@ class Completion:
 
 class EngineError(RuntimeError):
     """The inference engine could not serve a request."""
+
+
+INFRASTRUCTURE = (EngineError, RetrieverUnavailable)
+"""What a program catches: the infrastructure failed, the models did nothing wrong."""
+
+
+def stop_reason_of(failure: Exception) -> StopReason:
+    """How a turn ends that one of `INFRASTRUCTURE` ended."""
+    unavailable = isinstance(failure, RetrieverUnavailable)
+    return StopReason.RETRIEVER_UNAVAILABLE if unavailable else StopReason.ENGINE_ERROR
 
 
 class Generator(Protocol):

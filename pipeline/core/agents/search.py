@@ -14,11 +14,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pipeline.core.agents.program import Completion, EngineError, Generator, Retrieve, Sampling, derive_seed
+from pipeline.core.agents.program import (
+    INFRASTRUCTURE,
+    Completion,
+    Generator,
+    Retrieve,
+    Sampling,
+    derive_seed,
+    stop_reason_of,
+)
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.records import Question, Step, StopReason, Trajectory
 from pipeline.core.renderer import MalformedTurn, Renderer, Turn
-from retriever_service.errors import RetrieverUnavailable
 from retriever_service.search.search import Hit
 
 SEARCHER = "searcher"
@@ -85,11 +92,8 @@ class SearchAgent:
         run = _Run(self, question, sampling, on_event)
         try:
             answer_start, answer, reason, detail = await run.to_the_end()
-        except RetrieverUnavailable as error:
-            answer_start, answer, reason = len(run.transcript.token_ids), "", StopReason.RETRIEVER_UNAVAILABLE
-            detail = str(error)
-        except EngineError as error:
-            answer_start, answer, reason = len(run.transcript.token_ids), "", StopReason.ENGINE_ERROR
+        except INFRASTRUCTURE as error:
+            answer_start, answer, reason = len(run.transcript.token_ids), "", stop_reason_of(error)
             detail = str(error)
         on_event(Event("stop", reason.value))
         return run.transcript.trajectory(
