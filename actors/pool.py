@@ -48,7 +48,7 @@ def engine_options(
     assert rollout is not None
     return EngineOptions(
         model=spec.model.path,
-        dtype=spec.model.dtype,
+        dtype=rollout.dtype,
         tensor_parallel_size=rollout.tensor_parallel_size,
         max_model_len=spec.model.max_length,
         max_num_seqs=rollout.concurrency,

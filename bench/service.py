@@ -131,7 +131,7 @@ def _wait_until_ready(address: str) -> None:
     """Until a query is answered; both kinds of server have that in common."""
     deadline = time.monotonic() + READY_S
     while True:
-        reply = httpx.post(f"{address}/retrieve", json={"queries": ["warm-up"]}, timeout=READY_S)
+        reply = httpx.post(f"{address}/retrieve", json={"queries": ["first search"]}, timeout=READY_S)
         if reply.status_code == 200:
             return
         if time.monotonic() > deadline:

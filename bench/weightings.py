@@ -58,7 +58,7 @@ def demo(run: Path, overrides: Sequence[str]) -> int:
 
 
 def table(reports: dict[str, list[dict[str, Any]]]) -> str:
-    """Test EM of the best iteration by weighting and seed, with mean and standard deviation; first the warm-up's."""
+    """Test EM of the best iteration by weighting and seed, with mean and standard deviation; first the cold start's."""
     runs = next(iter(reports.values()))
     rows = {"warm-up": [run["test"]["warm_up"]["em"] for run in runs]}
     rows |= {f"`{name}`": [run["test"]["best"]["em"] for run in runs] for name, runs in reports.items()}

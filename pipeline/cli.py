@@ -56,18 +56,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standar
 
 @app.command()
 def train(config: ConfigFile = None, run: RunOption = None, overrides: Overrides = None) -> None:
-    """Train by EM; the same command goes on with an interrupted run.
+    """Train by EM, or by the recipe of the configuration; the same command goes on with an interrupted run.
 
     Example: exsearch train --config configs/real-cpu.yaml --run runs/real data.root=DIR em.iterations=2
     """
-    from pipeline.core.config_loading import load_config
-    from pipeline.em import train as run_training
+    from pipeline import methods
 
     display = Display()
-    loaded = load_config(config, overrides or [])
     path = run or Path("runs") / (config.stem if config else "default")
-    report = run_training(loaded, path, display)
-    display.report(report)
+    display.outcome(methods.train(methods.load(config, overrides or []), path, display))
     display.line(f"report: {path / 'report.json'}")
 
 
@@ -100,17 +97,17 @@ def world(
     typer.echo(json.dumps(summary))
 
 
-@app.command()
-def warmup(
+@app.command("cold-start")
+def cold_start(
     out: Annotated[Path, typer.Option("--out", help="Parquet file to write.")],
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Synthesise warm-up trajectories from gold supervision, for `warmup.trajectories`."""
-    from pipeline.commands.warmup import write_warm_up
-    from pipeline.core.config_loading import load_config
+    """Synthesise cold-start trajectories from gold supervision, for `cold_start.trajectories`."""
+    from pipeline.commands.cold_start import write_cold_start
+    from pipeline.methods import load
 
-    typer.echo(json.dumps(write_warm_up(load_config(config, overrides or []), out, Display())))
+    typer.echo(json.dumps(write_cold_start(load(config, overrides or []), out, Display())))
 
 
 @app.command()
@@ -156,10 +153,10 @@ def ask(
     """Ask one question and watch the agent think, search and record."""
     from pipeline.commands.ask import ask as run_ask
     from pipeline.commands.ask import run_config_of
-    from pipeline.core.config_loading import load_config
+    from pipeline.methods import load
 
     display = Display()
-    loaded = load_config(config or run_config_of(model), overrides or [])
+    loaded = load(config or run_config_of(model), overrides or [])
     if as_json:
         typer.echo(json.dumps(run_ask(question, model, index, loaded, display), ensure_ascii=False))
     else:
@@ -198,9 +195,9 @@ def show_config(config: ConfigFile = None, overrides: Overrides = None, as_json:
     """Print the resolved configuration."""
     import yaml
 
-    from pipeline.core.config_loading import load_config
+    from pipeline.methods import load
 
-    tree: dict[str, Any] = load_config(config, overrides or []).model_dump(mode="json")
+    tree: dict[str, Any] = load(config, overrides or []).model_dump(mode="json")
     typer.echo(json.dumps(tree) if as_json else yaml.safe_dump(tree, sort_keys=False), nl=as_json)
 
 

@@ -37,8 +37,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.core.config import AgentConfig
+from pipeline.core.data.cold_start import synthesise
 from pipeline.core.data.questions import read_questions
-from pipeline.core.data.warmup import synthesise
 from pipeline.core.data.world.writer import write_world
 from pipeline.core.losses.likelihood import token_logprobs
 from pipeline.core.records import Question, WeightedExample

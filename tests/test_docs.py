@@ -49,7 +49,7 @@ def test_the_demo_is_described_as_it_is_configured() -> None:
     )
     assert f"{demo.em.iterations} EM iterations on {demo.data.train_limit} of the questions" in readme
     assert f"with {demo.rollout.samples} trajectories per question" in readme
-    assert f"{demo.warmup.questions} trajectories are synthesised" in quickstart
+    assert f"{demo.cold_start.questions} trajectories are synthesised" in quickstart
     assert (
         f"{demo.em.iterations} iterations: sample and weight {demo.rollout.samples} trajectories"
         in quickstart

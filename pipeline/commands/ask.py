@@ -19,7 +19,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.models import check_model
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Question, Trajectory
-from pipeline.core.retrieval import Searched, await_servers
+from pipeline.core.retrieval import Searched, servers_of
 from pipeline.core.run import Json
 
 POLL_S = 0.2
@@ -109,16 +109,16 @@ def _searched(index: Path | None, config: Config, display: Display) -> Searched:
             f"there are --index {index} and retriever.url ({', '.join(retriever.url)}); leave one out "
             "(retriever.url=null)"
         )
-    searched = await_servers(config, display) or index or retriever.index
+    searched = servers_of(config, display) or index or retriever.index
     if searched is None:
         raise UserError("there is nothing to search: give --index DIR, or retriever.url=ADDRESS of a server")
     return Path(searched) if isinstance(searched, str) else searched
 
 
 def run_config_of(model: str) -> Path | None:
-    """The configuration of the run that a model directory (RUN/iterations/N/model) belongs to, if it does."""
+    """The configuration of the run that a model directory (RUN/iterations/N/searcher/model) belongs to, if it does."""
     parents = Path(model).resolve().parents
-    config = parents[2] / "config.yaml" if len(parents) > 2 else None
+    config = parents[3] / "config.yaml" if len(parents) > 3 else None
     return config if config is not None and config.is_file() else None
 
 

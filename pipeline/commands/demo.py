@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from actors.session import count_devices, ray_session
+from pipeline.core.agents.search import SEARCHER
 from pipeline.core.config import Config
 from pipeline.core.config_loading import load_config
 from pipeline.core.data.world.writer import write_world
@@ -35,9 +36,10 @@ def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
     with ray_session(demo_config(world, overrides).cluster):
         config = demo_config(world, overrides, count_devices())
         make_world(world, seed=0, size="small", display=display)
-        report = train(config, run, display)
-    display.report(report)
-    best = run / "iterations" / f"{report['best_iteration']:04d}" / "model"
+        outcome = train(config, run, display)
+    display.outcome(outcome)
+    report = outcome.report
+    best = run / "iterations" / f"{report['best_iteration']:04d}" / SEARCHER / "model"
     question = json.loads((world / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])["question"]
     display.line(
         f"""

@@ -9,8 +9,7 @@ from actors.cluster import Cluster
 from actors.session import ray_session
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.agents.search_program import SearchProgram
-from pipeline.core.config import Config
-from pipeline.core.config_loading import load_config
+from pipeline.core.config import EXSEARCH, Config
 from pipeline.core.data.questions import read_questions
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
@@ -19,8 +18,9 @@ from pipeline.core.models import check_model
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Question, trajectories_to_table
 from pipeline.core.report import best_iteration
-from pipeline.core.retrieval import await_servers, prepare_index
+from pipeline.core.retrieval import what_is_searched
 from pipeline.core.run import Json, RunFiles, write_json, write_table
+from pipeline.methods import load
 
 
 def evaluate_model(
@@ -47,7 +47,7 @@ def evaluate_model(
         config_file = run / "config.yaml"
         if not config_file.is_file():
             raise UserError(f"{run} is not a run directory: it has no config.yaml")
-    config = load_config(config_file, overrides)
+    config = load(config_file, overrides)
     model = model or (_best_model(run, config) if run is not None else config.model.path)
     check_model(model)
     if out is not None and out.suffix != ".json":
@@ -60,7 +60,7 @@ def evaluate_model(
             "evaluation needs something to search: give --run, or retriever.index=DIR (see exsearch index build), or "
             "retriever.url=ADDRESS of a server"
         )
-    searched = await_servers(config, display) or prepare_index(config, (run or Path()) / "index", display)
+    searched = what_is_searched(config, (run or Path()) / "index", display)
     questions = [question for members in sets.values() for question in members]
     spec = PolicySpec(SEARCHER, config.model.model_copy(update={"path": model}), config.rollout)
     with ray_session(config.cluster):
@@ -93,9 +93,19 @@ def evaluate_model(
 
 
 def _best_model(run: Path, config: Config) -> str:
-    """The model directory of the run's best iteration; the model it started from if that is iteration 0 without one."""
+    """The model directory of the run's best searcher; the model it started from if that is iteration 0 without one.
+
+    Raises:
+        UserError: the run's recipe trains no searcher.
+    """
     files = RunFiles(run)
-    best = files.model(best_iteration(files, config.em))
+    trained = files.newest_version(SEARCHER)
+    if trained < 0 and config.recipe != EXSEARCH:
+        raise UserError(
+            f"{run} has no trained searcher: the scores of a {config.recipe} run are in its report.json"
+        )
+    iterations = config.em if config.recipe == EXSEARCH else config.of_recipe
+    best = files.at(f"{best_iteration(files, iterations)}/{SEARCHER}/model")
     return str(best) if best.exists() else config.model.path
 
 

@@ -52,8 +52,6 @@ Sources = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 class ModelConfig(Section):
     path: str = "models/tiny-searcher"
     """Directory or hub name of the model to start from (weights, configuration, tokenizer)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the inference engines. `auto`: bfloat16 on GPUs, float32 on CPUs (reproducible)."""
     max_length: int = Field(4096, ge=16)
     """Longest context in tokens: question, searches, records and answer together."""
 
@@ -207,6 +205,8 @@ class RolloutConfig(Section):
     """vLLM engines; spread over the nodes."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs per engine."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the engines. `auto`: bfloat16 on GPUs, float32 on CPUs (reproducible)."""
     samples: int = Field(4, ge=1)
     """K: trajectories per training question."""
     temperature: float = Field(1.0, gt=0)
@@ -217,6 +217,8 @@ class RolloutConfig(Section):
     """Top-k sampling; 0 is off."""
     concurrency: int = Field(128, ge=1)
     """Agents in flight per worker."""
+    questions_per_shard: int = Field(256, ge=1)
+    """Questions per shard of trajectories in the run directory."""
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     """Share of GPU memory that an engine may take (vLLM). Null: 0.9, where a learner rank shares the GPU 0.7, or 0.4
     without `cluster.take_turns`."""
@@ -320,34 +322,38 @@ class LearnerConfig(Section):
         return self
 
 
-class WarmupConfig(Section):
+class ColdStartConfig(Section):
     questions: int = Field(0, ge=0)
-    """Synthesise warm-up trajectories of a sample of this many questions with gold supervision; 0: no warm-up."""
+    """Synthesise cold-start trajectories of a sample of this many questions with gold supervision; 0: no cold start."""
     sources: Sources = ()
     """Question files to synthesise from. Empty: `data.train`."""
     trajectories: str | None = None
-    """A file of ready warm-up trajectories (`exsearch warmup --out`); used instead of synthesising."""
+    """A file of ready cold-start trajectories (`exsearch cold-start --out`); used instead of synthesising."""
     epochs: int = Field(1, ge=1)
     """Passes over them."""
     learning_rate: float | None = Field(None, gt=0)
     """Peak learning rate; null: the learner's."""
     mix: float = Field(0.0, ge=0)
-    """Mix warm-up examples into every M-step: this many per weighted example, with average weight 1."""
+    """Mix cold-start examples into every M-step: this many per weighted example, with average weight 1."""
     rewrite_endpoint: str | None = None
     """OpenAI-compatible base URL that rewrites sub-queries and evidence. Null: off (no network)."""
     rewrite_model: str = ""
     """Model name at that endpoint. The key is read from the variable OPENAI_API_KEY."""
 
 
-class EmConfig(Section):
+class Iterations(Section):
+    """How long a recipe goes on."""
+
     iterations: int = Field(5, ge=0)
-    """EM iterations (the paper: 5)."""
+    """Iterations (the papers: 5)."""
     patience: int | None = Field(None, ge=1)
     """Stop after this many iterations without a better dev score. Null: run all."""
     select_by: Literal["em", "f1", "accuracy"] = "em"
     """Dev metric that names the best iteration."""
-    questions_per_shard: int = Field(256, ge=1)
-    """Questions per shard of trajectories in the run directory."""
+
+
+class EmConfig(Iterations):
+    """ExSearch's iterations of generalised EM."""
 
 
 class EvaluationConfig(Section):
@@ -389,7 +395,14 @@ class TrackingConfig(Section):
     """MLflow experiment. Null: off."""
 
 
+EXSEARCH = "exsearch"
+"""The recipe whose sections are `em`, `weighting` and `cold_start`."""
+
+
 class Config(Section):
+    recipe: str = EXSEARCH
+    """Training method: `exsearch`, or a module of `pipeline/recipes` (docs/recipes.md). Another recipe than ExSearch
+    has its own keys in a section of its name."""
     seed: int = Field(0, ge=0)
     """Seed of everything: data order, sampling, initialisation."""
     model: ModelConfig = ModelConfig()
@@ -399,11 +412,16 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     weighting: Annotated[WeightingConfig, BeforeValidator(_as_method)] = WeightingConfig()
     learner: LearnerConfig = LearnerConfig()
-    warmup: WarmupConfig = WarmupConfig()
+    cold_start: ColdStartConfig = ColdStartConfig()
     em: EmConfig = EmConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def of_recipe(self) -> Any:
+        """The section of the recipe, of the type that its module declares as `Settings`."""
+        return getattr(self, self.recipe)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
@@ -423,9 +441,10 @@ class Config(Section):
             )
         if weighting.self_normalised and weighting.method != "length_normalised":
             raise ValueError("weighting.self_normalised belongs to method: length_normalised; remove it")
-        if self.warmup.mix > 0 and not self.warmup.questions and self.warmup.trajectories is None:
+        if self.cold_start.mix > 0 and not self.cold_start.questions and self.cold_start.trajectories is None:
             raise ValueError(
-                "warmup.mix needs warm-up examples: set warmup.questions or warmup.trajectories, or mix to 0"
+                "cold_start.mix needs cold-start examples: set cold_start.questions or cold_start.trajectories, or mix "
+                "to 0"
             )
         if self.learner.tokens_per_microbatch < self.model.max_length:
             raise ValueError(

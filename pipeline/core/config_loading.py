@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from pipeline.core.config import Config
+from pipeline.core.config import EXSEARCH, Config
 from pipeline.core.errors import UserError
 
+RENAMED = {
+    "warmup": "cold_start",
+    "model.dtype": "rollout.dtype",
+    "em.questions_per_shard": "rollout.questions_per_shard",
+    "retriever.max_failure_share": "rollout.max_failure_share",
+}
+"""Keys of earlier versions, and what they are called now."""
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+Settings = Callable[[str], type[BaseModel]]
+"""Name of a recipe -> the model of its section. Raises UserError: no such recipe."""
+
+
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), *, settings_of: Settings | None = None
+) -> Config:
     """Read a configuration.
 
     Args:
+        settings_of: finds the section of the recipe that the file names. None: ExSearch alone is known.
         path: YAML file; None for the defaults.
         overrides: `section.key=value`, the value in YAML notation; later ones win.
 
@@ -28,9 +42,10 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     tree: dict[str, Any] = _read(path) if path is not None else {}
     for override in overrides:
         _apply(tree, override)
-    _check_keys(tree, Config, "")
+    model = _with_recipe(tree.get("recipe", EXSEARCH), settings_of)
+    check_keys(tree, model)
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
         raise UserError("\n".join(_describe(problem) for problem in error.errors())) from error
 
@@ -77,14 +92,30 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[name] = value
 
 
-def _check_keys(tree: Mapping[str, Any], model: type[BaseModel], prefix: str) -> None:
-    """Refuse unknown keys with the nearest known one. Pydantic refuses them too, but cannot suggest."""
+def _with_recipe(recipe: Any, settings_of: Settings | None) -> type[Config]:
+    """`Config` with the section of a recipe."""
+    if recipe == EXSEARCH:
+        return Config
+    if settings_of is None:
+        raise UserError(f"recipe: {recipe} is not known here; this command takes the recipe {EXSEARCH} only")
+    settings = settings_of(str(recipe))
+    return create_model("Config", __base__=Config, **{str(recipe): (settings, settings())})  # type: ignore[call-overload,no-any-return]
+
+
+def check_keys(tree: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> None:
+    """Refuse unknown keys with the nearest known one. Pydantic refuses them too, but cannot suggest.
+
+    Raises:
+        UserError: with the new name where the key had it in an earlier version.
+    """
     for key, value in tree.items():
+        if (renamed := RENAMED.get(f"{prefix}{key}")) is not None:
+            raise UserError(f"the configuration key {prefix}{key} is called {renamed} now")
         if key not in model.model_fields:
             raise UserError(f"unknown configuration key {prefix}{key}{_suggestion(str(key), model, prefix)}")
         section = section_of(model.model_fields[key])
         if section is not None and isinstance(value, Mapping):
-            _check_keys(value, section, f"{prefix}{key}.")
+            check_keys(value, section, f"{prefix}{key}.")
 
 
 def _suggestion(key: str, model: type[BaseModel], prefix: str) -> str:

@@ -24,6 +24,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pipeline.core.report import Column, Outcome
+
 logger = logging.getLogger(__name__)
 
 
@@ -95,19 +97,18 @@ class Display:
         terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         logging.basicConfig(level=logging.INFO, handlers=[file, terminal], force=True)
 
-    def report(self, report: Mapping[str, Any]) -> None:
+    def outcome(self, outcome: Outcome) -> None:
         """The tables of a finished run."""
-        columns = ("bound", "ESS", "failed", "dev EM", "dev F1", "searches", "E-step", "M-step")
-        table = _table(f"run {report['run']}: iterations", "iter", columns)
-        for row in [report["warm_up"], *report["iterations"]]:
-            if row is not None:
-                table.add_row(*_iteration_cells(row, best=report["best_iteration"]))
+        report = outcome.report
+        names = [column.name for column in outcome.columns]
+        table = _table(f"run {report['run']}: iterations", "iter", names)
+        rows = [(str(row["iteration"]), row) for row in report["iterations"]]
+        for name, row in [*([outcome.start] if outcome.start is not None else []), *rows]:
+            mark = " *" if row["iteration"] == report["best_iteration"] else ""
+            table.add_row(name + mark, *(_cell(row, column) for column in outcome.columns))
         self.console.print(table)
         # Not as the table's caption: rich drops a letter where it wraps one.
-        self.line(
-            "bound: mean log p(answer) with its standard error; times in seconds; * best;\n"
-            "failed: % of questions without a right trajectory"
-        )
+        self.line(outcome.legend)
         if report["test"]:
             tests = _table("test questions, in percent", "model", _SCORE_COLUMNS)
             for name, scores in _in_order(report["test"]):
@@ -153,26 +154,18 @@ def _in_order(tests: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return sorted(tests.items(), key=lambda item: _ORDER.index(item[0]) if item[0] in _ORDER else len(_ORDER))
 
 
-def _iteration_cells(row: Mapping[str, Any], best: int) -> Sequence[str]:
-    train, dev, seconds = row["train"], row["dev"] or {}, row["phase_seconds"]
-    bound = (
-        f"{train['likelihood_bound']:.2f} ± {train['likelihood_bound_stderr']:.2f}"
-        if "likelihood_bound" in train
-        else ""
-    )
-    start = "warm-up" if "maximisation" in seconds else "base"
-    name = str(row["iteration"]) if row["iteration"] else start
-    return (
-        f"{name} *" if row["iteration"] == best else name,
-        bound,
-        _number(train.get("effective_sample_size"), 2),
-        _number(train.get("all_failed_share")),
-        _number(dev.get("em")),
-        _number(dev.get("f1")),
-        _number(dev.get("searches"), 2),
-        _number(seconds.get("expectation"), 0),
-        _number(seconds.get("maximisation"), 0),
-    )
+def _cell(row: Mapping[str, Any], column: Column) -> str:
+    value = _number(_at(row, column.path), column.digits)
+    error = _number(_at(row, column.error_path), column.digits) if column.error_path else ""
+    return f"{value} ± {error}" if value and error else value
+
+
+def _at(row: Mapping[str, Any], path: str) -> float | None:
+    """The number at a path; None where the row has not come so far."""
+    value: Any = row
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return None if value is None else float(value)
 
 
 def _score_cells(scores: Mapping[str, Any]) -> Sequence[str]:

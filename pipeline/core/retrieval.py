@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import torch
 
-from pipeline.core.config import Config
+from pipeline.core.config import Config, DataConfig, RetrieverConfig
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from retriever_service.building.build import build_index
@@ -25,7 +25,7 @@ from retriever_service.service.client import RetrieverHttpClient
 POLL_S = 2.0
 """Between two looks at a server that is not ready yet."""
 
-_PROBE = "warm-up"
+_PROBE = "first search"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ Searched = Path | Servers
 """Where the passages come from: a built index, or servers."""
 
 
-def encoder_spec(config: Config) -> EncoderSpec:
-    retriever = config.retriever
+def encoder_spec(retriever: RetrieverConfig) -> EncoderSpec:
+    """The encoder that the configuration asks for."""
     return EncoderSpec(
         model=retriever.encoder,
         query_prefix=retriever.query_prefix,
@@ -53,24 +53,29 @@ def encoder_spec(config: Config) -> EncoderSpec:
     )
 
 
-def corpus_paths(config: Config) -> list[str]:
+def corpus_paths(data: DataConfig) -> list[str]:
     """`data.corpus` with `data.root` in front of relative paths."""
-    root = Path(config.data.root)
-    return [source if source.startswith("hf:") else str(root / source) for source in config.data.corpus]
+    root = Path(data.root)
+    return [source if source.startswith("hf:") else str(root / source) for source in data.corpus]
 
 
-def await_servers(config: Config, display: Display) -> Servers | None:
+def await_servers(
+    retriever: RetrieverConfig, display: Display, *, documents: int, timeout_s: float
+) -> Servers | None:
     """The servers of `retriever.url`, once each has answered a search; None where it is null.
 
-    A server that answers "not now", as ours does while it loads, is waited for up to `cluster.start_timeout_s`. One
-    that gives no answer at all is an error at once: its address is the likelier reason.
+    A server that answers "not now", as ours does while it loads, is waited for. One that gives no answer at all is an
+    error at once: its address is the likelier reason.
+
+    Args:
+        documents: as many passages as will be asked for: a server may have a limit.
+        timeout_s: the longest wait, in seconds (`cluster.start_timeout_s`).
 
     Raises:
         UserError: a server that does not answer, or not as one of this dialect, or not with this token; servers of
             different indexes.
         RetrieverError: an address that is none.
     """
-    retriever = config.retriever
     if retriever.url is None:
         return None
     clients = tuple(
@@ -83,9 +88,9 @@ def await_servers(config: Config, display: Display) -> Servers | None:
         )
         for url in retriever.url
     )
-    deadline = time.monotonic() + config.cluster.start_timeout_s
+    deadline = time.monotonic() + timeout_s
     with display.status(f"waiting for the retriever at {', '.join(retriever.url)}"):
-        fingerprints = {client.url: _await_answer(client, config, display, deadline) for client in clients}
+        fingerprints = {client.url: _await_answer(client, documents, display, deadline) for client in clients}
     if retriever.dialect == "search-r1":
         return Servers(clients, "search-r1")
     if len(set(fingerprints.values())) > 1:
@@ -96,13 +101,12 @@ def await_servers(config: Config, display: Display) -> Servers | None:
     return Servers(clients, next(iter(fingerprints.values())))
 
 
-def _await_answer(client: RetrieverHttpClient, config: Config, display: Display, deadline: float) -> str:
+def _await_answer(client: RetrieverHttpClient, documents: int, display: Display, deadline: float) -> str:
     """The fingerprint of a server, once it has answered a search; see `await_servers`."""
     told = False
     while True:
         try:
-            # As many passages as an agent will ask for: a server may have a limit.
-            client.search([_PROBE], config.agent.documents)
+            client.search([_PROBE], documents)
             return client.fingerprint
         except RetrieverUnavailable as error:
             unreachable = isinstance(error.__cause__, httpx.RequestError)
@@ -120,31 +124,31 @@ def _await_answer(client: RetrieverHttpClient, config: Config, display: Display,
         time.sleep(POLL_S)
 
 
-def passages(config: Config, searched: Searched) -> Iterable[Passage]:
+def passages(data: DataConfig, searched: Searched) -> Iterable[Passage]:
     """All passages, to find gold ones by their id: those of the index; for servers those of `data.corpus`.
 
     Raises:
         RetrieverError: a damaged index; while iterating, a bad corpus.
     """
-    return open_index(searched).corpus if isinstance(searched, Path) else read_corpus(corpus_paths(config))
+    return open_index(searched).corpus if isinstance(searched, Path) else read_corpus(corpus_paths(data))
 
 
-def prepare_index(config: Config, default: Path, display: Display) -> Path:
+def prepare_index(retriever: RetrieverConfig, data: DataConfig, default: Path, display: Display) -> Path:
     """The directory of the index to search, where no servers are: the configured one, else one built from the corpus
     at `default`.
 
     Raises:
         UserError, RetrieverError: no corpus and no index, a bad corpus, or an index of another encoder.
     """
-    spec = encoder_spec(config)
-    if config.retriever.index is not None:
-        index = Path(config.retriever.index)
+    spec = encoder_spec(retriever)
+    if retriever.index is not None:
+        index = Path(retriever.index)
         manifest = read_manifest(index)
         if not _asks_for_nothing_else(spec, manifest.encoder):
             # Under another name it may still be the same encoder: a copy in another directory.
             check_encoder(manifest, Encoder.load(spec), index)
         return index
-    if not config.data.corpus:
+    if not data.corpus:
         raise UserError(
             "there is nothing to search: set data.corpus, or retriever.index to a built index, or "
             "retriever.url to a server"
@@ -153,15 +157,31 @@ def prepare_index(config: Config, default: Path, display: Display) -> Path:
     spec = replace(spec, dtype=spec.dtype or "float32")
     with display.progress("preparing the index", None, "passages") as advance:
         build_index(
-            corpus_paths(config),
+            corpus_paths(data),
             default,
             spec,
-            factory=config.retriever.factory,
+            factory=retriever.factory,
             # This process may be on a node without GPUs, whatever the retriever actors have.
-            device=config.retriever.torch_device if torch.cuda.is_available() else "cpu",
+            device=retriever.torch_device if torch.cuda.is_available() else "cpu",
             on_progress=advance.to,
         )
     return default
+
+
+def what_is_searched(config: Config, default: Path, display: Display) -> Searched:
+    """The servers, or the index, of a configuration; see `await_servers` and `prepare_index`."""
+    servers = servers_of(config, display)
+    return servers or prepare_index(config.retriever, config.data, default, display)
+
+
+def servers_of(config: Config, display: Display) -> Servers | None:
+    """The servers of a configuration; see `await_servers`."""
+    return await_servers(
+        config.retriever,
+        display,
+        documents=config.agent.documents,
+        timeout_s=config.cluster.start_timeout_s,
+    )
 
 
 def _asks_for_nothing_else(asked: EncoderSpec, built: EncoderSpec) -> bool:

@@ -6,17 +6,20 @@
       run.log
       index/                   the retriever's index, unless `retriever.index` or `retriever.url` names one
       index.json               fingerprint of the index that is searched
-      iterations/0000/         the warm-up; 0001... the EM iterations
-        rollouts/  weighted/   Parquet shards of trajectories and of weighted examples
-        learner/               DeepSpeed state of every rank (kept for the newest iteration only)
-        model/                 a Hugging Face model directory
-        expectation.json  maximisation.json  evaluation.json      one per finished phase, written behind its data
+      iterations/0000/         the cold start; 0001... the iterations
+        rollouts/              Parquet shards of trajectories, beside each its tasks' statistics (_000000.json)
+        POLICY/                one folder per policy: `searcher` in ExSearch
+          examples/            Parquet shards of training examples
+          learner/             DeepSpeed state of every rank (kept for the newest iteration only)
+          model/               a Hugging Face model directory
+          train.json
+        sample.json  evaluation.json  ...      one per finished step, written behind its data
         DONE                   written last
       test/base.json ...       one per evaluation on the test questions
       report.json              one row per iteration
 
-A phase is finished exactly when its JSON file exists. A killed run that is started again by the same command skips
-finished phases and repeats the one that was cut off, with the same seeds.
+A step ("3/searcher/train", "test/base") is finished exactly when its JSON file exists. A killed run that is started
+again by the same command skips finished steps and repeats the one that was cut off, with the same seeds.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from pipeline.core.config import Config
+from pipeline.core.config import EXSEARCH, Config
+from pipeline.core.config_loading import check_keys
 from pipeline.core.errors import UserError
 
 Json = dict[str, Any]
@@ -45,13 +49,13 @@ FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency
                   "rollout.max_restarts", "rollout.gpu_memory_utilization", "rollout.kv_cache_gib",
                   "rollout.tensor_parallel_size", "rollout.enforce_eager", "retriever.url", "retriever.replicas",
                   "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
-                  "retriever.max_attempts", "retriever.max_failure_share", "em.iterations", "em.patience",
+                  "retriever.max_attempts", "rollout.max_failure_share", "em.iterations", "em.patience",
                   "learner.threads_per_rank", "learner.start_timeout_s")  # fmt: skip
 """Keys that say where and how long a run goes, not what it computes: a resumed run may have others."""
 
 
 _LOCK_FILE = "lock"
-_PATH_KEYS = (("data", "root"), ("model", "path"), ("retriever", "index"), ("warmup", "trajectories"))
+_PATH_KEYS = (("data", "root"), ("model", "path"), ("retriever", "index"), ("cold_start", "trajectories"))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -101,18 +105,32 @@ class RunFiles:
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
 
+    def at(self, step: str) -> Path:
+        """Where a step's data are: "3/selector/model" is iterations/0003/selector/model, "test/best" is test/best."""
+        head, _, rest = step.partition("/")
+        return self.iteration(int(head)) / rest if head.isdecimal() else self.path / step
+
     def iteration(self, number: int) -> Path:
         return self.path / "iterations" / f"{number:04d}"
 
-    def model(self, number: int) -> Path:
-        return self.iteration(number) / "model"
+    def finished(self, step: str) -> Json | None:
+        """What a step left behind, or None if it is not finished."""
+        return _read_json(self.at(f"{step}.json"))
 
-    def learner(self, number: int) -> Path:
-        return self.iteration(number) / "learner"
+    def steps(self, number: int) -> dict[str, Json]:
+        """All finished steps of an iteration, under their names: "sample", "selector/train", ..."""
+        directory = self.iteration(number)
+        paths = sorted([*directory.glob("*.json"), *directory.glob("*/*.json")])
+        return {
+            str(path.relative_to(directory).with_suffix("")): result
+            for path in paths
+            if not path.name.startswith("_") and (result := _read_json(path)) is not None
+        }
 
-    def finished(self, number: int, phase: str) -> Json | None:
-        """What the phase left behind, or None if it is not finished."""
-        return _read_json(self.iteration(number) / f"{phase}.json")
+    def newest_version(self, policy: str) -> int:
+        """The newest version of a policy that was trained in this run; -1 if there is none."""
+        made = [int(path.parts[-3]) for path in self.path.glob(f"iterations/*/{policy}/train.json")]
+        return max(made, default=-1)
 
     def test_results(self) -> dict[str, Json]:
         found = {path.stem: _read_json(path) for path in sorted((self.path / "test").glob("*.json"))}
@@ -161,43 +179,46 @@ class RunDirectory(RunFiles):
             )
         write_json(path, {"fingerprint": fingerprint})
 
-    def phase(self, number: int, phase: str, work: Callable[[], Json]) -> Json:
-        """The phase's result: read if it is finished, computed by `work` and then written otherwise."""
-        return self._once(self.iteration(number) / f"{phase}.json", work)
+    def once(self, step: str, work: Callable[[], Json]) -> Json:
+        """The step's result: read if it is finished, computed by `work` and then written otherwise."""
+        if (finished := self.finished(step)) is not None:
+            return finished
+        start = time.perf_counter()
+        result = work() | {"seconds": round(time.perf_counter() - start, 3)}
+        write_json(self.at(f"{step}.json"), result)
+        return self.finished(step) or {}
 
-    def test(self, name: str, version: int, work: Callable[[], Json]) -> Json:
-        """Like `phase`, for one evaluation on the test questions; done again if another version is to be evaluated."""
-        path = self.path / "test" / f"{name}.json"
-        if (_read_json(path) or {}).get("iteration") != version:
-            path.unlink(missing_ok=True)
-        return self._once(path, work)
+    def forget(self, step: str) -> None:
+        """Have a step done again, say because another version is to be looked at."""
+        self.at(f"{step}.json").unlink(missing_ok=True)
 
     def close_iteration(self, number: int) -> None:
-        """Mark an iteration as whole and drop the learner state of the one before it."""
+        """Mark an iteration as whole and drop the learner states of the one before it."""
         write_atomically(self.iteration(number) / "DONE", "")
-        if number > 0:
-            shutil.rmtree(self.learner(number - 1), ignore_errors=True)
+        for learner in self.iteration(number - 1).glob("*/learner"):
+            shutil.rmtree(learner, ignore_errors=True)
 
-    def fresh(self, path: Path) -> Path:
-        """An empty directory: what an interrupted phase left there is removed."""
+    def fresh(self, step: str) -> Path:
+        """`at(step)` as an empty directory: what an interrupted step left there is removed."""
+        path = self.at(step)
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         return path
 
-    def _once(self, path: Path, work: Callable[[], Json]) -> Json:
-        done = _read_json(path)
-        if done is not None:
-            return done
-        start = time.perf_counter()
-        result = work() | {"seconds": round(time.perf_counter() - start, 3)}
-        write_json(path, result)
-        return _read_json(path) or {}
-
     @staticmethod
     def _check_same(stored: Path, config: Config) -> None:
         try:
-            old = Config.model_validate(yaml.safe_load(stored.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, ValueError) as error:
+            tree = yaml.safe_load(stored.read_text(encoding="utf-8"))
+            if (recipe := tree.get("recipe", EXSEARCH)) != config.recipe:
+                raise UserError(
+                    f"{stored.parent} holds a run of the recipe {recipe}, not {config.recipe}; choose another --run "
+                    "directory"
+                )
+            check_keys(tree, type(config))
+            old = type(config).model_validate(tree)
+        except UserError as error:
+            raise UserError(f"{stored}: {error}") from error
+        except (yaml.YAMLError, ValueError, AttributeError) as error:
             raise UserError(f"{stored} cannot be read ({error}); choose another --run directory") from error
         before, now = flatten(_with_absolute_paths(old)), flatten(_with_absolute_paths(config))
         changed = [

@@ -1,1 +1,1 @@
-"""Each training system as a readable function over the cluster's verbs."""
+"""Each training method as one file over the verbs; ExSearch itself is `pipeline.em`."""

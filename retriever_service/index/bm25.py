@@ -100,7 +100,8 @@ def _write(tokens: _Tokens, directory: Path) -> None:
 class Bm25:
     """Searches a word index; a `FirstStage`. Use one instance from one thread at a time.
 
-    The first search of a process, and the first with `allowed`, compile for a few seconds; `warm_up` does it before.
+    The first search of a process, and the first with `allowed`, compile for a few seconds; `first_search` does it
+    before.
     """
 
     def __init__(self, index: Any, terms: pa.StringArray, num_threads: int) -> None:
@@ -141,7 +142,7 @@ class Bm25:
         index.unique_token_ids_set = range(len(terms))  # what bm25s takes query terms for known by
         return cls(index, terms, num_threads or len(os.sched_getaffinity(0)))
 
-    def warm_up(self) -> None:
+    def first_search(self) -> None:
         """Compile whatever searches will need."""
         if len(self._terms):
             for weights in (None, np.ones(self.count, np.float32)):

@@ -36,7 +36,7 @@ FUSION_DEPTH = 100
 """Hits of each ranking that a hybrid search fuses, at least."""
 
 CACHED_QUERIES = 100_000
-_WARM_UP = "warm-up"
+_FIRST_QUERY = "first search"
 Method = Literal["dense", "bm25", "hybrid"]
 
 
@@ -338,14 +338,14 @@ class SearchEngine:
         order = sorted(range(len(hits)), key=lambda i: -scores[i])
         return [Hit(hits[i].passage, float(scores[i])) for i in order]
 
-    def warm_up(self) -> None:
+    def first_search(self) -> None:
         """Do before the first search what would make it slow: read pages, compile. Counts and keeps nothing."""
-        vectors = self._encoder.encode_queries([_WARM_UP])
+        vectors = self._encoder.encode_queries([_FIRST_QUERY])
         self._vectors.search(vectors, 1)
         if self._bm25 is not None:
-            self._bm25.warm_up()
+            self._bm25.first_search()
         if self._reranker is not None:
-            self._reranker.scores([(_WARM_UP, self._index.corpus[0])])
+            self._reranker.scores([(_FIRST_QUERY, self._index.corpus[0])])
 
     def close(self) -> None:
         """There is nothing to do: files and memory are given back with the object."""

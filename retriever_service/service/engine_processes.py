@@ -108,8 +108,8 @@ class EngineProcesses:
                     self.on_stage(name, seconds)
         return [hits for part, _ in found for hits in part]
 
-    def warm_up(self) -> None:
-        self._call_all(_warm_up)
+    def first_search(self) -> None:
+        self._call_all(_first_search)
 
     def add(self, passages: Sequence[Passage]) -> int:
         return self._update(partial(_add, passages))
@@ -195,8 +195,8 @@ def _search(
     return engine.search(queries, k, options), stages
 
 
-def _warm_up(engine: Engine, on_progress: OnProgress) -> None:
-    engine.warm_up()
+def _first_search(engine: Engine, on_progress: OnProgress) -> None:
+    engine.first_search()
 
 
 def _add(passages: Sequence[Passage], engine: Engine, on_progress: OnProgress) -> int:

@@ -37,7 +37,7 @@ class Engine(Searcher, Protocol):
     on_stage: Callable[[str, float], None] | None
     """Told the name (`encode`, `search`, `rerank`, `fetch`) and seconds of every stage of every search."""
 
-    def warm_up(self) -> None:
+    def first_search(self) -> None:
         """Make sure that the first searches are as fast as later ones; not counted as a search."""
         ...
 
@@ -160,7 +160,7 @@ class Service:
 
     def _load(self) -> Engine:
         self._engine = self._open_engine()
-        self._engine.warm_up()
+        self._engine.first_search()
         self._engine.on_stage = self.metrics.note_stage
         return self._engine
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from actors.retriever import open_retriever
 from pipeline.core.config_loading import load_config
-from pipeline.core.data.warmup import synthesise
+from pipeline.core.data.cold_start import synthesise
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.records import Hop, Question, Trajectory

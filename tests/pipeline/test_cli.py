@@ -64,7 +64,7 @@ def folder(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> P
     sections = {
         "model": {"path": "model"},
         "data": {"corpus": "corpus.jsonl", "train": "train.jsonl", "dev": "dev.jsonl"},
-        "warmup": {"questions": 2},
+        "cold_start": {"questions": 2},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections))
     return tmp_path
@@ -111,7 +111,7 @@ def refused(run_command: Any, folder: Path) -> Any:
 
 
 TRAIN = ("train", "--config", "config.yaml", "--run", "run")
-WARMUP = ("warmup", "--config", "config.yaml", "--out", "warmup.parquet")
+COLD_START = ("cold-start", "--config", "config.yaml", "--out", "cold_start.parquet")
 
 # ---------------------------------------------------------------- configuration
 
@@ -161,7 +161,7 @@ QUESTION_MISTAKES = {
 
 
 @pytest.mark.parametrize(("lines", "message"), QUESTION_MISTAKES.values(), ids=QUESTION_MISTAKES)
-@pytest.mark.parametrize("command", [TRAIN, WARMUP], ids=["train", "warmup"])
+@pytest.mark.parametrize("command", [TRAIN, COLD_START], ids=["train", "cold-start"])
 def test_a_mistake_in_the_questions(
     refused: Any, folder: Path, command: tuple[str, ...], lines: list[str], message: str
 ) -> None:
@@ -189,7 +189,7 @@ def test_no_training_questions(refused: Any) -> None:
         ("model.safetensors", "model.path: model has no weights"),
     ],
 )
-@pytest.mark.parametrize("command", [TRAIN, WARMUP], ids=["train", "warmup"])
+@pytest.mark.parametrize("command", [TRAIN, COLD_START], ids=["train", "cold-start"])
 def test_an_incomplete_model_directory(
     refused: Any, folder: Path, command: tuple[str, ...], missing: str, message: str
 ) -> None:
@@ -217,8 +217,8 @@ CORPUS_MISTAKES = {
 @pytest.mark.parametrize(("lines", "message"), CORPUS_MISTAKES.values(), ids=CORPUS_MISTAKES)
 @pytest.mark.parametrize(
     "command",
-    [WARMUP, ("index", "build", "--corpus", "corpus.jsonl", "--out", "index")],
-    ids=["warmup", "index"],
+    [COLD_START, ("index", "build", "--corpus", "corpus.jsonl", "--out", "index")],
+    ids=["cold_start", "index"],
 )
 def test_a_mistake_in_the_corpus(
     refused: Any, folder: Path, command: tuple[str, ...], lines: list[str], message: str
@@ -228,11 +228,11 @@ def test_a_mistake_in_the_corpus(
 
 
 def test_no_corpus(refused: Any) -> None:
-    assert "set data.corpus, or retriever.index" in refused(*WARMUP, "data.corpus=[]")
+    assert "set data.corpus, or retriever.index" in refused(*COLD_START, "data.corpus=[]")
 
 
 def test_a_corpus_that_does_not_exist(refused: Any) -> None:
-    assert "corpus passages.jsonl does not exist" in refused(*WARMUP, "data.corpus=passages.jsonl")
+    assert "corpus passages.jsonl does not exist" in refused(*COLD_START, "data.corpus=passages.jsonl")
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def index(folder: Path) -> Path:
 
 
 def test_an_index_of_another_encoder(refused: Any, index: Path) -> None:
-    message = refused(*WARMUP, "retriever.index=index", "retriever.encoder=intfloat/e5-base-v2")
+    message = refused(*COLD_START, "retriever.index=index", "retriever.encoder=intfloat/e5-base-v2")
     assert "index was built with encoder 'minilm'" in message
     assert "encoder 'intfloat/e5-base-v2'" in message
     assert "Use the encoder of the index" in message
@@ -289,37 +289,37 @@ def test_an_index_is_built_and_searched(run_command: Any) -> None:
     assert "Maker 2 (p2)" in shown.stdout
 
 
-# ---------------------------------------------------------------- warm-up
+# ---------------------------------------------------------------- cold start
 
 
-def test_warm_up_trajectories_are_written(run_command: Any, folder: Path) -> None:
-    result = run_command(*WARMUP)
+def test_cold_start_trajectories_are_written(run_command: Any, folder: Path) -> None:
+    result = run_command(*COLD_START)
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
-    assert (summary["out"], summary["trajectories"]) == ("warmup.parquet", 2)
-    assert (folder / "warmup.parquet").is_file()
+    assert (summary["out"], summary["trajectories"]) == ("cold_start.parquet", 2)
+    assert (folder / "cold_start.parquet").is_file()
 
 
 def test_trajectories_are_written_again_by_a_configuration_that_reads_them(run_command: Any) -> None:
-    result = run_command(*WARMUP, "warmup.trajectories=warmup.parquet", "warmup.questions=1")
+    result = run_command(*COLD_START, "cold_start.trajectories=cold_start.parquet", "cold_start.questions=1")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["trajectories"] == 1
 
 
 def test_nothing_to_synthesise(refused: Any) -> None:
-    assert "warmup.questions is 0" in refused(*WARMUP, "warmup.questions=0")
+    assert "cold_start.questions is 0" in refused(*COLD_START, "cold_start.questions=0")
 
 
-@pytest.mark.parametrize("command", [TRAIN, WARMUP], ids=["train", "warmup"])
-def test_a_warm_up_of_questions_without_supervision(refused: Any, folder: Path, command: Any) -> None:
+@pytest.mark.parametrize("command", [TRAIN, COLD_START], ids=["train", "cold-start"])
+def test_a_cold_start_of_questions_without_supervision(refused: Any, folder: Path, command: Any) -> None:
     bare = [{"id": f"b{i}", "question": f"Question {i}?", "answers": ["Ada"]} for i in range(3)]
     write_jsonl(folder / "train.jsonl", bare)
     message = refused(*command)
-    assert "warmup.questions is 2, but none of 3 questions names its supporting passages" in message
+    assert "cold_start.questions is 2, but none of 3 questions names its supporting passages" in message
 
 
-def test_missing_warm_up_trajectories(refused: Any) -> None:
-    assert "no trajectory file missing.parquet" in refused(*TRAIN, "warmup.trajectories=missing.parquet")
+def test_missing_cold_start_trajectories(refused: Any) -> None:
+    assert "no trajectory file missing.parquet" in refused(*TRAIN, "cold_start.trajectories=missing.parquet")
 
 
 # ---------------------------------------------------------------- a server in place of an index
@@ -329,14 +329,14 @@ EVALUATE = ("evaluate", "--config", "config.yaml", "retriever.encoder=minilm")
 ASK = ("ask", "Who?", "--model", "model")
 
 
-@pytest.mark.parametrize("command", [TRAIN, WARMUP, EVALUATE, ASK], ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [TRAIN, COLD_START, EVALUATE, ASK], ids=lambda command: command[0])
 def test_a_server_that_is_not_there(refused: Any, command: tuple[str, ...]) -> None:
     message = refused(*command, NOBODY)
     assert "retriever.url: no answer from http://127.0.0.1:1" in message
     assert message.strip().count("\n") == 0
 
 
-@pytest.mark.parametrize("command", [TRAIN, WARMUP, EVALUATE, ASK], ids=lambda command: command[0])
+@pytest.mark.parametrize("command", [TRAIN, COLD_START, EVALUATE, ASK], ids=lambda command: command[0])
 def test_settings_that_a_server_does_not_heed(refused: Any, command: tuple[str, ...]) -> None:
     assert "retriever.replicas=1" in refused(*command, NOBODY, "retriever.replicas=2")
 
@@ -354,18 +354,18 @@ def test_a_question_with_nothing_to_search(refused: Any) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["native", "search-r1"])
-def test_warm_up_trajectories_are_searched_for_on_a_server(
+def test_cold_start_trajectories_are_searched_for_on_a_server(
     run_command: Any, folder: Path, dialect: str
 ) -> None:
     server = ScriptedServer()
     try:
         settings = (f"retriever.url={server.url}", f"retriever.dialect={dialect}", "agent.documents=3")
-        result = run_command(*WARMUP, *settings)
+        result = run_command(*COLD_START, *settings)
     finally:
         server.close()
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["gold_passages_inserted"] == 2
-    for trajectory in trajectories_from_table(pq.read_table(folder / "warmup.parquet")):
+    for trajectory in trajectories_from_table(pq.read_table(folder / "cold_start.parquet")):
         (step,) = trajectory.steps
         ids = [hit.passage.id for hit in step.hits]
         assert len(ids) == 3 and "p1" in ids and set(ids) - {"p1"} <= {passage.id for passage in ANIMALS}
@@ -465,7 +465,7 @@ COMMANDS = [
     ["index"],
     ["index", "build"],
     ["index", "search"],
-    ["warmup"],
+    ["cold_start"],
 ]
 
 
@@ -539,7 +539,7 @@ def process(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_exit_codes_of_real_processes(folder: Path) -> None:
     good = process("config", "--config", str(folder / "config.yaml"), "--json")
     assert good.returncode == 0
-    assert json.loads(good.stdout)["warmup"]["questions"] == 2
+    assert json.loads(good.stdout)["cold_start"]["questions"] == 2
     bad = process("config", "em.iteration=2")
     assert bad.returncode == 2
     assert bad.stdout == ""

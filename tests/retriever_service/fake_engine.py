@@ -87,7 +87,7 @@ class FakeEngine:
         ]
         return sorted(hits, key=lambda hit: -hit.score)[:k]
 
-    def warm_up(self) -> None:
+    def first_search(self) -> None:
         self.is_warm = True
 
     def add(self, passages: Sequence[Passage]) -> int:

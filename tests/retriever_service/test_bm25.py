@@ -127,7 +127,7 @@ def test_queries_of_a_batch_are_spread_over_the_threads(
 
 
 def test_warmed_up_index_compiles_no_more(tmp_path: Path) -> None:
-    """In a process of its own: functions that were compiled before would hide what is not warmed up."""
+    """In a process of its own: functions that were compiled before would hide what is not ready."""
     build_bm25(passages(["lion tiger", "lion", "lion"]), tmp_path / "b")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         warming, searching = pool.submit(_compilations, tmp_path / "b").result()
@@ -136,12 +136,12 @@ def test_warmed_up_index_compiles_no_more(tmp_path: Path) -> None:
 
 
 def _compilations(directory: Path) -> tuple[int, int]:
-    """How often something is compiled while the index is warmed up, and by all kinds of searches afterwards."""
+    """How often something is compiled while the index is ready, and by all kinds of searches afterwards."""
     from numba.core.event import install_recorder
 
     index = Bm25.open(directory, num_threads=2)
     with install_recorder("numba:compile") as warming:
-        index.warm_up()
+        index.first_search()
     with install_recorder("numba:compile") as searching:
         for allowed in (None, np.array([True, False, True])):
             index.search(["tiger", "lion"], 1, allowed)

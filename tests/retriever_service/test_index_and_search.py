@@ -140,12 +140,12 @@ def test_warming_up_uses_everything_and_is_not_counted(
 
     reranker, warmed_up, stages = CountingReranker(), [], []
     monkeypatch.setattr("retriever_service.search.rerank.Reranker.open", lambda model, device: reranker)
-    monkeypatch.setattr("retriever_service.index.bm25.Bm25.warm_up", lambda self: warmed_up.append(self))
+    monkeypatch.setattr("retriever_service.index.bm25.Bm25.first_search", lambda self: warmed_up.append(self))
     build([write_animals(tmp_path / "c.jsonl")], tmp_path / "index", SPEC, bm25=True)
     encoder = HashEncoder(SPEC)
     searcher = open_searcher(tmp_path / "index", reranker="any", load_encoder=lambda spec, device: encoder)
     searcher.on_stage = lambda stage, seconds: stages.append(stage)
-    searcher.warm_up()
+    searcher.first_search()
     assert (len(encoder.query_batches), len(warmed_up), reranker.pairs) == (1, 1, 1)
     assert (stages, searcher.cache_hits) == ([], 0)
     searcher.search(encoder.query_batches[0], 1)

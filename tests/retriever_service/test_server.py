@@ -472,7 +472,7 @@ def test_info_and_metrics() -> None:
         assert 'exsearch_requests_total{route="/search",status="200"} 1.0' in text
         assert 'exsearch_stage_seconds_count{stage="search"}' in text
         assert await metric(client, "exsearch_ready") == 1
-        # The index was warmed up before, which nobody asked for.
+        # The index was ready before, which nobody asked for.
         assert engine.is_warm
         assert await metric(client, "exsearch_batch_queries_count") == 1
 

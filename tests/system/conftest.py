@@ -88,7 +88,7 @@ def overrides(world: Path, index: Path, model: Path) -> list[str]:
         "learner.batch_size=8",
         f"learner.tokens_per_microbatch={MODEL_LENGTH}",
         "learner.learning_rate=0.001",
-        "warmup.questions=4",
+        "cold_start.questions=4",
         "em.iterations=1",
         "evaluation.bootstrap_samples=20",
         "tracking.tensorboard=false",

@@ -1,1 +1,1 @@
-"""Questions, corpora, warm-up trajectories and the generated encyclopedia."""
+"""Questions, corpora, cold-start trajectories and the generated encyclopedia."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.core.config import Config
+from pipeline.core.config import DataConfig
 from pipeline.core.data.questions import check_splits_disjoint, read_questions
 from pipeline.core.errors import UserError
 from pipeline.core.records import Question
@@ -20,28 +20,29 @@ class Splits:
     test: list[Question]
 
 
-def load_splits(config: Config, required: Sequence[str] = ("train", "dev")) -> Splits:
+def load_splits(
+    data: DataConfig, seed: int, *, required: Sequence[str] = (), apart: Sequence[str] = ()
+) -> Splits:
     """Read and sample the three splits.
 
     Args:
-        required: splits that must not be empty where EM iterations are asked for.
+        required: splits that must not be empty.
+        apart: further question files that are trained on, and must share nothing with dev and test.
 
     Raises:
         UserError: a bad file, overlapping splits, or an empty one that is required.
     """
-    data = config.data
-    if config.em.iterations > 0:
-        for key in required:
-            if not getattr(data, key):
-                raise UserError(f"data.{key} is empty; name at least one file of questions (docs/formats.md)")
+    for key in required:
+        if not getattr(data, key):
+            raise UserError(f"data.{key} is empty; name at least one file of questions (docs/formats.md)")
 
     def read(split: str) -> list[Question]:
         paths = getattr(data, split)
         limit = getattr(data, f"{split}_limit")
-        return read_questions(paths, root=data.root, limit=limit, seed=config.seed) if paths else []
+        return read_questions(paths, root=data.root, limit=limit, seed=seed) if paths else []
 
     splits = Splits(read("train"), read("dev"), read("test"))
     check_splits_disjoint(splits.train, splits.dev, splits.test)
-    if config.warmup.sources:
-        check_splits_disjoint(read_questions(config.warmup.sources, root=data.root), splits.dev, splits.test)
+    if apart:
+        check_splits_disjoint(read_questions(apart, root=data.root), splits.dev, splits.test)
     return splits

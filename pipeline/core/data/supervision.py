@@ -1,4 +1,4 @@
-"""Gold reasoning steps for warm-up trajectories, from whatever supervision a question carries.
+"""Gold reasoning steps for cold-start trajectories, from whatever supervision a question carries.
 
 Every step comes out whole: a sub-query that can be asked as it stands, the evidence to write down, and the
 passage in which it is found. Sources, best first:

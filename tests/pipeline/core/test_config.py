@@ -83,10 +83,10 @@ def test_optimiser_states_are_offloaded_only_where_they_are_partitioned() -> Non
     assert config(learner={"offload_parameters": True, "offload_optimizer": True, "zero_stage": 3})
 
 
-def test_warm_up_examples_can_only_be_mixed_in_where_there_are_some() -> None:
-    assert "warmup.mix needs warm-up examples" in refusal(warmup={"mix": 0.5})
-    assert config(warmup={"mix": 0.5, "questions": 10})
-    assert config(warmup={"mix": 0.5, "trajectories": "warmup.parquet"})
+def test_cold_start_examples_can_only_be_mixed_in_where_there_are_some() -> None:
+    assert "cold_start.mix needs cold-start examples" in refusal(cold_start={"mix": 0.5})
+    assert config(cold_start={"mix": 0.5, "questions": 10})
+    assert config(cold_start={"mix": 0.5, "trajectories": "cold_start.parquet"})
 
 
 URL = "http://127.0.0.1:8000"

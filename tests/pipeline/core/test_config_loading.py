@@ -112,7 +112,7 @@ def test_a_key_that_lives_in_another_section_is_found_there() -> None:
     assert "did you mean learner.zero_stage?" in refusal("em.zero_stage=3")
     message = refusal("learning_rate=1e-4")
     assert "learner.learning_rate" in message
-    assert "warmup.learning_rate" in message
+    assert "cold_start.learning_rate" in message
 
 
 def test_a_key_like_no_other_is_refused_with_the_known_ones() -> None:

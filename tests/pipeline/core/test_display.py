@@ -92,7 +92,7 @@ def test_the_report_shows_each_iteration_and_marks_the_best(screen: Screen) -> N
     assert screen.row("warm-up") == ["41.2", "50.0", "2.35", "12", "8"]
 
 
-def test_iteration_0_of_a_run_without_a_warm_up_is_the_base_model(screen: Screen) -> None:
+def test_iteration_0_of_a_run_without_a_cold_start_is_the_base_model(screen: Screen) -> None:
     base = {"iteration": 0, "phase_seconds": {"evaluation": 3.0}, "train": {}, "dev": SCORES}
     screen.display.report(report(warm_up=base))
     assert screen.row("base") == ["41.2", "50.0", "2.35"]

@@ -403,7 +403,7 @@ def test_closing_an_iteration_again_finishes_what_a_kill_left(
     assert [state.exists() for state in states] == [False, True]
 
 
-def test_closing_the_warm_up_removes_nothing(run: RunDirectory) -> None:
+def test_closing_the_cold_start_removes_nothing(run: RunDirectory) -> None:
     state = with_learner(run, 0)
     run.close_iteration(0)
     assert state.exists()

@@ -220,7 +220,7 @@ def test_the_pure_modules_load_no_engine_no_cluster_and_no_trainer() -> None:
     code = (
         "import sys, pipeline.core.weighting, pipeline.core.losses.likelihood, pipeline.core.renderer, "
         "pipeline.core.agents.search, "
-        "pipeline.core.evaluation, pipeline.core.data.questions, pipeline.core.data.warmup\n"
+        "pipeline.core.evaluation, pipeline.core.data.questions, pipeline.core.data.cold_start\n"
         "print(sorted({'ray', 'vllm', 'deepspeed'} & set(sys.modules)))"
     )
     result = subprocess.run(

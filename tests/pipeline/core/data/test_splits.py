@@ -54,7 +54,7 @@ def test_training_without_training_or_dev_questions_is_refused(
         load(root, *given)
 
 
-def test_a_warm_up_needs_no_dev_questions(root: Path) -> None:
+def test_a_cold_start_needs_no_dev_questions(root: Path) -> None:
     config = load_config(None, [f"data.root={root}", "data.train=train.jsonl"])
     assert load_splits(config, required=("train",)).dev == []
 

@@ -58,7 +58,7 @@ class StepRewriter(Interface):
 
 
 @dataclass(frozen=True, slots=True)
-class WarmupResult:
+class ColdStartResult:
     """Synthesised trajectories, and what became of the rest.
 
     `skipped` counts the questions without a trajectory by reason; `inserted` the gold passages that the
@@ -89,7 +89,7 @@ async def synthesise(
     max_length: int,
     seed: int,
     rewriter: StepRewriter | None = None,
-) -> WarmupResult:
+) -> ColdStartResult:
     """One trajectory per question that carries enough gold supervision.
 
     Args:
@@ -120,7 +120,7 @@ async def synthesise(
             )
             trajectory = await agent.run(question, sampling=_GREEDY)
         if trajectory.stop_reason.is_infrastructure:
-            raise RuntimeError(f"the warm-up of question {question.id} failed: {trajectory.detail}")
+            raise RuntimeError(f"the cold start of question {question.id} failed: {trajectory.detail}")
         if trajectory.stop_reason is not StopReason.ANSWERED:
             return f"agent stopped: {trajectory.stop_reason.value}", None
         if len(renderer.with_gold_answer(trajectory, question.answers[0], 1.0).token_ids) > max_length:
@@ -128,7 +128,7 @@ async def synthesise(
         return trajectory, retriever
 
     results = await asyncio.gather(*(one(question) for question in questions))
-    result = WarmupResult(
+    result = ColdStartResult(
         trajectories=[t for t, _ in results if isinstance(t, Trajectory)],
         skipped=Counter(reason for reason, _ in results if isinstance(reason, str)),
         searches=sum(r.searches for _, r in results if r is not None),
@@ -142,7 +142,7 @@ async def synthesise(
     return result
 
 
-def warmup_examples(
+def supervised_examples(
     trajectories: Sequence[Trajectory], questions: Sequence[Question], renderer: Renderer
 ) -> list[WeightedExample]:
     """The trajectories as training examples of weight 1, with the question's first gold answer.
@@ -152,7 +152,7 @@ def warmup_examples(
     """
     answers = {question.id: question.answers[0] for question in questions}
     if unknown := {t.question_id for t in trajectories} - answers.keys():
-        raise ValueError(f"warm-up trajectories of unknown questions: {sorted(unknown)[:5]}")
+        raise ValueError(f"cold-start trajectories of unknown questions: {sorted(unknown)[:5]}")
     return [renderer.with_gold_answer(t, answers[t.question_id], 1.0) for t in trajectories]
 
 
@@ -170,23 +170,23 @@ def read_trajectories(path: Path, renderer: Renderer) -> list[Trajectory]:
         UserError: not such a file, no trajectories, or token ids that mean something else to this model.
     """
     if not path.is_file():
-        raise UserError(f"no trajectory file {path}; write one with `exsearch warmup --out {path}`")
+        raise UserError(f"no trajectory file {path}; write one with `exsearch cold-start --out {path}`")
     try:
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
         raise UserError(
-            f"{path} is not a Parquet file ({error}); write one with `exsearch warmup`"
+            f"{path} is not a Parquet file ({error}); write one with `exsearch cold-start`"
         ) from error
     stored = (table.schema.metadata or {}).get(_FINGERPRINT)
     if stored is None:
-        raise UserError(f"{path} does not hold warm-up trajectories; write it with `exsearch warmup`")
+        raise UserError(f"{path} does not hold cold-start trajectories; write it with `exsearch cold-start`")
     if stored != _fingerprint(renderer):
         raise UserError(
             f"{path} was made with another tokenizer or other agent.* settings than this run's; make it "
-            "again with `exsearch warmup` and this run's configuration"
+            "again with `exsearch cold-start` and this run's configuration"
         )
     if table.num_rows == 0:
-        raise UserError(f"{path} holds no trajectories; make it again with `exsearch warmup`")
+        raise UserError(f"{path} holds no trajectories; make it again with `exsearch cold-start`")
     return trajectories_from_table(table)
 
 

@@ -1,4 +1,4 @@
-"""Where warm-up examples come from. The retriever is a list of passages; nothing else is faked."""
+"""Where cold-start examples come from. The retriever is a list of passages; nothing else is faked."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ import pytest
 
 from pipeline.core.config import Config
 from pipeline.core.config_loading import load_config
+from pipeline.core.data.cold_start import write_trajectories
+from pipeline.core.data.cold_start_source import (
+    cold_start_examples,
+    load_cold_start_source,
+    synthesise_cold_start,
+)
 from pipeline.core.data.questions import read_questions
-from pipeline.core.data.warmup import write_trajectories
-from pipeline.core.data.warmup_source import load_warm_up_source, synthesise_warm_up, warm_up_examples
 from pipeline.core.errors import UserError
 from pipeline.core.records import Question, WeightedExample
 from pipeline.core.renderer import Renderer
@@ -60,7 +64,7 @@ async def retrieve(query: str, k: int) -> list[Hit]:
 
 
 def config(tmp_path: Path, *overrides: str) -> Config:
-    fixed = (f"data.root={tmp_path}", "data.train=train.jsonl", "agent.documents=2", "warmup.questions=3")
+    fixed = (f"data.root={tmp_path}", "data.train=train.jsonl", "agent.documents=2", "cold_start.questions=3")
     return load_config(None, [*fixed, *overrides])
 
 
@@ -80,9 +84,9 @@ def made(index: Path, tokenizer: Any) -> Make:
         if train is None:
             train = read_questions(config.data.train, root=config.data.root)
         renderer = Renderer(tokenizer, config.agent)
-        source = load_warm_up_source(config, train, renderer)
+        source = load_cold_start_source(config, train, renderer)
         return asyncio.run(
-            warm_up_examples(config, source, renderer, retrieve, index, index.with_name("cache.jsonl"))
+            cold_start_examples(config, source, renderer, retrieve, index, index.with_name("cache.jsonl"))
         )
 
     return make
@@ -112,10 +116,10 @@ def test_the_same_questions_and_seed_give_the_same_examples(tmp_path: Path, made
     assert [e.token_ids.tolist() for e in first] == [e.token_ids.tolist() for e in again]
 
 
-def test_warm_up_questions_may_come_from_files_of_their_own(tmp_path: Path, made: Make) -> None:
+def test_cold_start_questions_may_come_from_files_of_their_own(tmp_path: Path, made: Make) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     write_questions(tmp_path / "gold.jsonl", range(6), prefix="g")
-    examples, _ = made(config(tmp_path, "warmup.sources=gold.jsonl"))
+    examples, _ = made(config(tmp_path, "cold_start.sources=gold.jsonl"))
     assert len(examples) == 3
     assert all(e.question_id.startswith("g") for e in examples)
 
@@ -131,7 +135,7 @@ def test_questions_without_supervision_do_not_count(tmp_path: Path, made: Make) 
 def test_the_questions_are_a_sample_over_all_files(tmp_path: Path, made: Make) -> None:
     write_questions(tmp_path / "a.jsonl", range(6))
     write_questions(tmp_path / "b.jsonl", range(6), prefix="r")
-    settings = ["data.train=[a.jsonl, b.jsonl]", "warmup.questions=4"]
+    settings = ["data.train=[a.jsonl, b.jsonl]", "cold_start.questions=4"]
     samples = [
         {e.question_id for e in made(config(tmp_path, *settings, f"seed={seed}"))[0]} for seed in range(6)
     ]
@@ -147,13 +151,13 @@ def test_a_gold_passage_that_the_corpus_lacks_is_counted(tmp_path: Path, made: M
     assert sum(statistics["skipped"].values()) == 1
 
 
-def test_a_warm_up_without_any_supervision_is_refused(tmp_path: Path, made: Make) -> None:
+def test_a_cold_start_without_any_supervision_is_refused(tmp_path: Path, made: Make) -> None:
     write_questions(tmp_path / "train.jsonl", range(6), gold=False)
     with pytest.raises(UserError) as caught:
         made(config(tmp_path))
     message = str(caught.value)
-    assert "warmup.questions is 3, but none of 6 questions" in message
-    assert "warmup.questions=0" in message
+    assert "cold_start.questions is 3, but none of 6 questions" in message
+    assert "cold_start.questions=0" in message
 
 
 # ---------------------------------------------------------------- a server in place of the index
@@ -167,9 +171,9 @@ def served(tmp_path: Path, tokenizer: Any, *overrides: str) -> tuple[list[Weight
     settings = config(tmp_path, SERVER, *overrides)
     renderer = Renderer(tokenizer, settings.agent)
     train = read_questions(settings.data.train, root=settings.data.root)
-    source = load_warm_up_source(settings, train, renderer)
+    source = load_cold_start_source(settings, train, renderer)
     cache, servers = tmp_path / "cache.jsonl", Servers((), "fingerprint")
-    return asyncio.run(warm_up_examples(settings, source, renderer, retrieve, servers, cache))
+    return asyncio.run(cold_start_examples(settings, source, renderer, retrieve, servers, cache))
 
 
 def test_gold_passages_of_a_server_are_those_of_the_corpus(
@@ -200,33 +204,33 @@ def test_ready_trajectories_need_no_corpus_beside_the_server(
     tmp_path: Path, index: Path, tokenizer: Any
 ) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
-    path = ready(config(tmp_path), index, tokenizer, tmp_path / "warmup.parquet")
-    assert len(served(tmp_path, tokenizer, f"warmup.trajectories={path}")[0]) == 3
+    path = ready(config(tmp_path), index, tokenizer, tmp_path / "cold_start.parquet")
+    assert len(served(tmp_path, tokenizer, f"cold_start.trajectories={path}")[0]) == 3
 
 
 # ---------------------------------------------------------------- ready trajectories
 
 
 def ready(settings: Config, index: Path, tokenizer: Any, path: Path) -> Path:
-    """What `exsearch warmup` writes with these settings."""
+    """What `exsearch cold-start` writes with these settings."""
     renderer = Renderer(tokenizer, settings.agent)
     train = read_questions(settings.data.train, root=settings.data.root)
-    questions = load_warm_up_source(settings, train, renderer).questions
+    questions = load_cold_start_source(settings, train, renderer).questions
     cache = index.with_name("cache.jsonl")
-    result = asyncio.run(synthesise_warm_up(settings, questions, renderer, retrieve, index, cache))
+    result = asyncio.run(synthesise_cold_start(settings, questions, renderer, retrieve, index, cache))
     write_trajectories(path, result.trajectories, renderer)
     return path
 
 
-@pytest.mark.parametrize("sources", [(), ("warmup.sources=gold.jsonl",)])
+@pytest.mark.parametrize("sources", [(), ("cold_start.sources=gold.jsonl",)])
 def test_ready_trajectories_give_the_same_examples_as_synthesising_them(
     tmp_path: Path, index: Path, made: Make, tokenizer: Any, sources: tuple[str, ...]
 ) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     write_questions(tmp_path / "gold.jsonl", range(6), prefix="g")
     synthesised, _ = made(config(tmp_path, *sources))
-    path = ready(config(tmp_path, *sources), index, tokenizer, tmp_path / "warmup.parquet")
-    examples, statistics = made(config(tmp_path, *sources, f"warmup.trajectories={path}"))
+    path = ready(config(tmp_path, *sources), index, tokenizer, tmp_path / "cold_start.parquet")
+    examples, statistics = made(config(tmp_path, *sources, f"cold_start.trajectories={path}"))
     assert [(e.question_id, e.token_ids.tolist()) for e in examples] == [
         (e.question_id, e.token_ids.tolist()) for e in synthesised
     ]
@@ -237,8 +241,8 @@ def test_ready_trajectories_of_questions_outside_of_the_training_sample_are_used
     tmp_path: Path, index: Path, made: Make, tokenizer: Any
 ) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
-    path = ready(config(tmp_path), index, tokenizer, tmp_path / "warmup.parquet")
-    settings = config(tmp_path, f"warmup.trajectories={path}", "data.train_limit=1")
+    path = ready(config(tmp_path), index, tokenizer, tmp_path / "cold_start.parquet")
+    settings = config(tmp_path, f"cold_start.trajectories={path}", "data.train_limit=1")
     sample = read_questions(settings.data.train, root=settings.data.root, limit=1)
     assert len(made(settings, sample)[0]) == 3
 
@@ -248,23 +252,25 @@ def test_ready_trajectories_of_unknown_questions_are_refused(
 ) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     write_questions(tmp_path / "gold.jsonl", range(6), prefix="g")
-    path = ready(config(tmp_path, "warmup.sources=gold.jsonl"), index, tokenizer, tmp_path / "warmup.parquet")
+    path = ready(
+        config(tmp_path, "cold_start.sources=gold.jsonl"), index, tokenizer, tmp_path / "cold_start.parquet"
+    )
     with pytest.raises(
-        UserError, match=r"3 questions that are neither in data\.train nor in warmup\.sources \(g"
+        UserError, match=r"3 questions that are neither in data\.train nor in cold_start\.sources \(g"
     ):
-        made(config(tmp_path, f"warmup.trajectories={path}"))
+        made(config(tmp_path, f"cold_start.trajectories={path}"))
 
 
 def test_ready_trajectories_of_other_agent_settings_are_refused(
     tmp_path: Path, index: Path, made: Make, tokenizer: Any
 ) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
-    path = ready(config(tmp_path), index, tokenizer, tmp_path / "warmup.parquet")
+    path = ready(config(tmp_path), index, tokenizer, tmp_path / "cold_start.parquet")
     with pytest.raises(UserError, match="another tokenizer or other agent"):
-        made(config(tmp_path, f"warmup.trajectories={path}", "agent.record=false"))
+        made(config(tmp_path, f"cold_start.trajectories={path}", "agent.record=false"))
 
 
 def test_a_missing_trajectory_file_is_refused(tmp_path: Path, made: Make) -> None:
     write_questions(tmp_path / "train.jsonl", range(6))
     with pytest.raises(UserError, match=r"no trajectory file .*nothing\.parquet"):
-        made(config(tmp_path, f"warmup.trajectories={tmp_path / 'nothing.parquet'}"))
+        made(config(tmp_path, f"cold_start.trajectories={tmp_path / 'nothing.parquet'}"))

@@ -15,15 +15,15 @@ import numpy as np
 import pytest
 
 from pipeline.core.config import AgentConfig
-from pipeline.core.data.rewriter import RewriteError, Rewriter
-from pipeline.core.data.supervision import GoldStep, Unusable, best_sentence, gold_steps, split_sentences
-from pipeline.core.data.warmup import (
-    WarmupResult,
+from pipeline.core.data.cold_start import (
+    ColdStartResult,
     read_trajectories,
+    supervised_examples,
     synthesise,
-    warmup_examples,
     write_trajectories,
 )
+from pipeline.core.data.rewriter import RewriteError, Rewriter
+from pipeline.core.data.supervision import GoldStep, Unusable, best_sentence, gold_steps, split_sentences
 from pipeline.core.errors import UserError
 from pipeline.core.records import Hop, Question, StopReason
 from pipeline.core.renderer import Renderer
@@ -72,7 +72,7 @@ def synthesised(
     max_length: int = 4096,
     rewriter: Any = None,
     **config: Any,
-) -> tuple[WarmupResult, Renderer]:
+) -> tuple[ColdStartResult, Renderer]:
     renderer = Renderer(tokenizer, AgentConfig(**{"documents": 2, **config}))
     run = synthesise(
         questions,
@@ -111,7 +111,7 @@ SWITCHES = [(t, s, r) for t in (True, False) for s in (True, False) for r in (Tr
 
 @pytest.mark.parametrize("layout", ["plain", "chat"])
 @pytest.mark.parametrize(("think", "search", "record"), SWITCHES)
-def test_every_variant_of_the_agent_has_its_warm_up(
+def test_every_variant_of_the_agent_has_its_cold_start(
     chat_tokenizer: Any, layout: str, think: bool, search: bool, record: bool
 ) -> None:
     result, renderer = synthesised(
@@ -186,13 +186,13 @@ def test_a_retriever_that_fails_ends_the_synthesis(tokenizer: Any) -> None:
         synthesised(tokenizer, QUESTION, retrieve=unavailable)
 
 
-def test_warm_up_examples_weigh_one_and_end_with_the_gold_answer(tokenizer: Any) -> None:
+def test_cold_start_examples_weigh_one_and_end_with_the_gold_answer(tokenizer: Any) -> None:
     result, renderer = synthesised(tokenizer, QUESTION)
-    (example,) = warmup_examples(result.trajectories, [QUESTION], renderer)
+    (example,) = supervised_examples(result.trajectories, [QUESTION], renderer)
     assert example.weight == 1.0
     assert renderer.decode(example.token_ids.tolist()).endswith("<answer> Mara Velin </answer>")
     with pytest.raises(ValueError, match="unknown questions"):
-        warmup_examples(result.trajectories, [], renderer)
+        supervised_examples(result.trajectories, [], renderer)
 
 
 def test_special_tokens_that_evidence_quotes_stay_text(chat_tokenizer: Any) -> None:
@@ -360,8 +360,8 @@ GOOD = (200, "Here you are: " + json.dumps(BETTER))
 
 def rewriting(
     tokenizer: Any, url: str, cache: Path, *questions: Question, max_attempts: int = 3
-) -> WarmupResult:
-    async def run() -> WarmupResult:
+) -> ColdStartResult:
+    async def run() -> ColdStartResult:
         renderer = Renderer(tokenizer, AgentConfig(documents=2))
         rewriter = Rewriter(url, "writer", cache, concurrency=2, max_attempts=max_attempts, backoff_s=0.001)
         async with rewriter:

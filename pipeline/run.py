@@ -1,0 +1,269 @@
+"""A run, up and working: what every recipe stands on, and the steps that all recipes share.
+
+A recipe opens a run and then reads like its algorithm: sample, train, evaluate, one step after the other. A step that
+the run directory says is finished is not done again, so the same command resumes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from actors.cluster import Cluster, plan
+from actors.policy import Policy
+from actors.session import ray_session
+from actors.weighting import Destination
+from pipeline.core.agents.program import Program, Sampling
+from pipeline.core.config import Config
+from pipeline.core.data.splits import Splits
+from pipeline.core.display import Display
+from pipeline.core.evaluation import evaluate
+from pipeline.core.policies import PolicySpec, Snapshot
+from pipeline.core.records import Question, WeightedExample, examples_to_table, trajectories_to_table
+from pipeline.core.report import scalars
+from pipeline.core.retrieval import Searched, Servers, prepare_index, servers_of
+from pipeline.core.run import Json, RunDirectory, write_table
+from pipeline.core.tracking import Tracker
+from pipeline.core.weighing import Weigh
+from retriever_service.index.index import read_manifest
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def open_run(
+    config: Config, path: Path, display: Display, splits: Splits, policies: Sequence[PolicySpec]
+) -> Iterator[Run]:
+    """Everything up: engines start with the newest version of each policy that the run has.
+
+    Raises:
+        UserError: bad input, before anything expensive.
+    """
+    servers = servers_of(config, display)
+    with (
+        RunDirectory(path, config) as files,
+        Tracker(files.path, config.tracking, files.path.name) as tracker,
+    ):
+        display.log_to(files.path / "run.log")
+        with ray_session(config.cluster):
+            plan(policies, config.cluster, config.retriever)
+            searched = servers or prepare_index(config.retriever, config.data, files.path / "index", display)
+            files.keep_to(
+                searched.fingerprint if isinstance(searched, Servers) else read_manifest(searched).fingerprint
+            )
+            run = Run(config, files, splits, searched, tracker, display, policies)
+            with run.start_cluster():
+                yield run
+
+
+class Run:
+    """One run of a recipe. `open_run` gives it.
+
+    Versions of a policy: t is what step "t/NAME/train" made; below the first of them it is the model that the policy
+    started from.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        files: RunDirectory,
+        splits: Splits,
+        searched: Searched,
+        tracker: Tracker,
+        display: Display,
+        policies: Sequence[PolicySpec],
+    ) -> None:
+        self.config, self.files, self.splits, self.searched = config, files, splits, searched
+        self.tracker, self.display = tracker, display
+        self._specs = {spec.name: spec for spec in policies}
+
+    def start_cluster(self) -> Cluster:
+        """Engines start with the newest version of each policy, which spares a resumed run one load."""
+        newest = {name: self.snapshot(name, self.files.newest_version(name)) for name in self._specs}
+        with self.display.status("starting the retriever and the vLLM engines"):
+            self.cluster = Cluster(
+                list(self._specs.values()),
+                self.config.cluster,
+                self.config.retriever,
+                self.searched,
+                serving=newest,
+                status=self.display.status,
+            )
+        return self.cluster
+
+    # ---------------------------------------------------------------- policies and paths
+
+    def snapshot(self, name: str, version: int) -> Snapshot:
+        """A version of a policy on disk."""
+        if self.files.finished(f"{version}/{name}/train") is None:
+            return Snapshot(version, self._specs[name].model.path)
+        model, learner = self.at(f"{version}/{name}/model"), self.at(f"{version}/{name}/learner")
+        return Snapshot(version, str(model), learner)
+
+    def at(self, step: str) -> Path:
+        """Where a step's data lie."""
+        return self.files.at(step)
+
+    def fresh(self, step: str) -> Path:
+        """The same as an empty directory: what an interrupted step left there is removed."""
+        return self.files.fresh(step)
+
+    def shards(self, t: int, name: str) -> list[Path]:
+        """The training examples of a policy in iteration t."""
+        return sorted(self.at(f"{t}/{name}/examples").glob("*.parquet"))
+
+    # ---------------------------------------------------------------- steps
+
+    def once(self, step: str, work: Callable[[], Json]) -> Json:
+        """Do a step ("3/selector/train", "test/best") unless it is finished, and record its figures once."""
+        if (finished := self.files.finished(step)) is not None:
+            return finished
+        head, _, name = step.partition("/")
+        if head.isdecimal():
+            self.tracker.rollback(int(head), name)
+        logger.info(f"{step} begins")
+        result = self.files.once(step, work)
+        logger.info(f"{step}: {scalars(result)}")
+        if head.isdecimal():
+            self.tracker.log(scalars(result), iteration=int(head), phase=name)
+        return result
+
+    def sample(
+        self,
+        t: int,
+        program: Program[Any],
+        roles: Mapping[str, int],
+        weigh: Weigh[Any],
+        *,
+        samples: int,
+        sampling: Sampling,
+    ) -> Json:
+        """Step "t/sample": episodes of all training questions, and the examples made of them for each policy.
+
+        Args:
+            roles: the version of each policy that plays a role of its own name.
+            weigh: makes the examples; its outputs are names of policies.
+            samples: episodes per question.
+            sampling: its seed is that of run and iteration.
+        """
+
+        def work() -> Json:
+            questions = self.splits.train
+            into = Destination(
+                rollouts=self.fresh(f"{t}/rollouts"),
+                examples={name: self.fresh(f"{t}/{name}/examples") for name in weigh.outputs},
+                tasks_per_shard=self.config.rollout.questions_per_shard,
+                weigh=weigh,
+            )
+            with self.display.progress(f"iteration {t}: sampling", len(questions), "questions") as advance:
+                report = self.cluster.sample(
+                    program,
+                    questions,
+                    self._at(roles),
+                    samples=samples,
+                    sampling=sampling,
+                    into=into,
+                    on_done=lambda summary: advance(1),
+                )
+            counts = {"trajectories": report.trajectories, "generated_tokens": report.generated_tokens}
+            return {**report.statistics, **counts}
+
+        return self.once(f"{t}/sample", work)
+
+    def write_examples(self, t: int, name: str, examples: Sequence[WeightedExample]) -> None:
+        """Examples that no sampling made, such as those of a cold start, as the shards of a step."""
+        write_table(self.fresh(f"{t}/{name}/examples") / "000000.parquet", examples_to_table(examples))
+
+    def train(
+        self,
+        t: int,
+        name: str,
+        *,
+        seed: int,
+        beside: Callable[[Sequence[Path]], Sequence[Path]] | None = None,
+        learning_rate: float | None = None,
+        epochs: int | None = None,
+    ) -> Json:
+        """Step "t/NAME/train": version t of a policy, from version t - 1 on the examples of t.
+
+        Args:
+            seed: of run and iteration, for the order of the examples.
+            beside: makes further shards to train on, given those of t.
+            learning_rate, epochs: in place of the configured ones.
+        """
+
+        def work() -> Json:
+            (policy,) = self._at({name: t - 1}).values()
+            shards = self.shards(t, name)
+            with self.display.progress(f"iteration {t}: training {name}", None, "steps") as advance:
+                metrics = policy.train(
+                    [*shards, *(beside(shards) if beside is not None else ())],
+                    seed=seed,
+                    learning_rate=learning_rate,
+                    epochs=epochs,
+                    on_progress=advance.to,
+                )
+            policy.save(t, state=self.at(f"{t}/{name}/learner"), model=self.at(f"{t}/{name}/model"))
+            for number, step in enumerate(metrics.pop("history"), start=1):
+                self.tracker.log(step, iteration=t, phase=f"{name}/train", step=number)
+            return metrics
+
+        return self.once(f"{t}/{name}/train", work)
+
+    def evaluate(self, t: int, program: Program[Any], roles: Mapping[str, int], *, answers: str) -> Json:
+        """Step "t/evaluation": greedy scores on the dev questions; `push` says what the pushes moved, by policy.
+
+        Args:
+            roles: the version of each policy that plays a role of its own name.
+            answers: the role whose turn holds the answer.
+        """
+
+        def work() -> Json:
+            policies = self._at(roles)
+            pushed = {
+                name: report for name, policy in policies.items() if (report := policy.push()) is not None
+            }
+            scores = self._scores(f"{t}/evaluation", program, policies, self.splits.dev, answers)
+            return {"push": pushed, "scores": scores}
+
+        return self.once(f"{t}/evaluation", work)
+
+    def test(self, name: str, program: Program[Any], roles: Mapping[str, int], *, answers: str) -> Json:
+        """Step "test/NAME": greedy scores on the test questions; done again if other versions are to be evaluated."""
+        step, version = f"test/{name}", max(roles.values())
+        if (self.files.finished(step) or {}).get("iteration") != version:
+            self.files.forget(step)
+
+        def work() -> Json:
+            scores = self._scores(step, program, self._at(roles), self.splits.test, answers)
+            return {"iteration": version} | scores
+
+        return self.once(step, work)
+
+    # ---------------------------------------------------------------- inside
+
+    def _at(self, versions: Mapping[str, int]) -> dict[str, Policy]:
+        """The policies, from now on at these versions."""
+        policies = {name: self.cluster.policy(name) for name in versions}
+        for name, policy in policies.items():
+            policy.restore(self.snapshot(name, versions[name]))
+        return policies
+
+    def _scores(
+        self,
+        step: str,
+        program: Program[Any],
+        policies: Mapping[str, Policy],
+        questions: Sequence[Question],
+        answers: str,
+    ) -> Json:
+        """The trajectories are kept beside the scores for whoever wants to read them."""
+        with self.display.progress(step, len(questions), "questions") as advance:
+            episodes = self.cluster.greedy(program, questions, policies, on_done=lambda summary: advance(1))
+        trajectories = [episode.turn(answers) for episode in episodes]
+        write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))
+        evaluation = self.config.evaluation
+        return evaluate(questions, trajectories, evaluation.bootstrap_samples, self.config.seed)
