@@ -13,7 +13,6 @@ Every method but `progress` and `rendezvous` is collective: all ranks call it, w
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import math
@@ -23,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray
 import torch
 import torch.distributed as dist
 
-from actors import learner_files, learner_setup
+from actors import learner_files, learner_setup, learner_weights
+from actors.learner_outputs import ModelOutputs, Sums, check_streams, read_examples, rows_of
 from actors.weight_transfer import (
     Bucket,
     EngineRef,
@@ -40,17 +39,18 @@ from actors.weight_transfer import (
     WeightSender,
 )
 from pipeline.core.config import LearnerConfig
-from pipeline.core.losses.likelihood import iteration_weights, token_logprobs, weighted_nll
+from pipeline.core.losses.loss import Loss, Outputs, Prepared, Terms
 from pipeline.core.packing import (
     OptimizerStep,
     PackedBatch,
     collate,
-    num_targets,
     packing_efficiency,
     plan_epoch,
 )
-from pipeline.core.records import WeightedExample, examples_from_table
+from pipeline.core.policies import Head
+from pipeline.core.records import Example
 from pipeline.core.schedule import learning_rate_at
+from pipeline.core.training import TrainReport
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,7 @@ class Learner:
         rank, world_size, local_rank: this process among all ranks; the number of its GPU.
         master_addr, master_port: where rank 0 listens.
         seed: of adapters and dropout.
+        head: what the model computes.
     """
 
     def __init__(
@@ -80,11 +81,10 @@ class Learner:
         master_port: int,
         local_rank: int = 0,
         seed: int = 0,
+        head: Head = "lm",
     ) -> None:
         deepspeed = learner_setup.import_deepspeed()
-        from pipeline.core.attention import PACKED
-
-        self.config, self.rank, self.world_size = config, rank, world_size
+        self.config, self.rank, self.world_size, self.head = config, rank, world_size, head
         self.device = learner_setup.join_process_group(
             master_addr, master_port, rank=rank, world_size=world_size, local_rank=local_rank
         )
@@ -95,12 +95,14 @@ class Learner:
         self.source = learner_files.local_directory(model_path)
         self._progress: dict[str, float] = {"step": 0, "num_steps": 0}
         self._resting = False
+        self._reference_source = ""
         self._phase: dict[str, Any] | None = None  # key and history of the last M-step
         self._resume: dict[str, Any] | None = None  # the same, out of a checkpoint that was just loaded
 
         learner_setup.seed_everything(seed)  # the same on all ranks: adapters start equal
-        self.model, self._zero_init = learner_setup.load_model(config, self.source, self.dtype, ds_config)
-        self._packed_attention = self.model.config._attn_implementation == PACKED
+        self.model, self._zero_init = learner_setup.load_model(
+            config, self.source, self.dtype, ds_config, head
+        )
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             trainable,
@@ -113,13 +115,15 @@ class Learner:
         self.engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=optimizer, model_parameters=trainable, config=ds_config
         )
+        self.outputs = ModelOutputs(self.engine, self.model, self.device)
         learner_setup.seed_everything(seed + rank)
 
     # ---------------------------------------------------------------- training
 
     def train(
         self,
-        examples: Sequence[WeightedExample] | Sequence[str | Path],
+        examples: Sequence[Example] | Sequence[str | Path],
+        loss: Loss,
         *,
         phase_seed: int,
         learning_rate: float | None = None,
@@ -127,44 +131,34 @@ class Learner:
         checkpoint_path: str | Path | None = None,
         checkpoint_every: int = 0,
         on_step: Callable[[dict[str, float]], None] | None = None,
-    ) -> dict[str, Any]:
-        """One M-step: `epochs` passes over the weighted examples.
+    ) -> TrainReport:
+        """One phase of training: `epochs` passes over the examples.
 
-        After `load` of a checkpoint from the middle of this very M-step (same examples, seed and settings) it
+        After `load` of a checkpoint from the middle of this very phase (same examples, loss, seed and settings) it
         goes on behind the last saved step; from its end, it returns at once.
 
         Args:
             examples: records, or Parquet shards of them that every rank reads itself.
+            loss: what is minimised.
             phase_seed: seed of the order of the examples.
             learning_rate, epochs: in place of the configured ones.
             checkpoint_path, checkpoint_every: save there after every so many optimiser steps (0: never).
             on_step: called on each rank after each optimiser step, with that step's metrics.
 
-        Returns:
-            examples, skipped_examples (negligible weight: counted in the normaliser, not computed), steps, loss
-            (weighted NLL per trained token), nll (unweighted, of the computed examples), grad_norm (mean),
-            learning_rate (peak), trained_tokens, total_tokens, seconds, trained_tokens_per_s and
-            total_tokens_per_s (of the steps that this process ran), pack_fill and rank_balance
-            (`packing_efficiency`), history (one dictionary per step: loss, nll, tokens, grad_norm, learning_rate).
-
         Raises:
-            UserError: an example does not fit the token budget.
+            UserError: a unit does not fit the token budget, or an example has not the streams that the loss needs.
             FloatingPointError: the loss is not finite.
         """
-        records = _read_examples(examples)
-        peak = learning_rate or self.config.learning_rate
-        num_tokens = [num_targets(e) for e in records]
-        exact = iteration_weights([e.weight for e in records], num_tokens)
-        weights = [v if v >= self.config.negligible_weight else 0.0 for v in exact]
-        # A negligible example counts in its batch's normaliser only: it has no length to compute.
-        lengths = [
-            len(e.token_ids) if w and n else 0 for e, w, n in zip(records, weights, num_tokens, strict=True)
-        ]
+        records = read_examples(examples)
+        check_streams(records, loss, self.head)
+        peak, prepared = learning_rate or self.config.learning_rate, loss.prepare(records)
+        # An example that is not computed counts in its batch's normaliser only: it has no length to compute.
+        lengths = [len(e.token_ids) if c else 0 for e, c in zip(records, prepared.computed, strict=True)]
         if not any(lengths):
-            logger.warning("no training example has a positive weight: the M-step leaves the model as it is")
+            logger.warning("no training example has a say: the phase leaves the model as it is")
         plan = self._plan(records, lengths, phase_seed, epochs or self.config.epochs) if any(lengths) else []
 
-        history = self._enter_phase(_phase_key(records, phase_seed, peak, len(plan)))
+        history = self._enter_phase(_phase_key(records, loss, phase_seed, peak, len(plan)))
         self._progress = {"step": len(history), "num_steps": len(plan)}
         self._end_rest()
         remaining, started = plan[len(history) :], time.perf_counter()
@@ -177,8 +171,7 @@ class Learner:
                 warmup_ratio=self.config.warmup_ratio,
                 min_ratio=self.config.min_learning_rate_ratio,
             )
-            normaliser = max(1, sum(num_tokens[k] for k in step.examples))
-            history.append(self._optimizer_step(step, records, weights, normaliser, rate))
+            history.append(self._optimizer_step(step, records, loss, prepared, rate))
             self._progress = {"step": len(history), "num_steps": len(plan), **history[-1]}
             if on_step is not None:
                 on_step(history[-1])
@@ -190,21 +183,19 @@ class Learner:
 
         fill, balance = packing_efficiency(plan, lengths, self.config.tokens_per_microbatch)
         computed = [k for step in remaining for k in step.examples if lengths[k]]
-        trained, total = (sum(counts[k] for k in computed) for counts in (num_tokens, lengths))
-        return {
-            "examples": len(records),
-            "skipped_examples": lengths.count(0),
-            "learning_rate": peak,
-            **_averages(history),
-            "trained_tokens": trained,
-            "total_tokens": total,
-            "seconds": seconds,
-            "trained_tokens_per_s": trained / seconds,
-            "total_tokens_per_s": total / seconds,
-            "pack_fill": fill,
-            "rank_balance": balance,
-            "history": history,
-        }
+        return TrainReport(
+            examples=len(records),
+            skipped_examples=lengths.count(0),
+            learning_rate=peak,
+            steps=len(history),
+            averages=_averages(history),
+            trained_tokens=sum(records[k].num_targets for k in computed),
+            total_tokens=sum(lengths[k] for k in computed),
+            seconds=seconds,
+            pack_fill=fill,
+            rank_balance=balance,
+            history=history,
+        )
 
     def rest(self) -> None:
         """Move what only training needs (master weights, optimiser state, gradients) to the host's memory.
@@ -226,9 +217,9 @@ class Learner:
         return self._progress
 
     def _plan(
-        self, records: Sequence[WeightedExample], lengths: Sequence[int], phase_seed: int, epochs: int
+        self, records: Sequence[Example], lengths: Sequence[int], phase_seed: int, epochs: int
     ) -> list[OptimizerStep]:
-        names = [f"{e.question_id}/{e.sample}" for e in records]
+        units = [example.unit for example in records]
         return [
             step
             for epoch in range(epochs)
@@ -238,7 +229,7 @@ class Learner:
                 world_size=self.world_size,
                 token_budget=self.config.tokens_per_microbatch,
                 seed=(phase_seed, epoch),
-                names=names,
+                units=units,
             )
         ]
 
@@ -252,54 +243,50 @@ class Learner:
     def _optimizer_step(
         self,
         step: OptimizerStep,
-        records: Sequence[WeightedExample],
-        weights: Sequence[float],
-        normaliser: int,
+        records: Sequence[Example],
+        loss: Loss,
+        prepared: Prepared,
         learning_rate: float,
     ) -> dict[str, float]:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        packs = step.packs[self.rank]
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, -sum log p, its tokens
+        normaliser = max(1, sum(prepared.sizes[k] for k in step.examples))
+        packs, sums = step.packs[self.rank], Sums(self.device)
         for index, pack in enumerate(packs):
             self.engine.set_gradient_accumulation_boundary(index == len(packs) - 1)
-            logprobs, token_weights = self._forward(collate(pack, records, weights))
-            loss = weighted_nll(logprobs, token_weights, normaliser)
+            terms = self._terms(collate(pack, records, prepared.streams), loss, normaliser)
             # DeepSpeed averages gradients over the ranks; the loss is a sum over them.
-            self.engine.backward(loss * self.world_size)
-            computed = token_weights > 0
-            sums += torch.stack([loss.detach(), -logprobs.detach()[computed].sum(), computed.sum()])
-        dist.all_reduce(sums)
-        loss_sum, nll_sum, num_computed = sums.tolist()
-        if not math.isfinite(loss_sum):
-            raise FloatingPointError(
-                f"the loss of the optimiser step on examples {step.examples} is {loss_sum}"
-            )
+            self.engine.backward(terms.loss * self.world_size)
+            sums.add(terms)
+        total, metrics = sums.over_all_ranks()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the loss of the optimiser step on examples {step.examples} is {total}")
         # ZeRO's optimisers report the norm that they clip by; plain data parallelism (stage 0) does not.
         grad_norm = self._grad_norm() if self.zero_stage == 0 else None
         self.engine.step()
         return {
-            "loss": loss_sum,
-            "nll": nll_sum / max(1, num_computed),
+            "loss": total,
+            **metrics,
             "tokens": normaliser,
             "grad_norm": float(self.engine.get_global_grad_norm() if grad_norm is None else grad_norm),
             "learning_rate": learning_rate,
         }
 
-    def _forward(self, batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and weights of the batch's M target tokens: two tensors [M]."""
-        on_device = {
-            name: torch.from_numpy(getattr(batch, name)).to(self.device)
-            for name in ("input_ids", "position_ids", "predictors", "targets", "token_weights")
-        }
-        output = self.engine(
-            input_ids=on_device["input_ids"],
-            position_ids=on_device["position_ids"],
-            logits_to_keep=on_device["predictors"],
-            use_cache=False,  # with a cache transformers does not look for packed examples in position_ids
-            **({"segment_lengths": batch.segment_lengths} if self._packed_attention else {}),
-        )
-        return token_logprobs(output.logits[0], on_device["targets"]), on_device["token_weights"]
+    def _terms(self, batch: PackedBatch, loss: Loss, normaliser: float) -> Terms:
+        """A packed row's share of the loss. An empty one still runs, and weighs nothing."""
+        predicted = self.outputs.of(batch, loss.output)
+        if not len(batch.unit):
+            return Terms(predicted.sum() * 0.0)
+        reference = self._reference(loss.reference, batch) if loss.reference is not None else None
+        return loss.terms(Outputs(predicted, reference), rows_of(batch, self.device), normaliser)
+
+    def _reference(self, source: str, batch: PackedBatch) -> torch.Tensor:
+        """Logits of a live reference [M, V]. It is loaded once and is never trained: no optimiser knows it."""
+        if self._reference_source != source:
+            model = learner_setup.load_frozen(self.config, source, self.dtype, self.device, self._zero_init)
+            self._reference_outputs, self._reference_source = ModelOutputs(model, model, self.device), source
+        with torch.no_grad():
+            return self._reference_outputs.of(batch, "logits")
 
     def _grad_norm(self) -> torch.Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -360,76 +347,46 @@ class Learner:
     # ------------------------------------------------------------ weights, out
 
     def export(self, path: str | Path) -> None:
-        """Rank 0 writes a Hugging Face model directory (safetensors, configuration, tokenizer), atomically.
+        """Rank 0 writes a directory that others open, atomically: a Hugging Face model (safetensors, configuration,
+        tokenizer), or a sentence-transformers one of an embedding head.
 
         Adapters are merged: whoever opens the directory needs no LoRA support.
         """
+        if self.head == "embedding":
+            with learner_weights.gathered(list(self.model.parameters()), self.zero_stage == 3):
+                self._on_rank_zero(
+                    lambda: learner_files.replace_directory(
+                        Path(path), lambda at: self.model.save_pretrained(str(at), create_model_card=False)
+                    )
+                )
+            return
         state: dict[str, torch.Tensor] = {}
         for bucket in self.named_weights():
             if self.rank == 0:
                 state.update((name, tensor.cpu()) for name, tensor in bucket)
         config, source = self.model.config, self.source
-        self._on_rank_zero(lambda: learner_files.write_model_directory(Path(path), state, config, source))
+        self._on_rank_zero(
+            lambda: learner_files.replace_directory(
+                Path(path), lambda at: learner_files.write_model(at, state, config, source)
+            )
+        )
 
     def named_weights(
         self, bucket_bytes: int = 256 << 20, dtype: torch.dtype | None = None
     ) -> Iterator[Bucket]:
-        """Buckets of (name in a Hugging Face checkpoint, copy of the whole tensor), adapters merged.
-
-        Tied weights come once. All ranks must exhaust the iterator in step: under ZeRO-3 each bucket is
-        gathered from all of them. The copies outlive the gathering and later training.
+        """Buckets of (name in a Hugging Face checkpoint, copy of the whole tensor); see `learner_weights`.
 
         Args:
-            bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
             dtype: of the copies; None: as trained.
         """
-        dtype = dtype or self.dtype
-        bucket: list[tuple[str, torch.nn.Parameter]] = []
-        size = 0
-        for name, parameter in self.model.named_parameters():
-            if ".lora_" in name:
-                continue
-            # numel() of a parameter that ZeRO-3 has partitioned is 0.
-            num_bytes = getattr(parameter, "ds_numel", parameter.numel()) * dtype.itemsize
-            if bucket and size + num_bytes > bucket_bytes:
-                yield self._copies(bucket, dtype)
-                bucket, size = [], 0
-            bucket.append((name, parameter))
-            size += num_bytes
-        yield self._copies(bucket, dtype)
+        return learner_weights.named_weights(
+            self.model, bucket_bytes, dtype or self.dtype, partitioned=self.zero_stage == 3
+        )
 
     def largest_tensor_bytes(self) -> int:
         """Size of the largest tensor of `named_weights`."""
         sizes = (getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
         return max(sizes) * self.dtype.itemsize
-
-    @torch.no_grad()
-    def _copies(self, parameters: Sequence[tuple[str, torch.nn.Parameter]], dtype: torch.dtype) -> Bucket:
-        # peft keeps the weight W of an adapted module under MODULE.base_layer.weight.
-        adapted = {
-            name: self.model.get_submodule(name.removesuffix(".base_layer.weight"))
-            for name, _ in parameters
-            if name.endswith(".base_layer.weight")
-        }
-        adapters = [p for m in adapted.values() for n, p in m.named_parameters() if n.startswith("lora_")]
-        copies = []
-        with self._gathered([parameter for _, parameter in parameters] + adapters):
-            for name, parameter in parameters:
-                if name in adapted:
-                    delta = adapted[name].get_delta_weight("default")
-                    tensor = (parameter.float() + delta.float()).to(dtype)
-                else:
-                    tensor = parameter.detach().to(dtype, copy=True)
-                copies.append((name.replace(".base_layer.", "."), tensor))
-        return copies
-
-    def _gathered(self, parameters: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-        if self.zero_stage < 3:
-            return contextlib.nullcontext()
-        gathered: contextlib.AbstractContextManager[Any] = (
-            learner_setup.import_deepspeed().zero.GatheredParameters(parameters)
-        )
-        return gathered
 
     def _on_rank_zero(self, work: Callable[[], Any]) -> Any:
         """Run `work` on rank 0; all ranks get its result, or its OSError: a full disk leaves nobody waiting."""
@@ -501,33 +458,24 @@ class LearnerRank(Learner):
         return sender.push(version)
 
 
-def _read_examples(examples: Sequence[WeightedExample] | Sequence[str | Path]) -> list[WeightedExample]:
-    records: list[WeightedExample] = []
-    for item in examples:
-        records += [item] if isinstance(item, WeightedExample) else examples_from_table(pq.read_table(item))
-    return records
-
-
-def _phase_key(records: Sequence[WeightedExample], *settings: float) -> str:
-    """Fingerprint of an M-step: a checkpoint from its middle is of use to this very M-step only."""
-    digest = hashlib.sha256(repr(settings).encode())
+def _phase_key(records: Sequence[Example], loss: Loss, *settings: float) -> str:
+    """Fingerprint of a phase: a checkpoint from its middle is of use to this very phase only."""
+    digest = hashlib.sha256(repr((loss, settings)).encode())
     for record in records:
-        digest.update(f"{record.question_id}/{record.sample} {record.weight!r}".encode())
+        digest.update(f"{record.id} {record.unit}".encode())
         digest.update(record.token_ids.tobytes())
         digest.update(record.loss_mask.tobytes())
+        for name in sorted(record.streams):
+            digest.update(name.encode() + record.streams[name].tobytes())
     return digest.hexdigest()
 
 
 def _averages(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the optimiser steps of the M-step, of the losses per token. NaN if there were no steps."""
-    tokens = [metrics["tokens"] for metrics in history]
-
-    def mean(name: str, weights: list[float] | None = None) -> float:
-        return float(np.average([m[name] for m in history], weights=weights)) if history else math.nan
-
-    return {
-        "steps": len(history),
-        "loss": mean("loss", tokens),
-        "nll": mean("nll", tokens),
-        "grad_norm": mean("grad_norm"),
-    }
+    """Means over the optimiser steps, of all but the gradient's norm by what a step's normaliser counts."""
+    names = [
+        n for n in (history[0] if history else ("loss",)) if n not in ("tokens", "grad_norm", "learning_rate")
+    ]
+    sizes = [metrics["tokens"] for metrics in history]
+    means = {name: float(np.average([m[name] for m in history], weights=sizes)) for name in names if history}
+    norm = float(np.average([m["grad_norm"] for m in history])) if history else math.nan
+    return {**(means or {"loss": math.nan}), "grad_norm": norm}

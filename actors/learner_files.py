@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,22 +90,27 @@ def committed_slot(directory: Path, layout: Mapping[str, Any]) -> str:
     return str(committed["slot"])
 
 
-def write_model_directory(
-    path: Path, state: Mapping[str, torch.Tensor], config: PretrainedConfig, source: Path
+def write_model(
+    directory: Path, state: Mapping[str, torch.Tensor], config: PretrainedConfig, source: Path
 ) -> None:
-    """A Hugging Face model directory at `path`: weights, configuration, the tokenizer files of `source`."""
+    """A Hugging Face model into an empty directory: weights, configuration, the tokenizer files of `source`."""
     from huggingface_hub import save_torch_state_dict
 
+    save_torch_state_dict(dict(state), directory, metadata={"format": "pt"})
+    config.save_pretrained(directory)
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, directory / file.name)
+
+
+def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
+    """A directory that `write` fills, at `path` whole or not at all."""
     temporary, replaced = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_torch_state_dict(dict(state), temporary, metadata={"format": "pt"})
-    config.save_pretrained(temporary)
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, temporary / file.name)
-    for file in temporary.iterdir():
+    write(temporary)
+    for file in temporary.rglob("*"):
         _flush(file)
     if path.exists():
         os.replace(path, replaced)

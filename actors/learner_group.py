@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,9 @@ from actors import learner_setup
 from actors.learner import LearnerRank
 from actors.weight_transfer import EngineRef, PushReport, Transport
 from pipeline.core.config import LearnerConfig
+from pipeline.core.losses.loss import Loss
+from pipeline.core.policies import Head
+from pipeline.core.training import TrainReport
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class LearnerGroup:
         state: a checkpoint of `save` to go on from; None to start with a fresh optimiser.
         options: Ray actor options of each rank.
         seed: of adapters and dropout.
+        head: what the model computes.
     """
 
     def __init__(
@@ -53,8 +56,9 @@ class LearnerGroup:
         state: Path | None,
         options: Sequence[dict[str, Any]],
         seed: int,
+        head: Head = "lm",
     ) -> None:
-        self.config = config
+        self.config, self.head = config, head
         self._model, self._state = model, state
         self._options = options
         self._seed = seed
@@ -63,13 +67,14 @@ class LearnerGroup:
     def train(
         self,
         shards: Sequence[Path],
+        loss: Loss,
         *,
         phase_seed: int,
         learning_rate: float | None = None,
         epochs: int | None = None,
         on_progress: Callable[[float, float], None],
-    ) -> dict[str, Any]:
-        """One M-step over Parquet shards of weighted examples; see `Learner.train`.
+    ) -> TrainReport:
+        """One phase over Parquet shards of examples; see `Learner.train`.
 
         Raises:
             LearnerError: ranks died more than `MAX_RESTARTS` times.
@@ -77,14 +82,14 @@ class LearnerGroup:
         for attempt in range(MAX_RESTARTS + 1):
             calls = [
                 rank.train.remote(
-                    list(shards), phase_seed=phase_seed, learning_rate=learning_rate, epochs=epochs
+                    list(shards), loss, phase_seed=phase_seed, learning_rate=learning_rate, epochs=epochs
                 )
                 for rank in self.ranks
             ]
             try:
                 self._watch(calls, on_progress)
-                metrics: dict[str, Any] = ray.get(calls)[0]
-                return metrics
+                report: TrainReport = ray.get(calls)[0]
+                return report
             except RayActorError as error:
                 if attempt == MAX_RESTARTS:
                     raise LearnerError(
@@ -110,14 +115,13 @@ class LearnerGroup:
 
     def push(
         self, engines: Sequence[EngineRef], transport: Transport, version: int, *, deadline_s: float
-    ) -> dict[str, Any]:
-        """Send the weights to all engines as `version`; returns the `PushReport`."""
+    ) -> PushReport:
+        """Send the weights to all engines as `version`."""
         address, port = ray.get(self.ranks[0].rendezvous.remote(), timeout=60)
         reports: list[PushReport | None] = self._all(
             "push", engines, transport, version, address, port, deadline_s, timeout_s=2 * deadline_s
         )
-        report = next(r for r in reports if r is not None)
-        return asdict(report)
+        return next(report for report in reports if report is not None)
 
     def close(self) -> None:
         """End all ranks."""
@@ -138,6 +142,7 @@ class LearnerGroup:
                 master_addr=address,
                 master_port=port,
                 seed=self._seed,
+                head=self.head,
             )
             for rank, options in enumerate(self._options)
         ]

@@ -17,9 +17,11 @@ import torch
 import torch.distributed as dist
 
 from pipeline.core.config import LearnerConfig
+from pipeline.core.errors import UserError
+from pipeline.core.policies import Head
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest wait of a rank for the others in one collective operation."""
@@ -107,21 +109,18 @@ def resolve_dtype(config: LearnerConfig, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    config: LearnerConfig, source: Path, dtype: torch.dtype, ds_config: dict[str, Any]
-) -> tuple[PreTrainedModel, Any]:
+    config: LearnerConfig, source: Path, dtype: torch.dtype, ds_config: dict[str, Any], head: Head
+) -> tuple[Any, Any]:
     """The model with its adapters, and an object that must live as long as it.
 
     Under ZeRO-3 the parameters are partitioned while they are read: no rank ever holds the whole model.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.integrations import HfDeepSpeedConfig
 
-    from pipeline.core.attention import PACKED
-
     zero_init = HfDeepSpeedConfig(ds_config) if ds_config["zero_optimization"]["stage"] == 3 else None
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, attn_implementation=PACKED if config.attention == "packed" else config.attention
-    )
+    if head == "embedding":
+        return _sentence_encoder(config, source, dtype), zero_init
+    model = _transformer(config, source, dtype, head)
     if config.lora is not None:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -136,6 +135,51 @@ def load_model(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, zero_init
+
+
+def load_frozen(
+    config: LearnerConfig, source: str, dtype: torch.dtype, device: torch.device, zero_init: Any
+) -> Any:
+    """A whole copy of a language model that is not trained, on this rank alone.
+
+    Args:
+        zero_init: what `load_model` gave: under ZeRO-3 this one would be partitioned too.
+    """
+    from transformers.integrations import deepspeed
+
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        model = _transformer(config, Path(source), dtype, "lm")
+    finally:
+        if zero_init is not None:
+            deepspeed.set_hf_deepspeed_config(zero_init)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _transformer(config: LearnerConfig, source: Path, dtype: torch.dtype, head: Head) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+
+    from pipeline.core.attention import PACKED
+
+    attention = PACKED if config.attention == "packed" else config.attention
+    if head == "lm":
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    shape = AutoConfig.from_pretrained(source, num_labels=1)
+    shape.classifier_dropout = 0.0
+    return AutoModelForTokenClassification.from_pretrained(
+        source, config=shape, dtype=dtype, attn_implementation=attention
+    )
+
+
+def _sentence_encoder(config: LearnerConfig, source: Path, dtype: torch.dtype) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    if config.lora is not None or config.gradient_checkpointing:
+        raise UserError(
+            "learner.lora and learner.gradient_checkpointing are for language models; a sentence encoder is trained "
+            "without them"
+        )
+    return SentenceTransformer(str(source), device="cpu", model_kwargs={"dtype": dtype})
 
 
 def offload_training_state(engine: Any) -> None:

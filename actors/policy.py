@@ -20,8 +20,11 @@ from actors.learner_group import LearnerGroup
 from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
 from actors.session import ClusterError, wait_for
+from actors.weight_transfer import PushReport
+from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Floats, ScoreRequest
+from pipeline.core.training import TrainReport
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +117,7 @@ class Policy:
         self.current = Snapshot(version, str(model), state)
         return self.current
 
-    def push(self) -> dict[str, Any] | None:
+    def push(self) -> PushReport | None:
         """Bring the current version to the engines; `sample` does it by itself where it was not done.
 
         Returns:
@@ -146,16 +149,18 @@ class Policy:
     def train(
         self,
         shards: Sequence[Path],
+        loss: Loss,
         *,
         seed: int,
         learning_rate: float | None = None,
         epochs: int | None = None,
         on_progress: Callable[[float, float], None] = lambda done, total: None,
-    ) -> dict[str, Any]:
+    ) -> TrainReport:
         """Train from the current version on; `save` makes a version of the result.
 
         Args:
             shards: Parquet files of examples.
+            loss: what is minimised.
             seed: of the order of the examples.
             learning_rate, epochs: in place of the configured ones.
             on_progress: told (optimiser steps done, of how many).
@@ -168,7 +173,7 @@ class Policy:
         learner = self._learner_at_current()
         self._learner_holds = None
         return learner.train(
-            shards, phase_seed=seed, learning_rate=learning_rate, epochs=epochs, on_progress=on_progress
+            shards, loss, phase_seed=seed, learning_rate=learning_rate, epochs=epochs, on_progress=on_progress
         )
 
     def score(self, spans: Sequence[ScoreRequest]) -> list[Floats]:
@@ -239,6 +244,7 @@ class Policy:
                 state=state,
                 options=self._rank_options,
                 seed=self.spec.seed,
+                head=self.spec.head,
             )
         self._learner_holds = self.current.version
         return self._learner

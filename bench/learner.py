@@ -12,7 +12,8 @@ import torch
 
 from bench.measure import Ratio, in_turn
 from pipeline.core.config import LearnerConfig
-from pipeline.core.records import WeightedExample
+from pipeline.core.losses.likelihood import WeightedNll
+from pipeline.core.records import Example
 
 NUM_EXAMPLES, BATCH = 96, 32
 PADDED_MICROBATCH = 8
@@ -47,7 +48,7 @@ def _save_model(path: Path) -> None:
     ).save_pretrained(path)
 
 
-def _examples() -> list[WeightedExample]:
+def _examples() -> list[Example]:
     """Lengths from 200 to 500 tokens, a third of them trained."""
     rng = np.random.default_rng(0)
     examples = []
@@ -55,11 +56,12 @@ def _examples() -> list[WeightedExample]:
         length = int(rng.integers(200, 501))
         mask = np.arange(length) % 100 >= 65
         ids = rng.integers(0, 1024, length).astype(np.int32)
-        examples.append(WeightedExample(f"q{number}", 0, ids, mask, float(rng.uniform(0.5, 1.0))))
+        weight = np.array([rng.uniform(0.5, 1.0)])
+        examples.append(Example(f"q{number}", f"q{number}", "policy", ids, mask, {"weight": weight}))
     return examples
 
 
-def _packed(model: Path, examples: list[WeightedExample]):  # type: ignore[no-untyped-def]
+def _packed(model: Path, examples: list[Example]):  # type: ignore[no-untyped-def]
     from actors.learner import Learner
 
     with socket.socket() as listener:
@@ -67,10 +69,10 @@ def _packed(model: Path, examples: list[WeightedExample]):  # type: ignore[no-un
         port = listener.getsockname()[1]
     config = LearnerConfig(batch_size=BATCH, dtype="float32", zero_stage=0, tokens_per_microbatch=4096)
     learner = Learner(config, model, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
-    return lambda: learner.train(examples, phase_seed=0)["total_tokens_per_s"]
+    return lambda: learner.train(examples, WeightedNll(), phase_seed=0).total_tokens_per_s
 
 
-def _padded(model: Path, examples: list[WeightedExample]):  # type: ignore[no-untyped-def]
+def _padded(model: Path, examples: list[Example]):  # type: ignore[no-untyped-def]
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -88,7 +90,7 @@ def _padded(model: Path, examples: list[WeightedExample]):  # type: ignore[no-un
     return epoch
 
 
-def _pad(batch: list[WeightedExample]) -> dict[str, torch.Tensor]:
+def _pad(batch: list[Example]) -> dict[str, torch.Tensor]:
     shape = len(batch), max(len(e.token_ids) for e in batch)
     ids, attention = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, -100)

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from pipeline.core.agents.program import Sampling, derive_seed
@@ -35,8 +36,8 @@ from pipeline.core.data.cold_start_source import (
 )
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
+from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.models import load_tokenizer
-from pipeline.core.packing import num_targets
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import examples_from_table, examples_to_table
 from pipeline.core.renderer import Renderer
@@ -154,6 +155,7 @@ class ExpectationMaximisation:
         self.run.train(
             t,
             SEARCHER,
+            WeightedNll(self.config.learner.negligible_weight),
             seed=derive_seed(self.config.seed, "m-step", t),
             beside=(lambda shards: [self.mixed_in(t, shards)]) if mixes else None,
             learning_rate=learning_rate,
@@ -164,13 +166,17 @@ class ExpectationMaximisation:
         """A shard of cold-start examples beside the weighted ones, with their average weight per trained token."""
         weighted = [e for shard in shards for e in examples_from_table(pq.read_table(shard))]
         (first,) = self.run.shards(0, SEARCHER)
-        tokens = sum(num_targets(e) for e in weighted)
-        weight = sum(e.weight * num_targets(e) for e in weighted) / max(1, tokens)
+        tokens = sum(e.num_targets for e in weighted)
+        weight = sum(e.number("weight") * e.num_targets for e in weighted) / max(1, tokens)
         rng = random.Random(derive_seed(self.config.seed, "mix", t))
         cold_start = examples_from_table(pq.read_table(first))
         chosen = rng.choices(cold_start, k=round(self.config.cold_start.mix * len(weighted)))
+        mixed = [
+            replace(example, id=f"mix/{n}", unit=f"mix/{n}", streams={"weight": np.array([weight])})
+            for n, example in enumerate(chosen)
+        ]
         path = self.run.fresh(f"{t}/{SEARCHER}/cold_start") / "000000.parquet"
-        write_table(path, examples_to_table(replace(example, weight=weight) for example in chosen))
+        write_table(path, examples_to_table(mixed))
         return path
 
     def dev(self, t: int) -> None:

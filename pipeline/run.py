@@ -21,8 +21,9 @@ from pipeline.core.config import Config
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
 from pipeline.core.evaluation import evaluate
+from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import PolicySpec, Snapshot
-from pipeline.core.records import Question, WeightedExample, examples_to_table, trajectories_to_table
+from pipeline.core.records import Example, Question, examples_to_table, trajectories_to_table
 from pipeline.core.report import scalars
 from pipeline.core.retrieval import Searched, Servers, prepare_index, servers_of
 from pipeline.core.run import Json, RunDirectory, write_table
@@ -173,7 +174,7 @@ class Run:
 
         return self.once(f"{t}/sample", work)
 
-    def write_examples(self, t: int, name: str, examples: Sequence[WeightedExample]) -> None:
+    def write_examples(self, t: int, name: str, examples: Sequence[Example]) -> None:
         """Examples that no sampling made, such as those of a cold start, as the shards of a step."""
         write_table(self.fresh(f"{t}/{name}/examples") / "000000.parquet", examples_to_table(examples))
 
@@ -181,6 +182,7 @@ class Run:
         self,
         t: int,
         name: str,
+        loss: Loss,
         *,
         seed: int,
         beside: Callable[[Sequence[Path]], Sequence[Path]] | None = None,
@@ -190,6 +192,7 @@ class Run:
         """Step "t/NAME/train": version t of a policy, from version t - 1 on the examples of t.
 
         Args:
+            loss: what is minimised.
             seed: of run and iteration, for the order of the examples.
             beside: makes further shards to train on, given those of t.
             learning_rate, epochs: in place of the configured ones.
@@ -199,17 +202,18 @@ class Run:
             (policy,) = self._at({name: t - 1}).values()
             shards = self.shards(t, name)
             with self.display.progress(f"iteration {t}: training {name}", None, "steps") as advance:
-                metrics = policy.train(
+                report = policy.train(
                     [*shards, *(beside(shards) if beside is not None else ())],
+                    loss,
                     seed=seed,
                     learning_rate=learning_rate,
                     epochs=epochs,
                     on_progress=advance.to,
                 )
             policy.save(t, state=self.at(f"{t}/{name}/learner"), model=self.at(f"{t}/{name}/model"))
-            for number, step in enumerate(metrics.pop("history"), start=1):
+            for number, step in enumerate(report.history, start=1):
                 self.tracker.log(step, iteration=t, phase=f"{name}/train", step=number)
-            return metrics
+            return report.figures()
 
         return self.once(f"{t}/{name}/train", work)
 

@@ -40,8 +40,8 @@ from pipeline.core.config import AgentConfig
 from pipeline.core.data.cold_start import synthesise
 from pipeline.core.data.questions import read_questions
 from pipeline.core.data.world.writer import write_world
-from pipeline.core.losses.likelihood import token_logprobs
-from pipeline.core.records import Question, WeightedExample
+from pipeline.core.losses.token_logprobs import token_logprobs
+from pipeline.core.records import Example, Question
 from pipeline.core.renderer import Renderer
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
@@ -136,7 +136,7 @@ def _texts(world: Path) -> Iterator[str]:
         yield from (f"{hop.question} {hop.evidence}" for hop in question.decomposition)
 
 
-def gold_examples(world: Path, renderer: Renderer, arguments: argparse.Namespace) -> list[WeightedExample]:
+def gold_examples(world: Path, renderer: Renderer, arguments: argparse.Namespace) -> list[Example]:
     """The world's training questions as trajectories of a searcher who does each step right, but is impatient."""
     searcher = SearchEngine.open(world.with_name(world.name.replace("world", "index")))
     passages = {p.id: p for p in read_corpus([world / "corpus.jsonl"])}
@@ -254,7 +254,7 @@ def learn_to_copy(learner: Learner, arguments: argparse.Namespace) -> None:
     log(start, copying="learnt", step=step)
 
 
-def train(learner: Learner, examples: Sequence[WeightedExample], arguments: argparse.Namespace) -> None:
+def train(learner: Learner, examples: Sequence[Example], arguments: argparse.Namespace) -> None:
     generator = np.random.default_rng(arguments.seed)
     budget, start = int(arguments.tokens * 1e6), time.perf_counter()
     seen = step = 0
@@ -285,11 +285,11 @@ def log(start: float, **values: object) -> None:
 
 
 def batches(
-    examples: Sequence[WeightedExample], batch_tokens: int, generator: np.random.Generator
-) -> Iterator[list[WeightedExample]]:
+    examples: Sequence[Example], batch_tokens: int, generator: np.random.Generator
+) -> Iterator[list[Example]]:
     """Batches of examples of similar length, in random order."""
     keys = np.array([len(e.token_ids) for e in examples]) + generator.uniform(0, 64, len(examples))
-    groups: list[list[WeightedExample]] = [[]]
+    groups: list[list[Example]] = [[]]
     for index in np.argsort(keys):
         example = examples[index]
         if groups[-1] and len(example.token_ids) * (len(groups[-1]) + 1) > batch_tokens:
@@ -299,7 +299,7 @@ def batches(
         yield groups[index]
 
 
-def collate(batch: Sequence[WeightedExample], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def collate(batch: Sequence[Example], pad: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids, what the agent wrote, what anyone wrote; [B, T], padded on the right: causal attention needs no mask."""
     length = max(len(e.token_ids) for e in batch)
     ids = torch.full((len(batch), length), pad, dtype=torch.long)

@@ -12,7 +12,8 @@ from bench.gpu.limits import matmul_rate
 from bench.gpu.models import SHAPES, all_parameters, random_examples, random_model, training_flops
 from bench.gpu.rows import Row, Size, at_most
 from pipeline.core.config import LearnerConfig, LoraConfig
-from pipeline.core.records import WeightedExample
+from pipeline.core.losses.likelihood import WeightedNll
+from pipeline.core.records import Example
 
 GIB = 2**30
 
@@ -52,21 +53,21 @@ def run_large(device: str, scratch: Path) -> list[Row]:
 
 
 def measure(
-    size: Size, config: LearnerConfig, examples: list[WeightedExample], device: str, scratch: Path
+    size: Size, config: LearnerConfig, examples: list[Example], device: str, scratch: Path
 ) -> list[Row]:
     learner = make_learner(config, random_model(scratch / "model", size, device))
-    learner.train(examples[: config.batch_size], phase_seed=0)
+    learner.train(examples[: config.batch_size], WeightedNll(), phase_seed=0)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    metrics = learner.train(examples, phase_seed=1)
+    report = learner.train(examples, WeightedNll(), phase_seed=1)
     lora = config.lora is not None
     name = f"learner, {size}{', LoRA' if lora else ''}, rows of {config.tokens_per_microbatch} tokens"
-    flops = training_flops(size, examples, frozen_base=lora) / metrics["seconds"]
+    flops = training_flops(size, examples, frozen_base=lora) / report.seconds
     rows = [
-        Row(f"{name}: tokens", metrics["total_tokens_per_s"], "tokens/s"),
+        Row(f"{name}: tokens", report.total_tokens_per_s, "tokens/s"),
         Row(f"{name}: model FLOPs", flops / 1e12, "TFLOP/s"),
         Row(f"{name}: of a plain bfloat16 matrix product", 100 * flops / matmul_rate(device), "%"),
-        Row(f"{name}: rows filled", 100 * metrics["pack_fill"], "%"),
+        Row(f"{name}: rows filled", 100 * report.pack_fill, "%"),
     ]
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / GIB
@@ -79,7 +80,7 @@ def measure(
     return rows
 
 
-def predicted_memory(size: Size, config: LearnerConfig, examples: list[WeightedExample]) -> float:
+def predicted_memory(size: Size, config: LearnerConfig, examples: list[Example]) -> float:
     """Peak bytes on one rank with gradient checkpointing, by component."""
     shape, row = SHAPES[size], config.tokens_per_microbatch
     trained = 0 if config.lora is not None else all_parameters(size)

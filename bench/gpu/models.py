@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bench.gpu.rows import Size
-from pipeline.core.records import WeightedExample
+from pipeline.core.records import Example
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "models" / "tiny-searcher"
 """Any tokenizer does: what is measured gets token ids."""
@@ -46,7 +46,7 @@ def random_model(directory: Path, size: Size, device: str) -> Path:
 
 def random_examples(
     size: Size, *, count: int, shortest: int, longest: int, trained_share: float = 1 / 3
-) -> list[WeightedExample]:
+) -> list[Example]:
     """Examples of random ids; a share of each run of 100 tokens is trained."""
     rng = np.random.default_rng(0)
     examples = []
@@ -54,7 +54,7 @@ def random_examples(
         length = int(rng.integers(shortest, longest + 1))
         ids = rng.integers(2, SHAPES[size]["vocab_size"], length).astype(np.int32)
         mask = np.arange(length) % 100 >= 100 * (1 - trained_share)
-        examples.append(WeightedExample(f"q{number}", 0, ids, mask, 1.0))
+        examples.append(Example(f"q{number}", f"q{number}", "policy", ids, mask, {"weight": np.array([1.0])}))
     return examples
 
 
@@ -73,7 +73,7 @@ def all_parameters(size: Size) -> int:
     return linear_parameters(size) + int(tables * shape["vocab_size"] * shape["hidden_size"])
 
 
-def training_flops(size: Size, examples: list[WeightedExample], *, frozen_base: bool) -> float:
+def training_flops(size: Size, examples: list[Example], *, frozen_base: bool) -> float:
     """Model FLOPs of one pass over the examples, forward and backward, recomputation not counted.
 
     Two per parameter and token forward, twice that backward (once that where the base is frozen: gradients go

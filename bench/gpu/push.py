@@ -13,6 +13,7 @@ from bench.gpu.limits import copy_rate
 from bench.gpu.models import random_examples, random_model
 from bench.gpu.rows import Row, Size, at_most
 from pipeline.core.config import LearnerConfig
+from pipeline.core.losses.likelihood import WeightedNll
 
 PUSHES = 4
 
@@ -30,7 +31,8 @@ def run(device: str, scratch: Path) -> list[Row]:
         with hosted(engine_options(model, device, dtype="bfloat16", weight_transport=transport)) as host:
             rates, nbytes = [], 0
             for version in range(1, PUSHES + 1):
-                learner.train(random_examples(size, count=4, shortest=100, longest=200), phase_seed=version)
+                few = random_examples(size, count=4, shortest=100, longest=200)
+                learner.train(few, WeightedNll(), phase_seed=version)
                 # A push that another digest came of, or that left weights unsent, raises.
                 report = sender(learner, host, transport).push(version)
                 assert report is not None

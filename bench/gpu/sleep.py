@@ -19,6 +19,7 @@ from bench.gpu.models import random_examples, random_model
 from bench.gpu.push import sender
 from bench.gpu.rows import Row, Size, at_most
 from pipeline.core.config import LearnerConfig
+from pipeline.core.losses.likelihood import WeightedNll
 
 
 def run(device: str, scratch: Path) -> list[Row]:
@@ -66,7 +67,7 @@ def run(device: str, scratch: Path) -> list[Row]:
 
 def train(learner, turn: int) -> list[float]:  # type: ignore[no-untyped-def]
     examples = random_examples("0.6b", count=64, shortest=500, longest=1500)
-    return [step["loss"] for step in learner.train(examples, phase_seed=turn)["history"]]
+    return [step["loss"] for step in learner.train(examples, WeightedNll(), phase_seed=turn).history]
 
 
 def push(learner, host: HostedEngine, version: int) -> None:  # type: ignore[no-untyped-def]

@@ -14,7 +14,8 @@ from bench.gpu.learner import make_learner
 from bench.gpu.models import TOKENIZER
 from bench.gpu.rows import Row, at_most
 from pipeline.core.config import LearnerConfig
-from pipeline.core.records import WeightedExample
+from pipeline.core.losses.likelihood import WeightedNll
+from pipeline.core.records import Example
 
 TOLERANCES = {"float32": (1e-4, 2e-2), "bfloat16": (2e-2, 1.0)}
 """Relative difference of the loss of any step, and of the whole change of the weights."""
@@ -68,13 +69,13 @@ def take_steps(out: Path, dtype: str, stage: int) -> None:
         warmup_ratio=0.0,
     )
     learner = make_learner(config, TOKENIZER)
-    metrics = learner.train(examples(), phase_seed=0)
+    report = learner.train(examples(), WeightedNll(), phase_seed=0)
     weights = {name: tensor.cpu() for bucket in learner.named_weights() for name, tensor in bucket}
-    torch.save({"losses": [step["loss"] for step in metrics["history"]], "weights": weights}, out)
+    torch.save({"losses": [step["loss"] for step in report.history], "weights": weights}, out)
     learner.shutdown()
 
 
-def examples() -> list[WeightedExample]:
+def examples() -> list[Example]:
     """24 short random examples for the tiny model's vocabulary, of different weights."""
     import numpy as np
 
@@ -84,7 +85,14 @@ def examples() -> list[WeightedExample]:
         length = int(rng.integers(60, 300))
         ids = rng.integers(2, 400, length).astype(np.int32)
         made.append(
-            WeightedExample(f"q{number}", 0, ids, rng.random(length) < 0.4, float(rng.uniform(0.1, 1.0)))
+            Example(
+                f"q{number}",
+                f"q{number}",
+                "policy",
+                ids,
+                rng.random(length) < 0.4,
+                {"weight": np.array([rng.uniform(0.1, 1.0)])},
+            )
         )
     return made
 

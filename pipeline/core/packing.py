@@ -4,6 +4,7 @@ A *pack* is one row of whole examples, end to end, at most `token_budget` tokens
 `plan_epoch`:
 
 - every example is in exactly one optimiser step, and (if it needs computing) in exactly one pack;
+- the examples of one unit are in the same step and in the same pack;
 - no pack is above the token budget;
 - all ranks run the same number of packs in a step (some may be empty): collectives of ZeRO stay in lockstep;
 - which examples form a step depends on the seed and the batch size only, not on the ranks or the budget.
@@ -12,14 +13,14 @@ A *pack* is one row of whole examples, end to end, at most `token_budget` tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.core.errors import UserError
-from pipeline.core.records import WeightedExample
+from pipeline.core.records import Example, Mask, Numbers
 
 Pack = tuple[int, ...]
 """Indices of the examples of one packed row. May be empty."""
@@ -39,19 +40,17 @@ class OptimizerStep:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackedBatch:
-    """One packed row of T tokens with M target tokens, ready for a causal language model."""
+    """One packed row of n examples, T tokens and M target tokens, ready for a causal language model."""
 
     input_ids: npt.NDArray[np.int64]  # [1, T]
     position_ids: npt.NDArray[np.int64]  # [1, T], from 0 again at each example
     segment_lengths: tuple[int, ...]  # tokens of each example, sum T
     predictors: npt.NDArray[np.int64]  # [M], position whose logits predict the target: the one before it
     targets: npt.NDArray[np.int64]  # [M], token ids
-    token_weights: npt.NDArray[np.float32]  # [M], v_k of the target's example
-
-
-def num_targets(example: WeightedExample) -> int:
-    """n_k: tokens that the model wrote and that have a token before them in the example."""
-    return int(example.loss_mask[1:].sum())
+    example_of_target: npt.NDArray[np.int64]  # [M], position of the target's example in the pack
+    unit: npt.NDArray[np.int64]  # [n], examples of the same number form a unit
+    numbers: dict[str, npt.NDArray[np.float32]]  # [n], streams of one number per example
+    streams: dict[str, npt.NDArray[np.float32]]  # [M] or [M, R], the others, on the targets
 
 
 def plan_epoch(
@@ -61,34 +60,53 @@ def plan_epoch(
     world_size: int,
     token_budget: int,
     seed: Sequence[int],
-    names: Sequence[str] | None = None,
+    units: Sequence[str],
 ) -> list[OptimizerStep]:
     """The optimiser steps of one epoch, in a seeded random order.
 
     Args:
         lengths: tokens of each example; 0 for one that belongs to its batch but needs no computing (zero
             weight).
-        batch_size: most examples of a step. The examples are spread evenly, so that no step has just a few.
+        batch_size: examples of a step. They are spread evenly, so that no step has just a few; with units of several
+            examples a step may have some more.
         world_size: number of ranks.
         token_budget: most tokens of a pack (`learner.tokens_per_microbatch`).
         seed: e.g. (phase seed, epoch).
-        names: how to call the examples in an error message.
+        units: the name of each example's unit.
 
     Raises:
-        UserError: an example is longer than the token budget.
+        UserError: a unit is longer than the token budget.
     """
-    for index, length in enumerate(lengths):
+    members: dict[str, list[int]] = {}
+    for index, unit in enumerate(units):
+        members.setdefault(unit, []).append(index)
+    groups = list(members.values())
+    unit_lengths = [sum(lengths[i] for i in group) for group in groups]
+    for unit, length in zip(members, unit_lengths, strict=True):
         if length > token_budget:
-            name = names[index] if names else f"number {index}"
             raise UserError(
-                f"training example {name} has {length} tokens, more than learner.tokens_per_microbatch: "
-                f"{token_budget}. Raise that key to at least {max(lengths)}."
+                f"training example {unit} has {length} tokens, more than learner.tokens_per_microbatch: "
+                f"{token_budget}. Raise that key to at least {max(unit_lengths)}."
             )
     if not lengths:
         return []
-    order = np.random.default_rng(seed).permutation(len(lengths))
-    batches = np.array_split(order, math.ceil(len(lengths) / batch_size))
-    return [_plan_step([int(i) for i in batch], lengths, world_size, token_budget) for batch in batches]
+    order = np.random.default_rng(seed).permutation(len(groups))
+    batches = np.array_split(order, min(len(groups), math.ceil(len(lengths) / batch_size)))
+    steps = [_plan_step([int(u) for u in batch], unit_lengths, world_size, token_budget) for batch in batches]
+    return [_of_examples(step, groups, lengths) for step in steps]
+
+
+def _of_examples(
+    step: OptimizerStep, groups: Sequence[Sequence[int]], lengths: Sequence[int]
+) -> OptimizerStep:
+    """A step of units as one of their examples."""
+    return OptimizerStep(
+        examples=tuple(i for unit in step.examples for i in groups[unit]),
+        packs=tuple(
+            tuple(tuple(i for unit in pack for i in groups[unit] if lengths[i]) for pack in packs)
+            for packs in step.packs
+        ),
+    )
 
 
 def packing_efficiency(
@@ -150,28 +168,52 @@ def _spread(
     return packs
 
 
-def collate(pack: Pack, examples: Sequence[WeightedExample], weights: Sequence[float]) -> PackedBatch:
-    """Lay the examples of a pack end to end. `weights` holds v_k of every example of the iteration.
+def collate(
+    pack: Pack, examples: Sequence[Example], derived: Mapping[str, Sequence[float]] | None = None
+) -> PackedBatch:
+    """Lay the examples of a pack end to end.
 
-    The first token of an example is never a target: nothing of the same example comes before it. An empty
-        pack becomes one dummy token whose only target has weight 0, so that its rank still runs forward and
-        backward.
+    The first token of an example is never a target: nothing of the same example comes before it. An empty pack becomes
+    one dummy token with a target, no example and no stream, so that its rank still runs forward and backward.
+
+    Args:
+        derived: further streams, one number for every example of the phase (`Prepared.streams`).
     """
     if not pack:
         zero = np.zeros(1, dtype=np.int64)
-        return PackedBatch(zero[None], zero[None], (1,), zero, zero, np.zeros(1, dtype=np.float32))
-    lengths = tuple(len(examples[i].token_ids) for i in pack)
-    token_ids = np.concatenate([examples[i].token_ids for i in pack]).astype(np.int64)
-    masks = [examples[i].loss_mask.copy() for i in pack]
-    for mask in masks:
-        mask[0] = False
+        return PackedBatch(zero[None], zero[None], (1,), zero, zero, zero, zero[:0], {}, {})
+    chosen = [examples[i] for i in pack]
+    lengths = tuple(len(example.token_ids) for example in chosen)
+    token_ids = np.concatenate([example.token_ids for example in chosen]).astype(np.int64)
+    masks = [np.concatenate([[False], example.loss_mask[1:]]) for example in chosen]
     targets = np.flatnonzero(np.concatenate(masks))
-    token_weights = np.repeat(np.array([weights[i] for i in pack], dtype=np.float32), lengths)
+    unit_numbers = {
+        unit: number for number, unit in enumerate(dict.fromkeys(example.unit for example in chosen))
+    }
+    numbers = {name: np.array([values[i] for i in pack]) for name, values in (derived or {}).items()}
+    streams = {}
+    for name in chosen[0].streams:
+        values = [example.streams[name] for example in chosen]
+        if all(len(one) == 1 for one in values):
+            numbers[name] = np.concatenate(values)
+        else:
+            streams[name] = np.concatenate([_on_targets(o, m) for o, m in zip(values, masks, strict=True)])
     return PackedBatch(
         input_ids=token_ids[None],
         position_ids=np.concatenate([np.arange(length) for length in lengths])[None],
         segment_lengths=lengths,
         predictors=targets - 1,
         targets=token_ids[targets],
-        token_weights=token_weights[targets],
+        example_of_target=np.repeat(np.arange(len(chosen)), [int(mask.sum()) for mask in masks]),
+        unit=np.array([unit_numbers[example.unit] for example in chosen], dtype=np.int64),
+        numbers={name: value.astype(np.float32) for name, value in numbers.items()},
+        streams={name: value.astype(np.float32) for name, value in streams.items()},
     )
+
+
+def _on_targets(values: Numbers, mask: Mask) -> Numbers:
+    """One example's stream on its targets."""
+    targets = int(mask.sum())
+    if len(values) == 1:
+        return np.repeat(values, targets)
+    return values[mask] if len(values) == len(mask) else values.reshape(targets, -1)

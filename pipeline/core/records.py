@@ -1,7 +1,7 @@
 """The records that move between the parts of ExSearch, all frozen, and their columnar (Arrow) form.
 
-Data moves forward once: `Question` -> `Trajectory` (sampled by a rollout worker) -> `WeightedExample` (made by the
-weighting actor) -> learner. Nothing is parsed out of text again once it is a record, and nothing is tokenised again
+Data moves forward once: `Question` -> `Trajectory` (sampled by a rollout worker) -> `Example` (made by the weighting
+actor) -> learner. Nothing is parsed out of text again once it is a record, and nothing is tokenised again
 once it is token ids.
 """
 
@@ -23,6 +23,7 @@ from retriever_service.search.search import Hit
 TokenIds = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,14 +180,67 @@ class ScoreRequest:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WeightedExample:
-    """A training example of the M-step: a trajectory with the gold answer in place, and its weight w(z) >= 0."""
+class Example:
+    """A training example: token ids, which of them are targets, and the numbers that a loss needs.
 
-    question_id: str
-    sample: int
+    Attributes:
+        id: unique in a phase, "q17/3".
+        unit: examples of one unit (a pair, a group) are never split, neither over optimiser steps nor over packed rows;
+            its own id where it stands alone.
+        role: of the turn that it was made of.
+        loss_mask: [T], True for a target. The first token never is one: nothing comes before it.
+        streams: by name one number ([1]), one per token ([T]), or R per target ([R x targets]); float64.
+    """
+
+    id: str
+    unit: str
+    role: str
     token_ids: TokenIds
     loss_mask: Mask
-    weight: float
+    streams: Mapping[str, Numbers]
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.loss_mask):
+            raise ValueError(
+                f"example {self.id}: {len(self.token_ids)} ids and {len(self.loss_mask)} mask flags"
+            )
+        targets = self.num_targets
+        for name, values in self.streams.items():
+            if len(values) not in (1, len(self.token_ids)) and (not targets or len(values) % targets):
+                raise ValueError(
+                    f"example {self.id}: stream {name} has {len(values)} numbers; it must have 1, one per token "
+                    f"({len(self.token_ids)}) or some per target ({targets})"
+                )
+
+    @classmethod
+    def of(cls, trajectory: Trajectory, **streams: float) -> Example:
+        """A trajectory as it is, with one number per stream."""
+        name = f"{trajectory.question_id}/{trajectory.sample}"
+        return cls(
+            name,
+            name,
+            trajectory.role,
+            trajectory.token_ids,
+            trajectory.loss_mask,
+            {stream: np.array([value]) for stream, value in streams.items()},
+        )
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are trained on and have a token before them in the example."""
+        return int(self.loss_mask[1:].sum())
+
+    def number(self, stream: str) -> float:
+        """A stream of one number.
+
+        Raises:
+            ValueError: it is not there, or has several.
+        """
+        values = self.streams.get(stream)
+        if values is None or len(values) != 1:
+            found = "no" if values is None else len(values)
+            raise ValueError(f"example {self.id} must have one number as {stream}, has {found}")
+        return float(values[0])
 
 
 _HIT = pa.struct(
@@ -215,11 +269,12 @@ TRAJECTORY_SCHEMA = pa.schema(
 
 EXAMPLE_SCHEMA = pa.schema(
     [
-        ("question_id", pa.string()),
-        ("sample", pa.int32()),
+        ("id", pa.string()),
+        ("unit", pa.string()),
+        ("role", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.bool_())),
-        ("weight", pa.float64()),
+        ("streams", pa.map_(pa.string(), pa.list_(pa.float64()))),
     ]
 )
 
@@ -240,9 +295,10 @@ def trajectories_to_table(trajectories: Iterable[Trajectory]) -> pa.Table:
     return pa.Table.from_pylist([_plain(t) for t in trajectories], schema=TRAJECTORY_SCHEMA)
 
 
-def examples_to_table(examples: Iterable[WeightedExample]) -> pa.Table:
+def examples_to_table(examples: Iterable[Example]) -> pa.Table:
     """One row per example, `EXAMPLE_SCHEMA`."""
-    return pa.Table.from_pylist([_plain(e) for e in examples], schema=EXAMPLE_SCHEMA)
+    rows = [_plain(example) | {"streams": list(example.streams.items())} for example in examples]
+    return pa.Table.from_pylist(rows, schema=EXAMPLE_SCHEMA)
 
 
 def _hit(row: dict[str, Any]) -> Hit:
@@ -258,7 +314,12 @@ def _floats(values: list[float] | None) -> Floats | None:
 
 
 def trajectories_from_table(table: pa.Table) -> list[Trajectory]:
-    """Inverse of `trajectories_to_table`."""
+    """Inverse of `trajectories_to_table`.
+
+    Raises:
+        ValueError: the table has other columns.
+    """
+    _check_columns(table, TRAJECTORY_SCHEMA)
     return [
         Trajectory(
             question_id=row["question_id"],
@@ -280,18 +341,32 @@ def trajectories_from_table(table: pa.Table) -> list[Trajectory]:
     ]
 
 
-def examples_from_table(table: pa.Table) -> list[WeightedExample]:
-    """Inverse of `examples_to_table`."""
+def examples_from_table(table: pa.Table) -> list[Example]:
+    """Inverse of `examples_to_table`.
+
+    Raises:
+        ValueError: the table has other columns.
+    """
+    _check_columns(table, EXAMPLE_SCHEMA)
     return [
-        WeightedExample(
-            question_id=row["question_id"],
-            sample=row["sample"],
+        Example(
+            id=row["id"],
+            unit=row["unit"],
+            role=row["role"],
             token_ids=np.asarray(row["token_ids"], dtype=np.int32),
             loss_mask=np.asarray(row["loss_mask"], dtype=np.bool_),
-            weight=row["weight"],
+            streams={name: np.asarray(values, dtype=np.float64) for name, values in row["streams"]},
         )
         for row in table.to_pylist()
     ]
+
+
+def _check_columns(table: pa.Table, schema: pa.Schema) -> None:
+    if missing := [name for name in schema.names if name not in table.column_names]:
+        raise ValueError(
+            f"the columns {', '.join(missing)} are missing: the file holds something else, or was written by another "
+            "version; make it again"
+        )
 
 
 def count_stop_reasons(trajectories: Sequence[Trajectory]) -> dict[str, int]:

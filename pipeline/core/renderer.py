@@ -23,6 +23,7 @@ One trajectory, plain layout:
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ import numpy as np
 
 from pipeline.core.config import AgentConfig, Tags
 from pipeline.core.errors import UserError
-from pipeline.core.records import Trajectory, WeightedExample
+from pipeline.core.records import Example, Trajectory
 from retriever_service.search.search import Hit
 
 _SLOT = "EXSEARCHSLOT"
@@ -164,17 +165,13 @@ class Renderer:
         )
         return text
 
-    def with_gold_answer(self, trajectory: Trajectory, answer: str, weight: float) -> WeightedExample:
+    def with_gold_answer(self, trajectory: Trajectory, answer: str, weight: float) -> Example:
         """The M-step's example: the trajectory up to its answer tag, then the gold answer as a target."""
-        context, gold = trajectory.token_ids[: trajectory.answer_start], self.answer_ids(answer)
-        return WeightedExample(
-            question_id=trajectory.question_id,
-            sample=trajectory.sample,
-            token_ids=np.concatenate([context, np.asarray(gold, dtype=np.int32)]),
-            loss_mask=np.concatenate(
-                [trajectory.loss_mask[: trajectory.answer_start], np.ones(len(gold), dtype=np.bool_)]
-            ),
-            weight=weight,
+        start, gold = trajectory.answer_start, self.answer_ids(answer)
+        return dataclasses.replace(
+            Example.of(trajectory, weight=weight),
+            token_ids=np.concatenate([trajectory.token_ids[:start], np.asarray(gold, dtype=np.int32)]),
+            loss_mask=np.concatenate([trajectory.loss_mask[:start], np.ones(len(gold), dtype=np.bool_)]),
         )
 
     def _bos(self) -> list[int]:

@@ -15,7 +15,7 @@ from pipeline.core.agents.search import SEARCHER
 from pipeline.core.config import AgentConfig, WeightingConfig
 from pipeline.core.evaluation import score_answer
 from pipeline.core.models import load_tokenizer
-from pipeline.core.records import Episode, Question, Trajectory, WeightedExample, count_stop_reasons
+from pipeline.core.records import Episode, Example, Question, Trajectory, count_stop_reasons
 from pipeline.core.renderer import Renderer
 from pipeline.core.weighting import Scored, best_answer, importance_weights, summarise
 
@@ -30,7 +30,7 @@ class Weighted:
     written beside the shard that the task is in.
     """
 
-    examples: Mapping[str, Sequence[WeightedExample]]
+    examples: Mapping[str, Sequence[Example]]
     statistics: Mapping[str, Any]
 
 

@@ -28,7 +28,7 @@ from actors.learner import Learner, LearnerRank
 from pipeline.core.config import LearnerConfig, LoraConfig
 from pipeline.core.errors import UserError
 from pipeline.core.packing import plan_epoch
-from pipeline.core.records import WeightedExample, examples_to_table
+from pipeline.core.records import Example, examples_to_table
 from pipeline.core.schedule import learning_rate_at
 
 pytestmark = pytest.mark.component
@@ -52,7 +52,7 @@ Weights = dict[str, np.ndarray]
 Result = tuple[dict[str, Any], Weights]
 
 
-def make_examples(count: int = 12, seed: int = 0) -> list[WeightedExample]:
+def make_examples(count: int = 12, seed: int = 0) -> list[Example]:
     """Random examples; every fourth has weight 0, the others differ."""
     random = np.random.default_rng(seed)
     examples = []
@@ -61,7 +61,7 @@ def make_examples(count: int = 12, seed: int = 0) -> list[WeightedExample]:
         mask = random.random(length) < 0.5
         mask[-1] = True
         token_ids = random.integers(0, VOCABULARY, length).astype(np.int32)
-        examples.append(WeightedExample(f"q{k}", 0, token_ids, mask, [0.0, 0.3, 1.0, 2.0][k % 4]))
+        examples.append(Example(f"q{k}", 0, token_ids, mask, [0.0, 0.3, 1.0, 2.0][k % 4]))
     return examples
 
 
@@ -166,7 +166,7 @@ def weights_of(learner: Learner) -> Weights:
     return {name: tensor.numpy() for name, tensor in itertools.chain.from_iterable(buckets)}
 
 
-def train(learner: Learner, examples: list[WeightedExample] | list[Path], phase_seed: int = 1) -> Result:
+def train(learner: Learner, examples: list[Example] | list[Path], phase_seed: int = 1) -> Result:
     return learner.train(examples, phase_seed=phase_seed), weights_of(learner)
 
 
@@ -179,9 +179,7 @@ def assert_same_weights(found: Weights, expected: Weights, atol: float = 2e-6) -
 # ------------------------------------------------------------------ the mathematics
 
 
-def reference(
-    model: Path, examples: list[WeightedExample], config: LearnerConfig
-) -> tuple[list[float], Weights]:
+def reference(model: Path, examples: list[Example], config: LearnerConfig) -> tuple[list[float], Weights]:
     """Loss of each step and final weights, by the formula of the loss, one example at a time, without DeepSpeed."""
     network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
@@ -255,14 +253,14 @@ def test_bfloat16_comes_close_to_float32_at_any_stage(
         assert [step["loss"] for step in metrics["history"]] == pytest.approx(expected[0], rel=0.02)
 
 
-def train_only(learner: Learner, examples: list[WeightedExample]) -> dict[str, Any]:
+def train_only(learner: Learner, examples: list[Example]) -> dict[str, Any]:
     return learner.train(examples, phase_seed=1)
 
 
 def test_what_zero_weight_examples_say_does_not_matter(model_path: Path) -> None:
     examples = make_examples()
     nonsense = [
-        e if e.weight else WeightedExample(e.question_id, 0, e.token_ids[::-1].copy(), e.loss_mask, 0.0)
+        e if e.weight else Example(e.question_id, 0, e.token_ids[::-1].copy(), e.loss_mask, 0.0)
         for e in examples
     ]
     first, second = (run_ranks(CONFIG, model_path, train, batch) for batch in (examples, nonsense))
@@ -310,7 +308,7 @@ def test_an_example_that_does_not_fit_is_an_error_that_names_it(model_path: Path
 # ------------------------------------------------------------------ checkpoints
 
 
-def train_until_killed(learner: Learner, examples: list[WeightedExample], path: Path) -> None:
+def train_until_killed(learner: Learner, examples: list[Example], path: Path) -> None:
     """Two M-steps; saves after step 4 of the second and dies in its step 5."""
     learner.train(examples, phase_seed=0)
 
@@ -321,12 +319,12 @@ def train_until_killed(learner: Learner, examples: list[WeightedExample], path: 
     learner.train(examples, phase_seed=1, checkpoint_path=path, checkpoint_every=2, on_step=die)
 
 
-def go_on(learner: Learner, examples: list[WeightedExample], path: Path) -> Result:
+def go_on(learner: Learner, examples: list[Example], path: Path) -> Result:
     learner.load(path)
     return train(learner, examples)
 
 
-def two_phases(learner: Learner, examples: list[WeightedExample]) -> Result:
+def two_phases(learner: Learner, examples: list[Example]) -> Result:
     learner.train(examples, phase_seed=0)
     return train(learner, examples)
 
@@ -353,7 +351,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(
     assert_same_weights(resumed[1], undisturbed[1], atol=0)
 
 
-def train_and_save(learner: Learner, examples: list[WeightedExample], path: Path) -> Result:
+def train_and_save(learner: Learner, examples: list[Example], path: Path) -> Result:
     result = train(learner, examples)
     learner.save(path)
     return result
@@ -384,7 +382,7 @@ def test_a_checkpoint_of_another_layout_is_refused_with_the_keys_to_set(
 # ------------------------------------------------------------------ weights, out
 
 
-def train_and_export(learner: Learner, examples: list[WeightedExample], path: Path) -> Weights:
+def train_and_export(learner: Learner, examples: list[Example], path: Path) -> Weights:
     learner.train(examples, phase_seed=1)
     learner.export(path)
     learner.export(path)  # over an earlier one
@@ -409,7 +407,7 @@ def test_an_exported_model_opens_in_transformers_with_the_trained_weights(
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def lora_state(learner: Learner, examples: list[WeightedExample], path: Path) -> tuple[Weights, Weights]:
+def lora_state(learner: Learner, examples: list[Example], path: Path) -> tuple[Weights, Weights]:
     """Frozen weights after training, and the logits of the live model (adapters beside the weights)."""
     learner.train(examples, phase_seed=1)
     learner.export(path)

@@ -16,11 +16,11 @@ import pytest
 from actors.weighting import Weighting
 from pipeline.core.config import Config
 from pipeline.core.records import (
+    Example,
     Question,
     ScoreRequest,
     StopReason,
     Trajectory,
-    WeightedExample,
     examples_from_table,
     trajectories_from_table,
 )
@@ -101,7 +101,7 @@ class Bench:
     def finish(self) -> dict[str, Any]:
         return asyncio.run(self.actor.finish())
 
-    def examples(self) -> list[WeightedExample]:
+    def examples(self) -> list[Example]:
         shards = sorted(self.weighted.glob("*.parquet"))
         return [example for shard in shards for example in examples_from_table(pq.read_table(shard))]
 

@@ -31,10 +31,10 @@ from pipeline.core.agents.search import SearchAgent
 from pipeline.core.data.supervision import GoldStep, PassageOf, Unusable, gold_steps
 from pipeline.core.errors import UserError
 from pipeline.core.records import (
+    Example,
     Question,
     StopReason,
     Trajectory,
-    WeightedExample,
     trajectories_from_table,
     trajectories_to_table,
 )
@@ -144,7 +144,7 @@ async def synthesise(
 
 def supervised_examples(
     trajectories: Sequence[Trajectory], questions: Sequence[Question], renderer: Renderer
-) -> list[WeightedExample]:
+) -> list[Example]:
     """The trajectories as training examples of weight 1, with the question's first gold answer.
 
     Raises:

@@ -14,7 +14,7 @@ from pipeline.core.data.questions import read_questions, sample_questions
 from pipeline.core.data.rewriter import Rewriter
 from pipeline.core.data.supervision import is_supervised
 from pipeline.core.errors import UserError
-from pipeline.core.records import Question, Trajectory, WeightedExample
+from pipeline.core.records import Example, Question, Trajectory
 from pipeline.core.renderer import Renderer
 from pipeline.core.retrieval import Searched, corpus_paths, passages
 from pipeline.core.run import Json
@@ -49,7 +49,8 @@ def load_cold_start_source(config: Config, train: Sequence[Question], renderer: 
         if unknown := sorted({t.question_id for t in ready} - {q.id for q in known}):
             raise UserError(
                 f"{cold_start.trajectories} has trajectories of {len(unknown)} questions that are neither in "
-                f"data.train nor in cold_start.sources ({', '.join(unknown[:5])}); name the files that they come from there"
+                f"data.train nor in cold_start.sources ({', '.join(unknown[:5])}); name the files that they come from "
+                "there"
             )
         return ColdStartSource(known, ready)
     return ColdStartSource(cold_start_questions(config, train))
@@ -95,7 +96,7 @@ async def cold_start_examples(
     retrieve: Retrieve,
     searched: Searched,
     cache: Path,
-) -> tuple[list[WeightedExample], Json]:
+) -> tuple[list[Example], Json]:
     """Examples of weight 1, and how they came about.
 
     Args:

@@ -1,28 +1,68 @@
-"""Divergences between the next-token distributions of a policy and of a reference, on chosen positions.
+"""Divergence between the next-token distributions of the policy and of a reference, a mean over the target tokens.
 
-Sums over the M positions, divided by the positions of the whole optimiser step: the sum of the shares of all
-micro-batches and ranks does not depend on packing. Logits may be recorded or live; they are float32 or float64.
+The reference's logits are either *live*, of a frozen model that the learner holds beside its own (`reference`), or
+*recorded*: a stream `reference_logits` of V numbers per target token, for small vocabularies or few positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
 from torch import Tensor
 
-
-def forward_kl(logits: Tensor, ref_logits: Tensor, *, normaliser: float) -> Tensor:
-    """sum KL(reference || policy) / normaliser: covers all that the reference does. Logits are [M, V]."""
-    return _kl(ref_logits.log_softmax(-1), logits.log_softmax(-1)) / normaliser
-
-
-def reverse_kl(logits: Tensor, ref_logits: Tensor, *, normaliser: float) -> Tensor:
-    """sum KL(policy || reference) / normaliser: keeps to what the reference does. Logits are [M, V]."""
-    return _kl(logits.log_softmax(-1), ref_logits.log_softmax(-1)) / normaliser
+from pipeline.core.losses.loss import Output, Outputs, Prepared, Rows, Terms
+from pipeline.core.losses.token_logprobs import rows_per_chunk
+from pipeline.core.records import Example
 
 
-def symmetric_kl(logits: Tensor, ref_logits: Tensor, *, normaliser: float) -> Tensor:
-    """Mean of the forward and the reverse divergence. Logits are [M, V]."""
-    p, q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    return (_kl(p, q) + _kl(q, p)) / (2 * normaliser)
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """
+    Args:
+        direction: `forward`, KL(reference || policy), covers all that the reference does; `reverse`, KL(policy ||
+            reference), keeps to what it does; `symmetric` is the mean of the two.
+        reference: model directory of a live reference; None: recorded logits.
+    """
+
+    direction: Literal["forward", "reverse", "symmetric"] = "forward"
+    reference: str | None = None
+
+    output: ClassVar[Output] = "logits"
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return () if self.reference is not None else ("reference_logits",)
+
+    def prepare(self, examples: Sequence[Example]) -> Prepared:
+        sizes = [example.num_targets for example in examples]
+        return Prepared(sizes=sizes, computed=[size > 0 for size in sizes])
+
+    def terms(self, outputs: Outputs, rows: Rows, normaliser: float) -> Terms:
+        reference = outputs.reference_logits
+        if reference is None:
+            reference = rows.streams["reference_logits"]
+        logits, step = outputs.predicted, rows_per_chunk(outputs.predicted)
+        total = logits.new_zeros((), dtype=torch.float32)
+        # Chunks bound the float32 copies of bfloat16 logits.
+        for policy, other in zip(logits.split(step), reference.split(step), strict=True):
+            total = total + self._summed(_log_softmax(policy), _log_softmax(other))
+        return Terms(total / normaliser, {"kl": (total.detach(), len(logits))})
+
+    def _summed(self, p: Tensor, reference: Tensor) -> Tensor:
+        match self.direction:
+            case "forward":
+                return _kl(reference, p)
+            case "reverse":
+                return _kl(p, reference)
+            case "symmetric":
+                return (_kl(p, reference) + _kl(reference, p)) / 2
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

@@ -8,22 +8,52 @@ For a batch B of trajectories with weights w_k and n_k trained tokens each,
 so the average weight of a token is 1 over the iteration, and a batch of failures stays small instead of
 being scaled up. Both sums of L run over all ranks and micro-batches: the value does not depend on packing
 or sharding.
-
-A loss is a function of the target tokens' log-probabilities and of per-token constants that the packed
-batch carries. `token_logprobs` serves every such loss; a preference or clipped-ratio loss is one more
-file beside this one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-LOGIT_CHUNK_BYTES = 128 << 20
-"""Largest float32 temporary of `token_logprobs`."""
+from pipeline.core.losses.loss import Output, Outputs, Prepared, Rows, Terms
+from pipeline.core.records import Example
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedNll:
+    """The loss above. Stream: `weight`, w_k >= 0.
+
+    Args:
+        negligible_weight: examples with less than this share of the average weight are counted in the normaliser, but
+            not computed; 0 computes all that have a weight.
+    """
+
+    negligible_weight: float = 0.0
+
+    output: ClassVar[Output] = "logprobs"
+    streams: ClassVar[tuple[str, ...]] = ("weight",)
+    reference: ClassVar[str | None] = None
+
+    def prepare(self, examples: Sequence[Example]) -> Prepared:
+        num_tokens = [example.num_targets for example in examples]
+        exact = iteration_weights([example.number("weight") for example in examples], num_tokens)
+        weights = [v if v >= self.negligible_weight else 0.0 for v in exact]
+        return Prepared(
+            sizes=num_tokens,
+            computed=[bool(w and n) for w, n in zip(weights, num_tokens, strict=True)],
+            streams={"v": weights},
+        )
+
+    def terms(self, outputs: Outputs, rows: Rows, normaliser: float) -> Terms:
+        logprobs, weights = outputs.predicted, rows.per_target("v")
+        computed = weights > 0
+        return Terms(
+            loss=-(logprobs * weights).sum() / normaliser,
+            metrics={"nll": (-logprobs.detach()[computed].sum(), computed.sum())},
+        )
 
 
 def iteration_weights(weights: Sequence[float], num_tokens: Sequence[int]) -> list[float]:
@@ -45,61 +75,3 @@ def iteration_weights(weights: Sequence[float], num_tokens: Sequence[int]) -> li
         return [0.0] * len(w)
     w = w / w[n > 0].max()  # likelihoods as small as 1e-300 would otherwise under- or overflow
     return (w * (n.sum() / (w * n).sum())).tolist()
-
-
-def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """log softmax(logits)[target], in float32 or better.
-
-    The float32 copy of the logits exists only in chunks of `LOGIT_CHUNK_BYTES`, forward and backward, so
-    bfloat16 logits over a large vocabulary do not grow to their float32 size.
-
-    Args:
-        logits: [T, V], any floating type.
-        targets: [T], integer.
-
-    Returns:
-        [T], float32 (float64 for float64 logits).
-    """
-    return _TokenLogprobs.apply(logits, targets)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def weighted_nll(logprobs: Tensor, token_weights: Tensor, normaliser: float) -> Tensor:
-    """This micro-batch's share of L: -sum(v_t log p_t) / normaliser.
-
-    The sum of the shares over all micro-batches and ranks of an optimiser step is L.
-
-    Args:
-        logprobs: [T], log-probability of each target token.
-        token_weights: [T], v_k of the example that the token belongs to.
-        normaliser: sum of n_k over the whole batch B, zero-weight examples included.
-    """
-    return -(logprobs * token_weights).sum() / normaliser
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        picked = logits.gather(-1, targets[:, None]).squeeze(-1).to(dtype)
-        chunks = logits.split(_rows_per_chunk(logits))
-        normalisers = torch.cat([chunk.to(dtype).logsumexp(-1) for chunk in chunks])
-        ctx.save_for_backward(logits, targets, normalisers)
-        return picked - normalisers
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        """d log p(target) / d logits = onehot(target) - softmax(logits)."""
-        logits, targets, normalisers = ctx.saved_tensors
-        (grad,) = grad_outputs
-        rows = _rows_per_chunk(logits)
-        grad_logits = torch.empty_like(logits)
-        parts = [x.split(rows) for x in (grad_logits, logits, targets, normalisers, grad)]
-        for out, chunk, target, normaliser, g in zip(*parts, strict=True):
-            softmax = (chunk.to(normaliser.dtype) - normaliser[:, None]).exp_()
-            softmax.mul_(-g[:, None]).scatter_add_(-1, target[:, None], g[:, None])
-            out.copy_(softmax)
-        return grad_logits, None
-
-
-def _rows_per_chunk(logits: Tensor) -> int:
-    return max(1, LOGIT_CHUNK_BYTES // (4 * logits.shape[-1]))

@@ -1,42 +1,90 @@
-"""The clipped-ratio policy gradient (PPO, GRPO) and its value loss, as sums over tokens.
+"""The clipped-ratio policy gradient (PPO, GRPO) and the loss of its critic: means over the tokens of a step.
 
-Divided by the number of target tokens of the whole optimiser step: the sum of the shares of all micro-batches and
-ranks does not depend on packing. Advantages have any sign; where they come from (a critic, a group) is not known here.
+Advantages have any sign; where they come from (a critic, a group) is not known here.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
-from torch import Tensor
+
+from pipeline.core.losses.loss import Output, Outputs, Prepared, Rows, Terms
+from pipeline.core.records import Example
 
 
-def clipped_ratio(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip: float, normaliser: float
-) -> Tensor:
-    """-sum min(r A, clamp(r, 1 - clip, 1 + clip) A) / normaliser, r = p / p_old (Schulman et al. 2017, eq. 7).
+@dataclass(frozen=True, slots=True)
+class ClippedRatio:
+    """-mean min(r A, clamp(r, 1 - clip, 1 + clip) A), r = p / p_old (Schulman et al. 2017, equation 7).
 
-    Args:
-        logprobs, old_logprobs, advantages: [M], one per target token.
-        normaliser: target tokens of the whole optimiser step.
-    """
-    ratio = (logprobs - old_logprobs).exp()
-    clamped = ratio.clamp(1 - clip, 1 + clip)
-    return -torch.minimum(ratio * advantages, clamped * advantages).sum() / normaliser
-
-
-def sampled_kl(logprobs: Tensor, ref_logprobs: Tensor, *, normaliser: float) -> Tensor:
-    """sum(r - log r - 1) / normaliser with r = p_ref / p: GRPO's estimate of KL(p, p_ref) (Shao et al. 2024, eq. 4).
+    Streams, per token or per example: `advantage`; per token `old_logprob`, and with a KL term `reference_logprob`.
 
     Args:
-        logprobs, ref_logprobs: [M], of tokens that the policy sampled.
+        kl_coefficient: adds it times GRPO's estimate of KL(p, reference), r - log r - 1 with r = p_ref / p (Shao et
+            al. 2024, equation 4).
     """
-    log_ratio = ref_logprobs - logprobs
-    return (log_ratio.exp() - log_ratio - 1).sum() / normaliser
+
+    clip: float = 0.2
+    kl_coefficient: float = 0.0
+
+    output: ClassVar[Output] = "logprobs"
+    reference: ClassVar[str | None] = None
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return ("advantage", "old_logprob", *(("reference_logprob",) if self.kl_coefficient else ()))
+
+    def prepare(self, examples: Sequence[Example]) -> Prepared:
+        return _all_tokens(examples)
+
+    def terms(self, outputs: Outputs, rows: Rows, normaliser: float) -> Terms:
+        logprobs, advantages = outputs.predicted, rows.per_target("advantage")
+        ratio = (logprobs - rows.per_target("old_logprob")).exp()
+        clamped = ratio.clamp(1 - self.clip, 1 + self.clip)
+        loss = -torch.minimum(ratio * advantages, clamped * advantages).sum() / normaliser
+        metrics = {"clipped": ((ratio != clamped).sum(), len(ratio))}
+        if self.kl_coefficient:
+            log_ratio = rows.per_target("reference_logprob") - logprobs
+            kl = (log_ratio.exp() - log_ratio - 1).sum()
+            loss = loss + self.kl_coefficient * kl / normaliser
+            metrics["kl"] = (kl.detach(), len(ratio))
+        return Terms(loss, metrics)
 
 
-def clipped_value(
-    values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float, normaliser: float
-) -> Tensor:
-    """sum max((v - R)^2, (v_old + clamp(v - v_old, -clip, clip) - R)^2) / 2 normaliser. All tensors are [M]."""
-    clamped = old_values + (values - old_values).clamp(-clip, clip)
-    return torch.maximum((values - returns) ** 2, (clamped - returns) ** 2).sum() / (2 * normaliser)
+@dataclass(frozen=True, slots=True)
+class ClippedValue:
+    """mean max((v - R)^2, (v_old + clamp(v - v_old, -clip, clip) - R)^2) / 2, for a value head.
+
+    Streams, per token or per example: `return`, and with clipping `old_value`.
+
+    Args:
+        clip: None for the plain squared error.
+    """
+
+    clip: float | None = None
+
+    output: ClassVar[Output] = "values"
+    reference: ClassVar[str | None] = None
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return ("return",) if self.clip is None else ("return", "old_value")
+
+    def prepare(self, examples: Sequence[Example]) -> Prepared:
+        return _all_tokens(examples)
+
+    def terms(self, outputs: Outputs, rows: Rows, normaliser: float) -> Terms:
+        values, returns = outputs.predicted, rows.per_target("return")
+        errors = (values - returns) ** 2
+        if self.clip is not None:
+            old = rows.per_target("old_value")
+            clamped = old + (values - old).clamp(-self.clip, self.clip)
+            errors = torch.maximum(errors, (clamped - returns) ** 2)
+        return Terms(errors.sum() / (2 * normaliser), {"squared_error": (errors.detach().sum(), len(errors))})
+
+
+def _all_tokens(examples: Sequence[Example]) -> Prepared:
+    sizes = [example.num_targets for example in examples]
+    return Prepared(sizes=sizes, computed=[size > 0 for size in sizes])

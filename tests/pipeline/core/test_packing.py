@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import UserError
-from pipeline.core.packing import OptimizerStep, collate, num_targets, plan_epoch
-from pipeline.core.records import WeightedExample
+from pipeline.core.packing import OptimizerStep, collate, plan_epoch
+from pipeline.core.records import Example
 
 BUDGET = 40
 lengths_st = st.lists(st.integers(0, BUDGET), max_size=60)
@@ -30,8 +30,8 @@ def packs_of(step: OptimizerStep) -> list[tuple[int, ...]]:
     return list(chain.from_iterable(step.packs))
 
 
-def example(token_ids: list[int], mask: list[int], weight: float = 1.0) -> WeightedExample:
-    return WeightedExample("q", 0, np.array(token_ids, np.int32), np.array(mask, np.bool_), weight)
+def example(token_ids: list[int], mask: list[int], weight: float = 1.0) -> Example:
+    return Example("q", 0, np.array(token_ids, np.int32), np.array(mask, np.bool_), weight)
 
 
 @settings(deadline=None)
@@ -113,7 +113,7 @@ def test_targets_are_predicted_from_the_token_before_them_in_their_own_example()
     assert batch.targets.tolist() == [23, 11, 12]  # 20 is marked, but has nothing before it
     assert batch.predictors.tolist() == [2, 4, 5]
     assert batch.token_weights.tolist() == [2.0, 0.5, 0.5]
-    assert [num_targets(e) for e in examples] == [2, 1]
+    assert [e.num_targets for e in examples] == [2, 1]
 
 
 @settings(deadline=None)
@@ -126,7 +126,7 @@ def test_a_packed_row_has_exactly_the_trained_tokens_of_its_examples(data: st.Da
     assert batch.targets.tolist() == expected
     assert batch.input_ids[0][batch.predictors].tolist() == [t - 1 for t in expected]
     assert batch.token_weights.tolist() == [t // 100 for t in expected]
-    assert len(batch.targets) == sum(num_targets(e) for e in examples)
+    assert len(batch.targets) == sum(e.num_targets for e in examples)
 
 
 def test_an_empty_pack_is_one_token_without_weight() -> None:

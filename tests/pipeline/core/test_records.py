@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.records import (
+    Example,
     Step,
     StopReason,
     Trajectory,
-    WeightedExample,
     count_stop_reasons,
     examples_from_table,
     examples_to_table,
@@ -73,7 +73,7 @@ def test_trajectories_come_back_as_they_were(originals: list[Trajectory]) -> Non
 @settings(max_examples=30)
 @given(source=trajectories(), weight=st.floats(0, 1e300))
 def test_weighted_examples_come_back_as_they_were(source: Trajectory, weight: float) -> None:
-    original = WeightedExample(source.question_id, source.sample, source.token_ids, source.loss_mask, weight)
+    original = Example(source.question_id, source.sample, source.token_ids, source.loss_mask, weight)
     (copy,) = examples_from_table(through_parquet(examples_to_table([original])))
     assert (copy.question_id, copy.sample, copy.weight) == (original.question_id, original.sample, weight)
     np.testing.assert_array_equal(copy.token_ids, original.token_ids)

@@ -21,7 +21,7 @@ from pipeline.core.data.cold_start_source import (
 )
 from pipeline.core.data.questions import read_questions
 from pipeline.core.errors import UserError
-from pipeline.core.records import Question, WeightedExample
+from pipeline.core.records import Example, Question
 from pipeline.core.renderer import Renderer
 from pipeline.core.retrieval import Servers
 from retriever_service.building.build import build_index
@@ -71,16 +71,14 @@ def config(tmp_path: Path, *overrides: str) -> Config:
 class Make(Protocol_):
     def __call__(
         self, config: Config, train: Sequence[Question] | None = None
-    ) -> tuple[list[WeightedExample], dict[str, Any]]: ...
+    ) -> tuple[list[Example], dict[str, Any]]: ...
 
 
 @pytest.fixture
 def made(index: Path, tokenizer: Any) -> Make:
     """Examples and statistics of a configuration; `train` in place of all its training questions."""
 
-    def make(
-        config: Config, train: Sequence[Question] | None = None
-    ) -> tuple[list[WeightedExample], dict[str, Any]]:
+    def make(config: Config, train: Sequence[Question] | None = None) -> tuple[list[Example], dict[str, Any]]:
         if train is None:
             train = read_questions(config.data.train, root=config.data.root)
         renderer = Renderer(tokenizer, config.agent)
@@ -92,7 +90,7 @@ def made(index: Path, tokenizer: Any) -> Make:
     return make
 
 
-def text(config: Config, tokenizer: Any, example: WeightedExample) -> str:
+def text(config: Config, tokenizer: Any, example: Example) -> str:
     return Renderer(tokenizer, config.agent).decode(example.token_ids.tolist())
 
 
@@ -166,7 +164,7 @@ def test_a_cold_start_without_any_supervision_is_refused(tmp_path: Path, made: M
 SERVER = "retriever.url=http://127.0.0.1:1"
 
 
-def served(tmp_path: Path, tokenizer: Any, *overrides: str) -> tuple[list[WeightedExample], dict[str, Any]]:
+def served(tmp_path: Path, tokenizer: Any, *overrides: str) -> tuple[list[Example], dict[str, Any]]:
     """Examples whose retriever is a server."""
     settings = config(tmp_path, SERVER, *overrides)
     renderer = Renderer(tokenizer, settings.agent)

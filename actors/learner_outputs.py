@@ -1,0 +1,158 @@
+"""From a packed row to what a loss is computed from, and from its shares to the figures of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch.nn.utils.rnn import pad_sequence
+
+from pipeline.core.errors import UserError
+from pipeline.core.losses.loss import Loss, Output, Rows, Terms
+from pipeline.core.losses.token_logprobs import token_logprobs
+from pipeline.core.packing import PackedBatch
+from pipeline.core.policies import Head
+from pipeline.core.records import Example, examples_from_table
+
+OF_HEAD: dict[Head, tuple[Output, ...]] = {
+    "lm": ("logprobs", "logits"),
+    "value": ("values",),
+    "embedding": ("embeddings",),
+}
+"""What each head can be asked for."""
+
+
+class ModelOutputs:
+    """Runs a model on packed rows.
+
+    Args:
+        call: what is called: a DeepSpeed engine, or the model itself.
+        model: the model.
+    """
+
+    def __init__(self, call: Any, model: Any, device: torch.device) -> None:
+        from pipeline.core.attention import PACKED
+
+        self._call, self._device = call, device
+        config = getattr(model, "config", None)
+        self._packed_attention = getattr(config, "_attn_implementation", None) == PACKED
+
+    def of(self, batch: PackedBatch, output: Output) -> torch.Tensor:
+        """`logprobs` or `values` [M], `logits` [M, V], `embeddings` [n, D]; see `Outputs`."""
+        if output == "embeddings":
+            return self._embeddings(batch)
+        predictors = self._tensor(batch.predictors)
+        if output == "values":
+            predicted = self._forward(batch).logits[0, predictors, 0]
+            return predicted.to(torch.promote_types(predicted.dtype, torch.float32))
+        logits = self._forward(batch, logits_to_keep=predictors).logits[0]
+        return logits if output == "logits" else token_logprobs(logits, self._tensor(batch.targets))
+
+    def _forward(self, batch: PackedBatch, **further: Any) -> Any:
+        if self._packed_attention:
+            further["segment_lengths"] = batch.segment_lengths
+        return self._call(
+            input_ids=self._tensor(batch.input_ids),
+            position_ids=self._tensor(batch.position_ids),
+            use_cache=False,  # with a cache transformers does not look for packed examples in position_ids
+            **further,
+        )
+
+    def _embeddings(self, batch: PackedBatch) -> torch.Tensor:
+        """A sentence encoder reads its texts beside each other, padded."""
+        texts = self._tensor(batch.input_ids[0]).split(batch.segment_lengths)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        features = {"input_ids": pad_sequence(texts, batch_first=True), "attention_mask": mask}
+        embeddings: torch.Tensor = self._call(features)["sentence_embedding"]
+        return embeddings
+
+    def _tensor(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+class Sums:
+    """Loss and metrics of one optimiser step, added over packed rows and ranks in float64."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._metrics: dict[str, torch.Tensor] = {}
+
+    def add(self, terms: Terms) -> None:
+        self._loss += terms.loss.detach()
+        for name, (total, count) in terms.metrics.items():
+            both = torch.stack([torch.as_tensor(x, device=self._device).double() for x in (total, count)])
+            self._metrics[name] = self._metrics.get(name, torch.zeros_like(both)) + both
+
+    def over_all_ranks(self) -> tuple[float, dict[str, float]]:
+        """The loss, and the mean of each metric. A rank whose rows were all empty has no metrics of its own."""
+        names = sorted(set().union(*_gathered(list(self._metrics))))
+        nothing = torch.zeros(2, dtype=torch.float64, device=self._device)
+        flat = (
+            torch.stack([self._metrics.get(name, nothing) for name in names]).flatten()
+            if names
+            else nothing[:0]
+        )
+        sums = torch.cat([self._loss[None], flat])
+        dist.all_reduce(sums)
+        loss, *rest = sums.tolist()
+        return loss, {name: rest[2 * i] / max(1.0, rest[2 * i + 1]) for i, name in enumerate(names)}
+
+
+def rows_of(batch: PackedBatch, device: torch.device) -> Rows:
+    """A packed row as a loss sees it."""
+
+    def on_device(arrays: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+    return Rows(
+        example_of_target=torch.from_numpy(batch.example_of_target).to(device),
+        unit=torch.from_numpy(batch.unit).to(device),
+        numbers=on_device(batch.numbers),
+        streams=on_device(batch.streams),
+    )
+
+
+def read_examples(examples: Sequence[Example] | Sequence[str | Path]) -> list[Example]:
+    """Records, or those of Parquet shards.
+
+    Raises:
+        UserError: a shard that holds something else.
+    """
+    records: list[Example] = []
+    for item in examples:
+        if isinstance(item, Example):
+            records.append(item)
+            continue
+        try:
+            records += examples_from_table(pq.read_table(item))
+        except ValueError as error:
+            raise UserError(f"{item} holds no training examples: {error}") from error
+    return records
+
+
+def check_streams(examples: Sequence[Example], loss: Loss, head: Head) -> None:
+    """
+    Raises:
+        UserError: an example without a stream that the loss needs, or a head that does not give what it needs.
+    """
+    if loss.output not in OF_HEAD[head]:
+        raise UserError(f"{type(loss).__name__} needs {loss.output}, which a head {head} does not give")
+    for example in examples:
+        if missing := [name for name in loss.streams if name not in example.streams]:
+            raise UserError(
+                f"{type(loss).__name__} needs the stream {missing[0]}, which example {example.id} has not; it has "
+                f"{', '.join(example.streams) or 'none'}"
+            )
+
+
+def _gathered(names: list[str]) -> list[list[str]]:
+    """The names of every rank's metrics."""
+    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, names)
+    return everyone

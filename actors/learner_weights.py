@@ -1,0 +1,77 @@
+"""The learner's weights under their checkpoint names, whole, a few at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from actors import learner_setup
+from actors.weight_transfer import Bucket
+
+
+def named_weights(
+    model: torch.nn.Module, bucket_bytes: int, dtype: torch.dtype, *, partitioned: bool
+) -> Iterator[Bucket]:
+    """Buckets of (name in a Hugging Face checkpoint, copy of the whole tensor), adapters merged.
+
+    Tied weights come once. All ranks must exhaust the iterator in step: where parameters are partitioned (ZeRO-3) each
+    bucket is gathered from all of them. The copies outlive the gathering and later training.
+
+    Args:
+        bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
+        dtype: of the copies.
+    """
+    bucket: list[tuple[str, torch.nn.Parameter]] = []
+    size = 0
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        # numel() of a parameter that ZeRO-3 has partitioned is 0.
+        num_bytes = getattr(parameter, "ds_numel", parameter.numel()) * dtype.itemsize
+        if bucket and size + num_bytes > bucket_bytes:
+            yield _copies(model, bucket, dtype, partitioned)
+            bucket, size = [], 0
+        bucket.append((name, parameter))
+        size += num_bytes
+    yield _copies(model, bucket, dtype, partitioned)
+
+
+@torch.no_grad()
+def _copies(
+    model: torch.nn.Module,
+    parameters: Sequence[tuple[str, torch.nn.Parameter]],
+    dtype: torch.dtype,
+    partitioned: bool,
+) -> Bucket:
+    # peft keeps the weight W of an adapted module under MODULE.base_layer.weight.
+    adapted: dict[str, Any] = {
+        name: model.get_submodule(name.removesuffix(".base_layer.weight"))
+        for name, _ in parameters
+        if name.endswith(".base_layer.weight")
+    }
+    adapters = [p for m in adapted.values() for n, p in m.named_parameters() if n.startswith("lora_")]
+    copies = []
+    with gathered([parameter for _, parameter in parameters] + adapters, partitioned):
+        for name, parameter in parameters:
+            if name in adapted:
+                delta = adapted[name].get_delta_weight("default")
+                tensor = (parameter.float() + delta.float()).to(dtype)
+            else:
+                tensor = parameter.detach().to(dtype, copy=True)
+            copies.append((name.replace(".base_layer.", "."), tensor))
+    return copies
+
+
+def gathered(
+    parameters: list[torch.nn.Parameter], partitioned: bool
+) -> contextlib.AbstractContextManager[Any]:
+    """A context in which all of every parameter is on this rank."""
+    if not partitioned:
+        return contextlib.nullcontext()
+    whole: contextlib.AbstractContextManager[Any] = learner_setup.import_deepspeed().zero.GatheredParameters(
+        parameters
+    )
+    return whole
