@@ -15,7 +15,6 @@ the base model, else version 0 is. Steps that the run directory has finished are
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 from collections.abc import Sequence
@@ -25,22 +24,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from pipeline.cold_start import ColdStart
 from pipeline.core.agents.program import Sampling, derive_seed
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import Config
-from pipeline.core.data.cold_start_source import (
-    ColdStartSource,
-    cold_start_examples,
-    load_cold_start_source,
-)
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
 from pipeline.core.losses.likelihood import WeightedNll
-from pipeline.core.models import load_tokenizer
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import examples_from_table, examples_to_table
-from pipeline.core.renderer import Renderer
 from pipeline.core.report import Outcome, best_iteration, exsearch_outcome, exsearch_report, should_stop
 from pipeline.core.run import Json, write_json, write_table
 from pipeline.core.weighing import SearchWeights
@@ -55,17 +48,15 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
     Raises:
         UserError: bad input, before anything expensive.
     """
-    renderer = Renderer(load_tokenizer(config.model.path), config.agent)
     splits = load_splits(
         config.data,
         config.seed,
         required=("train", "dev") if config.em.iterations else (),
         apart=config.cold_start.sources,
     )
-    starts_cold = config.cold_start.questions or config.cold_start.trajectories
-    source = load_cold_start_source(config, splits.train, renderer) if starts_cold else None
+    cold_start = ColdStart(config, splits)
     with open_run(config, run_path, display, splits, [searcher_of(config)]) as run:
-        return exsearch_outcome(ExpectationMaximisation(run, renderer, source).run_all())
+        return exsearch_outcome(ExpectationMaximisation(run, cold_start).run_all())
 
 
 def searcher_of(config: Config) -> PolicySpec:
@@ -83,20 +74,19 @@ def searcher_of(config: Config) -> PolicySpec:
 class ExpectationMaximisation:
     """One run: the algorithm above, step by step."""
 
-    def __init__(self, run: Run, renderer: Renderer, source: ColdStartSource | None) -> None:
+    def __init__(self, run: Run, cold_start: ColdStart) -> None:
         self.run, self.config = run, run.config
-        self.renderer, self.source = renderer, source
-        self.base_version = 0 if source is None else -1
+        self.cold_start = cold_start
 
     def run_all(self) -> Json:
         em, has_tests = self.config.em, bool(self.run.splits.test)
-        if has_tests and self.source is not None:
+        starts_cold = self.cold_start.base_version < 0
+        if has_tests and starts_cold:
             self.test("base", -1)
-        if self.source is not None:
-            self.cold_start(self.source)
+        self.cold_start(self.run)
         self.dev(0)
         if has_tests:
-            self.test("warm_up" if self.source is not None else "base", 0)
+            self.test("warm_up" if starts_cold else "base", 0)
             if self.config.evaluation.baselines:
                 self.test("no_search", 0, think=False, search=False, record=False)
                 self.test("one_search", 0, think=False)
@@ -115,23 +105,6 @@ class ExpectationMaximisation:
 
     # ---------------------------------------------------------------- the steps
 
-    def cold_start(self, source: ColdStartSource) -> None:
-        """theta_0: supervised training on trajectories synthesised from gold supervision, all with weight 1."""
-        run, cold_start = self.run, self.config.cold_start
-
-        def synthesise() -> Json:
-            index = run.searched if isinstance(run.searched, Path) else run.at("index")
-            cache = Path(f"{index}.rewritten.jsonl")
-            retrieve = run.cluster.retrieve
-            examples, statistics = asyncio.run(
-                cold_start_examples(self.config, source, self.renderer, retrieve, run.searched, cache)
-            )
-            run.write_examples(0, SEARCHER, examples)
-            return statistics
-
-        run.once("0/cold_start", synthesise)
-        self.m_step(0, learning_rate=cold_start.learning_rate, epochs=cold_start.epochs)
-
     def e_step(self, t: int) -> None:
         """Trajectories of theta_{t-1} and their weights."""
         config, rollout = self.config, self.config.rollout
@@ -149,17 +122,15 @@ class ExpectationMaximisation:
             ),
         )
 
-    def m_step(self, t: int, learning_rate: float | None = None, epochs: int | None = None) -> None:
+    def m_step(self, t: int) -> None:
         """theta_t: weighted maximum likelihood on the E-step's shards, from theta_{t-1} on."""
-        mixes = t > 0 and self.config.cold_start.mix > 0
+        mixes = self.config.cold_start.mix > 0
         self.run.train(
             t,
             SEARCHER,
             WeightedNll(self.config.learner.negligible_weight),
             seed=derive_seed(self.config.seed, "m-step", t),
             beside=(lambda shards: [self.mixed_in(t, shards)]) if mixes else None,
-            learning_rate=learning_rate,
-            epochs=epochs,
         )
 
     def mixed_in(self, t: int, shards: Sequence[Path]) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,16 @@ from actors.policy import Policy
 from actors.session import ray_session
 from actors.weighting import Destination
 from pipeline.core.agents.program import Program, Sampling
-from pipeline.core.config import Config
+from pipeline.core.config import Config, Iterations
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
 from pipeline.core.evaluation import evaluate
 from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Example, Question, examples_to_table, trajectories_to_table
-from pipeline.core.report import scalars
+from pipeline.core.report import scalars, step_report
 from pipeline.core.retrieval import Searched, Servers, prepare_index, servers_of
-from pipeline.core.run import Json, RunDirectory, write_table
+from pipeline.core.run import Json, RunDirectory, write_json, write_table
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import Weigh
 from retriever_service.index.index import read_manifest
@@ -80,6 +81,7 @@ class Run:
         self.config, self.files, self.splits, self.searched = config, files, splits, searched
         self.tracker, self.display = tracker, display
         self._specs = {spec.name: spec for spec in policies}
+        self._frozen: dict[str, Snapshot] = {}
 
     def start_cluster(self) -> Cluster:
         """Engines start with the newest version of each policy, which spares a resumed run one load."""
@@ -99,10 +101,16 @@ class Run:
 
     def snapshot(self, name: str, version: int) -> Snapshot:
         """A version of a policy on disk."""
+        if name in self._frozen:
+            return self._frozen[name]
         if self.files.finished(f"{version}/{name}/train") is None:
             return Snapshot(version, self._specs[name].model.path)
         model, learner = self.at(f"{version}/{name}/model"), self.at(f"{version}/{name}/learner")
         return Snapshot(version, str(model), learner)
+
+    def freeze(self, name: str, at: Snapshot) -> None:
+        """Let a policy without a learner, such as a reference, be this version of another one from now on."""
+        self._frozen[name] = at
 
     def at(self, step: str) -> Path:
         """Where a step's data lie."""
@@ -228,7 +236,9 @@ class Run:
         def work() -> Json:
             policies = self._at(roles)
             pushed = {
-                name: report for name, policy in policies.items() if (report := policy.push()) is not None
+                name: asdict(report)
+                for name, policy in policies.items()
+                if (report := policy.push()) is not None
             }
             scores = self._scores(f"{t}/evaluation", program, policies, self.splits.dev, answers)
             return {"push": pushed, "scores": scores}
@@ -246,6 +256,12 @@ class Run:
             return {"iteration": version} | scores
 
         return self.once(step, work)
+
+    def report(self, iterations: Iterations) -> Json:
+        """`report.json`, made anew; `step_report` says what is in it."""
+        report = step_report(self.files, self.config.recipe, self.config.seed, iterations)
+        write_json(self.at("report.json"), report)
+        return report
 
     # ---------------------------------------------------------------- inside
 

@@ -225,6 +225,18 @@ class Example:
             {stream: np.array([value]) for stream, value in streams.items()},
         )
 
+    @classmethod
+    def supervised(cls, name: str, role: str, prompt: Sequence[int], target: Sequence[int]) -> Example:
+        """A prompt and what should follow it, with weight 1."""
+        return cls(
+            name,
+            name,
+            role,
+            np.asarray([*prompt, *target], dtype=np.int32),
+            np.repeat([False, True], [len(prompt), len(target)]),
+            {"weight": np.ones(1)},
+        )
+
     @property
     def num_targets(self) -> int:
         """Tokens that are trained on and have a token before them in the example."""

@@ -65,11 +65,11 @@ class SearchWeights:
     outputs = (SEARCHER,)
 
     def __call__(self, task: Question, episodes: Sequence[Episode]) -> Weighted:
-        renderer = _renderer(self.tokenizer, self.agent)
+        renderer = renderer_at(self.tokenizer, self.agent)
         trajectories = [episode.turn(SEARCHER) for episode in episodes]
         usable = [t for t in trajectories if not t.stop_reason.is_infrastructure]
         scorable = [t for t in usable if not np.isnan(t.log_likelihoods).all()]
-        golds = [_best(trajectory, task) for trajectory in scorable]
+        golds = [best_gold(trajectory, task) for trajectory in scorable]
         scored = [
             self._scored(trajectory, task, log_likelihood, len(renderer.answer_ids(answer)))
             for trajectory, (answer, log_likelihood) in zip(scorable, golds, strict=True)
@@ -90,26 +90,7 @@ class SearchWeights:
         )
 
     def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """`WeightingSummary`, how trajectories stopped and how many were excluded."""
-        stop_reasons: Counter[str] = Counter()
-        for row in statistics:
-            stop_reasons.update(row["stop_reasons"])
-        with_weights = [row for row in statistics if row["scored"]]
-        if not with_weights:
-            raise RuntimeError(
-                f"no trajectory of the E-step could be weighted; how they stopped: {dict(stop_reasons)}"
-            )
-        summary = summarise(
-            [[_from_json(one) for one in row["scored"]] for row in with_weights],
-            [np.array(row["weights"]) for row in with_weights],
-        )
-        too_long = sum(row["too_long_to_score"] for row in statistics)
-        infrastructure = stop_reasons["retriever_unavailable"] + stop_reasons["engine_error"]
-        return asdict(summary) | {
-            "excluded": infrastructure + too_long,
-            "excluded_too_long_to_score": too_long,
-            "stop_reasons": dict(stop_reasons),
-        }
+        return summarise_scored(statistics)
 
     def _scored(
         self, trajectory: Trajectory, question: Question, log_likelihood: float, num_tokens: int
@@ -124,6 +105,34 @@ class SearchWeights:
         )
 
 
+def summarise_scored(statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """`WeightingSummary`, how trajectories stopped and how many were excluded.
+
+    Args:
+        statistics: of each task `scored` (`Scored` as plain data), `weights`, `stop_reasons` and `too_long_to_score`.
+
+    Raises:
+        RuntimeError: nothing was weighted.
+    """
+    stop_reasons: Counter[str] = Counter()
+    for row in statistics:
+        stop_reasons.update(row["stop_reasons"])
+    with_weights = [row for row in statistics if row["scored"]]
+    if not with_weights:
+        raise RuntimeError(f"no trajectory could be weighted; how they stopped: {dict(stop_reasons)}")
+    summary = summarise(
+        [[_from_json(one) for one in row["scored"]] for row in with_weights],
+        [np.array(row["weights"]) for row in with_weights],
+    )
+    too_long = sum(row["too_long_to_score"] for row in statistics)
+    infrastructure = stop_reasons["retriever_unavailable"] + stop_reasons["engine_error"]
+    return asdict(summary) | {
+        "excluded": infrastructure + too_long,
+        "excluded_too_long_to_score": too_long,
+        "stop_reasons": dict(stop_reasons),
+    }
+
+
 def log_ratio(trajectory: Trajectory) -> float:
     """sum log p(z) - log q(z) over the sampled tokens in front of the answer; 0 where q is p."""
     if trajectory.proposal_logprobs is None:
@@ -133,7 +142,7 @@ def log_ratio(trajectory: Trajectory) -> float:
     return float((log_p.astype(np.float64) - log_q).sum())
 
 
-def _best(trajectory: Trajectory, question: Question) -> tuple[str, float]:
+def best_gold(trajectory: Trajectory, question: Question) -> tuple[str, float]:
     """The gold answer that counts and its log-likelihood."""
     fits = [
         (a, v) for a, v in zip(question.distinct_answers, trajectory.log_likelihoods, strict=True) if v == v
@@ -149,5 +158,6 @@ def _from_json(row: Mapping[str, Any]) -> Scored:
 
 
 @lru_cache(maxsize=4)
-def _renderer(tokenizer: str, agent: AgentConfig) -> Renderer:
+def renderer_at(tokenizer: str, agent: AgentConfig) -> Renderer:
+    """The renderer of a model directory's tokenizer."""
     return Renderer(load_tokenizer(tokenizer), agent)

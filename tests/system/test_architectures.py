@@ -50,7 +50,7 @@ def test_one_iteration_changes_the_model_and_reports(
         # The cluster is up already: its actors do not see this variable.
         monkeypatch.setenv("EXSEARCH_TOKEN", TOKEN)
         settings += ["retriever.index=null", f"retriever.url={request.getfixturevalue('server')}"]
-    report = train(load_config(None, settings), tmp_path / "run", Display())
+    report = train(load_config(None, settings), tmp_path / "run", Display()).report
 
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
     assert set(report["test"]) == {"base", "warm_up", "no_search", "one_search", "best"}
@@ -68,13 +68,13 @@ def test_one_iteration_changes_the_model_and_reports(
     iteration = tmp_path / "run" / "iterations" / "0001"
     assert (iteration / "DONE").exists()
     trajectories = trajectories_from_table(pq.read_table(iteration / "rollouts"))
-    examples = examples_from_table(pq.read_table(iteration / "weighted"))
+    examples = examples_from_table(pq.read_table(iteration / "searcher" / "examples"))
     assert len(trajectories) == len(examples) == 16
     assert {t.policy_version for t in trajectories} == {0}
     for trajectory, example in zip(trajectories, examples, strict=True):
         context = trajectory.token_ids[: trajectory.answer_start]
         assert (example.token_ids[: trajectory.answer_start] == context).all()
-    assert _weights(iteration / "model") != _weights(model)
+    assert _weights(iteration / "searcher" / "model") != _weights(model)
 
 
 def _weights(model: Path) -> bytes:

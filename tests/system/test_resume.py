@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 DEADLINE_S = 420
 
 
-IN_E_STEP, IN_M_STEP = "iterations/0001/rollouts", "iterations/0001/expectation.json"
+IN_E_STEP, IN_M_STEP = "iterations/0001/rollouts", "iterations/0001/sample.json"
 """What is there first when a run has come so far."""
 
 
@@ -40,7 +40,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(
     finish(undisturbed, settings)
 
     kill_when(killed, settings, (killed / sign).exists)
-    assert not (killed / "iterations/0001/maximisation.json").exists()
+    assert not (killed / "iterations/0001/searcher/train.json").exists()
     finish(killed, settings)
 
     assert scores(killed) == scores(undisturbed)
@@ -48,7 +48,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(
         assert ours.question_id == theirs.question_id
         np.testing.assert_array_equal(ours.token_ids, theirs.token_ids)
     for mine, other in zip(examples(killed), examples(undisturbed), strict=True):
-        assert mine.weight == pytest.approx(other.weight, rel=1e-4)
+        assert mine.number("weight") == pytest.approx(other.number("weight"), rel=1e-4)
     for name, tensor in weights(undisturbed).items():
         np.testing.assert_allclose(weights(killed)[name], tensor, atol=1e-5)
 
@@ -98,8 +98,8 @@ def trajectories(run: Path) -> list:  # type: ignore[type-arg]
 
 
 def examples(run: Path) -> list:  # type: ignore[type-arg]
-    return examples_from_table(pq.read_table(run / "iterations/0001/weighted"))
+    return examples_from_table(pq.read_table(run / "iterations/0001/searcher/examples"))
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
-    return load_file(run / "iterations/0001/model/model.safetensors")
+    return load_file(run / "iterations/0001/searcher/model/model.safetensors")

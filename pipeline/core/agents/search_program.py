@@ -44,7 +44,7 @@ class SearchProgram:
         sample: int,
     ) -> Episode:
         model = roles[SEARCHER]
-        renderer = _renderer(model.tokenizer, self.agent)
+        renderer = renderer_of(model.tokenizer, self.agent)
         trajectory = await SearchAgent(renderer, model, retrieve, max_length=model.max_length).run(
             task,
             sampling=sampling,
@@ -96,6 +96,6 @@ async def _with_both_distributions(trajectory: Trajectory, model: Model) -> Traj
 
 
 @lru_cache(maxsize=16)
-def _renderer(tokenizer: Any, agent: AgentConfig) -> Renderer:
+def renderer_of(tokenizer: Any, agent: AgentConfig) -> Renderer:
     """A worker runs one program on many tasks."""
     return Renderer(tokenizer, agent)

@@ -1,0 +1,63 @@
+"""The step that some recipes begin with: supervised training on trajectories made from gold supervision."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from pipeline.core.agents.program import derive_seed
+from pipeline.core.agents.search import SEARCHER
+from pipeline.core.config import Config
+from pipeline.core.data.cold_start_source import cold_start_examples, load_cold_start_source
+from pipeline.core.data.splits import Splits
+from pipeline.core.losses.likelihood import WeightedNll
+from pipeline.core.models import load_tokenizer
+from pipeline.core.renderer import Renderer
+from pipeline.core.run import Json
+from pipeline.run import Run
+
+
+class ColdStart:
+    """What a searcher starts from, read and checked before anything expensive.
+
+    Raises:
+        UserError: no question has the supervision that synthesis needs, or a bad trajectory file.
+    """
+
+    def __init__(self, config: Config, splits: Splits) -> None:
+        self.config = config
+        self.renderer = Renderer(load_tokenizer(config.model.path), config.agent)
+        self.source = None
+        if config.cold_start.questions or config.cold_start.trajectories:
+            self.source = load_cold_start_source(config, splits.train, self.renderer)
+
+    @property
+    def base_version(self) -> int:
+        """The version of the searcher that is the base model: -1 if the cold start makes version 0, else 0."""
+        return 0 if self.source is None else -1
+
+    def __call__(self, run: Run) -> None:
+        """Steps "0/cold_start" and "0/searcher/train": version 0, trained on the trajectories with weight 1."""
+        source, cold_start = self.source, self.config.cold_start
+        if source is None:
+            return
+
+        def synthesise() -> Json:
+            index = run.searched if isinstance(run.searched, Path) else run.at("index")
+            cache = Path(f"{index}.rewritten.jsonl")
+            retrieve = run.cluster.retrieve
+            examples, statistics = asyncio.run(
+                cold_start_examples(self.config, source, self.renderer, retrieve, run.searched, cache)
+            )
+            run.write_examples(0, SEARCHER, examples)
+            return statistics
+
+        run.once("0/cold_start", synthesise)
+        run.train(
+            0,
+            SEARCHER,
+            WeightedNll(self.config.learner.negligible_weight),
+            seed=derive_seed(self.config.seed, "m-step", 0),
+            learning_rate=cold_start.learning_rate,
+            epochs=cold_start.epochs,
+        )

@@ -1,0 +1,199 @@
+"""Direct Retrieval-augmented Optimization (DRO; Shi et al. 2025, arXiv 2505.03075): a list-wise selector of passages
+and a generator of answers, each trained on what the other makes of it.
+
+    selector_0, generator_0 <- formats only: random selections, and the answer behind what they chose
+    for t = 1 .. N, until dev no longer improves:
+        sample m selections z_1..z_m ~ p(z | x; selector_{t-1}) of the candidates of every training question x
+        w_k <- p(y | x, d_{z_k}; generator_{t-1}) / sum_j p(y | x, d_{z_j}; generator_{t-1})          (Eq. 19)
+        selector_t  <- argmax sum_k w_k log p(z_k | x)                                                (Eq. 10)
+        generator_t <- argmax sum_k w_k log p(y | x, d_{z_k})                                         (Eq. 11)
+
+The generator reads the chosen passages in the order in which the selector named them. The candidates are what the
+retriever, which is not trained, finds for the question itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.core.agents.program import Sampling, derive_seed
+from pipeline.core.agents.selection import (
+    GENERATOR,
+    SELECT,
+    SELECTOR,
+    SelectThenAnswer,
+    answer_prompt,
+    select_prompt,
+    selection_text,
+)
+from pipeline.core.config import AgentConfig, Config, Iterations, WeightingConfig
+from pipeline.core.data.splits import load_splits
+from pipeline.core.display import Display
+from pipeline.core.losses.likelihood import WeightedNll
+from pipeline.core.policies import PolicySpec
+from pipeline.core.records import Episode, Example, Question, StopReason, count_stop_reasons
+from pipeline.core.report import Column, Outcome, best_iteration, should_stop, step_outcome
+from pipeline.core.run import Json
+from pipeline.core.weighing import Weighted, best_gold, renderer_at, summarise_scored
+from pipeline.core.weighting import Scored, importance_weights
+from pipeline.run import Run, open_run
+from retriever_service.search.search import Hit
+
+
+class Settings(Iterations):
+    """A selector and a generator (recipe `dro`); how a passage is shown is in `agent`."""
+
+    selector: str | None = None
+    """Model that the selector starts from. Null: `model.path`."""
+    generator: str | None = None
+    """Model that the generator starts from. Null: `model.path`."""
+    candidates: int = Field(20, ge=2)
+    """Passages that the selector chooses from (the paper: 20)."""
+    chosen: int = Field(5, ge=1)
+    """Passages that it chooses, in an order (the paper: 5)."""
+    permutations: int = Field(8, ge=2)
+    """m: selections sampled per question (the paper: 8)."""
+    start_epochs: int = Field(1, ge=0)
+    """Passes over the training questions that teach both models their formats. 0: they know them."""
+
+
+COLUMNS = (
+    Column("bound", "sample.likelihood_bound", 2, "sample.likelihood_bound_stderr"),
+    Column("ESS", "sample.effective_sample_size", 2),
+    Column("dev EM", "evaluation.scores.em"),
+    Column("dev F1", "evaluation.scores.f1"),
+    Column("recall@k", "evaluation.scores.gold_recall"),
+    Column("sample s", "sample.seconds", 0),
+    Column("train s", "selector/train.seconds", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PermutationWeights:
+    """A question's well-formed selections, weighted against each other by what the generator makes of them."""
+
+    agent: AgentConfig
+    generator: str
+
+    outputs = (SELECTOR, GENERATOR)
+
+    def __call__(self, task: Question, episodes: Sequence[Episode]) -> Weighted:
+        renderer = renderer_at(self.generator, self.agent)
+        usable = [
+            (selection, answer)
+            for episode in episodes
+            if episode.failure is None
+            for selection, answer in [episode.turns]
+            if selection.stop_reason is StopReason.ANSWERED and not np.isnan(answer.log_likelihoods).all()
+        ]
+        golds = [best_gold(answer, task) for _, answer in usable]
+        scored = [Scored(value, len(renderer.answer_ids(gold))) for gold, value in golds]
+        weights = importance_weights(scored, WeightingConfig(method="posterior")) if scored else np.zeros(0)
+        rows = list(zip(usable, golds, weights.tolist(), strict=True))
+        return Weighted(
+            {
+                SELECTOR: [Example.of(selection, weight=weight) for (selection, _), _, weight in rows],
+                GENERATOR: [
+                    renderer.with_gold_answer(answer, gold, weight) for (_, answer), (gold, _), weight in rows
+                ],
+            },
+            {
+                "scored": [asdict(one) for one in scored],
+                "weights": weights.tolist(),
+                "stop_reasons": count_stop_reasons([episode.turns[0] for episode in episodes]),
+                "too_long_to_score": 0,
+            },
+        )
+
+    def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        return summarise_scored(statistics)
+
+
+def train(config: Config, run_path: Path, display: Display) -> Outcome:
+    """Run, or go on with, one run."""
+    settings: Settings = config.of_recipe
+    models = {SELECTOR: settings.selector, GENERATOR: settings.generator}
+    policies = [
+        PolicySpec(
+            name,
+            config.model.model_copy(update={"path": path or config.model.path}),
+            config.rollout,
+            config.learner,
+            seed=config.seed,
+        )
+        for name, path in models.items()
+    ]
+    splits = load_splits(config.data, config.seed, required=("train", "dev"))
+    paths = {spec.name: spec.model.path for spec in policies}
+    program = SelectThenAnswer(config.agent, settings.candidates, settings.chosen)
+    loss, rollout = WeightedNll(config.learner.negligible_weight), config.rollout
+    with open_run(config, run_path, display, splits, policies) as run:
+
+        def roles(t: int) -> dict[str, int]:
+            return dict.fromkeys(models, t)
+
+        if settings.start_epochs:
+            run.once("0/formats", lambda: teach_formats(run, settings, paths))
+            for name in models:
+                seed = derive_seed(config.seed, name, 0)
+                run.train(0, name, loss, seed=seed, epochs=settings.start_epochs)
+        run.evaluate(0, program, roles(0), answers=GENERATOR)
+        run.test("start", program, roles(0), answers=GENERATOR)
+        for t in range(1, settings.iterations + 1):
+            run.sample(
+                t,
+                replace(program, scores_answers=True),
+                roles(t - 1),
+                PermutationWeights(config.agent, paths[GENERATOR]),
+                samples=settings.permutations,
+                sampling=Sampling(
+                    rollout.temperature,
+                    rollout.top_p,
+                    rollout.top_k,
+                    seed=derive_seed(config.seed, "sample", t),
+                ),
+            )
+            for name in models:
+                run.train(t, name, loss, seed=derive_seed(config.seed, name, t))
+            run.evaluate(t, program, roles(t), answers=GENERATOR)
+            run.files.close_iteration(t)
+            run.report(settings)
+            if should_stop(run.files, t, settings):
+                break
+        run.test("best", program, roles(best_iteration(run.files, settings)), answers=GENERATOR)
+        return step_outcome(run.report(settings), COLUMNS)
+
+
+def teach_formats(run: Run, settings: Settings, tokenizers: Mapping[str, str]) -> Json:
+    """Examples of a random selection and of the gold answer behind it, one of each per training question.
+
+    No supervision but the answers: a passage is drawn the likelier the higher the retriever ranks it.
+    """
+    agent = run.config.agent
+    selector, generator = (renderer_at(tokenizers[name], agent) for name in (SELECTOR, GENERATOR))
+    examples: dict[str, list[Example]] = {SELECTOR: [], GENERATOR: []}
+
+    async def candidates() -> list[Sequence[Hit]]:
+        questions = run.splits.train
+        return await asyncio.gather(*(run.cluster.retrieve(q.text, settings.candidates) for q in questions))
+
+    for question, hits in zip(run.splits.train, asyncio.run(candidates()), strict=True):
+        rng = np.random.default_rng(derive_seed(run.config.seed, "formats", question.id))
+        odds = 1.0 / np.arange(1, len(hits) + 1)
+        order = rng.choice(len(hits), min(settings.chosen, len(hits)), replace=False, p=odds / odds.sum())
+        selection = selector.trusted_ids(f" {selection_text(order.tolist())} {SELECT[1]}")
+        prompt = select_prompt(agent, selector.tokenizer, question, hits)
+        examples[SELECTOR].append(Example.supervised(question.id, SELECTOR, prompt, selection))
+        prompt = answer_prompt(agent, generator.tokenizer, question, [hits[i] for i in order])
+        answer = generator.answer_ids(question.answers[0])
+        examples[GENERATOR].append(Example.supervised(question.id, GENERATOR, prompt, answer))
+    for name, made in examples.items():
+        run.write_examples(0, name, made)
+    return {"questions": len(run.splits.train)}
