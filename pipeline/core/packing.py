@@ -194,7 +194,7 @@ def collate(
     streams = {}
     for name in chosen[0].streams:
         values = [example.streams[name] for example in chosen]
-        if all(len(one) == 1 for one in values):
+        if all(one.shape == (1,) for one in values):
             numbers[name] = np.concatenate(values)
         else:
             streams[name] = np.concatenate([_on_targets(o, m) for o, m in zip(values, masks, strict=True)])
@@ -213,7 +213,6 @@ def collate(
 
 def _on_targets(values: Numbers, mask: Mask) -> Numbers:
     """One example's stream on its targets."""
-    targets = int(mask.sum())
-    if len(values) == 1:
-        return np.repeat(values, targets)
-    return values[mask] if len(values) == len(mask) else values.reshape(targets, -1)
+    if values.ndim == 2:
+        return values
+    return values[mask] if len(values) == len(mask) else np.repeat(values, int(mask.sum()))

@@ -189,7 +189,7 @@ class Example:
             its own id where it stands alone.
         role: of the turn that it was made of.
         loss_mask: [T], True for a target. The first token never is one: nothing comes before it.
-        streams: by name one number ([1]), one per token ([T]), or R per target ([R x targets]); float64.
+        streams: by name one number ([1]), one per token ([T]), or R per target ([targets, R]); float64.
     """
 
     id: str
@@ -204,12 +204,12 @@ class Example:
             raise ValueError(
                 f"example {self.id}: {len(self.token_ids)} ids and {len(self.loss_mask)} mask flags"
             )
-        targets = self.num_targets
         for name, values in self.streams.items():
-            if len(values) not in (1, len(self.token_ids)) and (not targets or len(values) % targets):
+            fits = len(values) in ((1, len(self.token_ids)) if values.ndim == 1 else (self.num_targets,))
+            if not fits:
                 raise ValueError(
-                    f"example {self.id}: stream {name} has {len(values)} numbers; it must have 1, one per token "
-                    f"({len(self.token_ids)}) or some per target ({targets})"
+                    f"example {self.id}: stream {name} has the shape {list(values.shape)}; it must have one number, "
+                    f"one per token ({len(self.token_ids)}), or a row per target ({self.num_targets})"
                 )
 
     @classmethod
@@ -286,7 +286,11 @@ EXAMPLE_SCHEMA = pa.schema(
         ("role", pa.string()),
         ("token_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.bool_())),
-        ("streams", pa.map_(pa.string(), pa.list_(pa.float64()))),
+        # `width` is R of a stream of rows, else 0.
+        (
+            "streams",
+            pa.map_(pa.string(), pa.struct([("values", pa.list_(pa.float64())), ("width", pa.int32())])),
+        ),
     ]
 )
 
@@ -309,7 +313,16 @@ def trajectories_to_table(trajectories: Iterable[Trajectory]) -> pa.Table:
 
 def examples_to_table(examples: Iterable[Example]) -> pa.Table:
     """One row per example, `EXAMPLE_SCHEMA`."""
-    rows = [_plain(example) | {"streams": list(example.streams.items())} for example in examples]
+    rows = [
+        _plain(example)
+        | {
+            "streams": [
+                (name, {"values": values.ravel(), "width": 0 if values.ndim == 1 else values.shape[1]})
+                for name, values in example.streams.items()
+            ]
+        }
+        for example in examples
+    ]
     return pa.Table.from_pylist(rows, schema=EXAMPLE_SCHEMA)
 
 
@@ -367,10 +380,15 @@ def examples_from_table(table: pa.Table) -> list[Example]:
             role=row["role"],
             token_ids=np.asarray(row["token_ids"], dtype=np.int32),
             loss_mask=np.asarray(row["loss_mask"], dtype=np.bool_),
-            streams={name: np.asarray(values, dtype=np.float64) for name, values in row["streams"]},
+            streams={name: _stream(**stored) for name, stored in row["streams"]},
         )
         for row in table.to_pylist()
     ]
+
+
+def _stream(values: list[float], width: int) -> Numbers:
+    flat = np.asarray(values, dtype=np.float64)
+    return flat.reshape(-1, width) if width else flat
 
 
 def _check_columns(table: pa.Table, schema: pa.Schema) -> None:

@@ -1,7 +1,7 @@
 """Divergence between the next-token distributions of the policy and of a reference, a mean over the target tokens.
 
 The reference's logits are either *live*, of a frozen model that the learner holds beside its own (`reference`), or
-*recorded*: a stream `reference_logits` of V numbers per target token, for small vocabularies or few positions.
+*recorded*: a stream `reference_logits` of a row of V per target token, for small vocabularies or few positions.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +21,21 @@ world_size_st = st.integers(1, 5)
 seed_st = st.integers(0, 2**31)
 
 
-def plan(lengths: list[int], batch_size: int = 8, world_size: int = 2, seed: int = 0) -> list[OptimizerStep]:
+def plan(
+    lengths: list[int],
+    batch_size: int = 8,
+    world_size: int = 2,
+    seed: int = 0,
+    units: list[str] | None = None,
+) -> list[OptimizerStep]:
+    """By default every example is a unit of its own."""
     return plan_epoch(
-        lengths, batch_size=batch_size, world_size=world_size, token_budget=BUDGET, seed=(seed, 0)
+        lengths,
+        batch_size=batch_size,
+        world_size=world_size,
+        token_budget=BUDGET,
+        seed=(seed, 0),
+        units=units or [f"q{i}" for i in range(len(lengths))],
     )
 
 
@@ -30,8 +43,15 @@ def packs_of(step: OptimizerStep) -> list[tuple[int, ...]]:
     return list(chain.from_iterable(step.packs))
 
 
-def example(token_ids: list[int], mask: list[int], weight: float = 1.0) -> Example:
-    return Example("q", 0, np.array(token_ids, np.int32), np.array(mask, np.bool_), weight)
+def example(token_ids: list[int], mask: list[int], unit: str = "q", **streams: Any) -> Example:
+    return Example(
+        "q",
+        unit,
+        "policy",
+        np.array(token_ids, np.int32),
+        np.array(mask, np.bool_),
+        {name: np.array(values, np.float64) for name, values in streams.items()},
+    )
 
 
 @settings(deadline=None)
@@ -97,23 +117,58 @@ def test_an_example_longer_than_the_budget_is_named_with_the_key_to_raise() -> N
     with pytest.raises(
         UserError, match=r"q7/3 has 41 tokens.*learner\.tokens_per_microbatch: 40.*at least 41"
     ):
-        plan_epoch([3, 41], batch_size=2, world_size=1, token_budget=40, seed=(0,), names=["q1/0", "q7/3"])
+        plan_epoch([3, 41], batch_size=2, world_size=1, token_budget=40, seed=(0,), units=["q1/0", "q7/3"])
 
 
 def test_nothing_to_train_on_is_an_empty_plan() -> None:
     assert plan([]) == []
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 10), min_size=1, max_size=4), min_size=1, max_size=25),
+    batch_size_st,
+    world_size_st,
+    seed_st,
+)
+def test_a_unit_is_never_split(units: list[list[int]], batch_size: int, world_size: int, seed: int) -> None:
+    lengths = [length for unit in units for length in unit]
+    names = [f"u{number}" for number, unit in enumerate(units) for _ in unit]
+    steps = plan(lengths, batch_size, world_size, seed, names)
+    assert sorted(chain.from_iterable(s.examples for s in steps)) == list(range(len(lengths)))
+    for holders in (
+        [step.examples for step in steps],
+        [pack for step in steps for pack in packs_of(step)],
+    ):
+        for name in set(names):
+            holding = [h for h in holders if any(names[i] == name for i in h)]
+            assert len(holding) <= 1
+    assert all(sum(lengths[i] for i in pack) <= BUDGET for step in steps for pack in packs_of(step))
+
+
 def test_targets_are_predicted_from_the_token_before_them_in_their_own_example() -> None:
     examples = [example([10, 11, 12], [0, 1, 1]), example([20, 21, 22, 23], [1, 0, 0, 1])]
-    batch = collate((1, 0), examples, weights=[0.5, 2.0])
+    batch = collate((1, 0), examples, {"v": [0.5, 2.0]})
     assert batch.input_ids.tolist() == [[20, 21, 22, 23, 10, 11, 12]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert batch.segment_lengths == (4, 3)
     assert batch.targets.tolist() == [23, 11, 12]  # 20 is marked, but has nothing before it
     assert batch.predictors.tolist() == [2, 4, 5]
-    assert batch.token_weights.tolist() == [2.0, 0.5, 0.5]
+    assert batch.example_of_target.tolist() == [0, 1, 1]
+    assert batch.numbers["v"].tolist() == [2.0, 0.5]
     assert [e.num_targets for e in examples] == [2, 1]
+
+
+def test_streams_follow_their_targets_whatever_their_form() -> None:
+    examples = [
+        example([10, 11, 12], [0, 1, 1], "a", once=[3.0], token=[0.1, 0.2, 0.3], rows=[[1, 2], [3, 4]]),
+        example([20, 21], [0, 1], "b", once=[5.0], token=[0.4, 0.5], rows=[[5, 6]]),
+    ]
+    batch = collate((1, 0), examples)
+    assert batch.numbers["once"].tolist() == [5.0, 3.0]
+    np.testing.assert_allclose(batch.streams["token"], [0.5, 0.2, 0.3])
+    assert batch.streams["rows"].tolist() == [[5, 6], [1, 2], [3, 4]]
+    assert batch.unit.tolist() == [0, 1]
 
 
 @settings(deadline=None)
@@ -121,16 +176,16 @@ def test_targets_are_predicted_from_the_token_before_them_in_their_own_example()
 def test_a_packed_row_has_exactly_the_trained_tokens_of_its_examples(data: st.DataObject) -> None:
     masks = data.draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=8), min_size=1, max_size=5))
     examples = [example(list(range(100 * k, 100 * k + len(m))), m) for k, m in enumerate(masks)]
-    batch = collate(tuple(range(len(examples))), examples, weights=[float(k) for k in range(len(examples))])
+    batch = collate(tuple(range(len(examples))), examples)
     expected = [int(t) for e in examples for t, m in zip(e.token_ids[1:], e.loss_mask[1:], strict=True) if m]
     assert batch.targets.tolist() == expected
     assert batch.input_ids[0][batch.predictors].tolist() == [t - 1 for t in expected]
-    assert batch.token_weights.tolist() == [t // 100 for t in expected]
+    assert batch.example_of_target.tolist() == [t // 100 for t in expected]
     assert len(batch.targets) == sum(e.num_targets for e in examples)
 
 
-def test_an_empty_pack_is_one_token_without_weight() -> None:
-    batch = collate((), [], [])
+def test_an_empty_pack_is_one_token_of_no_example() -> None:
+    batch = collate((), [])
     assert batch.input_ids.shape == (1, 1)
     assert batch.segment_lengths == (1,)
-    assert batch.token_weights.tolist() == [0.0]
+    assert len(batch.unit) == 0

@@ -1,0 +1,239 @@
+"""Every loss on real DeepSpeed ranks against a plain torch formula over single examples: one value and one gradient,
+for any number of ranks, ZeRO stage and packing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from actors.learner import Learner
+from pipeline.core.errors import UserError
+from pipeline.core.losses.divergence import Divergence
+from pipeline.core.losses.likelihood import WeightedNll
+from pipeline.core.losses.loss import Loss
+from pipeline.core.losses.policy_gradient import ClippedRatio
+from pipeline.core.losses.preference import Cpo, Dpo, SimPo
+from pipeline.core.records import Example
+from tests.actors.ranks import CONFIG, LONGEST, VOCABULARY, Weights, build_model, make_examples, run_ranks
+
+pytestmark = pytest.mark.component
+
+Formula = Callable[[torch.Tensor, Example], torch.Tensor]
+"""(log-probabilities [targets, V] of one example, the example) -> its share, before the mean."""
+
+BETA, GAMMA, CLIP, KL = 0.3, 0.5, 0.2, 0.1
+
+
+def examples_with_streams() -> list[Example]:
+    """Six pairs whose streams serve every loss."""
+    random = np.random.default_rng(3)
+    made = []
+    for k, example in enumerate(make_examples()):
+        tokens, targets = len(example.token_ids), example.num_targets
+        streams = {
+            "weight": example.streams["weight"],
+            "label": np.array([1.0 if k % 2 == 0 else -1.0]),
+            "reference_logprob": -4 + 0.3 * random.normal(size=1),
+            "advantage": random.normal(size=tokens),
+            "old_logprob": -4 + 0.3 * random.normal(size=tokens),
+            "reference_logits": random.normal(size=(targets, VOCABULARY)),
+        }
+        made.append(replace(example, unit=f"pair {k // 2}", streams=streams))
+    return made
+
+
+def per_token(example: Example, stream: str) -> torch.Tensor:
+    mask = np.flatnonzero(example.loss_mask)
+    return torch.from_numpy(example.streams[stream][mask[mask > 0]].astype(np.float32))
+
+
+def picked(logprobs: torch.Tensor, example: Example) -> torch.Tensor:
+    mask = np.flatnonzero(example.loss_mask)
+    ids = torch.from_numpy(example.token_ids[mask[mask > 0]].astype(np.int64))
+    return logprobs.gather(1, ids[:, None])[:, 0]
+
+
+def nll(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+    n = [example.num_targets for example in examples]
+    w = [example.number("weight") for example in examples]
+    scale = sum(n) / sum(a * b for a, b in zip(w, n, strict=True))
+    total = sum(scale * a * picked(t, e).sum() for a, t, e in zip(w, tables, examples, strict=True))
+    return -total / sum(n)
+
+
+def pairs(
+    margin: Callable[[list[torch.Tensor], list[Example]], torch.Tensor], nll_coefficient: float = 0.0
+) -> Any:
+    def loss(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+        terms = []
+        for first in range(0, len(examples), 2):
+            of_pair = [picked(t, e) for t, e in zip(tables[first:][:2], examples[first:][:2], strict=True)]
+            terms.append(torch.log(1 + torch.exp(-margin(of_pair, examples[first:][:2]))))
+            terms[-1] = terms[-1] - nll_coefficient * of_pair[0].mean()
+        return torch.stack(terms).mean()
+
+    return loss
+
+
+def dpo_margin(of_pair: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+    ratios = [x.sum() - e.number("reference_logprob") for x, e in zip(of_pair, examples, strict=True)]
+    return BETA * (ratios[0] - ratios[1])
+
+
+def clipped(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+    terms = []
+    for table, example in zip(tables, examples, strict=True):
+        logprobs, advantage = picked(table, example), per_token(example, "advantage")
+        ratio = torch.exp(logprobs - per_token(example, "old_logprob"))
+        bounded = torch.clip(ratio, 1 - CLIP, 1 + CLIP)
+        terms.append(-torch.minimum(ratio * advantage, bounded * advantage))
+    return torch.cat(terms).mean()
+
+
+def clipped_with_kl(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+    kl = []
+    for table, example in zip(tables, examples, strict=True):
+        ratio = example.number("reference_logprob") - picked(table, example)
+        kl.append(torch.exp(ratio) - ratio - 1)
+    return clipped(tables, examples) + KL * torch.cat(kl).mean()
+
+
+def divergence(direction: str) -> Any:
+    def loss(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+        terms = []
+        for p, example in zip(tables, examples, strict=True):
+            q = torch.from_numpy(example.streams["reference_logits"].astype(np.float32)).log_softmax(-1)
+            forward = torch.nn.functional.kl_div(p, q, log_target=True, reduction="none").sum(-1)
+            reverse = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+            terms.append({"forward": forward, "reverse": reverse}.get(direction, (forward + reverse) / 2))
+        return torch.cat(terms).mean()
+
+    return loss
+
+
+LOSSES: dict[str, tuple[Loss, Any]] = {
+    "nll": (WeightedNll(), nll),
+    "dpo": (Dpo(BETA), pairs(dpo_margin)),
+    "dpo with nll": (Dpo(BETA, nll_coefficient=0.5), pairs(dpo_margin, 0.5)),
+    "cpo": (Cpo(BETA), pairs(lambda x, _: BETA * (x[0].sum() - x[1].sum()), 1.0)),
+    "simpo": (SimPo(BETA, gamma=GAMMA), pairs(lambda x, _: BETA * (x[0].mean() - x[1].mean()) - GAMMA)),
+    "clipped ratio": (ClippedRatio(CLIP), clipped),
+    "clipped ratio with kl": (ClippedRatio(CLIP, KL), clipped_with_kl),
+    "forward kl": (Divergence("forward"), divergence("forward")),
+    "reverse kl": (Divergence("reverse"), divergence("reverse")),
+    "symmetric kl": (Divergence("symmetric"), divergence("symmetric")),
+}
+
+
+def plain(model: Path, formula: Any, examples: Sequence[Example]) -> tuple[float, Weights]:
+    """Value and gradient of a formula, one example at a time."""
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tables = []
+    for example in examples:
+        ids = torch.from_numpy(example.token_ids.astype(np.int64))
+        mask = torch.from_numpy(example.loss_mask[1:])
+        tables.append(network(ids[None]).logits[0, :-1][mask].log_softmax(-1))
+    loss = formula(tables, list(examples))
+    loss.backward()
+    return loss.item(), {name: p.grad.numpy() for name, p in network.named_parameters()}
+
+
+def values_and_gradients(
+    learner: Learner, examples: list[Example], losses: dict[str, Loss]
+) -> dict[str, tuple[float, Weights]]:
+    """Of one optimiser step over all examples; its learning rate is too small to move a weight."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found, step = {}, learner.engine.step
+    gradients: Weights = {}
+
+    def capture() -> None:
+        for name, parameter in learner.model.named_parameters():
+            gradients[name] = safe_get_full_grad(parameter).float().numpy().copy()
+        step()
+
+    learner.engine.step = capture
+    for name, loss in losses.items():
+        report = learner.train(examples, loss, phase_seed=0, learning_rate=1e-30, epochs=1)
+        assert report.steps == 1
+        found[name] = (report.history[0]["loss"], dict(gradients))
+    return found
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def expected(model_path: Path) -> dict[str, tuple[float, Weights]]:
+    return {
+        name: plain(model_path, formula, examples_with_streams()) for name, (_, formula) in LOSSES.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens_per_microbatch": 2 * LONGEST},
+        {"tokens_per_microbatch": 1000},
+        {"num_ranks": 2, "zero_stage": 1, "tokens_per_microbatch": 1000},
+        {"num_ranks": 2, "zero_stage": 2},
+        {"num_ranks": 2, "zero_stage": 3, "tokens_per_microbatch": 1000},
+    ],
+    ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_value_and_gradient_are_those_of_the_formula(
+    model_path: Path, expected: dict[str, tuple[float, Weights]], changes: dict[str, Any]
+) -> None:
+    config = CONFIG.model_copy(update={"batch_size": 100, "gradient_clipping": 0.0, **changes})
+    losses = {name: loss for name, (loss, _) in LOSSES.items()}
+    found = run_ranks(config, model_path, values_and_gradients, examples_with_streams(), losses)
+    for name, (value, gradients) in expected.items():
+        assert found[name][0] == pytest.approx(value, abs=1e-6, rel=1e-6), name
+        for weight, gradient in gradients.items():
+            np.testing.assert_allclose(
+                found[name][1][weight], gradient, atol=1e-5, err_msg=f"{name}: {weight}"
+            )
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_live_reference_is_as_good_as_its_recorded_logits_and_takes_no_part_in_the_optimiser(
+    model_path: Path, tmp_path: Path, stage: int
+) -> None:
+    other = build_model(tmp_path / "other", seed=1)
+    network = transformers.AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    recorded = []
+    for example in make_examples():
+        ids = torch.from_numpy(example.token_ids.astype(np.int64))
+        with torch.no_grad():
+            logits = network(ids[None]).logits[0, :-1][torch.from_numpy(example.loss_mask[1:])]
+        recorded.append(replace(example, streams={"reference_logits": logits.double().numpy()}))
+    config = CONFIG.model_copy(update={"batch_size": 100, "zero_stage": stage})
+    losses = {"recorded": Divergence("forward"), "live": Divergence("forward", reference=str(other))}
+    found, trained = run_ranks(config, model_path, with_optimised_parameters, recorded, losses)
+    assert found["live"][0] == pytest.approx(found["recorded"][0], abs=1e-6)
+    for weight, gradient in found["recorded"][1].items():
+        np.testing.assert_allclose(found["live"][1][weight], gradient, atol=1e-5, err_msg=weight)
+    own = transformers.AutoModelForCausalLM.from_pretrained(model_path)
+    assert trained == sum(p.numel() for p in own.parameters())
+
+
+def with_optimised_parameters(learner: Learner, *arguments: Any) -> Any:
+    """Also how many numbers the optimiser and the model it belongs to have, the reference not among them."""
+    found = values_and_gradients(learner, *arguments)
+    return found, sum(getattr(p, "ds_numel", p.numel()) for p in learner.engine.module.parameters())
+
+
+def test_a_missing_stream_is_an_error_before_any_training(model_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"Dpo needs the stream label, which example q0/0 has not; it has weight"
+    ):
+        run_ranks(CONFIG, model_path, values_and_gradients, make_examples(), {"dpo": Dpo()})
