@@ -26,12 +26,11 @@ from pydantic import Field
 from pipeline.core.agents.program import Sampling, derive_seed
 from pipeline.core.agents.selection import (
     GENERATOR,
-    SELECT,
     SELECTOR,
     SelectThenAnswer,
     answer_prompt,
     select_prompt,
-    selection_text,
+    selection_ids,
 )
 from pipeline.core.config import AgentConfig, Config, Iterations, WeightingConfig
 from pipeline.core.data.splits import load_splits
@@ -62,6 +61,8 @@ class Settings(Iterations):
     """m: selections sampled per question (the paper: 8)."""
     start_epochs: int = Field(1, ge=0)
     """Passes over the training questions that teach both models their formats. 0: they know them."""
+    start_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of those passes; null: the learner's."""
 
 
 COLUMNS = (
@@ -143,7 +144,14 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
             run.once("0/formats", lambda: teach_formats(run, settings, paths))
             for name in models:
                 seed = derive_seed(config.seed, name, 0)
-                run.train(0, name, loss, seed=seed, epochs=settings.start_epochs)
+                run.train(
+                    0,
+                    name,
+                    loss,
+                    seed=seed,
+                    epochs=settings.start_epochs,
+                    learning_rate=settings.start_learning_rate,
+                )
         run.evaluate(0, program, roles(0), answers=GENERATOR)
         run.test("start", program, roles(0), answers=GENERATOR)
         for t in range(1, settings.iterations + 1):
@@ -188,7 +196,7 @@ def teach_formats(run: Run, settings: Settings, tokenizers: Mapping[str, str]) -
         rng = np.random.default_rng(derive_seed(run.config.seed, "formats", question.id))
         odds = 1.0 / np.arange(1, len(hits) + 1)
         order = rng.choice(len(hits), min(settings.chosen, len(hits)), replace=False, p=odds / odds.sum())
-        selection = selector.trusted_ids(f" {selection_text(order.tolist())} {SELECT[1]}")
+        selection = selection_ids(agent, selector.tokenizer, order.tolist())
         prompt = select_prompt(agent, selector.tokenizer, question, hits)
         examples[SELECTOR].append(Example.supervised(question.id, SELECTOR, prompt, selection))
         prompt = answer_prompt(agent, generator.tokenizer, question, [hits[i] for i in order])

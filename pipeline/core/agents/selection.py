@@ -1,6 +1,6 @@
 """A selector that chooses passages from what the retriever found, and a generator that answers from them.
 
-selector   question, passages [1] ... [n]         -> "[3] > [1] > [7] </select>"
+selector   question, passages [1] ... [n]         -> "[3] > [1] > [7] </record>"
 generator  question, the chosen ones in that order -> the answer
 """
 
@@ -26,8 +26,6 @@ from pipeline.core.records import Episode, Question, Step, StopReason, Trajector
 from retriever_service.search.search import Hit
 
 SELECTOR, GENERATOR = "selector", "generator"
-SELECT = ("<select>", "</select>")
-"""Around a selection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,18 +74,18 @@ class SelectThenAnswer:
         self, task: Question, hits: Sequence[Hit], model: Model, sampling: Sampling, sample: int
     ) -> Trajectory:
         """The selector's turn; its step holds the chosen passages. What it leaves open the retriever's order fills."""
-        transcript = Transcript()
+        transcript, closing = Transcript(), self.agent.tags.record[1]
         transcript.append_environment(select_prompt(self.agent, model.tokenizer, task, hits))
         seed = derive_seed(sampling.seed, SELECTOR)
         completion = await model.generate(
             transcript.token_ids,
-            replace(sampling, max_tokens=8 * self.chosen + 8, stop=(SELECT[1],), seed=seed),
+            replace(sampling, max_tokens=8 * self.chosen + 8, stop=(closing,), seed=seed),
         )
         transcript.append_model(completion)
         named = named_passages(completion.text, len(hits))[: self.chosen]
         order = [*named, *(i for i in range(len(hits)) if i not in named)][: self.chosen]
         transcript.steps.append(Step(task.text, tuple(hits[i] for i in order)))
-        well_formed = completion.stop == SELECT[1] and len(named) == len(order)
+        well_formed = completion.stop == closing and len(named) == len(order)
         return transcript.trajectory(
             question_id=task.id,
             sample=sample,
@@ -131,7 +129,7 @@ def select_prompt(agent: AgentConfig, tokenizer: Any, task: Question, hits: Sequ
     """The question and its numbered candidates, up to where the selector writes."""
     renderer = renderer_of(tokenizer, agent)
     shown = [*renderer.prompt_ids(task.text), *renderer.observation_ids(hits)]
-    return [*shown, *renderer.trusted_ids(SELECT[0])]
+    return [*shown, *renderer.trusted_ids(renderer.tags.record[0])]
 
 
 def answer_prompt(agent: AgentConfig, tokenizer: Any, task: Question, chosen: Sequence[Hit]) -> list[int]:
@@ -141,9 +139,10 @@ def answer_prompt(agent: AgentConfig, tokenizer: Any, task: Question, chosen: Se
     return [*shown, *renderer.answer_demand_ids(at_turn_start=True)]
 
 
-def selection_text(order: Sequence[int]) -> str:
-    """[2] > [5] > ... of passages 1, 4, ...; inverse of `named_passages`."""
-    return " > ".join(f"[{i + 1}]" for i in order)
+def selection_ids(agent: AgentConfig, tokenizer: Any, order: Sequence[int]) -> list[int]:
+    """What a selector writes that chooses these passages, counted from 0."""
+    named = " > ".join(f"[{i + 1}]" for i in order)
+    return renderer_of(tokenizer, agent).trusted_ids(f" {named} {agent.tags.record[1]}")
 
 
 def named_passages(text: str, count: int) -> list[int]:
