@@ -114,12 +114,7 @@ class ExpectationMaximisation:
             {SEARCHER: t - 1},
             SearchWeights(config.weighting, config.agent, config.model.path),
             samples=rollout.samples,
-            sampling=Sampling(
-                rollout.temperature,
-                rollout.top_p,
-                rollout.top_k,
-                seed=derive_seed(config.seed, "e-step", t),
-            ),
+            sampling=Sampling.of(rollout, derive_seed(config.seed, "e-step", t)),
         )
 
     def m_step(self, t: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.core.agents.program import Sampling
 from pipeline.core.config import Config, Iterations
 from pipeline.core.run import Json, RunFiles
 
@@ -166,7 +167,7 @@ def _em_row(run: RunFiles, t: int) -> Json | None:
 
 def _proposal(config: Config) -> str:
     rollout = config.rollout
-    if rollout.temperature == 1.0 and rollout.top_p == 1.0 and rollout.top_k == 0:
+    if Sampling.of(rollout, 0).is_from_the_model:
         return "the model itself"
     settings = f"temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, top_k {rollout.top_k}"
     how = "corrected by the clipped ratio p/q" if config.weighting.correct_proposal else "not corrected"

@@ -161,12 +161,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
                 roles(t - 1),
                 PermutationWeights(config.agent, paths[GENERATOR]),
                 samples=settings.permutations,
-                sampling=Sampling(
-                    rollout.temperature,
-                    rollout.top_p,
-                    rollout.top_k,
-                    seed=derive_seed(config.seed, "sample", t),
-                ),
+                sampling=Sampling.of(rollout, derive_seed(config.seed, "sample", t)),
             )
             for name in models:
                 run.train(t, name, loss, seed=derive_seed(config.seed, name, t))

@@ -178,12 +178,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
                 {SEARCHER: t - 1, REFERENCE: 0},
                 Pairs(settings.least_gap),
                 samples=rollout.samples,
-                sampling=Sampling(
-                    rollout.temperature,
-                    rollout.top_p,
-                    rollout.top_k,
-                    seed=derive_seed(config.seed, "sample", t),
-                ),
+                sampling=Sampling.of(rollout, derive_seed(config.seed, "sample", t)),
             )
             loss = Dpo(settings.beta, settings.nll_coefficient)
             run.train(t, SEARCHER, loss, seed=derive_seed(config.seed, "train", t))

@@ -6,46 +6,70 @@ from typing import Any
 
 import pytest
 
-from actors.placement import Placement, plan_placement
-from pipeline.core.config import Config
+from actors.placement import Placement, PolicyPlacement, plan_placement
+from pipeline.core.config import ClusterConfig, LearnerConfig, ModelConfig, RetrieverConfig, RolloutConfig
 from pipeline.core.errors import UserError
+from pipeline.core.policies import PolicySpec
 
 
-def plan(
-    *,
+def policy(name: str = "searcher", workers: int = 1, ranks: int = 1, tensor_parallel: int = 1) -> PolicySpec:
+    """0 workers: never sampled; 0 ranks: frozen."""
+    return PolicySpec(
+        name,
+        ModelConfig(),
+        RolloutConfig(workers=workers, tensor_parallel_size=tensor_parallel) if workers else None,
+        LearnerConfig(num_ranks=ranks) if ranks else None,
+    )
+
+
+def plan_of(
+    *policies: PolicySpec,
     cpus: int = 64,
     gpus: int = 0,
-    workers: int = 1,
-    ranks: int = 1,
-    tensor_parallel: int = 1,
     retriever_gpus: float = 0.0,
     gpu_packages: bool | None = None,
-    learner: bool = True,
     **cluster: Any,
 ) -> Placement:
     """The layout; by default with the packages that go with the hardware."""
-    config = Config.model_validate(
-        {
-            "rollout": {"workers": workers, "tensor_parallel_size": tensor_parallel},
-            "learner": {"num_ranks": ranks},
-            "retriever": {"replicas": 2, "gpus_per_replica": retriever_gpus},
-            "cluster": cluster,
-        }
+    return plan_placement(
+        policies,
+        ClusterConfig(**cluster),
+        RetrieverConfig(replicas=2, gpus_per_replica=retriever_gpus),
+        {"CPU": float(cpus), "GPU": float(gpus), "memory": 1e9},
+        gpu_packages=gpus > 0 if gpu_packages is None else gpu_packages,
     )
-    resources = {"CPU": float(cpus), "GPU": float(gpus), "memory": 1e9}
-    packages = gpus > 0 if gpu_packages is None else gpu_packages
-    return plan_placement(config, resources, gpu_packages=packages, learner=learner)
 
 
-def gpus_used(placement: Placement) -> list[float]:
+class Plan:
+    """The layout of one policy."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.whole = placement
+        self.device, self.bundles, self.take_turns = placement.device, placement.bundles, placement.take_turns
+        self.own: PolicyPlacement = placement.policies["searcher"]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+
+def plan(
+    *, workers: int = 1, ranks: int = 1, tensor_parallel: int = 1, learner: bool = True, **options: Any
+) -> Plan:
+    spec = policy("searcher", workers, ranks if learner else 0, tensor_parallel)
+    return Plan(plan_of(spec, **options))
+
+
+def gpus_used(placement: Plan | Placement) -> list[float]:
     """GPUs that engines and ranks take of each bundle."""
-    used = [0.0] * len(placement.bundles)
-    for bundles, share in (
-        (placement.engine_bundles, placement.engine_gpus),
-        (placement.rank_bundles, placement.rank_gpus),
-    ):
-        for bundle in bundles:
-            used[bundle] += share
+    whole = placement.whole if isinstance(placement, Plan) else placement
+    used = [0.0] * len(whole.bundles)
+    for own in whole.policies.values():
+        for bundles, share in (
+            (own.engine_bundles, own.engine_gpus),
+            (own.rank_bundles, own.rank_gpus),
+        ):
+            for bundle in bundles:
+                used[bundle] += share
     return used
 
 
@@ -204,3 +228,55 @@ def test_engines_and_ranks_that_share_gpus_take_turns_with_the_memory_by_default
 
 def test_on_cpus_nobody_sleeps() -> None:
     assert not plan(workers=2, ranks=2).take_turns
+
+
+# ---------------------------------------------------------------- several policies
+
+
+def test_on_cpus_policies_share_the_cores_and_each_has_what_it_asks_for() -> None:
+    placement = plan_of(policy("selector", 2, 1), policy("generator", 1, 2), policy("teacher", 1, 0), cpus=2)
+    assert placement.bundles == [{"CPU": 1.0}] * 2
+    assert placement.policies["selector"].engine_bundles == [0, 1]
+    assert placement.policies["generator"].rank_bundles == [0, 1]
+    assert placement.policies["teacher"].rank_bundles == []
+
+
+def test_with_enough_gpus_every_engine_has_its_own_and_learners_share_theirs() -> None:
+    placement = plan_of(policy("selector", 2, 2), policy("generator", 1, 2), policy("teacher", 1, 0), gpus=6)
+    engines = [i for own in placement.policies.values() for i in own.engine_bundles]
+    assert engines == [0, 1, 2, 3]
+    assert (
+        placement.policies["selector"].rank_bundles == placement.policies["generator"].rank_bundles == [4, 5]
+    )
+    assert gpus_used(placement) == [1.0] * 6
+    assert {own.gpu_memory_utilization for own in placement.policies.values()} == {0.9}
+
+
+def test_with_too_few_gpus_all_policies_share_them_and_their_memory() -> None:
+    two = [policy("selector", 2, 2), policy("generator", 2, 2)]
+    placement, alone = plan_of(*two, gpus=2), plan_of(two[0], gpus=2)
+    assert len(placement.bundles) == 2
+    assert gpus_used(placement) == [1.0, 1.0]
+    assert placement.take_turns
+    for own in placement.policies.values():
+        assert own.gpu_memory_utilization == alone.policies["selector"].gpu_memory_utilization / 2
+        assert own.transport == "ipc"
+
+
+def test_engines_without_any_learner_may_share_gpus_and_nobody_sleeps() -> None:
+    placement = plan_of(policy("one", 1, 0), policy("other", 1, 0), gpus=1)
+    assert gpus_used(placement) == [1.0]
+    assert not placement.take_turns
+
+
+def test_a_policy_that_is_never_sampled_takes_ranks_only() -> None:
+    placement = plan_of(policy("searcher", 1, 1), policy("critic", 0, 1), gpus=2)
+    assert placement.policies["critic"].engine_bundles == []
+    assert gpus_used(placement) == [1.0, 1.0]
+
+
+def test_too_few_gpus_for_several_policies_are_refused_by_name() -> None:
+    with pytest.raises(
+        UserError, match=r"selector: rollout\.workers \(3\).*; generator: rollout\.workers \(1\)"
+    ):
+        plan_of(policy("selector", 3, 1), policy("generator", 1, 1), gpus=2)

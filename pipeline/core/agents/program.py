@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
+from pipeline.core.config import RolloutConfig
 from pipeline.core.records import Episode, StopReason
 from retriever_service.errors import RetrieverUnavailable
 from retriever_service.search.search import Hit
@@ -33,6 +34,11 @@ class Sampling:
     max_tokens: int = 0
     seed: int = 0
     stop: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig, seed: int) -> Sampling:
+        """As configured; `seed` is that of the run and the phase."""
+        return cls(rollout.temperature, rollout.top_p, rollout.top_k, seed=seed)
 
     @property
     def is_from_the_model(self) -> bool:

@@ -1,7 +1,9 @@
 """A selector that chooses passages from what the retriever found, and a generator that answers from them.
 
-selector   question, passages [1] ... [n]         -> "[3] > [1] > [7] </record>"
-generator  question, the chosen ones in that order -> the answer
+    selector   question, passages [1] ... [n]         -> "[3] > [1] > [7] </record>"
+    generator  question, the chosen ones in that order -> the answer
+
+A selection is written as a record (`agent.tags.record`).
 """
 
 from __future__ import annotations

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.records import (
+    Episode,
     Example,
     Step,
     StopReason,
@@ -47,6 +50,11 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         answer=draw(texts),
         stop_reason=draw(st.sampled_from(StopReason)),
         detail=draw(texts),
+        role=draw(texts),
+        log_likelihoods=tuple(draw(st.lists(st.floats(max_value=0.0), max_size=3))),
+        proposal_logprobs=draw(
+            st.none() | st.lists(float32s, **exactly).map(lambda x: np.array(x, dtype=np.float32))
+        ),
     )
 
 
@@ -65,19 +73,67 @@ def test_trajectories_come_back_as_they_were(originals: list[Trajectory]) -> Non
         for name in ("token_ids", "loss_mask", "logprobs"):
             np.testing.assert_array_equal(getattr(copy, name), getattr(original, name))
             assert getattr(copy, name).dtype == getattr(original, name).dtype
-        for name in ("question_id", "sample", "policy_version", "answer_start", "steps", "answer", "detail"):
+        assert copy.log_likelihoods == original.log_likelihoods
+        if original.proposal_logprobs is None:
+            assert copy.proposal_logprobs is None
+        else:
+            np.testing.assert_array_equal(copy.proposal_logprobs, original.proposal_logprobs)
+        for name in (
+            "question_id",
+            "sample",
+            "role",
+            "policy_version",
+            "answer_start",
+            "steps",
+            "answer",
+            "detail",
+        ):
             assert getattr(copy, name) == getattr(original, name)
         assert copy.stop_reason is original.stop_reason
 
 
 @settings(max_examples=30)
-@given(source=trajectories(), weight=st.floats(0, 1e300))
-def test_weighted_examples_come_back_as_they_were(source: Trajectory, weight: float) -> None:
-    original = Example(source.question_id, source.sample, source.token_ids, source.loss_mask, weight)
+@given(source=trajectories(), weight=st.floats(0, 1e300), width=st.integers(1, 3))
+def test_examples_come_back_as_they_were(source: Trajectory, weight: float, width: int) -> None:
+    plain = Example.of(source, weight=weight)
+    rows = np.arange(plain.num_targets * width, dtype=np.float64).reshape(-1, width)
+    per_token = np.arange(len(plain.token_ids)) / 7
+    original = replace(plain, unit="pair", streams={**plain.streams, "rows": rows, "token": per_token})
     (copy,) = examples_from_table(through_parquet(examples_to_table([original])))
-    assert (copy.question_id, copy.sample, copy.weight) == (original.question_id, original.sample, weight)
+    assert (copy.id, copy.unit, copy.role) == (original.id, "pair", source.role)
     np.testing.assert_array_equal(copy.token_ids, original.token_ids)
     np.testing.assert_array_equal(copy.loss_mask, original.loss_mask)
+    assert copy.streams.keys() == original.streams.keys()
+    for name, values in original.streams.items():
+        np.testing.assert_array_equal(copy.streams[name], values)
+
+
+def test_a_table_of_something_else_is_refused_with_what_it_lacks() -> None:
+    with pytest.raises(ValueError, match="the columns id, unit, streams are missing"):
+        examples_from_table(pa.table({"role": [], "token_ids": [], "loss_mask": []}))
+    with pytest.raises(ValueError, match=r"the columns .* log_likelihoods, proposal_logprobs are missing"):
+        trajectories_from_table(pa.table({"question_id": []}))
+
+
+@pytest.mark.parametrize("values", [np.zeros(2), np.zeros((2, 5))])
+def test_a_stream_that_fits_neither_example_nor_tokens_nor_targets_is_refused(values: Any) -> None:
+    mask = np.array([False, True, True, True])
+    with pytest.raises(ValueError, match="example q: stream x has the shape"):
+        Example("q", "q", "policy", np.zeros(4, np.int32), mask, {"x": values})
+
+
+def test_a_number_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="example q/0 must have one number as advantage, has no"):
+        Example.of(trajectory(), weight=1.0).number("advantage")
+
+
+def test_an_episode_failed_if_one_of_its_turns_did() -> None:
+    good, bad = trajectory(role="a"), trajectory(role="b", stop_reason=StopReason.ENGINE_ERROR)
+    assert Episode("q", 0, (good,)).failure is None
+    assert Episode("q", 0, (good, bad)).failure is bad
+    assert Episode("q", 0, (good, bad)).turn("a") is good
+    with pytest.raises(ValueError, match="no turn of the role c"):
+        Episode("q", 0, (good,)).turn("c")
 
 
 def trajectory(**changes: Any) -> Trajectory:

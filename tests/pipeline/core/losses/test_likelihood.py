@@ -1,16 +1,19 @@
-"""The weighted likelihood: its value, its gradient, and its indifference to how a batch is cut up."""
+"""The weights of the weighted likelihood, and the log-probabilities of tokens that it is made of."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.core.losses import likelihood as losses
-from pipeline.core.losses.likelihood import iteration_weights, token_logprobs, weighted_nll
+from pipeline.core.losses import token_logprobs as module
+from pipeline.core.losses.likelihood import WeightedNll, iteration_weights
+from pipeline.core.losses.token_logprobs import token_logprobs
+from pipeline.core.records import Example
 
 weight_and_tokens = st.lists(
     st.tuples(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), st.integers(0, 50)), min_size=1, max_size=20
@@ -51,7 +54,7 @@ def test_a_weight_that_is_no_weight_is_refused(bad: float) -> None:
     vocabulary=st.integers(2, 9),
     chunk_rows=st.integers(1, 8),
 )
-def test_gradient_of_the_weighted_loss_is_correct(
+def test_gradient_of_weighted_log_probabilities_is_correct_in_chunks(
     seed: int, rows: int, vocabulary: int, chunk_rows: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -60,10 +63,10 @@ def test_gradient_of_the_weighted_loss_is_correct(
     weights = torch.rand(rows, generator=generator, dtype=torch.float64)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return weighted_nll(token_logprobs(x, targets), weights, normaliser=5.0)
+        return -(token_logprobs(x, targets) * weights).sum() / 5.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "LOGIT_CHUNK_BYTES", 4 * vocabulary * chunk_rows)
+        patch.setattr(module, "LOGIT_CHUNK_BYTES", 4 * vocabulary * chunk_rows)
         assert torch.autograd.gradcheck(loss, (logits,))
         reference = -(torch.log_softmax(logits, -1)[torch.arange(rows), targets] * weights).sum() / 5.0
         torch.testing.assert_close(loss(logits), reference)
@@ -86,21 +89,14 @@ def test_bfloat16_logits_are_normalised_in_float32() -> None:
     torch.testing.assert_close(logprobs, torch.log_softmax(logits.float(), -1)[torch.arange(5), targets])
 
 
-@settings(deadline=None)
-@given(seed=st.integers(0, 2**31), cut=st.integers(0, 12))
-def test_shares_of_micro_batches_add_up_to_the_loss_of_the_batch(seed: int, cut: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logprobs = -torch.rand(12, generator=generator, dtype=torch.float64)
-    weights = torch.rand(12, generator=generator, dtype=torch.float64)
-    whole = weighted_nll(logprobs, weights, 12)
-    shares = weighted_nll(logprobs[:cut], weights[:cut], 12) + weighted_nll(logprobs[cut:], weights[cut:], 12)
-    torch.testing.assert_close(shares, whole)
+def weighted(weight: float, targets: int) -> Example:
+    ids, mask = np.zeros(targets + 1, dtype=np.int32), np.ones(targets + 1, dtype=np.bool_)
+    return Example(f"{weight}", f"{weight}", "policy", ids, mask, {"weight": np.array([weight])})
 
 
-def test_a_zero_weight_example_changes_nothing_but_the_normaliser() -> None:
-    logprobs = torch.tensor([-1.0, -2.0, -50.0], requires_grad=True)
-    loss = weighted_nll(logprobs, torch.tensor([1.0, 0.5, 0.0]), normaliser=4)
-    loss.backward()
-    assert loss.item() == pytest.approx((1.0 + 1.0) / 4)
-    assert logprobs.grad is not None
-    assert logprobs.grad.tolist() == [-0.25, -0.125, 0.0]
+def test_negligible_and_zero_weights_count_in_the_normaliser_and_are_not_computed() -> None:
+    examples = [weighted(1.0, 4), weighted(0.0, 3), weighted(1e-4, 2)]
+    prepared = WeightedNll(negligible_weight=1e-3).prepare(examples)
+    assert list(prepared.sizes) == [4, 3, 2]
+    assert list(prepared.computed) == [True, False, False]
+    assert list(WeightedNll().prepare(examples).computed) == [True, False, True]

@@ -1,0 +1,152 @@
+"""What a worker does with a program, whatever its engine and its peers do; engines are stand-ins, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import RayActorError, RayTaskError
+
+from actors import rollout
+from actors.engine import EngineOptions
+from actors.rollout import Peer, PeerDied, RemoteModel, RolloutRequest, RolloutWorker
+from pipeline.core.agents.program import GREEDY, EngineError, Model, Retrieve, Sampling
+from pipeline.core.agents.transcript import Transcript
+from pipeline.core.records import Episode, Question, ScoreRequest, StopReason
+
+TASK = Question("q", "Who?", ("Ada",))
+
+
+@pytest.fixture(autouse=True)
+def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "load_tokenizer", lambda model: model)
+
+
+class Engine:
+    """Scores -1.5 a token, after so many failures."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.calls, self.failures = 0, failures
+        self.is_dead = False
+        self.options = EngineOptions("model", max_model_len=64)
+        self.weights = SimpleNamespace(version=4)
+
+    async def generate(self, *arguments: Any) -> Any:
+        raise AssertionError("not asked for here")
+
+    async def token_logprobs(self, token_ids: Sequence[int], start: int) -> list[float]:
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise EngineError("busy")
+        return [-1.5] * (len(token_ids) - start)
+
+
+def worker(engine: Engine) -> RolloutWorker:
+    made = RolloutWorker.__new__(RolloutWorker)
+    made.options, made.engine, made._slots = engine.options, engine, asyncio.Semaphore(2)  # type: ignore[assignment]
+    made.retriever = SimpleNamespace(search=None)  # type: ignore[assignment]
+    return made
+
+
+@pytest.mark.parametrize(("failures", "succeeds"), [(0, True), (1, True), (2, False)])
+def test_scoring_that_the_engine_fails_is_tried_once_more(failures: int, succeeds: bool) -> None:
+    scoring = worker(Engine(failures)).token_logprobs([ScoreRequest(np.arange(4, dtype=np.int32), 2)])
+    if succeeds:
+        assert asyncio.run(scoring) == [[-1.5, -1.5]]
+    else:
+        with pytest.raises(EngineError, match="busy"):
+            asyncio.run(scoring)
+
+
+# ---------------------------------------------------------------- programs
+
+
+@dataclass
+class Scripted:
+    """An episode that fails the first `failures` times; it asks the role `judge`, if there is one, for a score."""
+
+    failures: int = 0
+    runs: int = 0
+    seeds: tuple[int, ...] = ()
+
+    async def __call__(
+        self,
+        task: Question,
+        roles: Mapping[str, Model],
+        retrieve: Retrieve,
+        *,
+        sampling: Sampling,
+        sample: int,
+    ) -> Episode:
+        self.runs += 1
+        self.seeds += (sampling.seed,)
+        reason = StopReason.ENGINE_ERROR if self.runs <= self.failures else StopReason.ANSWERED
+        if "judge" in roles:
+            try:
+                await roles["judge"].token_logprobs([1, 2], 1)
+            except EngineError:
+                reason = StopReason.ENGINE_ERROR
+        turn = Transcript().trajectory(
+            question_id=task.id,
+            sample=sample,
+            role="a",
+            policy_version=roles["a"].version,
+            stop_reason=reason,
+        )
+        return Episode(task.id, sample, (turn,))
+
+
+def request(program: Scripted, samples: int = 1, **peers: Any) -> RolloutRequest:
+    others = {name: Peer(handle, EngineOptions("other"), 9) for name, handle in peers.items()}
+    return RolloutRequest(TASK, program, samples, GREEDY, ("a",), others)
+
+
+@pytest.mark.parametrize(("failures", "failed"), [(1, 0), (2, 1)])
+def test_an_episode_that_the_infrastructure_ended_is_run_once_more(failures: int, failed: int) -> None:
+    program = Scripted(failures)
+    summary, episodes = asyncio.run(worker(Engine()).rollout(request(program)))  # type: ignore[misc]
+    assert (program.runs, summary.infrastructure_failures) == (2, failed)
+    assert episodes[0].turns[0].policy_version == 4
+
+
+def test_samples_have_seeds_of_their_own_and_the_same_at_every_run() -> None:
+    first, second = Scripted(), Scripted()
+    for program in (first, second):
+        asyncio.run(worker(Engine()).rollout(request(program, samples=5)))  # type: ignore[arg-type]
+    assert len(set(first.seeds)) == 5
+    assert first.seeds == second.seeds
+
+
+def handle(error: Exception | None) -> Any:
+    """A peer's actor that answers, or fails so."""
+
+    async def answer(requests: Sequence[ScoreRequest]) -> list[list[float]]:
+        if error is not None:
+            raise error
+        return [[-2.0] * (len(r.token_ids) - r.start) for r in requests]
+
+    return SimpleNamespace(token_logprobs=SimpleNamespace(remote=answer))
+
+
+def test_another_policys_worker_answers_for_its_role() -> None:
+    summary, _ = asyncio.run(worker(Engine()).rollout(request(Scripted(), judge=handle(None))))  # type: ignore[misc]
+    assert summary.infrastructure_failures == 0
+
+
+def test_the_death_of_another_policys_worker_is_told_with_its_role() -> None:
+    with pytest.raises(PeerDied, match="the worker of the role judge died"):
+        asyncio.run(worker(Engine()).rollout(request(Scripted(), judge=handle(RayActorError()))))  # type: ignore[arg-type]
+
+
+def test_a_peers_engine_error_is_one_here_and_nobody_died() -> None:
+    failing = handle(RayTaskError("score", "traceback", EngineError("too long")))
+    model = RemoteModel("judge", Peer(failing, EngineOptions("other", max_model_len=32), 9))
+    with pytest.raises(EngineError, match="role judge: too long"):
+        asyncio.run(model.token_logprobs([1, 2], 1))
+    assert not model.is_dead
+    assert (model.version, model.max_length) == (9, 32)

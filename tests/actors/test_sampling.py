@@ -1,0 +1,157 @@
+"""What a phase of sampling does when something behind it fails. Workers and sinks are stand-ins; no Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+
+from actors.engine import EngineOptions
+from actors.placement import PolicyPlacement
+from actors.pool import EnginePool
+from actors.rollout import PeerDied, RolloutRequest, RolloutSummary
+from actors.sampling import Phase, run_phase
+from actors.session import ClusterError
+from pipeline.core.agents.program import GREEDY
+from pipeline.core.config import ClusterConfig, RolloutConfig
+from pipeline.core.records import Question
+
+
+class Worker:
+    """Answers every request with one episode; dead from the request with the number `dies_at` on."""
+
+    def __init__(self, *, failures: int = 0, dies_at: float = math.inf, starts: bool = True) -> None:
+        self.requests = 0
+        self.failures = failures
+        self.dies_at = dies_at
+        self.starts = starts
+        self.rollout = SimpleNamespace(remote=self._rollout)
+        self.start = SimpleNamespace(remote=self._start)
+
+    def _rollout(self, request: RolloutRequest) -> tuple[Any, Any]:
+        self.requests += 1
+        return self._answer(request, self.requests >= self.dies_at), request.task.id
+
+    async def _answer(self, request: RolloutRequest, dies: bool) -> RolloutSummary:
+        await asyncio.sleep(0)
+        if dies:
+            raise RayActorError()
+        for role, peer in request.peers.items():
+            if peer.handle.dies_at <= 0:
+                raise RayTaskError("rollout", "traceback", PeerDied(role))
+        return RolloutSummary(request.task.id, 1, self.failures, 10, "down" if self.failures else "")
+
+    async def _start(self, version: int) -> str:
+        if not self.starts:
+            raise RayActorError()
+        return "node"
+
+
+PLACEMENT = PolicyPlacement("shared_memory", [0], [], 0.0, 0.0, 0.0)
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "kill", lambda actor: None)
+
+
+def pool(*workers: Worker, max_restarts: int = 2) -> EnginePool:
+    """One worker; the others are its replacements, in their order."""
+    rollout = RolloutConfig(concurrency=1, max_restarts=max_restarts)
+    made = EnginePool("a", EngineOptions("model"), rollout, ClusterConfig(), PLACEMENT, dict, None)  # type: ignore[arg-type]
+    made.workers, made._nodes = [workers[0]], ["node"]
+    spare = iter(workers[1:])
+    made._new_worker = lambda index: next(spare)  # type: ignore[method-assign]
+    return made
+
+
+class Sink:
+    """Takes episodes; `raises` is what it does the first time instead."""
+
+    def __init__(self, raises: Exception | None = None) -> None:
+        self.taken: list[str] = []
+        self.raises = raises
+
+    async def __call__(self, reference: Any) -> None:
+        error, self.raises = self.raises, None
+        if error is not None:
+            raise error
+        self.taken.append(reference)
+
+
+def run(pools: EnginePool | dict[str, EnginePool], number: int, sink: Sink | None = None) -> Sequence[Any]:
+    tasks = [Question(f"q{i}", "Who?", ("Ada",)) for i in range(number)]
+    roles = pools if isinstance(pools, dict) else {"searcher": pools}
+    phase = Phase(None, tasks, 1, GREEDY, max_failure_share=0.02)  # type: ignore[arg-type]
+    return asyncio.run(run_phase(phase, roles, sink or Sink(), lambda summary: None))
+
+
+def test_a_phase_of_few_episodes_that_all_fail_is_no_result() -> None:
+    with pytest.raises(ClusterError, match=r"3 of 3 trajectories failed .* last: down"):
+        run(pool(Worker(failures=1)), 3)
+
+
+def test_tasks_of_a_dead_worker_go_to_its_replacement_and_none_is_done_twice() -> None:
+    first, second, sink = Worker(dies_at=2), Worker(), Sink()
+    assert len(run(pool(first, second), 5, sink)) == 5
+    assert second.requests >= 3
+    assert sorted(sink.taken) == [f"q{i}" for i in range(5)]
+
+
+def test_a_replacement_that_dies_while_it_starts_is_replaced_too() -> None:
+    last = Worker()
+    assert len(run(pool(Worker(dies_at=1), Worker(starts=False), last), 2)) == 2
+    assert last.requests == 2
+
+
+def test_restarts_are_bounded() -> None:
+    dying = [Worker(starts=False) for _ in range(3)]
+    with pytest.raises(ClusterError, match=r"died 3 times in one phase \(rollout\.max_restarts: 2\)"):
+        run(pool(Worker(dies_at=1), *dying), 2)
+
+
+@pytest.mark.parametrize("where", ["from the sink", "from its task"])
+def test_episodes_that_were_lost_with_their_node_are_sampled_again(where: str) -> None:
+    lost = ObjectLostError("00" * 28, None, "stack")
+    sink = Sink(lost if where == "from the sink" else RayTaskError("add", "traceback", lost))
+    first, second = Worker(), Worker()
+    assert len(run(pool(first, second), 1, sink)) == 1
+    assert (second.requests, sink.taken) == (1, ["q0"])
+
+
+def test_a_dead_weighting_actor_is_not_taken_for_a_dead_worker() -> None:
+    with pytest.raises(ClusterError, match="the weighting actor died"):
+        run(pool(Worker()), 1, Sink(RayActorError()))
+
+
+def test_a_bug_in_the_sink_is_not_hidden() -> None:
+    with pytest.raises(RayTaskError):
+        run(pool(Worker()), 1, Sink(RayTaskError("add", "traceback", ZeroDivisionError())))
+
+
+def test_the_dead_worker_of_another_role_is_replaced_and_the_task_done_again() -> None:
+    home, sink = Worker(), Sink()
+    other = pool(Worker(dies_at=0), Worker())
+    assert len(run({"selector": pool(home), "generator": other}, 3, sink)) == 3
+    assert sorted(sink.taken) == ["q0", "q1", "q2"]
+    assert other.workers[0].dies_at == math.inf
+
+
+def test_roles_of_one_policy_are_played_by_the_worker_itself() -> None:
+    seen: list[RolloutRequest] = []
+
+    class Looking(Worker):
+        def _rollout(self, request: RolloutRequest) -> tuple[Any, Any]:
+            seen.append(request)
+            return super()._rollout(request)
+
+    one, other = pool(Looking()), pool(Worker())
+    run({"rewriter": one, "answerer": one, "judge": other}, 1)
+    assert seen[0].roles == ("rewriter", "answerer")
+    assert list(seen[0].peers) == ["judge"]
