@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeline.core.errors import UserError
+from retriever_service import files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -59,12 +60,8 @@ def free_slot(directory: Path) -> str:
 def commit_slot(directory: Path, slot: str, layout: Mapping[str, Any]) -> None:
     """Make `slot` the checkpoint and remove the one before it."""
     for file in (directory / slot).rglob("*"):
-        _flush(file)
-    temporary = directory / f".{MARKER}"
-    temporary.write_text(json.dumps({"slot": slot, "layout": dict(layout)}, indent=2) + "\n")
-    _flush(temporary)
-    os.replace(temporary, directory / MARKER)
-    _flush(directory)
+        files.fsync(file)
+    files.write_json(directory / MARKER, {"slot": slot, "layout": dict(layout)})
     shutil.rmtree(directory / ("a" if slot == "b" else "b"), ignore_errors=True)
 
 
@@ -111,11 +108,11 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     temporary.mkdir(parents=True)
     write(temporary)
     for file in temporary.rglob("*"):
-        _flush(file)
+        files.fsync(file)
     if path.exists():
         os.replace(path, replaced)
     os.replace(temporary, path)
-    _flush(path.parent)
+    files.fsync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -125,12 +122,3 @@ def _committed(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     return committed
-
-
-def _flush(path: Path) -> None:
-    """Force a file's bytes, or a directory's entries, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

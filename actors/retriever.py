@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -23,6 +22,7 @@ import ray.exceptions
 
 from pipeline.core.agents.program import Retrieve
 from pipeline.core.config import RetrieverConfig
+from retriever_service.backoff import Backoff
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
 from retriever_service.search.search import CACHED_QUERIES, Hit, SearchEngine
 from retriever_service.service.batching import BatchingSearcher
@@ -147,8 +147,7 @@ class RetrieverClient:
         self._replicas = list(replicas)
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
-        self._backoff_s = backoff_s
-        self._random = random.Random(seed)
+        self._backoff = Backoff(backoff_s, seed)
         self._turn = 0
         self._avoid_until = [0.0] * len(self._replicas)
 
@@ -161,8 +160,7 @@ class RetrieverClient:
         """
         failure: Exception | None = None
         for attempt in range(self._max_attempts):
-            if attempt:
-                await asyncio.sleep(self._backoff_s * 2 ** (attempt - 1) * self._random.uniform(0.5, 1.5))
+            await asyncio.sleep(self._backoff.pause_s(attempt))
             replica = self._next_replica()
             try:
                 async with asyncio.timeout(self._timeout_s):

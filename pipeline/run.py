@@ -240,7 +240,9 @@ class Run:
                 for name, policy in policies.items()
                 if (report := policy.push()) is not None
             }
-            scores = self._scores(f"{t}/evaluation", program, policies, self.splits.dev, answers)
+            scores = self._scores(
+                f"{t}/evaluation", f"iteration {t}: dev", program, policies, self.splits.dev, answers
+            )
             return {"push": pushed, "scores": scores}
 
         return self.once(f"{t}/evaluation", work)
@@ -252,7 +254,7 @@ class Run:
             self.files.forget(step)
 
         def work() -> Json:
-            scores = self._scores(step, program, self._at(roles), self.splits.test, answers)
+            scores = self._scores(step, f"test: {name}", program, self._at(roles), self.splits.test, answers)
             return {"iteration": version} | scores
 
         return self.once(step, work)
@@ -275,13 +277,14 @@ class Run:
     def _scores(
         self,
         step: str,
+        title: str,
         program: Program[Any],
         policies: Mapping[str, Policy],
         questions: Sequence[Question],
         answers: str,
     ) -> Json:
         """The trajectories are kept beside the scores for whoever wants to read them."""
-        with self.display.progress(step, len(questions), "questions") as advance:
+        with self.display.progress(title, len(questions), "questions") as advance:
             episodes = self.cluster.greedy(program, questions, policies, on_done=lambda summary: advance(1))
         trajectories = [episode.turn(answers) for episode in episodes]
         write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))

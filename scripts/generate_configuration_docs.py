@@ -22,10 +22,11 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from pipeline.core.config import Config
+from pipeline.core.config import EXSEARCH, Config
 from pipeline.core.config_loading import load_config, section_of
 from pipeline.core.errors import UserError
 from pipeline.core.run import FREE_TO_CHANGE
+from pipeline.methods import names, settings_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 
@@ -39,7 +40,8 @@ really used is in its `config.yaml`; `exsearch config` prints it without running
 [configs/](../configs). [formats.md](formats.md) describes the files that the `data` section names,
 [clusters.md](clusters.md) what the cluster settings mean.
 
-The page is made by `scripts/generate_configuration_docs.py`: change `pipeline/core/config.py`, not the page."""
+The page is made by `scripts/generate_configuration_docs.py`: change `pipeline/core/config.py` or the recipe
+that a section is named after, not the page."""
 
 BROKEN_RULES: tuple[tuple[str, ...], ...] = (
     ("weighting=posterior", "rollout.samples=1"),
@@ -63,6 +65,9 @@ def render() -> str:
     parts = [INTRODUCTION, "## Top level", _table(top.items(), "")]
     for name, model in sections.items():
         parts += _section(name, model, level=2)
+    for recipe in names():
+        if recipe != EXSEARCH:
+            parts += _section(recipe, settings_of(recipe), level=2)
     parts += _rules() + _free_to_change()
     return "\n\n".join(parts) + "\n"
 

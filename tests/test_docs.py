@@ -20,9 +20,10 @@ from pipeline.core.config import Config
 from pipeline.core.config_loading import all_keys, load_config
 from pipeline.core.evaluation import evaluate
 from pipeline.core.records import EXAMPLE_SCHEMA, TRAJECTORY_SCHEMA, Question, StopReason
-from pipeline.core.report import build_report
+from pipeline.core.report import exsearch_report
 from pipeline.core.run import RunDirectory
 from pipeline.core.weighting import WeightingSummary
+from pipeline.methods import load
 from retriever_service.index.index import Manifest
 from scripts.generate_configuration_docs import PAGE, render
 
@@ -39,7 +40,7 @@ def test_the_configuration_page_is_up_to_date() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
-    load_config(path)
+    load(path)
 
 
 def test_the_demo_is_described_as_it_is_configured() -> None:
@@ -116,7 +117,7 @@ def test_make_targets_that_are_named_exist(page: Path) -> None:
 
 def test_the_documented_columns_are_those_of_the_shards() -> None:
     assert documented_rows("trajectory-columns") == TRAJECTORY_SCHEMA.names
-    assert documented_rows("weighted-example-columns") == EXAMPLE_SCHEMA.names
+    assert documented_rows("example-columns") == EXAMPLE_SCHEMA.names
 
 
 def test_the_documented_report_has_the_shape_of_a_real_one(tmp_path: Path) -> None:
@@ -124,16 +125,16 @@ def test_the_documented_report_has_the_shape_of_a_real_one(tmp_path: Path) -> No
     (row,) = documented["iterations"]
     config = load_config(ROOT / "configs" / "demo.yaml")
     run = RunDirectory(tmp_path / "demo", config)
-    phases = {
-        "expectation": row["train"],
-        "maximisation": row["learner"],
+    steps = {
+        "sample": row["train"],
+        "searcher/train": row["learner"],
         "evaluation": {"scores": row["dev"]},
     }
     for number in (0, 1):
-        for phase, result in phases.items():
-            run.phase(number, phase, partial(dict, result))
-    run.test("best", 1, partial(dict, documented["test"]["best"]))
-    report = build_report(run, config)
+        for step, result in steps.items():
+            run.once(f"{number}/{step}", partial(dict, result))
+    run.once("test/best", partial(dict, documented["test"]["best"]))
+    report = exsearch_report(run, config)
     assert report.keys() == documented.keys()
     assert report["iterations"][0].keys() == row.keys()
     assert report["warm_up"].keys() == documented["warm_up"].keys()

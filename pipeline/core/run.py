@@ -27,7 +27,6 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -42,6 +41,7 @@ import yaml
 from pipeline.core.config import EXSEARCH, Config
 from pipeline.core.config_loading import check_keys
 from pipeline.core.errors import UserError
+from retriever_service import files
 
 Json = dict[str, Any]
 
@@ -86,17 +86,9 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 @contextmanager
 def _whole_or_absent(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name once it is complete and on the disk; a failure leaves nothing of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.writing(path) as file:
+        yield file
 
 
 class RunFiles:

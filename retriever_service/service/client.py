@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import logging
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from typing import Any, Literal
 
 import httpx
 
+from retriever_service.backoff import Backoff
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage, to_passage
 from retriever_service.search.search import DEFAULT_OPTIONS, Hit, SearchOptions, check_request
@@ -104,8 +104,7 @@ class RetrieverHttpClient:
         self.dialect = dialect
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
-        self._backoff_s = backoff_s
-        self._random = random.Random(seed)
+        self._backoff = Backoff(backoff_s, seed)
         self._options: dict[str, Any] = {
             "base_url": self.url,
             "timeout": timeout_s,
@@ -218,15 +217,12 @@ class RetrieverHttpClient:
             failure = attempt.failure
             if number < self._max_attempts:  # the last one is told by the error
                 logger.warning(f"{self.url}, attempt {number}/{self._max_attempts}: {failure!r}")
-            attempt = _Attempt(self._pause_s(number, getattr(failure, "retry_after_s", 0.0)))
+            asked_s = getattr(failure, "retry_after_s", 0.0)
+            attempt = _Attempt(self._backoff.pause_s(number, asked_s=asked_s, most_s=self._timeout_s))
         raise RetrieverUnavailable(
             f"no answer from {self.url} in {self._max_attempts} attempts of {self._timeout_s} s; the last failure: "
             f"{failure!r}"
         ) from failure
-
-    def _pause_s(self, failures: int, retry_after_s: float) -> float:
-        backoff_s = self._backoff_s * 2.0 ** (failures - 1) * self._random.uniform(0.5, 1.5)
-        return max(backoff_s, min(retry_after_s * self._random.uniform(1.0, 1.5), self._timeout_s))
 
     def _async_client(self) -> httpx.AsyncClient:
         # Connections belong to the event loop that made them.

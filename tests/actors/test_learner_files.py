@@ -13,7 +13,8 @@ from actors.learner_files import (
     committed_slot,
     free_slot,
     local_directory,
-    write_model_directory,
+    replace_directory,
+    write_model,
 )
 from pipeline.core.errors import UserError
 
@@ -67,7 +68,8 @@ def test_a_model_directory_has_the_tokenizer_of_its_source_and_replaces_an_older
         (source / name).write_text(f"{name} of the source")
     config = transformers.LlamaConfig(vocab_size=4, hidden_size=8, num_attention_heads=2)
     for value in (1.0, 2.0):
-        write_model_directory(path, {"weight": torch.full((2, 3), value)}, config, source)
+        state = {"weight": torch.full((2, 3), value)}
+        replace_directory(path, lambda at, state=state: write_model(at, state, config, source))  # type: ignore[misc]
     from safetensors.torch import load_file
 
     assert load_file(path / "model.safetensors")["weight"].tolist() == [[2.0] * 3] * 2

@@ -21,6 +21,7 @@ from pipeline.cli import app
 from pipeline.core.config import Config
 from pipeline.core.config_loading import load_config
 from pipeline.core.records import trajectories_from_table
+from pipeline.core.report import exsearch_outcome
 from pipeline.core.run import RunDirectory
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
@@ -382,7 +383,7 @@ def test_a_run_directory_that_holds_something_else(refused: Any, folder: Path) -
 
 def test_a_run_with_another_configuration(refused: Any, folder: Path) -> None:
     run = RunDirectory(folder / "run", load_config(folder / "config.yaml", ["rollout.samples=8"]))
-    run.phase(0, "expectation", dict)
+    run.once("0/cold_start", dict)
     message = refused(*TRAIN)
     assert "rollout.samples: 8 -> 4" in message
     assert "another --run directory" in message
@@ -465,7 +466,7 @@ COMMANDS = [
     ["index"],
     ["index", "build"],
     ["index", "search"],
-    ["cold_start"],
+    ["cold-start"],
 ]
 
 
@@ -487,7 +488,8 @@ def test_training_says_where_the_report_is(
 ) -> None:
     seen = []
     monkeypatch.setattr(
-        "pipeline.em.train", lambda config, run, display: seen.append((config, run)) or REPORT
+        "pipeline.em.train",
+        lambda config, run, display: seen.append((config, run)) or exsearch_outcome(REPORT),
     )
     result = run_command("train", "--config", "config.yaml", *given, "seed=3")
     assert result.exit_code == 0, result.output

@@ -24,6 +24,7 @@ import httpx
 from pipeline.core.data.supervision import GoldStep, Unusable, states
 from pipeline.core.errors import UserError
 from pipeline.core.records import Question
+from retriever_service.backoff import Backoff
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Rewriter:
         concurrency: most requests at once.
         timeout_s: deadline of one request, in seconds.
         max_attempts: requests per question, failed and unusable ones counted.
-        backoff_s: wait before the second attempt, in seconds; doubled each time.
+        backoff_s: mean wait before the second attempt, in seconds; it doubles each time.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Rewriter:
         self.url = f"{endpoint.rstrip('/')}/chat/completions"
         self.model = model
         self.max_attempts = max_attempts
-        self.backoff_s = backoff_s
+        self._backoff = Backoff(backoff_s)
         key = os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._client = httpx.AsyncClient(timeout=timeout_s, headers=headers)
@@ -106,8 +107,7 @@ class Rewriter:
     async def _ask(self, body: Mapping[str, Any], steps: Sequence[GoldStep]) -> tuple[str, list[GoldStep]]:
         failure: Exception | None = None
         for attempt in range(self.max_attempts):
-            if attempt:
-                await asyncio.sleep(self.backoff_s * 2 ** (attempt - 1))
+            await asyncio.sleep(self._backoff.pause_s(attempt))
             try:
                 # A greedy answer that was of no use would only come again.
                 response = await self._client.post(

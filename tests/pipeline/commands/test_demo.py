@@ -8,6 +8,7 @@ import pytest
 
 from actors.placement import plan_placement
 from pipeline.commands.demo import demo_config
+from pipeline.em import searcher_of
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,10 @@ def test_engines_and_ranks_fit_what_the_machine_has(
     config = demo_config(Path("world"), [], devices)
 
     assert (config.rollout.workers, config.learner.num_ranks) == (size, size)
-    assert plan_placement(config, resources, gpu_packages="GPU" in resources).transport == transport
+    placement = plan_placement(
+        [searcher_of(config)], config.cluster, config.retriever, resources, gpu_packages="GPU" in resources
+    )
+    assert placement.policies["searcher"].transport == transport
 
 
 def test_overrides_win() -> None:

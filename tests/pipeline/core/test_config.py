@@ -18,7 +18,8 @@ from pipeline.core.config import (
     Section,
     Tags,
 )
-from pipeline.core.config_loading import all_keys, load_config
+from pipeline.core.config_loading import all_keys
+from pipeline.methods import load
 
 
 def config(**sections: Any) -> Config:
@@ -115,7 +116,7 @@ def test_settings_of_the_own_retriever_are_not_silently_ignored_beside_a_server(
 
 
 def test_settings_of_searches_go_with_a_server() -> None:
-    settings = {"dialect": "search-r1", "timeout_s": 5, "max_attempts": 2, "max_failure_share": 0.1}
+    settings = {"dialect": "search-r1", "timeout_s": 5, "max_attempts": 2}
     assert config(retriever={"url": URL} | settings).retriever.dialect == "search-r1"
 
 
@@ -191,4 +192,4 @@ def test_every_key_of_the_configuration_has_its_own_name() -> None:
     "path", sorted(Path(__file__).parents[3].glob("configs/*.yaml")), ids=lambda p: p.stem
 )
 def test_shipped_configurations_are_valid(path: Path) -> None:
-    assert load_config(path).em.iterations >= 1
+    assert load(path).em.iterations >= 1

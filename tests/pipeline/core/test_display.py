@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.core.display import Display
+from pipeline.core.report import Column, Outcome, exsearch_outcome, step_outcome
 
 
 class Screen:
@@ -82,8 +83,12 @@ def report(**parts: Any) -> dict[str, Any]:
     } | parts
 
 
+def outcome(**parts: Any) -> Outcome:
+    return exsearch_outcome(report(**parts))
+
+
 def test_the_report_shows_each_iteration_and_marks_the_best(screen: Screen) -> None:
-    screen.display.report(report())
+    screen.display.outcome(outcome())
     assert "run first" in screen.text
     bound, _, error, *cells = screen.row("1")
     assert (bound, error) == ("-4.12", "0.46")
@@ -94,35 +99,52 @@ def test_the_report_shows_each_iteration_and_marks_the_best(screen: Screen) -> N
 
 def test_iteration_0_of_a_run_without_a_cold_start_is_the_base_model(screen: Screen) -> None:
     base = {"iteration": 0, "phase_seconds": {"evaluation": 3.0}, "train": {}, "dev": SCORES}
-    screen.display.report(report(warm_up=base))
+    screen.display.outcome(outcome(warm_up=base))
     assert screen.row("base") == ["41.2", "50.0", "2.35"]
     assert "warm-up" not in screen.text
 
 
+def test_another_recipes_report_has_the_columns_that_the_recipe_gives(screen: Screen) -> None:
+    rows = [{"iteration": t, "sample": {"pairs": 10 * t}, "a/train": {"loss": 0.5}} for t in (0, 1)]
+    made = {
+        "run": "r",
+        "recipe": "x",
+        "start": rows[0],
+        "iterations": rows[1:],
+        "best_iteration": 1,
+        "test": {},
+    }
+    columns = (Column("pairs", "sample.pairs", 0), Column("loss", "a/train.loss", 2), Column("no", "b.c"))
+    screen.display.outcome(step_outcome(made, columns, "pairs: of trajectories"))
+    assert screen.row("start") == ["0", "0.50"]
+    assert screen.row("1") == ["*", "10", "0.50"]
+    assert "pairs: of trajectories" in screen.text
+
+
 def test_the_report_of_a_run_that_was_stopped_half_way(screen: Screen) -> None:
     half = {"iteration": 1, "phase_seconds": {"expectation": 1.0}, "train": BOUND, "dev": None}
-    screen.display.report(report(iterations=[half], warm_up=None, best_iteration=0))
+    screen.display.outcome(outcome(iterations=[half], warm_up=None, best_iteration=0))
     assert screen.row("1")[3:] == ["2.50", "12.5", "1"]
     assert "test questions" not in screen.text
 
 
 def test_the_report_shows_the_test_scores_from_the_base_model_to_the_best(screen: Screen) -> None:
     names = ("best", "base", "warm_up", "one_search", "no_search", "another")
-    screen.display.report(report(test=dict.fromkeys(names, SCORES)))
+    screen.display.outcome(outcome(test=dict.fromkeys(names, SCORES)))
     text = screen.text[screen.text.index("test questions") :]
     order = sorted(names, key=text.index)
     assert order == ["base", "no_search", "one_search", "warm_up", "best", "another"]
     assert screen.row("best") == ["200", "41.2", "35.0-47.5", "50.0", "45.5", "80.0", "2.35"]
 
 
-@pytest.mark.parametrize("name", ["report", "scores"])
+@pytest.mark.parametrize("name", ["outcome", "scores"])
 def test_tables_fit_into_80_columns(name: str) -> None:
     screen = Screen(width=80)
     worst = SCORES | {"em": 100.0, "f1": 100.0, "accuracy": 100.0, "em_interval": [100.0, 100.0], "n": 12345}
     row = iteration(1, **BOUND | {"likelihood_bound": -123.45, "likelihood_bound_stderr": 10.25})
     row = row | {"phase_seconds": {"expectation": 12345.0, "maximisation": 12345.0}, "dev": worst}
     given = {
-        "report": report(iterations=[row], test={"one_search": worst}),
+        "outcome": outcome(iterations=[row], test={"one_search": worst}),
         "scores": scored(sets={"hotpotqa/dev.jsonl": worst}, all=worst),
     }
     getattr(screen.display, name)(given[name])
@@ -157,7 +179,7 @@ def test_scores_without_gold_passages_say_so(screen: Screen) -> None:
 def test_names_of_models_files_types_and_runs_are_shown_as_they_are(screen: Screen, name: str) -> None:
     by_type = {name: SCORES["by_type"]["bridge"]}
     screen.display.scores(scored(model=name, sets={name: SCORES}, all=SCORES | {"by_type": by_type}))
-    screen.display.report(report(run=name))
+    screen.display.outcome(outcome(run=name))
     assert screen.text.count(name) == 4
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.config import Config, EmConfig
-from pipeline.core.report import best_iteration, build_report, scalars, should_stop
+from pipeline.core.report import best_iteration, exsearch_report, scalars, should_stop
 from pipeline.core.run import RunDirectory, RunFiles, write_json
 
 TRAIN = {
@@ -36,7 +36,7 @@ def evaluated(run: RunDirectory, *ems: float, f1: tuple[float, ...] = ()) -> Non
     """Iterations 0, 1, ... with these dev scores."""
     for t, em in enumerate(ems):
         dev = scores(em, f1[t] if f1 else 0.0)
-        run.phase(t, "evaluation", lambda dev=dev: {"push": {"seconds": 0.1}, "scores": dev})  # type: ignore[misc]
+        run.once(f"{t}/evaluation", lambda dev=dev: {"push": {"searcher": {"seconds": 0.1}}, "scores": dev})  # type: ignore[misc]
 
 
 def with_iterations(number: int, **em: Any) -> Config:
@@ -44,19 +44,19 @@ def with_iterations(number: int, **em: Any) -> Config:
 
 
 def finished_run(run: RunDirectory, iterations: int = 2) -> Config:
-    run.phase(0, "expectation", lambda: {"trajectories": 64, "skipped": {}})
+    run.once("0/cold_start", lambda: {"trajectories": 64, "skipped": {}})
     for t in range(1, iterations + 1):
-        run.phase(t, "expectation", lambda: dict(TRAIN))
+        run.once(f"{t}/sample", lambda: dict(TRAIN))
     for t in range(iterations + 1):
-        run.phase(t, "maximisation", lambda: {"loss": 1.5, "steps": 3})
+        run.once(f"{t}/searcher/train", lambda: {"loss": 1.5, "steps": 3})
     evaluated(run, *(10.0 * (t + 1) for t in range(iterations + 1)))
     for name, version in (("base", -1), ("warm_up", 0), ("one_search", 0), ("best", iterations)):
-        run.test(name, version, lambda version=version: {"iteration": version} | scores(40.0))  # type: ignore[misc]
+        run.once(f"test/{name}", lambda version=version: {"iteration": version} | scores(40.0))  # type: ignore[misc]
     return with_iterations(iterations)
 
 
 def test_the_report_of_a_finished_run(run: RunDirectory) -> None:
-    report = build_report(run, finished_run(run))
+    report = exsearch_report(run, finished_run(run))
     assert report["run"] == "first"
     assert report["best_iteration"] == 2
     assert set(report["test"]) == {"base", "one_search", "warm_up", "best"}
@@ -73,20 +73,20 @@ def test_the_report_of_a_finished_run(run: RunDirectory) -> None:
 
 
 def test_the_warm_up_is_a_row_of_its_own(run: RunDirectory) -> None:
-    report = build_report(run, finished_run(run))
+    report = exsearch_report(run, finished_run(run))
     assert report["warm_up"]["iteration"] == 0
     assert report["warm_up"]["train"]["trajectories"] == 64
     assert report["warm_up"]["dev"] == scores(10.0)
 
 
 def test_the_report_survives_json(run: RunDirectory, tmp_path: Path) -> None:
-    report = build_report(run, finished_run(run))
+    report = exsearch_report(run, finished_run(run))
     write_json(tmp_path / "report.json", report)
     assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
 def test_the_report_of_a_run_that_has_just_begun(run: RunDirectory) -> None:
-    report = build_report(run, Config())
+    report = exsearch_report(run, Config())
     assert report["iterations"] == []
     assert report["warm_up"] is None
     assert report["best_iteration"] == 0
@@ -95,8 +95,8 @@ def test_the_report_of_a_run_that_has_just_begun(run: RunDirectory) -> None:
 
 def test_an_iteration_is_reported_as_far_as_it_has_come(run: RunDirectory) -> None:
     evaluated(run, 10.0)
-    run.phase(1, "expectation", lambda: dict(TRAIN))
-    (row,) = build_report(run, with_iterations(3))["iterations"]
+    run.once("1/sample", lambda: dict(TRAIN))
+    (row,) = exsearch_report(run, with_iterations(3))["iterations"]
     assert set(row["phase_seconds"]) == {"expectation"}
     assert row["dev"] is None
     assert row["learner"] == {}
@@ -104,7 +104,7 @@ def test_an_iteration_is_reported_as_far_as_it_has_come(run: RunDirectory) -> No
 
 def test_a_report_can_be_made_again_and_is_the_same(run: RunDirectory) -> None:
     config = finished_run(run)
-    assert build_report(run, config) == build_report(RunFiles(run.path), config)
+    assert exsearch_report(run, config) == exsearch_report(RunFiles(run.path), config)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_training_stops_after_so_many_iterations_without_a_better_score(run: Run
     ems = [10, 30, 20, 30, 25]
     stops = []
     for t, em in enumerate(ems):
-        run.phase(t, "evaluation", lambda em=em: {"scores": scores(em)})  # type: ignore[misc]
+        run.once(f"{t}/evaluation", lambda em=em: {"scores": scores(em)})  # type: ignore[misc]
         stops.append(should_stop(run, t, EmConfig(iterations=9, patience=2)))
     assert stops == [False, False, False, True, True]
 
@@ -168,7 +168,7 @@ def test_without_patience_training_never_stops_early(run: RunDirectory) -> None:
 def test_the_report_says_what_the_trajectories_were_sampled_from(
     run: RunDirectory, settings: dict[str, Any], expected: str
 ) -> None:
-    assert build_report(run, Config.model_validate(settings))["proposal"] == expected
+    assert exsearch_report(run, Config.model_validate(settings))["proposal"] == expected
 
 
 def test_scalars_are_the_numbers_under_dotted_names() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from pipeline.core.config_loading import load_config
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
-from pipeline.core.retrieval import Servers, await_servers, corpus_paths, encoder_spec, prepare_index
+from pipeline.core.retrieval import Servers, corpus_paths, encoder_spec, prepare_index, servers_of
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
@@ -56,17 +56,19 @@ def corpus(tmp_path: Path) -> Path:
 
 def prepare(tmp_path: Path, *overrides: str) -> Path:
     config = load_config(None, [f"data.root={tmp_path / 'data'}", *overrides])
-    return prepare_index(config, tmp_path / "run" / "index", Display(Console(file=io.StringIO())))
+    return prepare_index(
+        config.retriever, config.data, tmp_path / "run" / "index", Display(Console(file=io.StringIO()))
+    )
 
 
 def test_corpus_files_lie_below_the_root_and_data_sets_of_the_hub_do_not() -> None:
     given = "data.corpus=[a.jsonl, /abs/b.jsonl, 'hf:name:config']"
-    assert corpus_paths(load_config(None, ["data.root=/data", given])) == [
+    assert corpus_paths(load_config(None, ["data.root=/data", given]).data) == [
         "/data/a.jsonl",
         "/abs/b.jsonl",
         "hf:name:config",
     ]
-    assert corpus_paths(load_config(None, ["data.corpus=a.jsonl"])) == ["a.jsonl"]
+    assert corpus_paths(load_config(None, ["data.corpus=a.jsonl"]).data) == ["a.jsonl"]
 
 
 def test_the_encoder_is_the_configured_one() -> None:
@@ -75,7 +77,7 @@ def test_the_encoder_is_the_configured_one() -> None:
         "retriever.query_prefix='q: '",
         "retriever.max_tokens=64",
     ]
-    assert encoder_spec(load_config(None, overrides)) == EncoderSpec(
+    assert encoder_spec(load_config(None, overrides).retriever) == EncoderSpec(
         "intfloat/e5-base-v2", "q: ", None, None, 64
     )
 
@@ -185,13 +187,13 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ScriptedServer]]:
 
 def awaited(url: object, *overrides: str) -> Servers:
     config = load_config(None, [f"retriever.url={url}", "agent.documents=2", *overrides])
-    found = await_servers(config, Display(Console(file=io.StringIO())))
+    found = servers_of(config, Display(Console(file=io.StringIO())))
     assert found is not None
     return found
 
 
 def test_without_an_address_there_are_no_servers() -> None:
-    assert await_servers(load_config(None), Display(Console(file=io.StringIO()))) is None
+    assert servers_of(load_config(None), Display(Console(file=io.StringIO()))) is None
 
 
 def test_servers_that_answer_are_told_by_what_they_search(servers: list[ScriptedServer]) -> None:

@@ -189,7 +189,7 @@ def test_a_retriever_that_fails_ends_the_synthesis(tokenizer: Any) -> None:
 def test_cold_start_examples_weigh_one_and_end_with_the_gold_answer(tokenizer: Any) -> None:
     result, renderer = synthesised(tokenizer, QUESTION)
     (example,) = supervised_examples(result.trajectories, [QUESTION], renderer)
-    assert example.weight == 1.0
+    assert example.number("weight") == 1.0
     assert renderer.decode(example.token_ids.tolist()).endswith("<answer> Mara Velin </answer>")
     with pytest.raises(ValueError, match="unknown questions"):
         supervised_examples(result.trajectories, [], renderer)

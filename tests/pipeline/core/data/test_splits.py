@@ -27,7 +27,8 @@ def root(tmp_path: Path) -> Path:
 
 
 def load(root: Path, *overrides: str) -> Splits:
-    return load_splits(load_config(None, [f"data.root={root}", *overrides]))
+    config = load_config(None, [f"data.root={root}", *overrides])
+    return load_splits(config.data, config.seed, required=("train", "dev") if config.em.iterations else ())
 
 
 TRAIN_AND_DEV = ("data.train=train.jsonl", "data.dev=dev.jsonl")
@@ -56,7 +57,7 @@ def test_training_without_training_or_dev_questions_is_refused(
 
 def test_a_cold_start_needs_no_dev_questions(root: Path) -> None:
     config = load_config(None, [f"data.root={root}", "data.train=train.jsonl"])
-    assert load_splits(config, required=("train",)).dev == []
+    assert load_splits(config.data, 0, required=("train",)).dev == []
 
 
 def test_without_iterations_every_split_may_be_empty(root: Path) -> None:
