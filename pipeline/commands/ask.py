@@ -19,7 +19,8 @@ from pipeline.core.errors import UserError
 from pipeline.core.models import check_model
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Question, Trajectory
-from pipeline.core.retrieval import Searched, servers_of
+from pipeline.core.retrieval import Searched, Servers, servers_of
+from retriever_service.index.index import read_manifest
 from pipeline.core.run import Json
 
 POLL_S = 0.2
@@ -112,7 +113,10 @@ def _searched(index: Path | None, config: Config, display: Display) -> Searched:
     searched = servers_of(config, display) or index or retriever.index
     if searched is None:
         raise UserError("there is nothing to search: give --index DIR, or retriever.url=ADDRESS of a server")
-    return Path(searched) if isinstance(searched, str) else searched
+    if isinstance(searched, Servers):
+        return searched
+    read_manifest(Path(searched))
+    return Path(searched)
 
 
 def run_config_of(model: str) -> Path | None:

@@ -115,7 +115,11 @@ def _read_sets(config: Config, split: str) -> dict[str, list[Question]]:
     if not paths:
         raise UserError(f"data.{split} is empty; name question files, or choose another --split")
     chosen = read_questions(
-        paths, root=config.data.root, limit=getattr(config.data, f"{split}_limit"), seed=config.seed
+        paths,
+        root=config.data.root,
+        limit=getattr(config.data, f"{split}_limit"),
+        seed=config.seed,
+        hops=config.data.hops,
     )
     wanted = {question.id: question for question in chosen}
     sets = {

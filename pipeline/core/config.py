@@ -68,6 +68,9 @@ class DataConfig(Section):
     """Questions on which the best iteration is chosen."""
     test: Sources = ()
     """Questions for the report; no decision looks at their scores. May be empty."""
+    hops: tuple[int, ...] = ()
+    """Use only questions of so many reasoning steps, say [1, 2]; empty: all. They must name theirs
+    (docs/formats.md)."""
     train_limit: int | None = Field(None, ge=1)
     """Use a sample of this many training questions, the same in every iteration. Null: all."""
     dev_limit: int | None = Field(None, ge=1)

@@ -38,7 +38,12 @@ _VERB_PHRASE = re.compile(
 
 
 def read_questions(
-    paths: Sequence[str | Path], *, root: str | Path = "", limit: int | None = None, seed: int = 0
+    paths: Sequence[str | Path],
+    *,
+    root: str | Path = "",
+    limit: int | None = None,
+    seed: int = 0,
+    hops: Sequence[int] = (),
 ) -> list[Question]:
     """All questions of the files, in their order.
 
@@ -46,9 +51,10 @@ def read_questions(
         root: folder that relative paths start from.
         limit: keep a uniform sample of this many (all if there are fewer). Which ones depends on the
             seed and the ids alone, not on the files' order; a larger limit keeps what a smaller one kept.
+        hops: keep only questions of so many reasoning steps; empty: all.
 
     Raises:
-        UserError: a file is missing or empty, or a line is wrong; see the message.
+        UserError: a file is missing or empty, a line is wrong, or no question is left; see the message.
     """
     questions: list[Question] = []
     places: dict[str, str] = {}
@@ -65,6 +71,13 @@ def read_questions(
             questions.append(question)
         if len(questions) == before:
             raise UserError(f"{path} has no questions in it; expected one JSON object per line")
+    if hops:
+        questions = [question for question in questions if question.hops in hops]
+        if not questions:
+            raise UserError(
+                f"data.hops is {list(hops)}, but no question of {', '.join(map(str, paths))} names so many hops; "
+                "correct the key, or the field hops of the questions"
+            )
     return questions if limit is None else sample_questions(questions, limit, seed)
 
 

@@ -39,7 +39,9 @@ def load_splits(
     def read(split: str) -> list[Question]:
         paths = getattr(data, split)
         limit = getattr(data, f"{split}_limit")
-        return read_questions(paths, root=data.root, limit=limit, seed=seed) if paths else []
+        if not paths:
+            return []
+        return read_questions(paths, root=data.root, limit=limit, seed=seed, hops=data.hops)
 
     splits = Splits(read("train"), read("dev"), read("test"))
     check_splits_disjoint(splits.train, splits.dev, splits.test)

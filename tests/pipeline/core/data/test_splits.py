@@ -88,3 +88,15 @@ def test_a_missing_file_is_named_with_what_is_there(root: Path) -> None:
         UserError, match=r"no question file .*trian\.jsonl; there are dev\.jsonl, more\.jsonl"
     ):
         load(root, "data.train=trian.jsonl", "data.dev=dev.jsonl")
+
+
+def test_only_questions_of_the_wanted_hops_are_taken(root: Path) -> None:
+    rows = [json.loads(line) for line in (root / "train.jsonl").read_text().splitlines()]
+    lines = [json.dumps(row | {"hops": 1 + number % 2}) + "\n" for number, row in enumerate(rows)]
+    (root / "train.jsonl").write_text("".join(lines))
+    config = load_config(None, [f"data.root={root}", "data.train=train.jsonl", "data.hops=[2]"])
+    assert [q.hops for q in load_splits(config.data, 0).train] == [2] * 10
+    with pytest.raises(
+        UserError, match=r"data\.hops is \[2\], but no question of dev\.jsonl names so many hops"
+    ):
+        load(root, *TRAIN_AND_DEV, "data.hops=[2]")
