@@ -30,7 +30,7 @@ from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Episode
 from pipeline.core.retrieval import Searched
 from retriever_service.encoding.encoder import EncoderSpec
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 Status = Callable[[str], AbstractContextManager[None]]
 

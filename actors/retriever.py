@@ -24,7 +24,8 @@ from pipeline.core.agents.program import Retrieve
 from pipeline.core.config import RetrieverConfig
 from retriever_service.backoff import Backoff
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
-from retriever_service.search.search import CACHED_QUERIES, Hit, SearchEngine
+from retriever_service.passages.hits import Hit
+from retriever_service.search.engine import CACHED_QUERIES, SearchEngine
 from retriever_service.service.batching import BatchingSearcher
 from retriever_service.service.client import RetrieverHttpClient
 from retriever_service.service.limits import Limits

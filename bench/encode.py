@@ -24,8 +24,8 @@ from bench.measure import HEADER, Ratio, in_turn, print_table
 from pipeline.core.data.world.writer import write_world
 from retriever_service.encoding.encode import encode_corpus
 from retriever_service.encoding.encode_workers import EncoderProcesses, OnRows
-from retriever_service.encoding.encoder import Encoder, EncoderSpec, TextEncoder, passage_text
-from retriever_service.passages.corpus import Passage, read_corpus
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, TextEncoder
+from retriever_service.passages.corpus import Passage, passage_text, read_corpus
 from retriever_service.passages.evaluation import evaluate_run, read_qrels, read_queries
 
 PLAIN_BATCH, GOAL = 32, 2.0

@@ -24,8 +24,9 @@ from rich.table import Table
 from actors.retriever import ActorReplica, RetrieverActor, RetrieverClient
 from pipeline.core.data.questions import read_questions
 from retriever_service.encoding.encoder import Encoder, Vectors
-from retriever_service.index.index import open_index
-from retriever_service.search.search import Hit, SearchEngine
+from retriever_service.index.store import open_index
+from retriever_service.passages.hits import Hit
+from retriever_service.search.engine import SearchEngine
 from retriever_service.service.client import RetrieverHttpClient
 from retriever_service.service.server import ServerSettings, serve
 

@@ -31,7 +31,7 @@ from retriever_service.building.planner import Plan, plan_index
 from retriever_service.encoding.encode import encode_corpus
 from retriever_service.encoding.encoder import EncoderSpec, Vectors
 from retriever_service.encoding.vectors import VectorStore
-from retriever_service.index.index import open_index
+from retriever_service.index.store import open_index
 from retriever_service.passages.corpus import Passage
 
 FACTORIES = (

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 
 from pipeline.core.data.world.writer import write_world
-from retriever_service.cli import size_in_bytes
+from retriever_service.console import size_in_bytes
 
 SAMPLE_S = 0.05
 

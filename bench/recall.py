@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.core.data.questions import read_questions
-from retriever_service.search.search import SearchEngine
+from retriever_service.search.engine import SearchEngine
 
 DEPTHS = (5, 10)
 

@@ -12,7 +12,7 @@ from bench.measure import Ratio, in_turn
 from pipeline.core.data.world.writer import write_world
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
-from retriever_service.search.search import SearchEngine
+from retriever_service.search.engine import SearchEngine
 from retriever_service.service.batching import BatchingSearcher
 
 CALLERS, NUM_QUERIES, K = 64, 1_024, 3

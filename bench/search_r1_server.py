@@ -18,7 +18,8 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from retriever_service.search.search import Hit, SearchEngine
+from retriever_service.passages.hits import Hit
+from retriever_service.search.engine import SearchEngine
 
 
 class QueryRequest(BaseModel):

@@ -28,7 +28,7 @@ from bench.measure import print_table
 from pipeline.core.data.world.writer import write_world
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
-from retriever_service.search.search import SearchEngine
+from retriever_service.search.engine import SearchEngine
 from retriever_service.service.engine_processes import engine_opener
 from retriever_service.service.server import ServerSettings, serve
 

@@ -16,7 +16,8 @@ import typer
 
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
-from retriever_service.cli import (
+from retriever_service.cli import app as index_app
+from retriever_service.console import (
     Commands,
     CorpusSources,
     EncoderDtype,
@@ -28,7 +29,6 @@ from retriever_service.cli import (
     VectorsDtype,
     encoder_spec,
 )
-from retriever_service.cli import app as index_app
 from retriever_service.errors import RetrieverError
 
 

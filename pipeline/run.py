@@ -30,7 +30,7 @@ from pipeline.core.retrieval import Searched, Servers, prepare_index, servers_of
 from pipeline.core.run import Json, RunDirectory, write_json, write_table
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import Weigh
-from retriever_service.index.index import read_manifest
+from retriever_service.index.store import read_manifest
 
 logger = logging.getLogger(__name__)
 

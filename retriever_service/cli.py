@@ -9,62 +9,45 @@ import dataclasses
 import json
 import logging
 import os
-import re
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
+
+from retriever_service.console import (
+    AsJson,
+    Candidates,
+    Commands,
+    CorpusSources,
+    Device,
+    EncoderDtype,
+    EncoderName,
+    Factory,
+    IndexDir,
+    MaxTokens,
+    Memory,
+    MethodName,
+    Out,
+    PassagePrefix,
+    QueryPrefix,
+    Reranker,
+    SearchParameters,
+    VectorsDtype,
+    Workers,
+    encoder_spec,
+    progress,
+    say,
 )
-from rich.text import Text
-from typer.core import TyperGroup
-
-from retriever_service.encoding.encoder import EncoderSpec, WeightsDtype
-from retriever_service.encoding.vectors import StoreDtype
+from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
-from retriever_service.search.search import Hit, Method, SearchEngine, SearchOptions
-from retriever_service.service.settings import ServerSettings
+from retriever_service.passages.hits import Hit, SearchOptions
+from retriever_service.search.engine import SearchEngine
+from retriever_service.service.settings import TOKEN_VARIABLE, ServerSettings
 
-TOKEN_VARIABLE = "EXSEARCH_TOKEN"
 _SERVING = ServerSettings()
 _PROBED_PASSAGES = 256
 _RUN_DEPTH = 100
-
-
-class Commands(TyperGroup):
-    """Turns what the user can mend into one message and exit code 2, and Ctrl-C into advice."""
-
-    mendable: tuple[type[Exception], ...] = (RetrieverError,)
-    resumable: tuple[str, ...] = ("build", "encode", "encode-with-ray")
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except self.mendable as error:
-            _say(
-                f"error: {getattr(error, 'cause', error)}", style="bold red"
-            )  # Ray wraps what an actor raised
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt as interrupt:
-            kept = "; what was finished is kept, and the same command goes on from there"
-            _say(
-                "error: interrupted" + (kept if ctx.invoked_subcommand in self.resumable else ""), "bold red"
-            )
-            raise typer.Exit(130) from interrupt
 
 
 app = typer.Typer(
@@ -74,51 +57,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-def _say(text: str, style: str | None = None) -> None:
-    Console(stderr=True).print(text, style=style, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def size_in_bytes(text: str) -> int:
-    """Bytes, from a size as people write it: 800M, 2GiB, 1.5e9."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is not a size; write for example 800MiB or 2GiB")
-    return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
-
-
-CorpusSources = Annotated[
-    list[str],
-    typer.Option("--corpus", help="JSONL file, data set directory or hf:NAME; several times for a union."),
-]
-IndexDir = Annotated[Path, typer.Option("--index", help="Index directory.")]
-Out = Annotated[Path, typer.Option("--out", help="Directory to write.")]
-EncoderName = Annotated[str, typer.Option(help="minilm, or any sentence-transformers model.")]
-QueryPrefix = Annotated[str | None, typer.Option(help="In front of queries (default: the family's).")]
-PassagePrefix = Annotated[str | None, typer.Option(help="In front of passages (default: the family's).")]
-MaxTokens = Annotated[
-    int | None, typer.Option(help="Cut texts at so many tokens (default: the model's limit).")
-]
-EncoderDtype = Annotated[
-    WeightsDtype | None,
-    typer.Option(help="Of the encoder's weights (default: bfloat16 where the device computes in it)."),
-]
-VectorsDtype = Annotated[StoreDtype, typer.Option("--dtype", help="Of the stored vectors.")]
-Device = Annotated[str, typer.Option(help="Torch device that encodes.")]
-Workers = Annotated[int | None, typer.Option(help="Processes that encode (default: what suits the machine).")]
-Memory = Annotated[
-    int | None,
-    typer.Option("--memory", parser=size_in_bytes, metavar="SIZE", help="Most memory to use, e.g. 2GiB."),
-]
-Factory = Annotated[str, typer.Option(help="FAISS index factory string: Flat, SQ8, IVF4096,SQ8, HNSW32, ...")]
-SearchParameters = Annotated[
-    str, typer.Option(help="Of an approximate index, e.g. nprobe=64 or efSearch=128 (default: as tuned).")
-]
-MethodName = Annotated[Method, typer.Option(help="How to search.")]
-Reranker = Annotated[str | None, typer.Option("--rerank", help="Cross-encoder that orders the best anew.")]
-Candidates = Annotated[int, typer.Option(help="How many of the best the cross-encoder orders anew.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
 
 
 @app.command()
@@ -141,7 +79,7 @@ def encode(
     """
     from retriever_service.encoding.encode import encode_corpus
 
-    with _progress("encoding", "passages") as advance:
+    with progress("encoding", "passages") as advance:
         store = encode_corpus(
             corpus,
             out,
@@ -152,7 +90,7 @@ def encode(
             store_dtype=dtype,
             on_progress=advance,
         )
-    _say(f"{out}: {store.manifest.count:,} passages, {store.manifest.dimension} dimensions, {dtype}")
+    say(f"{out}: {store.manifest.count:,} passages, {store.manifest.dimension} dimensions, {dtype}")
 
 
 @app.command()
@@ -193,7 +131,7 @@ def build(
         "target_recall": recall,
         "seed": seed,
     }
-    with _progress("indexing", "passages") as advance:
+    with progress("indexing", "passages") as advance:
         if vectors is not None:
             manifest = build_from_vectors(VectorStore.open(vectors), out, **how)
         else:
@@ -206,11 +144,11 @@ def build(
                 on_progress=advance,
                 **how,
             )
-    _say(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
+    say(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
     for point in manifest.recall:
         chosen = " (chosen)" if point.search_parameters == manifest.search_parameters else ""
         found = ", ".join(f"{share:.3f} at {cutoff}" for cutoff, share in point.recall.items())
-        _say(f"  recall {found}  {point.search_parameters}{chosen}")
+        say(f"  recall {found}  {point.search_parameters}{chosen}")
 
 
 @app.command()
@@ -233,8 +171,8 @@ def plan(
     """Predict disk, memory and time of an index, and whether it fits here. Measures this machine for seconds."""
     from retriever_service.building.calibration import calibrate
     from retriever_service.building.planner import PASSAGE_BYTES, check_fits, plan_index
-    from retriever_service.encoding.encoder import Encoder, EncoderSpec, passage_text
-    from retriever_service.passages.corpus import read_corpus
+    from retriever_service.encoding.encoder import Encoder
+    from retriever_service.passages.corpus import passage_text, read_corpus
 
     sample = list(islice(read_corpus(corpus), _PROBED_PASSAGES)) if corpus else []
     loaded = Encoder.load(EncoderSpec(encoder)) if sample else None
@@ -257,11 +195,11 @@ def plan(
     else:
         for name, value in dataclasses.asdict(planned).items():
             if name.endswith("_bytes") and value is not None:
-                _say(f"{name.removesuffix('_bytes').replace('_', ' '):>20}  {value / 1e9:10.3f} GB")
-        _say(f"{'segments':>20}  {len(planned.segments):10}")
+                say(f"{name.removesuffix('_bytes').replace('_', ' '):>20}  {value / 1e9:10.3f} GB")
+        say(f"{'segments':>20}  {len(planned.segments):10}")
         for name, value in dataclasses.asdict(planned)["seconds"].items():
             if value is not None:
-                _say(f"{name:>20}  {value:10.0f} s")
+                say(f"{name:>20}  {value:10.0f} s")
     check_fits(planned, out, memory)
 
 
@@ -333,7 +271,7 @@ def evaluate(
         engine = SearchEngine.open(index, search_parameters=search_parameters, reranker=rerank)
         options = SearchOptions(method, candidates if rerank else 0)
         ids, run = list(asked), {}
-        with _progress("searching", "questions") as advance:
+        with progress("searching", "questions") as advance:
             for start in range(0, len(ids), 64):
                 part = ids[start : start + 64]
                 found = engine.search([asked[id_] for id_ in part], _RUN_DEPTH, options)
@@ -385,7 +323,7 @@ def serve(
 
     A bearer token is asked for if the environment variable EXSEARCH_TOKEN is set.
     """
-    from retriever_service.index.index import verify_checksums
+    from retriever_service.index.store import verify_checksums
     from retriever_service.service.engine_processes import engine_opener
     from retriever_service.service.server import Engine
     from retriever_service.service.server import serve as run
@@ -415,7 +353,7 @@ def serve(
             verify_checksums(index)
         return open_engine()
 
-    run(settings, open_checked, on_listening=lambda url: _say(f"serving {index} at {url} (Ctrl-C to stop)"))
+    run(settings, open_checked, on_listening=lambda url: say(f"serving {index} at {url} (Ctrl-C to stop)"))
 
 
 @app.command()
@@ -429,7 +367,7 @@ def add(
     Reads the whole index first, and leaves a damaged one alone.
     """
     from retriever_service.encoding.encoder import Encoder
-    from retriever_service.index.index import read_manifest
+    from retriever_service.index.store import read_manifest
     from retriever_service.index.updates import add_passages
     from retriever_service.passages.corpus import read_corpus
 
@@ -461,7 +399,7 @@ def info(
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
 ) -> None:
     """Print the manifest of an index, without its list of files."""
-    from retriever_service.index.index import read_manifest, verify_checksums
+    from retriever_service.index.store import read_manifest, verify_checksums
 
     manifest = read_manifest(index)
     if verify:
@@ -469,16 +407,6 @@ def info(
     described = dataclasses.asdict(manifest) | {"fingerprint": manifest.fingerprint}
     del described["files"]
     typer.echo(json.dumps(described, indent=2, ensure_ascii=False))
-
-
-def encoder_spec(
-    encoder: str,
-    query_prefix: str | None,
-    passage_prefix: str | None,
-    max_tokens: int | None,
-    dtype: WeightsDtype | None,
-) -> EncoderSpec:
-    return EncoderSpec(encoder, query_prefix, passage_prefix, max_length=max_tokens, dtype=dtype)
 
 
 def _filter(where: str | None) -> Any:
@@ -508,45 +436,7 @@ def _report_update(index: Path, num_passages: int, change: dict[str, int], as_js
         typer.echo(json.dumps({"passages": num_passages} | change))
     else:
         ((what, number),) = change.items()
-        _say(f"{index}: {what} {number:,}, {num_passages:,} passages now")
-
-
-class _Rate(ProgressColumn):
-    """Steps per second of late."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f}/s")
-
-
-class _Advance:
-    """Moves a progress bar to (done, total)."""
-
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self._progress = progress
-        self._task = task
-
-    def __call__(self, done: int, total: int) -> None:
-        self._progress.update(self._task, completed=done, total=total)
-
-
-@contextmanager
-def _progress(what: str, unit: str) -> Iterator[_Advance]:
-    """A bar with rate and time left; afterwards one line with how long it took."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        _Rate(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    start = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _Advance(progress, progress.add_task(what, total=None))
-    _say(f"{what}: {time.perf_counter() - start:.1f} s")
+        say(f"{index}: {what} {number:,}, {num_passages:,} passages now")
 
 
 def main() -> None:

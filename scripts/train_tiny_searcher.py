@@ -46,7 +46,8 @@ from pipeline.core.renderer import Renderer
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.passages.corpus import read_corpus
-from retriever_service.search.search import Hit, SearchEngine
+from retriever_service.passages.hits import Hit
+from retriever_service.search.engine import SearchEngine
 
 VOCABULARY = 512
 PAD, EOS = "<|pad|>", "<|end|>"

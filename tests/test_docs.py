@@ -24,7 +24,7 @@ from pipeline.core.report import exsearch_report
 from pipeline.core.run import RunDirectory
 from pipeline.core.weighting import WeightingSummary
 from pipeline.methods import load
-from retriever_service.index.index import Manifest
+from retriever_service.index.store import Manifest
 from scripts.generate_configuration_docs import PAGE, render
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,8 +20,8 @@ from pipeline.core.models import check_model
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Question, Trajectory
 from pipeline.core.retrieval import Searched, Servers, servers_of
-from retriever_service.index.index import read_manifest
 from pipeline.core.run import Json
+from retriever_service.index.store import read_manifest
 
 POLL_S = 0.2
 """Longest that the last event is waited for, in seconds."""

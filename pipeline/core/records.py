@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 TokenIds = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.bool_]

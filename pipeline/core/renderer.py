@@ -34,7 +34,7 @@ import numpy as np
 from pipeline.core.config import AgentConfig, Tags
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Trajectory
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 _SLOT = "EXSEARCHSLOT"
 _ANSWER_DEMAND = "No more searches are possible. Give the final answer now."

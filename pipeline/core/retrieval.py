@@ -15,12 +15,12 @@ from pipeline.core.config import Config, DataConfig, RetrieverConfig
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from retriever_service.building.build import build_index
-from retriever_service.cli import TOKEN_VARIABLE
 from retriever_service.encoding.encoder import Encoder, EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
-from retriever_service.index.index import check_encoder, open_index, read_manifest
+from retriever_service.index.store import check_encoder, open_index, read_manifest
 from retriever_service.passages.corpus import Passage, read_corpus
 from retriever_service.service.client import RetrieverHttpClient
+from retriever_service.service.settings import TOKEN_VARIABLE
 
 POLL_S = 2.0
 """Between two looks at a server that is not ready yet."""

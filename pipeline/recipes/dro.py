@@ -43,7 +43,7 @@ from pipeline.core.run import Json
 from pipeline.core.weighing import Weighted, best_gold, renderer_at, summarise_scored
 from pipeline.core.weighting import Scored, importance_weights
 from pipeline.run import Run, open_run
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 
 class Settings(Iterations):

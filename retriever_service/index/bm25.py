@@ -37,10 +37,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from retriever_service.encoding.encoder import passage_text
 from retriever_service.errors import RetrieverError
 from retriever_service.files import check_disk, fsync, telling_of_room, write_json
-from retriever_service.passages.corpus import Passage
+from retriever_service.passages.corpus import Passage, passage_text
 from retriever_service.passages.ranked import NO_ROW, NO_SCORE, Ranked
 
 K1, B = 0.9, 0.4

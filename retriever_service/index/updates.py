@@ -33,7 +33,7 @@ from retriever_service.encoding.encoder import TextEncoder
 from retriever_service.errors import RetrieverError
 from retriever_service.files import check_contents, exclusive, record_file, write_array, writing
 from retriever_service.index.bm25 import build_bm25
-from retriever_service.index.index import (
+from retriever_service.index.store import (
     FLAT,
     MEND,
     Manifest,

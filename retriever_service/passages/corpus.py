@@ -50,6 +50,14 @@ class Passage:
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
+PASSAGE_TEMPLATE = "{title} {text}"
+
+
+def passage_text(passage: Passage) -> str:
+    """What is encoded of a passage: `PASSAGE_TEMPLATE`, or the text alone where there is no title."""
+    return PASSAGE_TEMPLATE.format(title=passage.title, text=passage.text) if passage.title else passage.text
+
+
 def read_corpus(sources: Sequence[str | Path]) -> Iterator[Passage]:
     """The passages of `sources`, in order; see `CorpusReader`."""
     return iter(CorpusReader(sources))

@@ -8,10 +8,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from retriever_service.encoding.encoder import passage_text
+from retriever_service.passages.corpus import passage_text
 
 if TYPE_CHECKING:
-    from retriever_service.search.search import Hit
+    from retriever_service.passages.hits import Hit
 
 SHINGLE_WORDS = 3
 THRESHOLD = 0.9

@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from retriever_service.encoding.encoder import passage_text
 from retriever_service.encoding.transformer import fingerprint, token_limit
 from retriever_service.errors import RetrieverError
-from retriever_service.passages.corpus import Passage
+from retriever_service.passages.corpus import Passage, passage_text
 
 if TYPE_CHECKING:
     from sentence_transformers import CrossEncoder

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from retriever_service.errors import RetrieverOverloaded, RetrieverTimeout, RetrieverUnavailable
-from retriever_service.search.search import DEFAULT_OPTIONS, Hit, Searcher, SearchOptions, check_request
+from retriever_service.passages.hits import DEFAULT_OPTIONS, Hit, Searcher, SearchOptions, check_request
 
 S = TypeVar("S", bound=Searcher)
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retriever_service.errors import RetrieverTimeout
-from retriever_service.search.search import (
+from retriever_service.passages.hits import (
     DEFAULT_OPTIONS,
     Hit,
     SearchOptions,

@@ -23,7 +23,7 @@ import httpx
 from retriever_service.backoff import Backoff
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage, to_passage
-from retriever_service.search.search import DEFAULT_OPTIONS, Hit, SearchOptions, check_request
+from retriever_service.passages.hits import DEFAULT_OPTIONS, Hit, SearchOptions, check_request
 from retriever_service.service.wire import LEAST_DEADLINE_S
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
+from retriever_service.passages.hits import DEFAULT_OPTIONS, Hit, SearchOptions, check_request
 from retriever_service.processes import OnProgress, WorkerDied, WorkerProcess
-from retriever_service.search.search import DEFAULT_OPTIONS, Hit, SearchEngine, SearchOptions, check_request
+from retriever_service.search.engine import SearchEngine
 from retriever_service.service.lifecycle import Engine
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from retriever_service.errors import RetrieverOverloaded, RetrieverTimeout, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import Searcher, SearchOptions
+from retriever_service.passages.hits import Searcher, SearchOptions
 from retriever_service.service.batching import Answers, BatchingSearcher
 from retriever_service.service.cache import CachingSearcher
 from retriever_service.service.metrics import Metrics

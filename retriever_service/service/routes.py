@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import BaseRoute
 
 from retriever_service.errors import RetrieverUnavailable
-from retriever_service.search.search import DEFAULT_OPTIONS, SearchOptions
+from retriever_service.passages.hits import DEFAULT_OPTIONS, SearchOptions
 from retriever_service.service.batching import Answers
 from retriever_service.service.failures import as_http_error, json_response, responses
 from retriever_service.service.guard import Handler, read_json_body, unless_gone

@@ -11,6 +11,9 @@ from retriever_service.service.limits import Limits
 
 logger = logging.getLogger(__name__)
 
+TOKEN_VARIABLE = "EXSEARCH_TOKEN"
+"""Environment variable with the bearer token of a server, for those who serve and those who ask."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:

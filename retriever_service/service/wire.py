@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.filters import Filter
-from retriever_service.search.search import Hit, Method, SearchOptions
+from retriever_service.passages.hits import Hit, Method, SearchOptions
 from retriever_service.service.batching import Answers
 
 SEARCH_R1_TOPK = 3

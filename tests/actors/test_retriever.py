@@ -27,7 +27,8 @@ from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import Hit, SearchEngine
+from retriever_service.passages.hits import Hit
+from retriever_service.search.engine import SearchEngine
 from retriever_service.service.client import RetrieverHttpClient
 from tests.retriever_service.fake_engine import FakeEngine
 from tests.retriever_service.scripted_server import ScriptedServer

@@ -16,7 +16,7 @@ from typing import Any
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.filters import Filter
-from retriever_service.search.search import (
+from retriever_service.passages.hits import (
     DEFAULT_OPTIONS,
     Hit,
     SearchOptions,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-from retriever_service.search.search import SearchEngine
+from retriever_service.search.engine import SearchEngine
 from retriever_service.service.server import ServerSettings, serve
 from tests.retriever_service.support import load_hash_encoder
 

@@ -18,8 +18,8 @@ import httpx
 import numpy as np
 import pytest
 
-from retriever_service.encoding.encoder import EncoderSpec, Vectors, passage_text
-from retriever_service.passages.corpus import Passage
+from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.passages.corpus import Passage, passage_text
 
 DIMENSION = 32
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from typer.testing import CliRunner
 
-from retriever_service.cli import TOKEN_VARIABLE, app
-from retriever_service.service.settings import ServerSettings
+from retriever_service.cli import app
+from retriever_service.service.settings import TOKEN_VARIABLE, ServerSettings
 
 
 def test_an_empty_query_is_refused_on_the_command_line() -> None:

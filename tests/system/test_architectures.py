@@ -12,7 +12,7 @@ import pytest
 from pipeline.core.config_loading import load_config
 from pipeline.core.display import Display
 from pipeline.core.records import examples_from_table, trajectories_from_table
-from retriever_service.index.index import read_manifest
+from retriever_service.index.store import read_manifest
 from tests.system.conftest import TOKEN, overrides, random_model
 
 pytestmark = pytest.mark.system

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, TypeVar
 from pipeline.core.config import RolloutConfig
 from pipeline.core.records import Episode, StopReason
 from retriever_service.errors import RetrieverUnavailable
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 
 @dataclass(frozen=True, slots=True)

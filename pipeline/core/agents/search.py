@@ -26,7 +26,7 @@ from pipeline.core.agents.program import (
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.records import Question, Step, StopReason, Trajectory
 from pipeline.core.renderer import MalformedTurn, Renderer, Turn
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 SEARCHER = "searcher"
 """The role of the search agent."""

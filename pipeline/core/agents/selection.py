@@ -25,7 +25,7 @@ from pipeline.core.agents.search_program import answer_log_likelihoods, renderer
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.config import AgentConfig
 from pipeline.core.records import Episode, Question, Step, StopReason, Trajectory
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 SELECTOR, GENERATOR = "selector", "generator"
 

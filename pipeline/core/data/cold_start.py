@@ -41,7 +41,7 @@ from pipeline.core.records import (
 from pipeline.core.renderer import Renderer, Turn
 from pipeline.core.run import Json, write_table
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline.core.evaluation import AnswerScore, evaluate, normalise_answer, score_answer
 from pipeline.core.records import Question, Step, StopReason, Trajectory
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from pipeline.core.records import (
     trajectories_to_table,
 )
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 float32s = st.floats(width=32)

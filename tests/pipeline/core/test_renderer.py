@@ -15,7 +15,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.records import StopReason, Trajectory
 from pipeline.core.renderer import MalformedTurn, Renderer, Turn, default_instructions
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 HITS = (
     Hit(Passage("p1", "Silver Harp", "The Silver Harp is made by Orvane."), 0.9),

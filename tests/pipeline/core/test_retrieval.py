@@ -20,7 +20,7 @@ from pipeline.core.retrieval import Servers, corpus_paths, encoder_spec, prepare
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
-from retriever_service.index.index import read_manifest
+from retriever_service.index.store import read_manifest
 from tests.retriever_service.fake_engine import FakeEngine
 from tests.retriever_service.scripted_server import ScriptedServer
 from tests.retriever_service.support import HashEncoder

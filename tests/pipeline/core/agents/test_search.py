@@ -19,7 +19,7 @@ from pipeline.core.records import Question, StopReason, Trajectory
 from pipeline.core.renderer import Renderer
 from retriever_service.errors import RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 QUESTION = Question(id="q1", text="Who founded the maker of the Silver Harp?", answers=("Mara Velin",))
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=0, seed=7, stop=())

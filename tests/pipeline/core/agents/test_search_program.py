@@ -15,7 +15,7 @@ from pipeline.core.config import AgentConfig
 from pipeline.core.records import Question, StopReason, Trajectory
 from pipeline.core.renderer import Renderer
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 QUESTION = Question("q", "Who founded Orvane?", ("Mara Velin", "M. Velin", "Mara Velin"))
 AGENT = AgentConfig(documents=1)

@@ -29,7 +29,7 @@ from pipeline.core.records import Hop, Question, StopReason
 from pipeline.core.renderer import Renderer
 from retriever_service.errors import RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 CORPUS = {
     "harp": Passage(

@@ -28,7 +28,7 @@ from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 from tests.retriever_service.support import load_hash_encoder, write_jsonl
 
 PASSAGES = [Passage(f"p{i}", f"Maker {i}", f"Maker {i} was founded by Ada {i}.") for i in range(6)]

@@ -23,7 +23,8 @@ from retriever_service.building import build
 from retriever_service.building.planner import plan_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.passages.filters import Filter
-from retriever_service.search.search import DEFAULT_OPTIONS, Hit, SearchEngine, SearchOptions
+from retriever_service.passages.hits import DEFAULT_OPTIONS, Hit, SearchOptions
+from retriever_service.search.engine import SearchEngine
 from retriever_service.service.batching import BatchingSearcher
 from retriever_service.service.cache import CachingSearcher
 from tests.retriever_service.support import load_hash_encoder, write_jsonl

@@ -19,7 +19,8 @@ from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.index.updates import delete_passages
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.filters import Filter
-from retriever_service.search.search import SearchEngine, SearchOptions
+from retriever_service.passages.hits import SearchOptions
+from retriever_service.search.engine import SearchEngine
 from retriever_service.service.engine_processes import EngineProcesses, engine_opener
 from tests.retriever_service.support import load_hash_encoder, write_jsonl
 

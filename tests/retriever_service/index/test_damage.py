@@ -22,7 +22,7 @@ from retriever_service.cli import app
 from retriever_service.encoding import encode
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
-from retriever_service.search.search import SearchEngine
+from retriever_service.search.engine import SearchEngine
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 
 COUNT = 40
@@ -82,7 +82,7 @@ def done(command: str) -> None:
 def cut_off(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command ends when everything is made, and nothing declared whole."""
     with monkeypatch.context() as patch:
-        for module in ("build.write_manifest", "encode.finish_job"):
+        for module in ("building.build.write_manifest", "encoding.encode.finish_job"):
             patch.setattr(f"retriever_service.{module}", stop)
         assert run(command).exit_code == 130
 

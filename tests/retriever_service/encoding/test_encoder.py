@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from retriever_service.encoding.encoder import Encoder, EncoderSpec, _resolve, bundled_model, passage_text
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, _resolve, bundled_model
 from retriever_service.errors import RetrieverError
-from retriever_service.passages.corpus import Passage
+from retriever_service.passages.corpus import Passage, passage_text
 
 QUERIES = [
     "who wrote it?",

@@ -13,22 +13,26 @@ Guarantees:
 from __future__ import annotations
 
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any
 
 from retriever_service.errors import RetrieverError
-from retriever_service.passages.corpus import Passage
+from retriever_service.passages.hits import (
+    DEFAULT_OPTIONS,
+    Hit,
+    SearchOptions,
+    check_request,
+    normalise_query,
+)
 
 if TYPE_CHECKING:
     from retriever_service.encoding.encoder import EncoderSpec, LoadEncoder, TextEncoder, Vectors
     from retriever_service.index.bm25 import Bm25
     from retriever_service.index.dense import QueryVectors, VectorSearch
-    from retriever_service.index.index import Manifest, OpenIndex
-    from retriever_service.passages.filters import Filter
+    from retriever_service.index.store import Manifest, OpenIndex
+    from retriever_service.passages.corpus import Passage
     from retriever_service.passages.ranked import Mask, Ranked
     from retriever_service.search.rerank import Reranker
 
@@ -37,76 +41,6 @@ FUSION_DEPTH = 100
 
 CACHED_QUERIES = 100_000
 _FIRST_QUERY = "first search"
-Method = Literal["dense", "bm25", "hybrid"]
-
-
-@dataclass(frozen=True, slots=True)
-class Hit:
-    """A passage that a search found, with its score (higher is better; its scale is the method's own)."""
-
-    passage: Passage
-    score: float
-
-
-@dataclass(frozen=True, slots=True)
-class SearchOptions:
-    """How to search. Everything here changes the answer, and is part of every cache key."""
-
-    method: Method = "dense"
-    """`dense`: inner product of vectors; `bm25`: words; `hybrid`: both, by reciprocal-rank fusion."""
-    rerank: int = 0
-    """So many best candidates (at least k) are ordered anew by the cross-encoder; 0 leaves it out."""
-    where: Filter | None = None
-    """Only passages whose metadata fulfil this."""
-    exclude: frozenset[str] = frozenset()
-    """Ids of passages that must not come."""
-    distinct: bool = False
-    """Of passages with nearly the same words only the best one comes."""
-
-
-DEFAULT_OPTIONS = SearchOptions()
-
-
-class Searcher(Protocol):
-    """Anything that finds passages for queries."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal only if every search would be answered alike."""
-        ...
-
-    def search(
-        self, queries: Sequence[str], k: int, options: SearchOptions = DEFAULT_OPTIONS
-    ) -> list[list[Hit]]:
-        """The best `k` passages of each query, best first."""
-        ...
-
-
-def check_request(queries: Sequence[str], k: int) -> None:
-    """Refuse what no searcher can answer.
-
-    Raises:
-        RetrieverError: k < 1, or a query that is not a string of valid Unicode.
-    """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise RetrieverError(f"k must be a whole number of at least 1, got {k!r}")
-    if isinstance(queries, str):
-        raise RetrieverError("queries must be a list of strings, got one string")
-    for number, query in enumerate(queries):
-        if not isinstance(query, str):
-            raise RetrieverError(f"query {number} must be a string, is {type(query).__name__}")
-        try:
-            query.encode()
-        except UnicodeEncodeError as error:
-            raise RetrieverError(f"query {number} is not valid Unicode: {error}") from error
-
-
-def normalise_query(query: str) -> str:
-    """One spelling of queries that differ in white space or Unicode composition only (NFC).
-
-    Searchers search for this, so that a cache may be keyed on it.
-    """
-    return " ".join(unicodedata.normalize("NFC", query).split())
 
 
 class SearchEngine:
@@ -167,7 +101,7 @@ class SearchEngine:
         from retriever_service.encoding.encoder import Encoder
         from retriever_service.index.bm25 import Bm25
         from retriever_service.index.dense import QueryVectors, VectorSearch
-        from retriever_service.index.index import check_encoder, open_index
+        from retriever_service.index.store import check_encoder, open_index
         from retriever_service.search.rerank import Reranker
 
         if num_threads is not None:
@@ -390,7 +324,7 @@ class SearchEngine:
         Raises:
             RetrieverError: the new state is damaged, or of another encoder; the old one is searched on.
         """
-        from retriever_service.index.index import check_encoder, open_index, read_manifest
+        from retriever_service.index.store import check_encoder, open_index, read_manifest
 
         if read_manifest(self._index.directory) == self.manifest:
             return False

@@ -15,7 +15,7 @@ import pytest
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.filters import Filter
-from retriever_service.search.search import Hit, SearchOptions
+from retriever_service.passages.hits import Hit, SearchOptions
 from retriever_service.service.client import RetrieverHttpClient
 from tests.retriever_service.fake_engine import FakeEngine
 from tests.retriever_service.scripted_server import ScriptedServer

@@ -18,7 +18,7 @@ from retriever_service.errors import (
     RetrieverUnavailable,
 )
 from retriever_service.passages.filters import Filter
-from retriever_service.search.search import DEFAULT_OPTIONS, Hit, SearchOptions
+from retriever_service.passages.hits import DEFAULT_OPTIONS, Hit, SearchOptions
 from retriever_service.service.batching import BatchingSearcher
 from tests.retriever_service.fake_engine import FakeEngine
 

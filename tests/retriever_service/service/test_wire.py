@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.filters import Filter
-from retriever_service.search.search import DEFAULT_OPTIONS, Hit, SearchOptions
+from retriever_service.passages.hits import DEFAULT_OPTIONS, Hit, SearchOptions
 from retriever_service.service.batching import Answers
 from retriever_service.service.wire import (
     RetrieveRequest,

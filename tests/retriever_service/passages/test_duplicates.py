@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.duplicates import THRESHOLD, drop_duplicates, first_of_each
-from retriever_service.search.search import Hit
+from retriever_service.passages.hits import Hit
 
 LONG = " ".join(f"word{i}" for i in range(60))
 WORDS = st.lists(st.sampled_from("abc"), max_size=14)

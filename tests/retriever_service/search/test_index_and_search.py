@@ -17,9 +17,10 @@ from retriever_service import files
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
-from retriever_service.index.index import read_manifest, verify_checksums
+from retriever_service.index.store import read_manifest, verify_checksums
 from retriever_service.passages.corpus import Corpus
-from retriever_service.search.search import SearchEngine, SearchOptions
+from retriever_service.passages.hits import SearchOptions
+from retriever_service.search.engine import SearchEngine
 from tests.retriever_service.support import (
     DIMENSION,
     HashEncoder,

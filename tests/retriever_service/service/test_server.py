@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import signal
-import socket
-import subprocess
-import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
-from functools import partial
 from typing import Any
 
 import httpx
@@ -19,46 +12,9 @@ import pytest
 
 from retriever_service.errors import RetrieverError
 from retriever_service.service.limits import Limits
-from retriever_service.service.server import Engine, ServerSettings, create_app
+from retriever_service.service.server import ServerSettings
 from tests.retriever_service.fake_engine import FakeEngine
-from tests.retriever_service.support import ROOT, server_process
-
-
-@contextlib.asynccontextmanager
-async def running(
-    open_engine: Callable[[], Engine], *, ready: bool = True, **settings: Any
-) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the application, which runs in this event loop."""
-    app = create_app(ServerSettings(**{"grace_s": 0.01, "refresh_s": 0.0} | settings), open_engine)
-    transport = httpx.ASGITransport(app)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://server") as client,
-    ):
-        while ready and (await client.get("/readyz")).status_code != 200:
-            await asyncio.sleep(0.001)
-        yield client
-
-
-def with_server(
-    scenario: Callable[[httpx.AsyncClient, FakeEngine], Coroutine[Any, Any, Any]], **settings: Any
-) -> Any:
-    """The result of `scenario`, run against a server that is ready."""
-
-    async def run() -> Any:
-        engine = FakeEngine()
-        try:
-            async with running(lambda: engine, **settings) as client:
-                return await scenario(client, engine)
-        finally:
-            engine.gate.set()
-
-    return asyncio.run(run())
-
-
-def ask(method: str, path: str, **request: Any) -> httpx.Response:
-    """The reply to one request."""
-    return with_server(lambda client, engine: client.request(method, path, **request))  # type: ignore[no-any-return]
+from tests.retriever_service.live_server import ask, hold, metric, running, with_server
 
 
 def test_native_search_gives_what_the_library_gives() -> None:
@@ -286,120 +242,6 @@ def test_failure_of_the_server_is_not_told_but_counted() -> None:
     with_server(scenario)
 
 
-def test_body_is_read_no_further_than_its_limit() -> None:
-    sent = 0
-
-    async def endless() -> AsyncIterator[bytes]:
-        nonlocal sent
-        while True:
-            sent += 1_000
-            yield b" " * 1_000
-
-    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-        headers = {"Content-Type": "application/json"}
-        reply = await client.post("/search", content=endless(), headers=headers)
-        assert reply.status_code == 413
-        assert "10,000 bytes" in reply.json()["detail"]
-        declared = await client.post("/search", content=b" " * 10_001, headers=headers)
-        assert declared.status_code == 413
-
-    with_server(scenario, limits=Limits(max_body_bytes=10_000))
-    assert sent == 11_000
-
-
-def test_body_that_does_not_arrive_is_not_waited_for() -> None:
-    async def stalled() -> AsyncIterator[bytes]:
-        yield b'{"query": '
-        await asyncio.sleep(30)
-
-    reply = with_server(
-        lambda client, engine: client.post(
-            "/search", content=stalled(), headers={"Content-Type": "application/json"}
-        ),
-        body_deadline_s=0.01,
-    )
-    assert reply.status_code == 408
-
-
-async def hold(client: httpx.AsyncClient, engine: FakeEngine) -> asyncio.Task[httpx.Response]:
-    """A request that keeps the engine busy until the gate is opened."""
-    engine.gate.clear()
-    first = asyncio.create_task(client.post("/search", json={"query": "first"}))
-    while not engine.held:
-        await asyncio.sleep(0.001)
-    return first
-
-
-async def metric(client: httpx.AsyncClient, name: str) -> float:
-    lines = (await client.get("/metrics")).text.splitlines()
-    return float(next(line.split()[-1] for line in lines if line.startswith(f"{name} ")))
-
-
-def test_full_queue_is_429_with_a_time_to_come_back() -> None:
-    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-        first = await hold(client, engine)
-        waiting = asyncio.create_task(client.post("/search", json={"queries": ["lion", "otter"]}))
-        while await metric(client, "exsearch_queue_queries") < 2:
-            await asyncio.sleep(0.001)
-        refused = await client.post("/retrieve", json={"queries": ["eagle"]})
-        assert refused.status_code == 429
-        assert int(refused.headers["Retry-After"]) >= 1
-        assert refused.json()["error"] == "overloaded"
-        engine.gate.set()
-        assert [(await task).status_code for task in (first, waiting)] == [200, 200]
-
-    with_server(scenario, max_waiting=2)
-
-
-@pytest.mark.parametrize(("asked_for", "settings"), [({"deadline_s": 1}, {}), ({}, {"deadline_s": 0.01})])
-def test_deadline_is_504_and_nothing_is_searched(
-    asked_for: dict[str, float], settings: dict[str, float]
-) -> None:
-    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-        first = await hold(client, engine)
-        late = await client.post("/search", json={"query": "lion"} | asked_for)
-        assert late.status_code == 504
-        assert late.json()["error"] == "timeout"
-        engine.gate.set()
-        await first
-        while not engine.searches or await metric(client, "exsearch_queue_queries"):
-            await asyncio.sleep(0.001)
-        # Behind every batch that was taken from the queue.
-        await client.get("/info")
-        assert engine.searches == [["first"]]
-
-    with_server(scenario, **settings)
-
-
-def test_client_that_hangs_up_is_not_searched_for() -> None:
-    async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-        first = await hold(client, engine)
-        app = client._transport.app  # type: ignore[attr-defined]
-        body = b'{"query": "gone"}'
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/search",
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
-        }
-        messages = iter([{"type": "http.request", "body": body}, {"type": "http.disconnect"}])
-
-        async def receive() -> Any:
-            return next(messages)
-
-        async def send(message: Any) -> None:
-            pass
-
-        await app(scope, receive, send)
-        engine.gate.set()
-        await first
-        await client.post("/search", json={"query": "here"})
-        assert engine.searches == [["first"], ["here"]]
-
-    with_server(scenario)
-
-
 def test_repeated_question_is_searched_once() -> None:
     async def scenario(client: httpx.AsyncClient, engine: FakeEngine) -> None:
         replies = [
@@ -549,81 +391,3 @@ def test_settings_that_make_no_sense(bad: dict[str, Any]) -> None:
 def test_limits_that_make_no_sense() -> None:
     with pytest.raises(RetrieverError, match="max_k"):
         Limits(max_k=0)
-
-
-# ---------------------------------------------------------------- a server of its own process
-
-
-serving = partial(server_process, "tests.retriever_service.fake_engine")
-
-
-@pytest.mark.component
-def test_sigterm_answers_what_is_held_refuses_what_comes_and_ends_with_0() -> None:
-    async def scenario(url: str, process: subprocess.Popen[str]) -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            held = [
-                asyncio.create_task(client.post("/search", json={"query": query}))
-                for query in ("slow", "lion")
-            ]
-            while (await client.get("/metrics")).text.count("exsearch_queue_queries 1.0") == 0:
-                await asyncio.sleep(0.001)
-            process.send_signal(signal.SIGTERM)
-            while (ready := await client.get("/readyz")).status_code == 200:
-                await asyncio.sleep(0.001)
-            assert "draining" in ready.json()["detail"]
-            refused = await client.post("/search", json={"query": "otter"})
-            assert refused.status_code == 503
-            assert "Retry-After" in refused.headers
-            assert [(await task).status_code for task in held] == [200, 200]
-
-    with serving(max_batch=1) as (url, process):
-        asyncio.run(scenario(url, process))
-        assert process.wait(timeout=30) == 0
-        with pytest.raises(httpx.ConnectError):
-            httpx.get(f"{url}/healthz")
-
-
-@pytest.mark.component
-def test_sigterm_ends_with_0_even_if_the_index_is_stuck() -> None:
-    async def scenario(url: str, process: subprocess.Popen[str]) -> None:
-        async with httpx.AsyncClient(base_url=url, timeout=60) as client:
-            held = asyncio.create_task(client.post("/search", json={"query": "slow"}))
-            while (await client.get("/metrics")).text.count(
-                'exsearch_queries_total{source="searched"} 1.0'
-            ) == 0:
-                await asyncio.sleep(0.001)
-            process.send_signal(signal.SIGTERM)
-            assert (await held).status_code == 503
-
-    with serving(grace_s=0.0) as (url, process):
-        asyncio.run(scenario(url, process))
-        assert process.wait(timeout=30) == 0
-
-
-@pytest.mark.component
-def test_address_in_use_is_a_clear_error() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        arguments = json.dumps({"port": taken.getsockname()[1]})
-        command = [sys.executable, "-m", "tests.retriever_service.fake_engine", arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode != 0
-    assert "RetrieverError: cannot listen on 127.0.0.1" in done.stderr
-
-
-@pytest.mark.component
-def test_half_a_request_and_nonsense_harm_nobody() -> None:
-    with serving(body_deadline_s=0.1) as (url, _):
-        address = (httpx.URL(url).host, httpx.URL(url).port)
-        head = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n"
-        long = b"GET /api/search?query=" + b"x" * 1_000_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"
-        for sent, status in ((head + b'{"query"', b"408"), (long, b"4"), (b"\x16\x03\x01\r\n\r\n", b"400")):
-            with socket.create_connection(address, timeout=30) as connection:
-                connection.sendall(sent)
-                assert connection.recv(100).startswith(b"HTTP/1.1 " + status)
-        assert httpx.post(f"{url}/search", json={"query": "lion"}, timeout=60).status_code == 200
-
-
-@pytest.mark.parametrize("port", [-1, 65_536])
-def test_port_that_is_none_is_refused(port: int) -> None:
-    with pytest.raises(RetrieverError, match="65535"):
-        ServerSettings(port=port)

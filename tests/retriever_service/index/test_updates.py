@@ -16,11 +16,12 @@ from retriever_service.building import build
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
 from retriever_service.files import exclusive
-from retriever_service.index import index, updates
-from retriever_service.index.index import read_manifest, verify_checksums
+from retriever_service.index import store, updates
+from retriever_service.index.store import read_manifest, verify_checksums
 from retriever_service.index.updates import add_passages, delete_passages
 from retriever_service.passages.corpus import Passage
-from retriever_service.search.search import SearchEngine, SearchOptions
+from retriever_service.passages.hits import SearchOptions
+from retriever_service.search.engine import SearchEngine
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 
 SPEC = EncoderSpec("hash")
@@ -194,7 +195,7 @@ def test_an_update_killed_at_any_step_is_whole_or_absent(ten: Path, step: int) -
 def test_a_reader_that_opens_while_an_update_removes_files_gets_the_new_state(
     ten: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = index._open, []
+    real, calls = store._open, []
 
     def meanwhile(directory: Path, manifest: Any) -> Any:
         if not calls:
@@ -202,7 +203,7 @@ def test_a_reader_that_opens_while_an_update_removes_files_gets_the_new_state(
             add_passages(ten, [passage(n) for n in range(10, 30)], HashEncoder(SPEC))
         return real(directory, manifest)
 
-    monkeypatch.setattr(index, "_open", meanwhile)
+    monkeypatch.setattr(store, "_open", meanwhile)
     assert open_engine(ten).manifest.num_passages == 30
 
 

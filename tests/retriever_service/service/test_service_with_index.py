@@ -20,9 +20,10 @@ import pytest
 
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
-from retriever_service.index.index import verify_checksums
+from retriever_service.index.store import verify_checksums
 from retriever_service.passages.filters import Filter
-from retriever_service.search.search import Hit, SearchEngine, SearchOptions
+from retriever_service.passages.hits import Hit, SearchOptions
+from retriever_service.search.engine import SearchEngine
 from retriever_service.service.client import RetrieverHttpClient
 from tests.retriever_service import search_r1_agent
 from tests.retriever_service.support import load_hash_encoder, server_process, write_jsonl

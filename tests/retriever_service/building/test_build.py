@@ -21,8 +21,9 @@ from retriever_service.encoding.encode import encode_corpus
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.encoding.vectors import VectorStore
 from retriever_service.errors import RetrieverError
-from retriever_service.index.index import read_manifest, verify_checksums
-from retriever_service.search.search import SearchEngine, SearchOptions
+from retriever_service.index.store import read_manifest, verify_checksums
+from retriever_service.passages.hits import SearchOptions
+from retriever_service.search.engine import SearchEngine
 from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
 
 SPEC = EncoderSpec("hash")
@@ -182,7 +183,7 @@ def test_a_build_killed_again_and_again_ends_with_the_same_bytes(tmp_path: Path)
     corpus = write_jsonl(tmp_path / "c.jsonl", rows())
     script = tmp_path / "child.py"
     script.write_text(CHILD)
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
 
     def start(out: Path) -> subprocess.Popen[bytes]:
         environment = os.environ | {"PYTHONPATH": str(root)}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverTimeout
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.filters import Filter
-from retriever_service.search.search import DEFAULT_OPTIONS, Hit, SearchOptions
+from retriever_service.passages.hits import DEFAULT_OPTIONS, Hit, SearchOptions
 from retriever_service.service.batching import BatchingSearcher
 from retriever_service.service.cache import CachingSearcher
 from tests.retriever_service.fake_engine import FakeEngine
