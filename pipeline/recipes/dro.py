@@ -177,7 +177,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
 def teach_formats(run: Run, settings: Settings, tokenizers: Mapping[str, str]) -> Json:
     """Examples of a random selection and of the gold answer behind it, one of each per training question.
 
-    No supervision but the answers: a passage is drawn the likelier the higher the retriever ranks it.
+    No supervision but the answers: what to choose is left for the iterations to discover.
     """
     agent = run.config.agent
     selector, generator = (renderer_at(tokenizers[name], agent) for name in (SELECTOR, GENERATOR))
@@ -189,8 +189,7 @@ def teach_formats(run: Run, settings: Settings, tokenizers: Mapping[str, str]) -
 
     for question, hits in zip(run.splits.train, asyncio.run(candidates()), strict=True):
         rng = np.random.default_rng(derive_seed(run.config.seed, "formats", question.id))
-        odds = 1.0 / np.arange(1, len(hits) + 1)
-        order = rng.choice(len(hits), min(settings.chosen, len(hits)), replace=False, p=odds / odds.sum())
+        order = rng.permutation(len(hits))[: settings.chosen]
         selection = selection_ids(agent, selector.tokenizer, order.tolist())
         prompt = select_prompt(agent, selector.tokenizer, question, hits)
         examples[SELECTOR].append(Example.supervised(question.id, SELECTOR, prompt, selection))
