@@ -139,6 +139,6 @@ def progress(what: str, unit: str) -> Iterator[_Advance]:
         TimeRemainingColumn(),
     )
     start = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield _Advance(progress, progress.add_task(what, total=None))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _Advance(bar, bar.add_task(what, total=None))
     say(f"{what}: {time.perf_counter() - start:.1f} s")

@@ -6,12 +6,9 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from retriever_service.passages.corpus import passage_text
-
-if TYPE_CHECKING:
-    from retriever_service.passages.hits import Hit
+from retriever_service.passages.hits import Hit
 
 SHINGLE_WORDS = 3
 THRESHOLD = 0.9

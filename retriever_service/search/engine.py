@@ -18,7 +18,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, LoadEncoder, TextEncoder, Vectors
 from retriever_service.errors import RetrieverError
+from retriever_service.index.bm25 import Bm25
+from retriever_service.passages.corpus import Passage
+from retriever_service.passages.duplicates import drop_duplicates
+from retriever_service.passages.filters import MetadataColumns
 from retriever_service.passages.hits import (
     DEFAULT_OPTIONS,
     Hit,
@@ -26,15 +31,15 @@ from retriever_service.passages.hits import (
     check_request,
     normalise_query,
 )
+from retriever_service.passages.ranked import Mask, Ranked
+from retriever_service.search.fusion import reciprocal_rank_fusion
+from retriever_service.search.rerank import Reranker
 
+# What loads FAISS is imported where an index is opened or changed: many who import this class never do, such as the
+# command line and the workers that ask another process.
 if TYPE_CHECKING:
-    from retriever_service.encoding.encoder import EncoderSpec, LoadEncoder, TextEncoder, Vectors
-    from retriever_service.index.bm25 import Bm25
     from retriever_service.index.dense import QueryVectors, VectorSearch
     from retriever_service.index.store import Manifest, OpenIndex
-    from retriever_service.passages.corpus import Passage
-    from retriever_service.passages.ranked import Mask, Ranked
-    from retriever_service.search.rerank import Reranker
 
 FUSION_DEPTH = 100
 """Hits of each ranking that a hybrid search fuses, at least."""
@@ -95,14 +100,10 @@ class SearchEngine:
         Raises:
             RetrieverError: a missing or damaged index, an encoder or search parameters that do not fit.
         """
-        # Imported here: `Hit` and `Searcher` are used where neither FAISS nor an encoder is needed.
         import faiss
 
-        from retriever_service.encoding.encoder import Encoder
-        from retriever_service.index.bm25 import Bm25
         from retriever_service.index.dense import QueryVectors, VectorSearch
         from retriever_service.index.store import check_encoder, open_index
-        from retriever_service.search.rerank import Reranker
 
         if num_threads is not None:
             import torch
@@ -127,8 +128,6 @@ class SearchEngine:
         )
 
     def _use(self, index: OpenIndex) -> None:
-        from retriever_service.passages.filters import MetadataColumns
-
         self._index = index
         self._vectors, self._bm25 = self._make_stages(index)
         self._metadata = MetadataColumns(index.corpus)
@@ -209,8 +208,6 @@ class SearchEngine:
         self, queries: Sequence[str], depth: int, allowed: Mask | None, options: SearchOptions
     ) -> list[list[Hit]]:
         """At least max(k, rerank) hits of each query where there are so many, without what must not come."""
-        from retriever_service.passages.duplicates import drop_duplicates
-
         ranked = self._first_stage(queries, depth, allowed, options)
         candidates = []
         for query, hits in zip(queries, self._hits(ranked), strict=True):
@@ -225,8 +222,6 @@ class SearchEngine:
     def _first_stage(
         self, queries: Sequence[str], depth: int, allowed: Mask | None, options: SearchOptions
     ) -> Ranked:
-        from retriever_service.search.fusion import reciprocal_rank_fusion
-
         if options.method == "dense":
             return self._dense(queries, depth, allowed)
         assert self._bm25 is not None  # see _check_options
