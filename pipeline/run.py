@@ -64,8 +64,8 @@ def open_run(
 class Run:
     """One run of a recipe. `open_run` gives it.
 
-    Versions of a policy: t is what step "t/NAME/train" made; below the first of them it is the model that the policy
-    started from.
+    Versions of a policy: t is what step "t/NAME/train" made. Where t has no such step it is the newest version before,
+    below the first of them the model that the policy started from: not every iteration has to train every policy.
     """
 
     def __init__(
@@ -103,10 +103,9 @@ class Run:
         """A version of a policy on disk."""
         if name in self._frozen:
             return self._frozen[name]
-        if self.files.finished(f"{version}/{name}/train") is None:
+        if (made := self.files.newest_version(name, up_to=version)) < 0:
             return Snapshot(version, self._specs[name].model.path)
-        model, learner = self.at(f"{version}/{name}/model"), self.at(f"{version}/{name}/learner")
-        return Snapshot(version, str(model), learner)
+        return Snapshot(made, str(self.at(f"{made}/{name}/model")), self.at(f"{made}/{name}/learner"))
 
     def freeze(self, name: str, at: Snapshot) -> None:
         """Let a policy without a learner, such as a reference, be this version of another one from now on."""
@@ -133,12 +132,17 @@ class Run:
         head, _, name = step.partition("/")
         if head.isdecimal():
             self.tracker.rollback(int(head), name)
-        logger.info(f"{step} begins")
-        result = self.files.once(step, work)
-        logger.info(f"{step}: {scalars(result)}")
-        if head.isdecimal():
-            self.tracker.log(scalars(result), iteration=int(head), phase=name)
-        return result
+
+        def recorded() -> Json:
+            logger.info(f"{step} begins")
+            result = work()
+            logger.info(f"{step}: {scalars(result)}")
+            # Before the step counts as finished: a kill in between has it repeated, and no figure is missing.
+            if head.isdecimal():
+                self.tracker.log(scalars(result), iteration=int(head), phase=name)
+            return result
+
+        return self.files.once(step, recorded)
 
     def sample(
         self,

@@ -22,10 +22,10 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from pipeline.core.config import EXSEARCH, Config
+from pipeline.core.config import Config
 from pipeline.core.config_loading import load_config, section_of
 from pipeline.core.errors import UserError
-from pipeline.core.run import FREE_TO_CHANGE
+from pipeline.core.run import FREE_IN_RECIPES, FREE_TO_CHANGE
 from pipeline.methods import names, settings_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -66,8 +66,7 @@ def render() -> str:
     for name, model in sections.items():
         parts += _section(name, model, level=2)
     for recipe in names():
-        if recipe != EXSEARCH:
-            parts += _section(recipe, settings_of(recipe), level=2)
+        parts += _section(recipe, settings_of(recipe), level=2)
     parts += _rules() + _free_to_change()
     return "\n\n".join(parts) + "\n"
 
@@ -184,6 +183,7 @@ def _free_to_change() -> list[str]:
         "change:"
     )
     names = [f"`{key}.*`" if _is_section(key) else f"`{key}`" for key in FREE_TO_CHANGE]
+    names += [f"`{key}` in the section of the recipe (`em` in ExSearch)" for key in FREE_IN_RECIPES]
     return ["## Keys that a resumed run may change", text, "\n".join(f"- {name}" for name in names)]
 
 

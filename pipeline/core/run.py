@@ -10,7 +10,7 @@
         rollouts/              Parquet shards of trajectories, beside each its tasks' statistics (_000000.json)
         POLICY/                one folder per policy: `searcher` in ExSearch
           examples/            Parquet shards of training examples
-          learner/             DeepSpeed state of every rank (kept for the newest iteration only)
+          learner/             DeepSpeed state of every rank (kept of the newest version only)
           model/               a Hugging Face model directory
           train.json
         sample.json  evaluation.json  ...      one per finished step, written behind its data
@@ -37,8 +37,9 @@ from typing import IO, Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from pydantic import BaseModel
 
-from pipeline.core.config import EXSEARCH, Config
+from pipeline.core.config import EXSEARCH, Config, OnDisk
 from pipeline.core.config_loading import check_keys
 from pipeline.core.errors import UserError
 from retriever_service import files
@@ -49,13 +50,13 @@ FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency
                   "rollout.max_restarts", "rollout.gpu_memory_utilization", "rollout.kv_cache_gib",
                   "rollout.tensor_parallel_size", "rollout.enforce_eager", "retriever.url", "retriever.replicas",
                   "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
-                  "retriever.max_attempts", "rollout.max_failure_share", "em.iterations", "em.patience",
-                  "learner.threads_per_rank", "learner.start_timeout_s")  # fmt: skip
-"""Keys that say where and how long a run goes, not what it computes: a resumed run may have others."""
-
+                  "retriever.max_attempts", "rollout.max_failure_share", "learner.threads_per_rank",
+                  "learner.start_timeout_s")  # fmt: skip
+FREE_IN_RECIPES = ("iterations", "patience")
+"""Keys that say where and how long a run goes, not what it computes: a resumed run may have others. The second ones are
+in the section of the recipe (`em` in ExSearch)."""
 
 _LOCK_FILE = "lock"
-_PATH_KEYS = (("data", "root"), ("model", "path"), ("retriever", "index"), ("cold_start", "trajectories"))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -109,6 +110,10 @@ class RunFiles:
         """What a step left behind, or None if it is not finished."""
         return _read_json(self.at(f"{step}.json"))
 
+    def trained(self) -> list[str]:
+        """The policies that this run has trained."""
+        return sorted({path.parts[-2] for path in self.path.glob("iterations/*/*/train.json")})
+
     def steps(self, number: int) -> dict[str, Json]:
         """All finished steps of an iteration, under their names: "sample", "selector/train", ..."""
         directory = self.iteration(number)
@@ -119,10 +124,23 @@ class RunFiles:
             if not path.name.startswith("_") and (result := _read_json(path)) is not None
         }
 
-    def newest_version(self, policy: str) -> int:
-        """The newest version of a policy that was trained in this run; -1 if there is none."""
-        made = [int(path.parts[-3]) for path in self.path.glob(f"iterations/*/{policy}/train.json")]
-        return max(made, default=-1)
+    def newest_version(self, policy: str, up_to: int | None = None) -> int:
+        """The newest version of a policy, or the newest up to one, that this run trained; -1 if there is none."""
+        made = (int(path.parts[-3]) for path in self.path.glob(f"iterations/*/{policy}/train.json"))
+        return max((version for version in made if up_to is None or version <= up_to), default=-1)
+
+    def check_layout(self) -> None:
+        """Refuse a directory that an earlier version laid out, without folders for policies.
+
+        Raises:
+            UserError: it is one.
+        """
+        names = ("model", "learner", "weighted", "expectation.json", "maximisation.json")
+        if found := next((p for name in names for p in self.path.glob(f"iterations/*/{name}")), None):
+            raise UserError(
+                f"{self.path} holds a run of an earlier version, which had its files elsewhere ({found}); choose "
+                "another --run directory, or use that version"
+            )
 
     def test_results(self) -> dict[str, Json]:
         found = {path.stem: _read_json(path) for path in sorted((self.path / "test").glob("*.json"))}
@@ -141,6 +159,7 @@ class RunDirectory(RunFiles):
         super().__init__(path)
         stored = self.path / "config.yaml"
         if stored.exists():
+            self.check_layout()
             self._check_same(stored, config)
         elif path.exists() and not _is_empty(path):
             raise UserError(
@@ -185,10 +204,12 @@ class RunDirectory(RunFiles):
         self.at(f"{step}.json").unlink(missing_ok=True)
 
     def close_iteration(self, number: int) -> None:
-        """Mark an iteration as whole and drop the learner states of the one before it."""
+        """Mark an iteration as whole and drop the learner states that it has newer ones of."""
         write_atomically(self.iteration(number) / "DONE", "")
-        for learner in self.iteration(number - 1).glob("*/learner"):
-            shutil.rmtree(learner, ignore_errors=True)
+        for state in self.path.glob("iterations/*/*/learner"):
+            iteration, policy = state.parts[-3:-1]
+            if int(iteration) < number and self.at(f"{number}/{policy}/learner").is_dir():
+                shutil.rmtree(state, ignore_errors=True)
 
     def fresh(self, step: str) -> Path:
         """`at(step)` as an empty directory: what an interrupted step left there is removed."""
@@ -214,7 +235,9 @@ class RunDirectory(RunFiles):
             raise UserError(f"{stored} cannot be read ({error}); choose another --run directory") from error
         before, now = flatten(_with_absolute_paths(old)), flatten(_with_absolute_paths(config))
         changed = [
-            key for key in now | before if before.get(key) != now.get(key) and not _is_free_to_change(key)
+            key
+            for key in now | before
+            if before.get(key) != now.get(key) and not _is_free_to_change(key, config.recipe)
         ]
         # A run that stopped before its first result, say over a bad corpus, may go on with another configuration.
         if changed and _has_results(stored.parent):
@@ -236,17 +259,21 @@ def _has_results(run: Path) -> bool:
     return any(run.glob("iterations/*/*.json")) or any(run.glob("test/*.json"))
 
 
-def _is_free_to_change(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+def _is_free_to_change(key: str, recipe: str) -> bool:
+    section = "em" if recipe == EXSEARCH else recipe
+    free_keys = (*FREE_TO_CHANGE, *(f"{section}.{name}" for name in FREE_IN_RECIPES))
+    return any(key == free or key.startswith(f"{free}.") for free in free_keys)
 
 
-def _with_absolute_paths(config: Config) -> Json:
-    """The configuration as it holds in any working directory; a hub name, or what is not there, stays as it is."""
-    tree = config.model_dump(mode="json")
-    for section, key in _PATH_KEYS:
-        value = tree[section][key]
-        if isinstance(value, str) and Path(value).exists():
-            tree[section][key] = str(Path(value).resolve())
+def _with_absolute_paths(section: BaseModel) -> Json:
+    """A section as it holds in any working directory; a hub name, or what is not there, stays as it is."""
+    tree = section.model_dump(mode="json")
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, BaseModel):
+            tree[key] = _with_absolute_paths(value)
+        elif isinstance(value, str) and OnDisk() in field.metadata and Path(value).exists():
+            tree[key] = str(Path(value).resolve())
     return tree
 
 
