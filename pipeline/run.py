@@ -64,8 +64,8 @@ def open_run(
 class Run:
     """One run of a recipe. `open_run` gives it.
 
-    Versions of a policy: t is what step "t/NAME/train" made. Where t has no such step it is the newest version before,
-    below the first of them the model that the policy started from: not every iteration has to train every policy.
+    Versions of a policy: t is what the last training up to step "t/NAME/train" made; before the first of them it is the
+    model that the policy started from.
     """
 
     def __init__(
@@ -103,7 +103,8 @@ class Run:
         """A version of a policy on disk."""
         if name in self._frozen:
             return self._frozen[name]
-        if (made := self.files.newest_version(name, up_to=version)) < 0:
+        made = self.files.newest_version(name, up_to=version)
+        if made < 0:
             return Snapshot(version, self._specs[name].model.path)
         return Snapshot(made, str(self.at(f"{made}/{name}/model")), self.at(f"{made}/{name}/learner"))
 

@@ -25,7 +25,7 @@ from pydantic.fields import FieldInfo
 from pipeline.core.config import Config
 from pipeline.core.config_loading import load_config, section_of
 from pipeline.core.errors import UserError
-from pipeline.core.run import FREE_IN_RECIPES, FREE_TO_CHANGE
+from pipeline.core.run import FREE_TO_CHANGE
 from pipeline.methods import names, settings_of
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
@@ -183,7 +183,7 @@ def _free_to_change() -> list[str]:
         "change:"
     )
     names = [f"`{key}.*`" if _is_section(key) else f"`{key}`" for key in FREE_TO_CHANGE]
-    names += [f"`{key}` in the section of the recipe (`em` in ExSearch)" for key in FREE_IN_RECIPES]
+    names.append("`iterations` and `patience` in the section of another recipe")
     return ["## Keys that a resumed run may change", text, "\n".join(f"- {name}" for name in names)]
 
 

@@ -29,7 +29,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -50,11 +50,11 @@ FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency
                   "rollout.max_restarts", "rollout.gpu_memory_utilization", "rollout.kv_cache_gib",
                   "rollout.tensor_parallel_size", "rollout.enforce_eager", "retriever.url", "retriever.replicas",
                   "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
-                  "retriever.max_attempts", "rollout.max_failure_share", "learner.threads_per_rank",
-                  "learner.start_timeout_s")  # fmt: skip
-FREE_IN_RECIPES = ("iterations", "patience")
-"""Keys that say where and how long a run goes, not what it computes: a resumed run may have others. The second ones are
-in the section of the recipe (`em` in ExSearch)."""
+                  "retriever.max_attempts", "rollout.max_failure_share", "em.iterations", "em.patience",
+                  "learner.threads_per_rank", "learner.start_timeout_s")  # fmt: skip
+"""Keys that say where and how long a run goes, not what it computes: a resumed run may have others. So do a recipe's
+own `iterations` and `patience`."""
+
 
 _LOCK_FILE = "lock"
 
@@ -204,12 +204,11 @@ class RunDirectory(RunFiles):
         self.at(f"{step}.json").unlink(missing_ok=True)
 
     def close_iteration(self, number: int) -> None:
-        """Mark an iteration as whole and drop the learner states that it has newer ones of."""
+        """Mark an iteration as whole and drop the learner states that those of it replace."""
         write_atomically(self.iteration(number) / "DONE", "")
-        for state in self.path.glob("iterations/*/*/learner"):
-            iteration, policy = state.parts[-3:-1]
-            if int(iteration) < number and self.at(f"{number}/{policy}/learner").is_dir():
-                shutil.rmtree(state, ignore_errors=True)
+        for learner in self.iteration(number).glob("*/learner"):
+            for older in range(number):
+                shutil.rmtree(self.at(f"{older}/{learner.parent.name}/learner"), ignore_errors=True)
 
     def fresh(self, step: str) -> Path:
         """`at(step)` as an empty directory: what an interrupted step left there is removed."""
@@ -234,11 +233,8 @@ class RunDirectory(RunFiles):
         except (yaml.YAMLError, ValueError, AttributeError) as error:
             raise UserError(f"{stored} cannot be read ({error}); choose another --run directory") from error
         before, now = flatten(_with_absolute_paths(old)), flatten(_with_absolute_paths(config))
-        changed = [
-            key
-            for key in now | before
-            if before.get(key) != now.get(key) and not _is_free_to_change(key, config.recipe)
-        ]
+        free = (*FREE_TO_CHANGE, f"{config.recipe}.iterations", f"{config.recipe}.patience")
+        changed = [key for key in now | before if before.get(key) != now.get(key) and not _is_in(key, free)]
         # A run that stopped before its first result, say over a bad corpus, may go on with another configuration.
         if changed and _has_results(stored.parent):
             lines = "\n".join(f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
@@ -259,10 +255,8 @@ def _has_results(run: Path) -> bool:
     return any(run.glob("iterations/*/*.json")) or any(run.glob("test/*.json"))
 
 
-def _is_free_to_change(key: str, recipe: str) -> bool:
-    section = "em" if recipe == EXSEARCH else recipe
-    free_keys = (*FREE_TO_CHANGE, *(f"{section}.{name}" for name in FREE_IN_RECIPES))
-    return any(key == free or key.startswith(f"{free}.") for free in free_keys)
+def _is_in(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def _with_absolute_paths(section: BaseModel) -> Json:
