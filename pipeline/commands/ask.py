@@ -19,7 +19,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.models import check_model
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Question, Trajectory
-from pipeline.core.retrieval import Searched, Servers, servers_of
+from pipeline.core.retrieval import Searched, Servers, await_servers
 from pipeline.core.run import Json, RunFiles
 from retriever_service.index.store import read_manifest
 
@@ -110,7 +110,10 @@ def _searched(index: Path | None, config: Config, display: Display) -> Searched:
             f"there are --index {index} and retriever.url ({', '.join(retriever.url)}); leave one out "
             "(retriever.url=null)"
         )
-    searched = servers_of(config, display) or index or retriever.index
+    servers = await_servers(
+        retriever, display, documents=config.agent.documents, timeout_s=config.cluster.start_timeout_s
+    )
+    searched = servers or index or retriever.index
     if searched is None:
         raise UserError("there is nothing to search: give --index DIR, or retriever.url=ADDRESS of a server")
     if isinstance(searched, Servers):

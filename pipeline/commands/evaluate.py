@@ -61,7 +61,14 @@ def evaluate_model(
             "evaluation needs something to search: give --run, or retriever.index=DIR (see exsearch index build), or "
             "retriever.url=ADDRESS of a server"
         )
-    searched = what_is_searched(config, (run or Path()) / "index", display)
+    searched = what_is_searched(
+        config.retriever,
+        config.data,
+        (run or Path()) / "index",
+        display,
+        documents=config.agent.documents,
+        timeout_s=config.cluster.start_timeout_s,
+    )
     questions = [question for members in sets.values() for question in members]
     spec = PolicySpec(SEARCHER, config.model.model_copy(update={"path": model}), config.rollout)
     with ray_session(config.cluster):
