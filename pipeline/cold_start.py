@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.core.agents.program import derive_seed
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.config import Config
-from pipeline.core.data.cold_start_source import cold_start_examples, load_cold_start_source
+from pipeline.core.data.cold_start_source import ColdStartMaker
 from pipeline.core.data.splits import Splits
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.models import load_tokenizer
@@ -26,10 +26,17 @@ class ColdStart:
 
     def __init__(self, config: Config, splits: Splits) -> None:
         self.config = config
-        self.renderer = Renderer(load_tokenizer(config.model.path), config.agent)
+        self.maker = ColdStartMaker(
+            config.cold_start,
+            config.data,
+            config.retriever,
+            Renderer(load_tokenizer(config.model.path), config.agent),
+            config.model.max_length,
+            config.seed,
+        )
         self.source = None
         if config.cold_start.questions or config.cold_start.trajectories:
-            self.source = load_cold_start_source(config, splits.train, self.renderer)
+            self.source = self.maker.source(splits.train)
 
     @property
     def base_version(self) -> int:
@@ -45,9 +52,8 @@ class ColdStart:
         def synthesise() -> Json:
             index = run.searched if isinstance(run.searched, Path) else run.at("index")
             cache = Path(f"{index}.rewritten.jsonl")
-            retrieve = run.cluster.retrieve
             examples, statistics = asyncio.run(
-                cold_start_examples(self.config, source, self.renderer, retrieve, run.searched, cache)
+                self.maker.examples(source, run.cluster.retrieve, run.searched, cache)
             )
             run.write_examples(0, SEARCHER, examples)
             return statistics

@@ -34,9 +34,10 @@ from pipeline.core.display import Display
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import examples_from_table, examples_to_table
-from pipeline.core.report import Outcome, best_iteration, exsearch_outcome, exsearch_report, should_stop
+from pipeline.core.report import Outcome, best_iteration, should_stop
 from pipeline.core.run import Json, write_json, write_table
 from pipeline.core.weighing import SearchWeights
+from pipeline.em_report import em_report, outcome_of
 from pipeline.run import Run, open_run
 
 logger = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
     )
     cold_start = ColdStart(config, splits)
     with open_run(config, run_path, display, splits, [searcher_of(config)]) as run:
-        return exsearch_outcome(ExpectationMaximisation(run, cold_start).run_all())
+        return outcome_of(ExpectationMaximisation(run, cold_start).run_all())
 
 
 def searcher_of(config: Config) -> PolicySpec:
@@ -158,6 +159,6 @@ class ExpectationMaximisation:
         self.report()
 
     def report(self) -> Json:
-        report = exsearch_report(self.run.files, self.config)
+        report = em_report(self.run.files, self.config)
         write_json(self.run.at("report.json"), report)
         return report

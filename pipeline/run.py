@@ -26,7 +26,7 @@ from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Example, Question, examples_to_table, trajectories_to_table
 from pipeline.core.report import scalars, step_report
-from pipeline.core.retrieval import Searched, Servers, prepare_index, servers_of
+from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
 from pipeline.core.run import Json, RunDirectory, write_json, write_table
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import Weigh
@@ -44,7 +44,12 @@ def open_run(
     Raises:
         UserError: bad input, before anything expensive.
     """
-    servers = servers_of(config, display)
+    servers = await_servers(
+        config.retriever,
+        display,
+        documents=config.agent.documents,
+        timeout_s=config.cluster.start_timeout_s,
+    )
     with (
         RunDirectory(path, config) as files,
         Tracker(files.path, config.tracking, files.path.name) as tracker,
@@ -133,12 +138,17 @@ class Run:
         head, _, name = step.partition("/")
         if head.isdecimal():
             self.tracker.rollback(int(head), name)
-        logger.info(f"{step} begins")
-        result = self.files.once(step, work)
-        logger.info(f"{step}: {scalars(result)}")
-        if head.isdecimal():
-            self.tracker.log(scalars(result), iteration=int(head), phase=name)
-        return result
+
+        def recorded() -> Json:
+            logger.info(f"{step} begins")
+            result = work()
+            logger.info(f"{step}: {scalars(result)}")
+            # Before the step counts as finished: a kill in between has it repeated, and no figure is missing.
+            if head.isdecimal():
+                self.tracker.log(scalars(result), iteration=int(head), phase=name)
+            return result
+
+        return self.files.once(step, recorded)
 
     def sample(
         self,

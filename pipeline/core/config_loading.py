@@ -22,27 +22,33 @@ RENAMED = {
 }
 """Keys of earlier versions, and what they are called now."""
 
-Settings = Callable[[str], type[BaseModel]]
-"""Name of a recipe -> the model of its section. Raises UserError: no such recipe."""
+Recipes = Mapping[str, Callable[[], type[BaseModel]]]
+"""Name of a recipe -> what gives the model of its section, asked only where the recipe is chosen: it may be heavy."""
 
 
 def load_config(
-    path: Path | None, overrides: Sequence[str] = (), *, settings_of: Settings | None = None
+    path: Path | None, overrides: Sequence[str] = (), *, recipes: Recipes | None = None
 ) -> Config:
     """Read a configuration.
 
     Args:
-        settings_of: finds the section of the recipe that the file names. None: ExSearch alone is known.
         path: YAML file; None for the defaults.
         overrides: `section.key=value`, the value in YAML notation; later ones win.
+        recipes: what may be chosen beside ExSearch. None: ExSearch alone.
 
     Raises:
-        UserError: unreadable file, unknown key (with a suggestion), value of a wrong type, settings that do not fit.
+        UserError: unreadable file, no such recipe, unknown key (with a suggestion), value of a wrong type, settings
+            that do not fit.
     """
     tree: dict[str, Any] = _read(path) if path is not None else {}
     for override in overrides:
         _apply(tree, override)
-    model = _with_recipe(tree.get("recipe", EXSEARCH), settings_of)
+    recipe = str(tree.get("recipe", EXSEARCH))
+    model = _with_recipe(recipe, recipes)
+    for key in (name for name in recipes or () if name in tree and name != recipe):
+        raise UserError(
+            f"the section {key} is of the recipe {key}, but the recipe is {recipe}; set recipe={key}, or remove it"
+        )
     check_keys(tree, model)
     try:
         return model.model_validate(tree)
@@ -92,14 +98,19 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node[name] = value
 
 
-def _with_recipe(recipe: Any, settings_of: Settings | None) -> type[Config]:
+def _with_recipe(recipe: str, recipes: Recipes | None) -> type[Config]:
     """`Config` with the section of a recipe."""
     if recipe == EXSEARCH:
         return Config
-    if settings_of is None:
+    if recipes is None:
         raise UserError(f"recipe: {recipe} is not known here; this command takes the recipe {EXSEARCH} only")
-    settings = settings_of(str(recipe))
-    return create_model("Config", __base__=Config, **{str(recipe): (settings, settings())})  # type: ignore[call-overload,no-any-return]
+    if recipe not in recipes:
+        known = [EXSEARCH, *recipes]
+        near = difflib.get_close_matches(recipe, known, n=1)
+        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        raise UserError(f"there is no recipe {recipe}; {mend}")
+    settings = recipes[recipe]()
+    return create_model("Config", __base__=Config, **{recipe: (settings, settings())})  # type: ignore[call-overload,no-any-return]
 
 
 def check_keys(tree: Mapping[str, Any], model: type[BaseModel], prefix: str = "") -> None:

@@ -111,7 +111,7 @@ class Display:
         self.line(outcome.legend)
         if report["test"]:
             tests = _table("test questions, in percent", "model", _SCORE_COLUMNS)
-            for name, scores in _in_order(report["test"]):
+            for name, scores in _in_order(report["test"], outcome.tests):
                 tests.add_row(name, *_score_cells(scores))
             self.console.print(tests)
 
@@ -147,11 +147,8 @@ def _table(title: str, first: str, columns: Sequence[str]) -> Table:
     return table
 
 
-_ORDER = ("base", "no_search", "one_search", "warm_up", "best")
-
-
-def _in_order(tests: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return sorted(tests.items(), key=lambda item: _ORDER.index(item[0]) if item[0] in _ORDER else len(_ORDER))
+def _in_order(tests: Mapping[str, Any], order: Sequence[str]) -> list[tuple[str, Any]]:
+    return sorted(tests.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
 
 
 def _cell(row: Mapping[str, Any], column: Column) -> str:

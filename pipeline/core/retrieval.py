@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import torch
 
-from pipeline.core.config import Config, DataConfig, RetrieverConfig
+from pipeline.core.config import DataConfig, RetrieverConfig
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from retriever_service.building.build import build_index
@@ -168,20 +168,18 @@ def prepare_index(retriever: RetrieverConfig, data: DataConfig, default: Path, d
     return default
 
 
-def what_is_searched(config: Config, default: Path, display: Display) -> Searched:
+def what_is_searched(
+    retriever: RetrieverConfig,
+    data: DataConfig,
+    default: Path,
+    display: Display,
+    *,
+    documents: int,
+    timeout_s: float,
+) -> Searched:
     """The servers, or the index, of a configuration; see `await_servers` and `prepare_index`."""
-    servers = servers_of(config, display)
-    return servers or prepare_index(config.retriever, config.data, default, display)
-
-
-def servers_of(config: Config, display: Display) -> Servers | None:
-    """The servers of a configuration; see `await_servers`."""
-    return await_servers(
-        config.retriever,
-        display,
-        documents=config.agent.documents,
-        timeout_s=config.cluster.start_timeout_s,
-    )
+    servers = await_servers(retriever, display, documents=documents, timeout_s=timeout_s)
+    return servers or prepare_index(retriever, data, default, display)
 
 
 def _asks_for_nothing_else(asked: EncoderSpec, built: EncoderSpec) -> bool:

@@ -10,7 +10,7 @@
         rollouts/              Parquet shards of trajectories, beside each its tasks' statistics (_000000.json)
         POLICY/                one folder per policy: `searcher` in ExSearch
           examples/            Parquet shards of training examples
-          learner/             DeepSpeed state of every rank (kept for the newest iteration only)
+          learner/             DeepSpeed state of every rank (kept of the newest version only)
           model/               a Hugging Face model directory
           train.json
         sample.json  evaluation.json  ...      one per finished step, written behind its data
@@ -37,8 +37,9 @@ from typing import IO, Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from pydantic import BaseModel
 
-from pipeline.core.config import EXSEARCH, Config
+from pipeline.core.config import EXSEARCH, Config, OnDisk
 from pipeline.core.config_loading import check_keys
 from pipeline.core.errors import UserError
 from retriever_service import files
@@ -56,7 +57,6 @@ own `iterations` and `patience`."""
 
 
 _LOCK_FILE = "lock"
-_PATH_KEYS = (("data", "root"), ("model", "path"), ("retriever", "index"), ("cold_start", "trajectories"))
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -110,6 +110,10 @@ class RunFiles:
         """What a step left behind, or None if it is not finished."""
         return _read_json(self.at(f"{step}.json"))
 
+    def trained(self) -> list[str]:
+        """The policies that this run has trained."""
+        return sorted({path.parts[-2] for path in self.path.glob("iterations/*/*/train.json")})
+
     def steps(self, number: int) -> dict[str, Json]:
         """All finished steps of an iteration, under their names: "sample", "selector/train", ..."""
         directory = self.iteration(number)
@@ -121,9 +125,22 @@ class RunFiles:
         }
 
     def newest_version(self, policy: str, up_to: int | None = None) -> int:
-        """The newest version of a policy that was trained in this run, up to one; -1 if there is none."""
-        made = [int(path.parts[-3]) for path in self.path.glob(f"iterations/*/{policy}/train.json")]
+        """The newest version of a policy, or the newest up to one, that this run trained; -1 if there is none."""
+        made = (int(path.parts[-3]) for path in self.path.glob(f"iterations/*/{policy}/train.json"))
         return max((version for version in made if up_to is None or version <= up_to), default=-1)
+
+    def check_layout(self) -> None:
+        """Refuse a directory that an earlier version laid out, without folders for policies.
+
+        Raises:
+            UserError: it is one.
+        """
+        names = ("model", "learner", "weighted", "expectation.json", "maximisation.json")
+        if found := next((p for name in names for p in self.path.glob(f"iterations/*/{name}")), None):
+            raise UserError(
+                f"{self.path} holds a run of an earlier version, which had its files elsewhere ({found}); choose "
+                "another --run directory, or use that version"
+            )
 
     def test_results(self) -> dict[str, Json]:
         found = {path.stem: _read_json(path) for path in sorted((self.path / "test").glob("*.json"))}
@@ -142,6 +159,7 @@ class RunDirectory(RunFiles):
         super().__init__(path)
         stored = self.path / "config.yaml"
         if stored.exists():
+            self.check_layout()
             self._check_same(stored, config)
         elif path.exists() and not _is_empty(path):
             raise UserError(
@@ -241,13 +259,15 @@ def _is_in(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
-def _with_absolute_paths(config: Config) -> Json:
-    """The configuration as it holds in any working directory; a hub name, or what is not there, stays as it is."""
-    tree = config.model_dump(mode="json")
-    for section, key in _PATH_KEYS:
-        value = tree[section][key]
-        if isinstance(value, str) and Path(value).exists():
-            tree[section][key] = str(Path(value).resolve())
+def _with_absolute_paths(section: BaseModel) -> Json:
+    """A section as it holds in any working directory; a hub name, or what is not there, stays as it is."""
+    tree = section.model_dump(mode="json")
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, BaseModel):
+            tree[key] = _with_absolute_paths(value)
+        elif isinstance(value, str) and OnDisk() in field.metadata and Path(value).exists():
+            tree[key] = str(Path(value).resolve())
     return tree
 
 

@@ -8,10 +8,10 @@ Guarantees:
   events for TensorBoard are rebuilt from the file at every start and show exactly what it holds.
 - W&B and MLflow cannot forget: they continue the same run, and a repeated phase appears again.
 
-One line (`step` is null for a metric of a whole phase; `wall_s` counts the seconds that the run was up, over
-all its starts):
+One line (`phase` is a step of the run without its iteration; `step`, an optimiser step of it, is null for a metric of
+the whole; `wall_s` counts the seconds that the run was up, over all its starts):
 
-    {"time": "2026-03-01T12:00:00+00:00", "wall_s": 61.2, "iteration": 1, "phase": "maximisation", "step": 3,
+    {"time": "2026-03-01T12:00:00+00:00", "wall_s": 61.2, "iteration": 1, "phase": "searcher/train", "step": 3,
      "values": {"loss": 0.71}}
 """
 

@@ -18,7 +18,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
@@ -32,7 +32,7 @@ from pipeline.core.agents.selection import (
     select_prompt,
     selection_ids,
 )
-from pipeline.core.config import AgentConfig, Config, Iterations, WeightingConfig
+from pipeline.core.config import AgentConfig, Config, Iterations, OnDisk, WeightingConfig
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
 from pipeline.core.losses.likelihood import WeightedNll
@@ -49,9 +49,9 @@ from retriever_service.passages.hits import Hit
 class Settings(Iterations):
     """A selector and a generator (recipe `dro`); how a passage is shown is in `agent`."""
 
-    selector: str | None = None
+    selector: Annotated[str | None, OnDisk()] = None
     """Model that the selector starts from. Null: `model.path`."""
-    generator: str | None = None
+    generator: Annotated[str | None, OnDisk()] = None
     """Model that the generator starts from. Null: `model.path`."""
     candidates: int = Field(20, ge=2)
     """Passages that the selector chooses from (the paper: 20)."""

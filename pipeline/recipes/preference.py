@@ -37,7 +37,9 @@ REFERENCE = "reference"
 
 
 class Settings(Iterations):
-    """DPO over a question's own trajectories."""
+    """DPO over a question's own trajectories (recipe `preference`)."""
+
+    reads = ("cold_start",)
 
     iterations: int = Field(3, ge=0)
     """Iterations of sampling and training."""

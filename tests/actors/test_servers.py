@@ -31,7 +31,8 @@ QUESTION = Question("q", QUERY, ("Otter",), decomposition=(Hop(QUERY, "Otter", "
 
 
 def awaited(*overrides: str) -> Servers:
-    found = await_servers(load_config(None, overrides), Display(Console(file=io.StringIO())))
+    retriever, display = load_config(None, overrides).retriever, Display(Console(file=io.StringIO()))
+    found = await_servers(retriever, display, documents=3, timeout_s=60)
     assert found is not None
     return found
 

@@ -13,8 +13,8 @@ import yaml
 
 from pipeline.core.config import Config
 from pipeline.core.config_loading import load_config
-from pipeline.core.report import exsearch_outcome
 from pipeline.core.run import RunDirectory
+from pipeline.em_report import outcome_of
 from tests.pipeline.commands_support import ROOT, TRAIN
 
 # ---------------------------------------------------------------- the other commands
@@ -117,7 +117,7 @@ def test_training_says_where_the_report_is(
     seen = []
     monkeypatch.setattr(
         "pipeline.em.train",
-        lambda config, run, display: seen.append((config, run)) or exsearch_outcome(REPORT),
+        lambda config, run, display: seen.append((config, run)) or outcome_of(REPORT),
     )
     result = run_command("train", "--config", "config.yaml", *given, "seed=3")
     assert result.exit_code == 0, result.output

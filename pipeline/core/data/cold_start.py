@@ -135,7 +135,7 @@ async def synthesise(
         inserted=sum(r.inserted for _, r in results if r is not None),
     )
     logger.info(
-        f"warm-up: {len(result.trajectories)} trajectories of {len(questions)} questions; "
+        f"cold start: {len(result.trajectories)} trajectories of {len(questions)} questions; "
         f"{result.inserted} gold passages put among the hits of {result.searches} searches; "
         f"skipped: {dict(result.skipped)}"
     )

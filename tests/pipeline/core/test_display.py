@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from pipeline.core.display import Display
-from pipeline.core.report import Column, Outcome, exsearch_outcome, step_outcome
+from pipeline.core.report import Column, Outcome, step_outcome
+from pipeline.em_report import outcome_of
 
 
 class Screen:
@@ -84,7 +85,7 @@ def report(**parts: Any) -> dict[str, Any]:
 
 
 def outcome(**parts: Any) -> Outcome:
-    return exsearch_outcome(report(**parts))
+    return outcome_of(report(**parts))
 
 
 def test_the_report_shows_each_iteration_and_marks_the_best(screen: Screen) -> None:

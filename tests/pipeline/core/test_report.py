@@ -1,26 +1,15 @@
-"""The report of a run, made from what its phases left behind."""
+"""The report of a run of any recipe, made from what its steps left behind."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipeline.core.config import Config, EmConfig
-from pipeline.core.report import best_iteration, exsearch_report, scalars, should_stop
-from pipeline.core.run import RunDirectory, RunFiles, write_json
-
-TRAIN = {
-    "questions": 2,
-    "likelihood_bound": -3.0,
-    "likelihood_bound_stderr": 0.5,
-    "effective_sample_size": 2.5,
-    "all_failed_share": 50.0,
-    "excluded": 1,
-    "stop_reasons": {"answered": 7, "engine_error": 1},
-}
+from pipeline.core.config import Config, EmConfig, Iterations
+from pipeline.core.report import best_iteration, models_of, scalars, should_stop, step_report
+from pipeline.core.run import RunDirectory
 
 
 @pytest.fixture
@@ -37,74 +26,6 @@ def evaluated(run: RunDirectory, *ems: float, f1: tuple[float, ...] = ()) -> Non
     for t, em in enumerate(ems):
         dev = scores(em, f1[t] if f1 else 0.0)
         run.once(f"{t}/evaluation", lambda dev=dev: {"push": {"searcher": {"seconds": 0.1}}, "scores": dev})  # type: ignore[misc]
-
-
-def with_iterations(number: int, **em: Any) -> Config:
-    return Config(em=EmConfig(iterations=number, **em))
-
-
-def finished_run(run: RunDirectory, iterations: int = 2) -> Config:
-    run.once("0/cold_start", lambda: {"trajectories": 64, "skipped": {}})
-    for t in range(1, iterations + 1):
-        run.once(f"{t}/sample", lambda: dict(TRAIN))
-    for t in range(iterations + 1):
-        run.once(f"{t}/searcher/train", lambda: {"loss": 1.5, "steps": 3})
-    evaluated(run, *(10.0 * (t + 1) for t in range(iterations + 1)))
-    for name, version in (("base", -1), ("warm_up", 0), ("one_search", 0), ("best", iterations)):
-        run.once(f"test/{name}", lambda version=version: {"iteration": version} | scores(40.0))  # type: ignore[misc]
-    return with_iterations(iterations)
-
-
-def test_the_report_of_a_finished_run(run: RunDirectory) -> None:
-    report = exsearch_report(run, finished_run(run))
-    assert report["run"] == "first"
-    assert report["best_iteration"] == 2
-    assert set(report["test"]) == {"base", "one_search", "warm_up", "best"}
-    assert report["test"]["best"]["em"] == 40.0
-    assert [row["iteration"] for row in report["iterations"]] == [1, 2]
-    row = report["iterations"][0]
-    assert set(row["phase_seconds"]) == {"expectation", "maximisation", "evaluation"}
-    assert all(seconds >= 0 for seconds in row["phase_seconds"].values())
-    assert row["train"] == TRAIN
-    assert row["learner"] == {"loss": 1.5, "steps": 3}
-    assert row["dev"] == scores(20.0)
-    assert row["push"] == {"seconds": 0.1}
-    assert (report["select_by"], report["weighting"], report["seed"]) == ("em", "likelihood", 0)
-
-
-def test_the_warm_up_is_a_row_of_its_own(run: RunDirectory) -> None:
-    report = exsearch_report(run, finished_run(run))
-    assert report["warm_up"]["iteration"] == 0
-    assert report["warm_up"]["train"]["trajectories"] == 64
-    assert report["warm_up"]["dev"] == scores(10.0)
-
-
-def test_the_report_survives_json(run: RunDirectory, tmp_path: Path) -> None:
-    report = exsearch_report(run, finished_run(run))
-    write_json(tmp_path / "report.json", report)
-    assert json.loads((tmp_path / "report.json").read_text()) == report
-
-
-def test_the_report_of_a_run_that_has_just_begun(run: RunDirectory) -> None:
-    report = exsearch_report(run, Config())
-    assert report["iterations"] == []
-    assert report["warm_up"] is None
-    assert report["best_iteration"] == 0
-    assert report["test"] == {}
-
-
-def test_an_iteration_is_reported_as_far_as_it_has_come(run: RunDirectory) -> None:
-    evaluated(run, 10.0)
-    run.once("1/sample", lambda: dict(TRAIN))
-    (row,) = exsearch_report(run, with_iterations(3))["iterations"]
-    assert set(row["phase_seconds"]) == {"expectation"}
-    assert row["dev"] is None
-    assert row["learner"] == {}
-
-
-def test_a_report_can_be_made_again_and_is_the_same(run: RunDirectory) -> None:
-    config = finished_run(run)
-    assert exsearch_report(run, config) == exsearch_report(RunFiles(run.path), config)
 
 
 @pytest.mark.parametrize(
@@ -151,26 +72,6 @@ def test_without_patience_training_never_stops_early(run: RunDirectory) -> None:
     assert not should_stop(run, 4, EmConfig(iterations=9))
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, "the model itself"),
-        (
-            {"rollout": {"temperature": 0.8, "top_p": 0.95}},
-            "temperature 0.8, top_p 0.95, top_k 0; not corrected",
-        ),
-        (
-            {"rollout": {"top_k": 20}, "weighting": {"correct_proposal": True}},
-            "temperature 1, top_p 1, top_k 20; corrected by the clipped ratio p/q",
-        ),
-    ],
-)
-def test_the_report_says_what_the_trajectories_were_sampled_from(
-    run: RunDirectory, settings: dict[str, Any], expected: str
-) -> None:
-    assert exsearch_report(run, Config.model_validate(settings))["proposal"] == expected
-
-
 def test_scalars_are_the_numbers_under_dotted_names() -> None:
     tree = {
         "em": 40,
@@ -180,3 +81,37 @@ def test_scalars_are_the_numbers_under_dotted_names() -> None:
         "nothing": None,
     }
     assert scalars(tree) == {"em": 40.0, "push.seconds": 0.5, "push.deep.bytes": 3.0}
+
+
+def two_policies(run: RunDirectory) -> Iterations:
+    """The selector is trained in iterations 1 and 2, the generator in iteration 1 alone."""
+    evaluated(run, 10, 20, 30)
+    run.once("1/sample", lambda: {"pairs": 5})
+    for step in ("1/selector/train", "1/generator/train", "2/selector/train"):
+        run.once(step, lambda: {"loss": 0.5})
+    run.once("test/best", lambda: {"iteration": 2} | scores(40.0))
+    return Iterations(iterations=3)
+
+
+def test_the_report_of_any_recipe_has_its_steps_by_name(run: RunDirectory) -> None:
+    report = step_report(run, "duo", 7, two_policies(run))
+    assert (report["recipe"], report["seed"], report["best_iteration"]) == ("duo", 7, 2)
+    assert report["start"]["evaluation"]["scores"] == scores(10)
+    first, second = report["iterations"]
+    assert set(first) == {"iteration", "sample", "selector/train", "generator/train", "evaluation"}
+    assert set(second) == {"iteration", "selector/train", "evaluation"}
+    assert report["test"]["best"]["em"] == 40.0
+
+
+def test_the_report_names_the_best_model_of_each_policy(run: RunDirectory) -> None:
+    iterations = two_policies(run)
+    assert step_report(run, "duo", 0, iterations)["models"] == {
+        "generator": "iterations/0001/generator/model",
+        "selector": "iterations/0002/selector/model",
+    }
+    assert models_of(run, 0) == {}
+
+
+def test_the_report_of_a_run_that_has_just_begun(run: RunDirectory) -> None:
+    report = step_report(run, "duo", 0, Iterations())
+    assert (report["start"], report["iterations"], report["models"], report["test"]) == (None, [], {}, {})

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pipeline.core.config import RetrieverConfig
 from pipeline.core.config_loading import load_config
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
-from pipeline.core.retrieval import Servers, corpus_paths, encoder_spec, prepare_index, servers_of
+from pipeline.core.retrieval import Servers, await_servers, corpus_paths, encoder_spec, prepare_index
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
@@ -185,15 +186,16 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ScriptedServer]]:
         server.close()
 
 
-def awaited(url: object, *overrides: str) -> Servers:
-    config = load_config(None, [f"retriever.url={url}", "agent.documents=2", *overrides])
-    found = servers_of(config, Display(Console(file=io.StringIO())))
+def awaited(url: object, *overrides: str, timeout_s: float = 300.0) -> Servers:
+    retriever = load_config(None, [f"retriever.url={url}", *overrides]).retriever
+    display = Display(Console(file=io.StringIO()))
+    found = await_servers(retriever, display, documents=2, timeout_s=timeout_s)
     assert found is not None
     return found
 
 
 def test_without_an_address_there_are_no_servers() -> None:
-    assert servers_of(load_config(None), Display(Console(file=io.StringIO()))) is None
+    assert await_servers(RetrieverConfig(), Display(), documents=2, timeout_s=300) is None
 
 
 def test_servers_that_answer_are_told_by_what_they_search(servers: list[ScriptedServer]) -> None:
@@ -228,7 +230,7 @@ def test_a_server_that_loads_is_waited_for(servers: list[ScriptedServer]) -> Non
 def test_a_server_that_never_gets_ready_is_not_waited_for_without_end(servers: list[ScriptedServer]) -> None:
     servers[0].script = [503] * 10_000
     with pytest.raises(UserError, match=r"retriever\.url: no answer .*status 503: as scripted.*see its log"):
-        awaited(servers[0].url, "cluster.start_timeout_s=0.05")
+        awaited(servers[0].url, timeout_s=0.05)
 
 
 @pytest.mark.parametrize(

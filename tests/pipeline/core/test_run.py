@@ -371,7 +371,8 @@ def test_steps_of_several_policies_lie_in_folders_of_their_own(run: RunDirectory
     assert sorted(run.steps(3)) == ["generator/train", "sample", "selector/train"]
     assert run.steps(3)["selector/train"]["step"] == "3/selector/train"
     assert [run.newest_version(name) for name in ("selector", "generator", "critic")] == [3, 3, -1]
-    assert [run.newest_version("selector", up_to=t) for t in (3, 2, 1)] == [3, 2, -1]
+    assert [run.newest_version("selector", up_to=version) for version in (1, 2, 9)] == [-1, 2, 3]
+    assert run.trained() == ["generator", "selector"]
     assert run.at("3/selector/model") == run.path / "iterations" / "0003" / "selector" / "model"
 
 
@@ -386,6 +387,11 @@ def test_a_run_of_another_recipe_or_of_an_earlier_version_is_refused(run: RunDir
         UserError, match=r"config\.yaml: the configuration key warmup is called cold_start now"
     ):
         restarted(run)
+    stored.write_text(text)
+    model = run.fresh("1/model")
+    with pytest.raises(UserError, match="holds a run of an earlier version") as refused:
+        restarted(run)
+    assert str(model) in str(refused.value)
 
 
 def test_a_fresh_directory_is_empty_whatever_was_there(run: RunDirectory) -> None:

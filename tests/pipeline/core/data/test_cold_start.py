@@ -1,4 +1,4 @@
-"""Warm-up synthesis over four passages, with a word-overlap retriever and a local rewriting server."""
+"""Cold-start synthesis over four passages, with a word-overlap retriever and a local rewriting server."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_sentences_end_where_sentences_end() -> None:
 
 def test_trajectories_are_read_back_for_the_same_protocol_only(tmp_path: Path, tokenizer: Any) -> None:
     result, renderer = synthesised(tokenizer, QUESTION)
-    path = tmp_path / "warmup" / "trajectories.parquet"
+    path = tmp_path / "cold_start" / "trajectories.parquet"
     write_trajectories(path, result.trajectories, renderer)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     (copy,) = read_trajectories(path, renderer)

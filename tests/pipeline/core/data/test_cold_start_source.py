@@ -6,19 +6,14 @@ import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-from typing import Protocol as Protocol_
+from typing import Any, Protocol
 
 import pytest
 
 from pipeline.core.config import Config
 from pipeline.core.config_loading import load_config
 from pipeline.core.data.cold_start import write_trajectories
-from pipeline.core.data.cold_start_source import (
-    cold_start_examples,
-    load_cold_start_source,
-    synthesise_cold_start,
-)
+from pipeline.core.data.cold_start_source import ColdStartMaker
 from pipeline.core.data.questions import read_questions
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, Question
@@ -68,7 +63,12 @@ def config(tmp_path: Path, *overrides: str) -> Config:
     return load_config(None, [*fixed, *overrides])
 
 
-class Make(Protocol_):
+def maker(config: Config, tokenizer: Any) -> ColdStartMaker:
+    renderer, max_length = Renderer(tokenizer, config.agent), config.model.max_length
+    return ColdStartMaker(config.cold_start, config.data, config.retriever, renderer, max_length, config.seed)
+
+
+class Make(Protocol):
     def __call__(
         self, config: Config, train: Sequence[Question] | None = None
     ) -> tuple[list[Example], dict[str, Any]]: ...
@@ -81,11 +81,8 @@ def made(index: Path, tokenizer: Any) -> Make:
     def make(config: Config, train: Sequence[Question] | None = None) -> tuple[list[Example], dict[str, Any]]:
         if train is None:
             train = read_questions(config.data.train, root=config.data.root)
-        renderer = Renderer(tokenizer, config.agent)
-        source = load_cold_start_source(config, train, renderer)
-        return asyncio.run(
-            cold_start_examples(config, source, renderer, retrieve, index, index.with_name("cache.jsonl"))
-        )
+        making, cache = maker(config, tokenizer), index.with_name("cache.jsonl")
+        return asyncio.run(making.examples(making.source(train), retrieve, index, cache))
 
     return make
 
@@ -171,11 +168,10 @@ SERVER = "retriever.url=http://127.0.0.1:1"
 def served(tmp_path: Path, tokenizer: Any, *overrides: str) -> tuple[list[Example], dict[str, Any]]:
     """Examples whose retriever is a server."""
     settings = config(tmp_path, SERVER, *overrides)
-    renderer = Renderer(tokenizer, settings.agent)
+    making = maker(settings, tokenizer)
     train = read_questions(settings.data.train, root=settings.data.root)
-    source = load_cold_start_source(settings, train, renderer)
     cache, servers = tmp_path / "cache.jsonl", Servers((), "fingerprint")
-    return asyncio.run(cold_start_examples(settings, source, renderer, retrieve, servers, cache))
+    return asyncio.run(making.examples(making.source(train), retrieve, servers, cache))
 
 
 def test_gold_passages_of_a_server_are_those_of_the_corpus(
@@ -215,12 +211,10 @@ def test_ready_trajectories_need_no_corpus_beside_the_server(
 
 def ready(settings: Config, index: Path, tokenizer: Any, path: Path) -> Path:
     """What `exsearch cold-start` writes with these settings."""
-    renderer = Renderer(tokenizer, settings.agent)
-    train = read_questions(settings.data.train, root=settings.data.root)
-    questions = load_cold_start_source(settings, train, renderer).questions
-    cache = index.with_name("cache.jsonl")
-    result = asyncio.run(synthesise_cold_start(settings, questions, renderer, retrieve, index, cache))
-    write_trajectories(path, result.trajectories, renderer)
+    making = maker(settings, tokenizer)
+    questions = making.questions(read_questions(settings.data.train, root=settings.data.root))
+    result = asyncio.run(making.synthesise(questions, retrieve, index, index.with_name("cache.jsonl")))
+    write_trajectories(path, result.trajectories, making.renderer)
     return path
 
 

@@ -1,0 +1,81 @@
+"""ExSearch's report: the iterations as those of generalised EM. docs/formats.md describes it field by field."""
+
+from __future__ import annotations
+
+from pipeline.core.agents.program import Sampling
+from pipeline.core.agents.search import SEARCHER
+from pipeline.core.config import Config, RolloutConfig, WeightingConfig
+from pipeline.core.report import EVALUATION, Column, Outcome, report_of
+from pipeline.core.run import Json, RunFiles
+
+COLUMNS = (
+    Column("bound", "train.likelihood_bound", 2, "train.likelihood_bound_stderr"),
+    Column("ESS", "train.effective_sample_size", 2),
+    Column("failed", "train.all_failed_share"),
+    Column("dev EM", "dev.em"),
+    Column("dev F1", "dev.f1"),
+    Column("searches", "dev.searches", 2),
+    Column("E-step", "phase_seconds.expectation", 0),
+    Column("M-step", "phase_seconds.maximisation", 0),
+)
+LEGEND = (
+    "bound: mean log p(answer) with its standard error; times in seconds; * best;\n"
+    "failed: % of questions without a right trajectory"
+)
+TESTS = ("base", "no_search", "one_search", "warm_up", "best")
+
+
+def outcome_of(report: Json) -> Outcome:
+    """ExSearch's report, ready to be shown."""
+    row = report["warm_up"]
+    name = "warm-up" if row is not None and "maximisation" in row["phase_seconds"] else "base"
+    return Outcome(report, COLUMNS, LEGEND, None if row is None else (name, row), TESTS)
+
+
+def em_report(run: RunFiles, config: Config) -> Json:
+    """The report as far as the run has come. Scores are percentages, times seconds.
+
+    `iterations` has the EM iterations (1, 2, ...); `warm_up` is iteration 0; `proposal` says whether trajectories were
+    sampled from the model itself, from another distribution, or corrected for that.
+    """
+    rows = [row for t in range(config.em.iterations + 1) if (row := _em_row(run, t)) is not None]
+    return {
+        **report_of(run, config.recipe, config.seed, config.em, rows, start="warm_up"),
+        "weighting": config.weighting.method,
+        "proposal": _proposal(config.rollout, config.weighting),
+    }
+
+
+_EM_STEPS = {
+    "expectation": ("cold_start", "sample"),
+    "maximisation": (f"{SEARCHER}/train",),
+    "evaluation": (EVALUATION,),
+}
+"""What the report calls the steps of an EM iteration."""
+
+
+def _em_row(run: RunFiles, t: int) -> Json | None:
+    """One iteration's figures, as soon as its first step is finished."""
+    steps = run.steps(t)
+    phases = {phase: steps[name] for phase, names in _EM_STEPS.items() for name in names if name in steps}
+    if not phases:
+        return None
+    evaluation = phases.get("evaluation", {})
+    return {
+        "iteration": t,
+        "phase_seconds": {name: result["seconds"] for name, result in phases.items()},
+        "train": {name: value for name, value in phases.get("expectation", {}).items() if name != "seconds"},
+        "learner": {
+            name: value for name, value in phases.get("maximisation", {}).items() if name != "seconds"
+        },
+        "push": evaluation.get("push", {}).get(SEARCHER),
+        "dev": evaluation.get("scores"),
+    }
+
+
+def _proposal(rollout: RolloutConfig, weighting: WeightingConfig) -> str:
+    if Sampling.of(rollout, 0).is_from_the_model:
+        return "the model itself"
+    settings = f"temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, top_k {rollout.top_k}"
+    how = "corrected by the clipped ratio p/q" if weighting.correct_proposal else "not corrected"
+    return f"{settings}; {how}"

@@ -1,0 +1,83 @@
+"""Which model `evaluate` takes of a run, and which configuration `ask` finds for a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.commands.ask import run_config_of
+from pipeline.commands.evaluate import evaluate_model
+from pipeline.core.display import Display
+from pipeline.core.errors import UserError
+from pipeline.core.run import RunDirectory
+from pipeline.methods import load
+
+
+class Chosen(Exception):
+    """Raised with the model in place of evaluating it."""
+
+
+def run_of(path: Path, *overrides: str, steps: tuple[str, ...] = (), scores: tuple[float, ...] = ()) -> Path:
+    """A run whose iterations 0, 1, ... have these dev scores."""
+    with RunDirectory(path, load(None, overrides)) as run:
+        for step in steps:
+            run.once(step, dict)
+        for t, em in enumerate(scores):
+            run.once(f"{t}/evaluation", lambda em=em: {"scores": {"em": em}})  # type: ignore[misc]
+    return path
+
+
+def evaluated(run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The model that `evaluate --run` takes."""
+
+    def stop(model: str) -> None:
+        raise Chosen(model)
+
+    monkeypatch.setattr("pipeline.commands.evaluate.check_model", stop)
+    with pytest.raises(Chosen) as chosen:
+        evaluate_model(None, [], run=run, model=None, split="dev", out=None, display=Display())
+    return str(chosen.value)
+
+
+SEARCHER = ("0/searcher/train", "1/searcher/train", "2/searcher/train")
+
+
+@pytest.mark.parametrize("recipe", ["exsearch", "preference"])
+def test_the_best_searcher_of_a_run_is_evaluated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    run = run_of(tmp_path / "run", f"recipe={recipe}", steps=SEARCHER, scores=(10, 30, 20))
+    assert evaluated(run, monkeypatch) == str(run / "iterations/0001/searcher/model")
+
+
+def test_a_run_whose_start_is_best_gives_what_it_started_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(tmp_path / "run", "model.path=a/base", steps=SEARCHER[1:], scores=(30, 20, 10))
+    assert evaluated(run, monkeypatch) == "a/base"
+
+
+def test_models_that_answer_together_are_not_evaluated_as_one(tmp_path: Path) -> None:
+    steps = ("1/selector/train", "1/generator/train")
+    run = run_of(tmp_path / "run", "recipe=dro", steps=steps, scores=(10, 20))
+    with pytest.raises(UserError, match="has trained generator and selector, which answer together"):
+        evaluate_model(None, [], run=run, model=None, split="dev", out=None, display=Display())
+
+
+def test_a_model_is_asked_with_the_configuration_of_its_run(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", steps=SEARCHER)
+    assert run_config_of(str(run / "iterations/0001/searcher/model")) == run / "config.yaml"
+    assert run_config_of(str(run / "index")) is None
+    assert run_config_of("somebody/model") is None
+
+
+@pytest.mark.parametrize("command", [lambda run: run_config_of(str(run / "iterations/0001/model")),
+                                     lambda run: evaluate_model(None, [], run=run, model=None, split="dev", out=None,
+                                                                display=Display())])  # fmt: skip
+def test_a_run_of_an_earlier_version_is_refused(tmp_path: Path, command: Any) -> None:
+    run = run_of(tmp_path / "run")
+    (run / "iterations/0001/model").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds a run of an earlier version"):
+        command(run)

@@ -1,0 +1,172 @@
+"""The steps that all recipes share, over kills and resumes; a small stand-in takes the cluster's place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from actors.cluster import Cluster
+from pipeline.core.config import Config, LearnerConfig, TrackingConfig
+from pipeline.core.data.splits import Splits
+from pipeline.core.display import Display
+from pipeline.core.losses.likelihood import WeightedNll
+from pipeline.core.policies import PolicySpec, Snapshot
+from pipeline.core.run import Json, RunDirectory, write_json
+from pipeline.core.tracking import Tracker
+from pipeline.run import Run
+
+NAMES = ("selector", "generator")
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process: nothing in the program catches it."""
+
+
+def kill(*_: object, **__: object) -> Any:
+    raise Killed
+
+
+class StandInPolicy:
+    """Trains by writing down from which version, and on what."""
+
+    def __init__(self) -> None:
+        self.current: Snapshot | None = None
+        self.trained: list[tuple[Any, ...]] = []
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self.current = snapshot
+
+    def train(self, shards: list[Path], loss: object, **settings: Any) -> Any:
+        assert self.current is not None
+        self.trained.append((self.current.version, [shard.name for shard in shards], settings["seed"]))
+        return SimpleNamespace(
+            history=[{"loss": 0.5}, {"loss": 0.25}], figures=lambda: {"loss": 0.375, "steps": 2}
+        )
+
+    def save(self, version: int, *, state: Path, model: Path) -> None:
+        for directory in (state, model):
+            directory.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Run]:
+    """The run as one start of its command sees it."""
+    config = Config(tracking=TrackingConfig(tensorboard=False))
+    specs = [PolicySpec(name, config.model, learner=LearnerConfig()) for name in NAMES]
+    with RunDirectory(path, config) as files, Tracker(path, config.tracking, "run") as tracker:
+        run = Run(config, files, Splits([], [], []), path, tracker, Display(), specs)
+        policies = {name: StandInPolicy() for name in NAMES}
+        run.cluster = cast(Cluster, SimpleNamespace(policy=policies.__getitem__, policies=policies))
+        yield run
+
+
+def trained(run: Run, name: str) -> list[tuple[Any, ...]]:
+    return cast(Any, run.cluster).policies[name].trained  # type: ignore[no-any-return]
+
+
+def train(run: Run, t: int, name: str) -> Json:
+    return run.train(t, name, WeightedNll(), seed=t)
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_step_is_done_and_recorded_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        with opened(tmp_path) as run:
+            result = run.once("3/selector/score", lambda: {"bound": -2.0, "counts": {"kept": 4}})
+    assert result["bound"] == -2.0
+    (line,) = metrics(tmp_path)
+    assert (line["iteration"], line["phase"], line["step"]) == (3, "selector/score", None)
+    assert line["values"] == {"bound": -2.0, "counts.kept": 4.0}
+
+
+def train_once(path: Path) -> None:
+    with opened(path) as run:
+        train(run, 1, "selector")
+
+
+@pytest.mark.parametrize("killed_in", ["pipeline.core.run.write_json", "pipeline.core.run.RunDirectory.once"])
+def test_a_training_that_was_cut_off_leaves_no_trace_in_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
+    def done_and_killed(self: RunDirectory, step: str, work: Callable[[], Json]) -> Json:
+        work()
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(killed_in, done_and_killed if killed_in.endswith("once") else kill)
+        with pytest.raises(Killed):
+            train_once(tmp_path)
+    train_once(tmp_path)
+    assert [(line["phase"], line["step"], line["values"]["loss"]) for line in metrics(tmp_path)] == [
+        ("selector/train", 1, 0.5),
+        ("selector/train", 2, 0.25),
+        ("selector/train", None, 0.375),
+    ]
+
+
+def test_no_figures_are_missing_after_a_kill_behind_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def written_and_killed(path: Path, value: Json) -> None:
+        write_json(path, value)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.core.run.write_json", written_and_killed)
+        with pytest.raises(Killed):
+            train_once(tmp_path)
+    train_once(tmp_path)
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, None]
+
+
+def test_training_starts_from_the_version_before_on_the_shards_of_the_iteration(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        for t in (1, 2):
+            (run.fresh(f"{t}/selector/examples") / f"{t}.parquet").write_bytes(b"")
+            train(run, t, "selector")
+        assert trained(run, "selector") == [(0, ["1.parquet"], 1), (1, ["2.parquet"], 2)]
+        assert trained(run, "generator") == []
+
+
+def test_a_policy_that_an_iteration_does_not_train_stays_what_it_was(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        base = run.config.model.path
+        train(run, 1, "generator")
+        for t in (1, 2, 3):
+            train(run, t, "selector")
+            run.files.close_iteration(t)
+        made = Snapshot(1, str(run.at("1/generator/model")), run.at("1/generator/learner"))
+        assert [run.snapshot("generator", t) for t in (0, 1, 3)] == [Snapshot(0, base), made, made]
+        assert made.state is not None and made.state.is_dir()
+        train(run, 4, "generator")
+        assert trained(run, "generator")[-1][0] == 1
+
+
+def test_a_frozen_policy_is_the_same_version_for_ever(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        train(run, 0, "selector")
+        run.freeze("generator", run.snapshot("selector", 0))
+        train(run, 1, "selector")
+        assert run.snapshot("generator", 1) == run.snapshot("selector", 0)
+
+
+def test_a_test_is_done_again_if_another_version_is_the_best_one_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([10.0, 20.0])
+    monkeypatch.setattr(Run, "_scores", lambda self, *_: {"em": next(scores)})
+    with opened(tmp_path) as run:
+        for version in (1, 1, 2):
+            run.test("best", cast(Any, None), {"selector": version}, answers="selector")
+        result = run.files.test_results()["best"]
+    assert (result["iteration"], result["em"]) == (2, 20.0)
+    assert metrics(tmp_path) == []
