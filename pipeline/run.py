@@ -64,8 +64,8 @@ def open_run(
 class Run:
     """One run of a recipe. `open_run` gives it.
 
-    Versions of a policy: t is what step "t/NAME/train" made; below the first of them it is the model that the policy
-    started from.
+    Versions of a policy: t is what the last training up to step "t/NAME/train" made; before the first of them it is the
+    model that the policy started from.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class Run:
         """A version of a policy on disk."""
         if name in self._frozen:
             return self._frozen[name]
-        if self.files.finished(f"{version}/{name}/train") is None:
+        made = self.files.newest_version(name, up_to=version)
+        if made < 0:
             return Snapshot(version, self._specs[name].model.path)
-        model, learner = self.at(f"{version}/{name}/model"), self.at(f"{version}/{name}/learner")
-        return Snapshot(version, str(model), learner)
+        return Snapshot(made, str(self.at(f"{made}/{name}/model")), self.at(f"{made}/{name}/learner"))
 
     def freeze(self, name: str, at: Snapshot) -> None:
         """Let a policy without a learner, such as a reference, be this version of another one from now on."""

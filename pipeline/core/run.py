@@ -29,7 +29,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -51,7 +51,8 @@ FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency
                   "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
                   "retriever.max_attempts", "rollout.max_failure_share", "em.iterations", "em.patience",
                   "learner.threads_per_rank", "learner.start_timeout_s")  # fmt: skip
-"""Keys that say where and how long a run goes, not what it computes: a resumed run may have others."""
+"""Keys that say where and how long a run goes, not what it computes: a resumed run may have others. So do a recipe's
+own `iterations` and `patience`."""
 
 
 _LOCK_FILE = "lock"
@@ -119,10 +120,10 @@ class RunFiles:
             if not path.name.startswith("_") and (result := _read_json(path)) is not None
         }
 
-    def newest_version(self, policy: str) -> int:
-        """The newest version of a policy that was trained in this run; -1 if there is none."""
+    def newest_version(self, policy: str, up_to: int | None = None) -> int:
+        """The newest version of a policy that was trained in this run, up to one; -1 if there is none."""
         made = [int(path.parts[-3]) for path in self.path.glob(f"iterations/*/{policy}/train.json")]
-        return max(made, default=-1)
+        return max((version for version in made if up_to is None or version <= up_to), default=-1)
 
     def test_results(self) -> dict[str, Json]:
         found = {path.stem: _read_json(path) for path in sorted((self.path / "test").glob("*.json"))}
@@ -185,10 +186,11 @@ class RunDirectory(RunFiles):
         self.at(f"{step}.json").unlink(missing_ok=True)
 
     def close_iteration(self, number: int) -> None:
-        """Mark an iteration as whole and drop the learner states of the one before it."""
+        """Mark an iteration as whole and drop the learner states that those of it replace."""
         write_atomically(self.iteration(number) / "DONE", "")
-        for learner in self.iteration(number - 1).glob("*/learner"):
-            shutil.rmtree(learner, ignore_errors=True)
+        for learner in self.iteration(number).glob("*/learner"):
+            for older in range(number):
+                shutil.rmtree(self.at(f"{older}/{learner.parent.name}/learner"), ignore_errors=True)
 
     def fresh(self, step: str) -> Path:
         """`at(step)` as an empty directory: what an interrupted step left there is removed."""
@@ -213,9 +215,8 @@ class RunDirectory(RunFiles):
         except (yaml.YAMLError, ValueError, AttributeError) as error:
             raise UserError(f"{stored} cannot be read ({error}); choose another --run directory") from error
         before, now = flatten(_with_absolute_paths(old)), flatten(_with_absolute_paths(config))
-        changed = [
-            key for key in now | before if before.get(key) != now.get(key) and not _is_free_to_change(key)
-        ]
+        free = (*FREE_TO_CHANGE, f"{config.recipe}.iterations", f"{config.recipe}.patience")
+        changed = [key for key in now | before if before.get(key) != now.get(key) and not _is_in(key, free)]
         # A run that stopped before its first result, say over a bad corpus, may go on with another configuration.
         if changed and _has_results(stored.parent):
             lines = "\n".join(f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
@@ -236,8 +237,8 @@ def _has_results(run: Path) -> bool:
     return any(run.glob("iterations/*/*.json")) or any(run.glob("test/*.json"))
 
 
-def _is_free_to_change(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE_TO_CHANGE)
+def _is_in(key: str, sections: Sequence[str]) -> bool:
+    return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
 def _with_absolute_paths(config: Config) -> Json:

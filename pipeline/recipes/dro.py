@@ -142,16 +142,10 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
 
         if settings.start_epochs:
             run.once("0/formats", lambda: teach_formats(run, settings, paths))
+            epochs, rate = settings.start_epochs, settings.start_learning_rate
             for name in models:
                 seed = derive_seed(config.seed, name, 0)
-                run.train(
-                    0,
-                    name,
-                    loss,
-                    seed=seed,
-                    epochs=settings.start_epochs,
-                    learning_rate=settings.start_learning_rate,
-                )
+                run.train(0, name, loss, seed=seed, epochs=epochs, learning_rate=rate)
         run.evaluate(0, program, roles(0), answers=GENERATOR)
         run.test("start", program, roles(0), answers=GENERATOR)
         for t in range(1, settings.iterations + 1):

@@ -42,3 +42,19 @@ def shared_engine(tiny_model_path: Path) -> Iterator[EngineFixture]:
 @pytest.fixture
 def hf_model(tiny_model_path: Path) -> HfModel:
     return HfModel(tiny_model_path)
+
+
+@pytest.fixture(scope="session")
+def trained_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence encoder that was taught by the learner where people live."""
+    from transformers import AutoTokenizer
+
+    from pipeline.core.losses.contrastive import InfoNce
+    from tests.actors.encoders import ENCODER_CONFIG, build_encoder, homes
+    from tests.actors.ranks import run_ranks, train_and_export
+
+    folder = tmp_path_factory.mktemp("encoders")
+    start, out = build_encoder(folder / "start"), folder / "trained"
+    examples = homes(AutoTokenizer.from_pretrained(start))
+    run_ranks(ENCODER_CONFIG, start, train_and_export, examples, InfoNce(), out, head="embedding")
+    return out

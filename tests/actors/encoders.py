@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.config import LearnerConfig
+from pipeline.core.records import Example
 
 PEOPLE = ("ada", "bruno", "clara", "dmitri", "elena", "farid", "greta", "hugo")
 TOWNS = ("arlen", "bexton", "corwick", "dunmere", "eastleigh", "farrow", "glenby", "harwich")
@@ -41,3 +47,25 @@ def build_encoder(path: Path, seed: int = 0) -> Path:
     modules = [transformer, Pooling(transformer.get_embedding_dimension())]
     SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(path), create_model_card=False)
     return path
+
+
+ENCODER_CONFIG = LearnerConfig(
+    dtype="float32",
+    batch_size=32,
+    epochs=30,
+    learning_rate=3e-3,
+    tokens_per_microbatch=256,
+    threads_per_rank=1,
+)
+
+
+def homes(tokenizer: Any) -> list[Example]:
+    """People are the queries, their towns the passages."""
+    examples = []
+    for k, texts in enumerate(zip(PEOPLE, TOWNS, strict=True)):
+        for text, role in zip(texts, ("query", "passage"), strict=True):
+            ids = np.asarray(tokenizer(text)["input_ids"], dtype=np.int32)
+            streams = {"is_query": np.array([float(role == "query")]), "group": np.array([float(k)])}
+            nothing = np.zeros(len(ids), np.bool_)
+            examples.append(Example(f"{role} {k}", "all", role, ids, nothing, streams))
+    return examples

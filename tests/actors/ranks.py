@@ -185,3 +185,11 @@ def assert_same_weights(found: Weights, expected: Weights, atol: float = 2e-6) -
     assert found.keys() == expected.keys()
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=atol, err_msg=name)
+
+
+def train_and_export(
+    learner: Learner, examples: list[Example], loss: Any, path: Path
+) -> list[dict[str, float]]:
+    report = learner.train(examples, loss, phase_seed=1)
+    learner.export(path)
+    return list(report.history)

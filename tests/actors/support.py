@@ -19,8 +19,8 @@ CORPUS = [
 ]
 
 
-def build_tokenizer(path: Path) -> None:
-    """A byte-level BPE of about 300 tokens; `<answer>` and `</answer>` are added tokens, the other tags plain text."""
+def build_tokenizer(path: Path, vocab_size: int = 300) -> None:
+    """A byte-level BPE; `<answer>` and `</answer>` are added tokens, the other tags plain text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -28,7 +28,7 @@ def build_tokenizer(path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300,
+        vocab_size=vocab_size,
         special_tokens=["<pad>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -48,14 +48,15 @@ def build_model(
     seed: int = 0,
     hidden: int = 64,
     layers: int = 2,
+    vocab_size: int = 300,
 ) -> Path:
     """A random model with peaked predictions (so that greedy choices do not hang on rounding) and its tokenizer."""
     import torch
     import transformers
 
-    build_tokenizer(path)
+    build_tokenizer(path, vocab_size)
     config = getattr(transformers, f"{architecture}Config")(
-        vocab_size=302,
+        vocab_size=vocab_size + 2,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,

@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import transformers
 
-from actors.learner import Learner
-from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
 from pipeline.core.losses.contrastive import InfoNce
 from pipeline.core.losses.likelihood import WeightedNll
@@ -18,18 +16,10 @@ from pipeline.core.losses.policy_gradient import ClippedValue
 from pipeline.core.records import Example
 from retriever_service.encoding.encoder import Encoder, EncoderSpec
 from retriever_service.passages.corpus import Passage
-from tests.actors.encoders import PEOPLE, TOWNS, build_encoder
-from tests.actors.ranks import CONFIG, VOCABULARY, build_model, make_examples, run_ranks
+from tests.actors.encoders import ENCODER_CONFIG, PEOPLE, TOWNS, build_encoder, homes
+from tests.actors.ranks import CONFIG, VOCABULARY, build_model, make_examples, run_ranks, train_and_export
 
 pytestmark = pytest.mark.component
-
-
-def train_and_export(
-    learner: Learner, examples: list[Example], loss: Any, path: Path
-) -> list[dict[str, float]]:
-    report = learner.train(examples, loss, phase_seed=1)
-    learner.export(path)
-    return list(report.history)
 
 
 # ---------------------------------------------------------------- values
@@ -68,28 +58,6 @@ def test_a_value_head_cannot_be_trained_on_likelihoods(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- embeddings
-
-
-ENCODER_CONFIG = LearnerConfig(
-    dtype="float32",
-    batch_size=32,
-    epochs=30,
-    learning_rate=3e-3,
-    tokens_per_microbatch=256,
-    threads_per_rank=1,
-)
-
-
-def homes(tokenizer: Any) -> list[Example]:
-    """People are the queries, their towns the passages."""
-    examples = []
-    for k, texts in enumerate(zip(PEOPLE, TOWNS, strict=True)):
-        for text, role in zip(texts, ("query", "passage"), strict=True):
-            ids = np.asarray(tokenizer(text)["input_ids"], dtype=np.int32)
-            streams = {"is_query": np.array([float(role == "query")]), "group": np.array([float(k)])}
-            nothing = np.zeros(len(ids), np.bool_)
-            examples.append(Example(f"{role} {k}", "all", role, ids, nothing, streams))
-    return examples
 
 
 def recall_at_1(model: Path) -> float:

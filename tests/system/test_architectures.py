@@ -23,11 +23,9 @@ pytestmark = pytest.mark.system
     [
         ("Qwen2", "plain", "actors"),
         ("Qwen2", "chat", "actors"),
-        ("Qwen3", "plain", "actors"),
         ("Qwen3", "chat", "server"),
         ("Llama", "plain", "actors"),
         ("Llama", "chat", "actors"),
-        ("Mistral", "plain", "actors"),
         ("Mistral", "chat", "actors"),
     ],
 )

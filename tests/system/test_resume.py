@@ -4,12 +4,6 @@ never disturbed: same trajectories, same weights, same scores, same model."""
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +13,9 @@ from safetensors.numpy import load_file
 
 from pipeline.core.records import examples_from_table, trajectories_from_table
 from tests.system.conftest import overrides, random_model
+from tests.system.processes import finish, kill_when
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
-DEADLINE_S = 420
 
 
 IN_E_STEP, IN_M_STEP = "iterations/0001/rollouts", "iterations/0001/sample.json"
@@ -51,39 +45,6 @@ def test_a_killed_run_ends_like_an_undisturbed_one(
         assert mine.number("weight") == pytest.approx(other.number("weight"), rel=1e-4)
     for name, tensor in weights(undisturbed).items():
         np.testing.assert_allclose(weights(killed)[name], tensor, atol=1e-5)
-
-
-def command(run: Path, settings: list[str]) -> list[str]:
-    return [sys.executable, "-m", "pipeline.cli", "train", "--run", str(run), *settings]
-
-
-def finish(run: Path, settings: list[str]) -> None:
-    """Run the command to its end. Its cluster is its own: no other Ray address is passed on."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    result = subprocess.run(
-        command(run, settings),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-
-
-def kill_when(run: Path, settings: list[str], reached: Callable[[], bool]) -> None:
-    """Start the command and SIGKILL the driver, without warning, as soon as `reached` says so."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    process = subprocess.Popen(
-        command(run, settings), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + DEADLINE_S
-    while not reached():
-        assert process.poll() is None, f"ended by itself with {process.returncode}"
-        assert time.monotonic() < deadline, "did not get there in time"
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
 
 
 def scores(run: Path) -> dict[str, float]:

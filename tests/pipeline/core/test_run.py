@@ -15,6 +15,7 @@ from pipeline.core.config import Config
 from pipeline.core.config_loading import all_keys, load_config
 from pipeline.core.errors import UserError
 from pipeline.core.run import FREE_TO_CHANGE, RunDirectory, RunFiles, flatten, write_atomically, write_json
+from pipeline.methods import load
 
 
 class Killed(BaseException):
@@ -233,6 +234,17 @@ def test_where_and_how_long_a_run_goes_may_change_and_is_remembered(run: RunDire
     assert load_config(run.path / "config.yaml") == config(override)
 
 
+def test_so_may_the_iterations_of_another_recipe_but_not_its_other_keys(tmp_path: Path) -> None:
+    def preference(*overrides: str) -> Config:
+        return load(None, ("recipe=preference", "data.root=/", "model.path=somebody/model", *overrides))
+
+    run = with_a_result(RunDirectory(tmp_path / "run", preference()))
+    run._lock.close()
+    RunDirectory(run.path, preference("preference.iterations=9"))._lock.close()
+    with pytest.raises(UserError, match=r"\n  preference\.beta: 0\.1 -> 0\.5"):
+        RunDirectory(run.path, preference("preference.beta=0.5"))
+
+
 def test_only_the_keys_themselves_are_free_to_change_not_keys_that_begin_like_them(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -359,6 +371,7 @@ def test_steps_of_several_policies_lie_in_folders_of_their_own(run: RunDirectory
     assert sorted(run.steps(3)) == ["generator/train", "sample", "selector/train"]
     assert run.steps(3)["selector/train"]["step"] == "3/selector/train"
     assert [run.newest_version(name) for name in ("selector", "generator", "critic")] == [3, 3, -1]
+    assert [run.newest_version("selector", up_to=t) for t in (3, 2, 1)] == [3, 2, -1]
     assert run.at("3/selector/model") == run.path / "iterations" / "0003" / "selector" / "model"
 
 
@@ -428,6 +441,13 @@ def test_closing_an_iteration_again_finishes_what_a_kill_left(
     assert (run.iteration(1) / "DONE").exists()
     run.close_iteration(1)
     assert [state.exists() for state in states] == [False, True]
+
+
+def test_the_learner_state_of_a_policy_that_was_not_trained_since_is_kept(run: RunDirectory) -> None:
+    state = with_learner(run, 1)
+    write_atomically(run.at("2/critic/learner/rank0.pt"), "state")
+    run.close_iteration(2)
+    assert state.exists()
 
 
 def test_closing_the_cold_start_removes_nothing(run: RunDirectory) -> None:

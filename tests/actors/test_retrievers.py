@@ -1,0 +1,78 @@
+"""A run's retriever whose encoder is trained and then searched with, on a real Ray cluster."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from actors.retrievers import Retrievers
+from pipeline.core.config import RetrieverConfig
+from pipeline.core.errors import UserError
+from pipeline.core.retrieval import Servers
+from retriever_service.building.build import build_index
+from retriever_service.encoding.encoder import EncoderSpec
+from retriever_service.errors import RetrieverUnavailable
+from tests.actors.encoders import PEOPLE, TOWNS, build_encoder
+from tests.retriever_service.support import write_jsonl
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def spec(encoder: Path) -> EncoderSpec:
+    return EncoderSpec(str(encoder), dtype="float32")
+
+
+def found(retrievers: Retrievers) -> list[str]:
+    """The best passage for each person."""
+    return [asyncio.run(retrievers.client.search(person, 1))[0].passage.text for person in PEOPLE]
+
+
+@pytest.mark.component
+def test_after_reindexing_the_new_encoder_searches_and_the_old_index_is_never_answered_from(
+    tmp_path: Path, cluster: None, trained_encoder: Path
+) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", [{"id": t, "title": "", "text": t} for t in TOWNS])
+    corpus, first = [str(tmp_path / "corpus.jsonl")], build_encoder(tmp_path / "first")
+    build_index(corpus, tmp_path / "old", spec(first))
+    config = RetrieverConfig(max_attempts=1, timeout_s=30, replicas=2)
+    retrievers = Retrievers(config, tmp_path / "old", runtime_env={}, start_timeout_s=120)
+    retrievers.wait()
+    before, old = found(retrievers), retrievers.client
+    assert before != list(TOWNS)
+
+    meanwhile: list[Any] = []
+
+    def look(done: int, total: int) -> None:
+        """While the new index is made, somebody asks the old replicas."""
+        if not meanwhile:
+            with pytest.raises(RetrieverUnavailable):
+                asyncio.run(old.search(PEOPLE[0], 1))
+            meanwhile.append(done)
+
+    retrievers.reindex(spec(trained_encoder), corpus, tmp_path / "new", look)
+    assert meanwhile
+    assert found(retrievers) == list(TOWNS)
+    with pytest.raises(RetrieverUnavailable):
+        asyncio.run(old.search(PEOPLE[0], 1))
+    retrievers.close()
+
+
+def test_the_index_of_servers_is_not_a_runs_to_change() -> None:
+    retrievers = Retrievers(
+        RetrieverConfig(url=("http://127.0.0.1:1",)),
+        Servers((object(),), "x"),  # type: ignore[arg-type]
+        runtime_env={},
+        start_timeout_s=1,
+    )
+    with pytest.raises(UserError, match=r"retriever\.url: a run cannot change the index of servers"):
+        retrievers.reindex(EncoderSpec("minilm"), ["corpus.jsonl"], Path("new"))

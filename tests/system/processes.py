@@ -1,0 +1,49 @@
+"""Whole commands in processes of their own, to the end or until they are killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+DEADLINE_S = 420
+CLI = ("-m", "pipeline.cli")
+
+
+def command(run: Path, settings: list[str], program: Sequence[str]) -> list[str]:
+    return [sys.executable, *program, "train", "--run", str(run), *settings]
+
+
+def finish(run: Path, settings: list[str], program: Sequence[str] = CLI) -> None:
+    """Run the command to its end. Its cluster is its own: no other Ray address is passed on."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    result = subprocess.run(
+        command(run, settings, program),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def kill_when(
+    run: Path, settings: list[str], reached: Callable[[], bool], program: Sequence[str] = CLI
+) -> None:
+    """Start the command and SIGKILL the driver, without warning, as soon as `reached` says so."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    process = subprocess.Popen(
+        command(run, settings, program), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + DEADLINE_S
+    while not reached():
+        assert process.poll() is None, f"ended by itself with {process.returncode}"
+        assert time.monotonic() < deadline, "did not get there in time"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
