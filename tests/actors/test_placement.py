@@ -12,12 +12,14 @@ from pipeline.core.errors import UserError
 from pipeline.core.policies import PolicySpec
 
 
-def policy(name: str = "searcher", workers: int = 1, ranks: int = 1, tensor_parallel: int = 1) -> PolicySpec:
+def policy(
+    name: str = "searcher", workers: int = 1, ranks: int = 1, tensor_parallel: int = 1, **rollout: Any
+) -> PolicySpec:
     """0 workers: never sampled; 0 ranks: frozen."""
     return PolicySpec(
         name,
         ModelConfig(),
-        RolloutConfig(workers=workers, tensor_parallel_size=tensor_parallel) if workers else None,
+        RolloutConfig(workers=workers, tensor_parallel_size=tensor_parallel, **rollout) if workers else None,
         LearnerConfig(num_ranks=ranks) if ranks else None,
     )
 
@@ -261,6 +263,37 @@ def test_with_too_few_gpus_all_policies_share_them_and_their_memory() -> None:
     for own in placement.policies.values():
         assert own.gpu_memory_utilization == alone.policies["selector"].gpu_memory_utilization / 2
         assert own.transport == "ipc"
+
+
+def test_policies_that_do_not_take_turns_divide_the_memory_that_ranks_leave() -> None:
+    two = [policy("selector"), policy("generator")]
+    placement = plan_of(*two, gpus=1, take_turns=False)
+    assert [own.gpu_memory_utilization for own in placement.policies.values()] == [0.2, 0.2]
+    assert gpus_used(placement) == [1.0]
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_a_share_of_memory_that_is_asked_for_is_given(gpus: int) -> None:
+    two = [policy("selector", gpu_memory_utilization=0.3), policy("generator")]
+    placement = plan_of(*two, gpus=gpus)
+    assert placement.policies["selector"].gpu_memory_utilization == 0.3
+    assert placement.policies["generator"].gpu_memory_utilization != 0.3
+
+
+def test_a_teacher_beside_its_students_gpus_does_not_weigh_on_their_ranks() -> None:
+    placement = plan_of(policy("student", 1, 2), policy("teacher", 1, 0, tensor_parallel=2), gpus=5)
+    assert placement.bundles == [{"CPU": 1.0, "GPU": gpus} for gpus in (1.0, 2.0, 1.0, 1.0)]
+    assert placement.policies["teacher"].engine_bundles == [1]
+    assert placement.policies["student"].rank_gpus == 1.0
+
+
+def test_on_shared_gpus_policies_of_different_sizes_need_only_what_the_largest_does() -> None:
+    placement = plan_of(policy("selector", 1, 1), policy("generator", 3, 2), gpus=3)
+    assert placement.policies["selector"].engine_bundles == [0]
+    assert placement.policies["generator"].engine_bundles == [0, 1, 2]
+    assert placement.policies["selector"].transport == "ipc"
+    assert placement.policies["generator"].transport == "shared_memory"
+    assert max(gpus_used(placement)) == 1.0
 
 
 def test_engines_without_any_learner_may_share_gpus_and_nobody_sleeps() -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from actors import policy as module
+from actors.engine import EngineOptions
 from actors.placement import PolicyPlacement
 from actors.policy import Policy, Turns
 from actors.session import ClusterError
+from actors.weight_transfer import WeightTransferError
 from pipeline.core.config import LearnerConfig, ModelConfig, RolloutConfig
 from pipeline.core.policies import PolicySpec, Snapshot
+from pipeline.core.records import ScoreRequest
 
 BASE = ModelConfig(path="base")
 PLACEMENT = PolicyPlacement("shared_memory", [0], [0], 0.0, 0.0, 0.0)
@@ -27,6 +32,8 @@ class Log(list[str]):
 class Pool:
     def __init__(self, name: str, log: Log, serving: int | None = 0) -> None:
         self.name, self.log, self.serving = name, log, serving
+        self.workers: list[Any] = []
+        self.options = EngineOptions("model")
 
     def sleep(self) -> None:
         self.log.append(f"{self.name} sleeps")
@@ -128,6 +135,26 @@ def test_what_the_learner_holds_is_pushed_and_anything_else_is_loaded(log: Log) 
     assert log[-4:] == ["save state-1", "export model-1", "push 1 to ['a']", "a loads model-2"]
 
 
+def test_after_a_push_that_failed_engines_serve_nothing_until_the_next_succeeds(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make(log)
+    train(policy)
+    save(policy, 1)
+    with monkeypatch.context() as patch:
+
+        def fail(*arguments: Any, **options: Any) -> Any:
+            raise WeightTransferError("an engine did not confirm")
+
+        patch.setattr(module.LearnerGroup, "push", fail)
+        with pytest.raises(WeightTransferError):
+            policy.push()
+    assert policy.pool is not None and policy.pool.serving is None
+    policy.push()
+    assert policy.pool.serving == 1
+    assert log[-1] == "push 1 to ['a']"
+
+
 def test_weights_that_belong_to_no_version_are_never_pushed(log: Log) -> None:
     policy = make(log, serving=None)
     train(policy)
@@ -166,6 +193,32 @@ def test_a_policy_without_engines_is_neither_sampled_nor_scored(log: Log) -> Non
     for ask in (policy.push, lambda: policy.score([])):
         with pytest.raises(ClusterError, match="a has no engines"):
             ask()
+
+
+def test_scores_come_in_the_order_of_the_spans_from_all_workers_at_the_current_version(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "wait_for", lambda calls, seconds, what: calls)
+    policy, pool = make(log), Pool("a", log)
+    policy.pool = pool  # type: ignore[assignment]
+    pool.workers = [scorer(log, "first"), scorer(log, "second")]
+    policy.restore(FIRST)
+    spans = [ScoreRequest.of([7, 8, number], 1) for number in range(150)]
+    scores = policy.score(spans)
+    assert log == ["a loads model-1", "first scores 64", "second scores 64", "first scores 22"]
+    assert [score.tolist() for score in scores] == [[-8.0, -number] for number in range(150)]
+    assert {score.dtype for score in scores} == {np.dtype(np.float32)}
+    assert policy.score([]) == []
+
+
+def scorer(log: Log, name: str) -> Any:
+    """A worker for which log p of a token is minus its id."""
+
+    def answer(spans: Sequence[ScoreRequest]) -> list[list[float]]:
+        log.append(f"{name} scores {len(spans)}")
+        return [(-span.token_ids[span.start :].astype(float)).tolist() for span in spans]
+
+    return SimpleNamespace(token_logprobs=SimpleNamespace(remote=answer))
 
 
 def test_what_was_not_trained_cannot_be_saved(log: Log) -> None:

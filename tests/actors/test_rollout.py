@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,8 +15,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors import rollout
 from actors.engine import EngineOptions
-from actors.rollout import Peer, PeerDied, RemoteModel, RolloutRequest, RolloutWorker
-from pipeline.core.agents.program import GREEDY, EngineError, Model, Retrieve, Sampling
+from actors.rollout import Peer, PeerDied, RemoteModel, RolloutRequest, RolloutSummary, RolloutWorker
+from pipeline.core.agents.program import GREEDY, Completion, EngineError, Model, Retrieve, Sampling
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.records import Episode, Question, ScoreRequest, StopReason
 
@@ -91,12 +92,15 @@ class Scripted:
                 await roles["judge"].token_logprobs([1, 2], 1)
             except EngineError:
                 reason = StopReason.ENGINE_ERROR
-        turn = Transcript().trajectory(
+        transcript = Transcript()
+        transcript.append_model(Completion([5, 6], [-1.0, -1.0], "", None, "eos"))
+        turn = transcript.trajectory(
             question_id=task.id,
             sample=sample,
             role="a",
             policy_version=roles["a"].version,
             stop_reason=reason,
+            detail="down" if reason.is_infrastructure else "",
         )
         return Episode(task.id, sample, (turn,))
 
@@ -122,6 +126,52 @@ def test_samples_have_seeds_of_their_own_and_the_same_at_every_run() -> None:
     assert first.seeds == second.seeds
 
 
+def test_the_seed_of_a_sample_depends_on_its_number_and_its_task_alone() -> None:
+    few, many, elsewhere = Scripted(), Scripted(), Scripted()
+    for program, samples in ((few, 2), (many, 5)):
+        asyncio.run(worker(Engine()).rollout(request(program, samples)))  # type: ignore[arg-type]
+    other = replace(request(elsewhere, 5), task=Question("r", "Who?", ("Ada",)))
+    asyncio.run(worker(Engine()).rollout(other))  # type: ignore[arg-type]
+    assert many.seeds[:2] == few.seeds
+    assert not set(elsewhere.seeds) & set(many.seeds)
+
+
+def test_an_episode_that_is_run_again_is_the_same_episode() -> None:
+    program = Scripted(failures=1)
+    asyncio.run(worker(Engine()).rollout(request(program)))  # type: ignore[arg-type]
+    assert program.seeds[0] == program.seeds[1]
+
+
+@pytest.mark.parametrize(("failures", "failed", "last"), [(0, 0, ""), (6, 3, "down")])
+def test_the_summary_counts_what_the_driver_is_told(failures: int, failed: int, last: str) -> None:
+    program = Scripted(failures)
+    summary, episodes = asyncio.run(worker(Engine()).rollout(request(program, samples=3)))  # type: ignore[misc]
+    assert [episode.sample for episode in episodes] == [0, 1, 2]
+    assert summary == RolloutSummary("q", 3, failed, generated_tokens=6, last_failure=last)
+
+
+class Exited(BaseException):
+    """In the place of the end of the process."""
+
+
+def test_a_worker_whose_engine_died_ends_so_that_it_is_replaced_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def leave(code: int) -> None:
+        raise Exited
+
+    monkeypatch.setattr(rollout.os, "_exit", leave)
+    engine = Engine(failures=1)
+    engine.is_dead = True
+    with pytest.raises(Exited):
+        asyncio.run(worker(engine).token_logprobs([ScoreRequest.of([1, 2], 1)]))
+    with pytest.raises(Exited):
+        asyncio.run(worker(engine).rollout(request(Scripted(failures=1))))  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- other policies' workers
+
+
 def handle(error: Exception | None) -> Any:
     """A peer's actor that answers, or fails so."""
 
@@ -130,7 +180,14 @@ def handle(error: Exception | None) -> Any:
             raise error
         return [[-2.0] * (len(r.token_ids) - r.start) for r in requests]
 
-    return SimpleNamespace(token_logprobs=SimpleNamespace(remote=answer))
+    async def generate(prompt_ids: list[int], sampling: Sampling) -> Completion:
+        if error is not None:
+            raise error
+        return Completion([*prompt_ids, 9], [-1.0] * (len(prompt_ids) + 1), "text", None, "eos")
+
+    return SimpleNamespace(
+        token_logprobs=SimpleNamespace(remote=answer), generate=SimpleNamespace(remote=generate)
+    )
 
 
 def test_another_policys_worker_answers_for_its_role() -> None:
@@ -141,6 +198,30 @@ def test_another_policys_worker_answers_for_its_role() -> None:
 def test_the_death_of_another_policys_worker_is_told_with_its_role() -> None:
     with pytest.raises(PeerDied, match="the worker of the role judge died"):
         asyncio.run(worker(Engine()).rollout(request(Scripted(), judge=handle(RayActorError()))))  # type: ignore[arg-type]
+
+
+def test_a_role_elsewhere_writes_and_scores_as_one_here_would() -> None:
+    model = RemoteModel("judge", Peer(handle(None), EngineOptions("other"), 9))
+    assert asyncio.run(model.generate((3, 4), GREEDY)).token_ids == [3, 4, 9]
+    assert asyncio.run(model.token_logprobs([1, 2, 3], 1)) == [-2.0, -2.0]
+
+
+def test_a_dead_peer_is_an_engine_error_to_the_program_and_known_to_be_dead() -> None:
+    model = RemoteModel("judge", Peer(handle(RayActorError()), EngineOptions("other"), 9))
+    with pytest.raises(EngineError, match="the worker of the role judge died"):
+        asyncio.run(model.generate([1], GREEDY))
+    assert model.is_dead
+
+
+def test_a_peers_death_keeps_its_role_on_its_way_to_the_driver() -> None:
+    died = pickle.loads(pickle.dumps(PeerDied("judge")))
+    assert (died.role, str(died)) == ("judge", "the worker of the role judge died")
+
+
+def test_a_bug_in_a_peer_is_not_taken_for_a_failure_of_its_engine() -> None:
+    broken = handle(RayTaskError("generate", "traceback", ZeroDivisionError()))
+    with pytest.raises(RayTaskError):
+        asyncio.run(RemoteModel("judge", Peer(broken, EngineOptions("other"), 9)).generate([1], GREEDY))
 
 
 def test_a_peers_engine_error_is_one_here_and_nobody_died() -> None:

@@ -20,6 +20,7 @@ from actors.sampling import Phase, run_phase
 from actors.session import ClusterError
 from pipeline.core.agents.program import GREEDY
 from pipeline.core.config import ClusterConfig, RolloutConfig
+from pipeline.core.policies import Snapshot
 from pipeline.core.records import Question
 
 
@@ -31,6 +32,7 @@ class Worker:
         self.failures = failures
         self.dies_at = dies_at
         self.starts = starts
+        self.started_with: int | None = None
         self.rollout = SimpleNamespace(remote=self._rollout)
         self.start = SimpleNamespace(remote=self._start)
 
@@ -48,6 +50,7 @@ class Worker:
         return RolloutSummary(request.task.id, 1, self.failures, 10, "down" if self.failures else "")
 
     async def _start(self, version: int) -> str:
+        self.started_with = version
         if not self.starts:
             raise RayActorError()
         return "node"
@@ -97,11 +100,30 @@ def test_a_phase_of_few_episodes_that_all_fail_is_no_result() -> None:
         run(pool(Worker(failures=1)), 3)
 
 
+def test_a_phase_in_which_many_episodes_fail_ends_before_all_are_sampled() -> None:
+    failing = Worker(failures=1)
+    with pytest.raises(
+        ClusterError, match=r"50 of 50 trajectories failed .* rollout.max_failure_share \(2%\)"
+    ):
+        run(pool(failing), 500)
+    assert failing.requests < 100
+
+
 def test_tasks_of_a_dead_worker_go_to_its_replacement_and_none_is_done_twice() -> None:
     first, second, sink = Worker(dies_at=2), Worker(), Sink()
     assert len(run(pool(first, second), 5, sink)) == 5
     assert second.requests >= 3
     assert sorted(sink.taken) == [f"q{i}" for i in range(5)]
+
+
+def test_a_replacement_serves_the_version_of_the_others() -> None:
+    second = Worker()
+    dying = pool(Worker(dies_at=1), second)
+    dying.now_serves(Snapshot(5, "model-5"))
+    run(dying, 1)
+    assert second.started_with == 5
+    assert dying.peer(0).version == 5
+    assert dying.peer(0).options.model == "model-5"
 
 
 def test_a_replacement_that_dies_while_it_starts_is_replaced_too() -> None:

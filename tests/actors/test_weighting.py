@@ -58,11 +58,17 @@ def episodes(task: Question, reason: StopReason = StopReason.ANSWERED) -> list[E
 class Phase:
     """An actor in the middle of a phase, two tasks a shard."""
 
-    def __init__(self, at: Path, tasks: Sequence[Question], actor: Weighting | None = None) -> None:
+    def __init__(
+        self,
+        at: Path,
+        tasks: Sequence[Question],
+        actor: Weighting | None = None,
+        weigh: Halves | None = None,
+    ) -> None:
         self.at, self.actor = at, actor or Weighting()
         for name in ("rollouts", "first", "second"):
             (at / name).mkdir(parents=True)
-        into = Destination(at / "rollouts", {n: at / n for n in Halves.outputs}, 2, Halves())
+        into = Destination(at / "rollouts", {n: at / n for n in Halves.outputs}, 2, weigh or Halves())
         asyncio.run(self.actor.begin(tasks, into))
 
     def add(self, task: Question, **options: Any) -> None:
@@ -102,6 +108,19 @@ def test_what_is_written_can_be_read_again(tmp_path: Path) -> None:
     assert [example.number("weight") for example in examples] == [0.0, 1.0]
     side_car = json.loads((tmp_path / "rollouts" / "_000000.json").read_text())
     assert side_car == {"tasks": [{"id": "q0", "n": 2}]}
+
+
+def test_failed_episodes_are_kept_to_read(tmp_path: Path) -> None:
+    class Nothing(Halves):
+        def __call__(self, task: Question, episodes: Sequence[Episode]) -> Weighted:
+            return Weighted({"first": [], "second": []}, {"id": task.id, "n": 0})
+
+    (task,) = questions(1)
+    phase = Phase(tmp_path, [task], weigh=Nothing())
+    phase.add(task, reason=StopReason.ENGINE_ERROR)
+    kept = trajectories_from_table(pq.read_table(tmp_path / "rollouts" / "000000.parquet"))
+    assert [turn.stop_reason for turn in kept] == [StopReason.ENGINE_ERROR] * 2
+    assert examples_from_table(pq.read_table(tmp_path / "first" / "000000.parquet")) == []
 
 
 def test_a_shard_is_written_as_soon_as_its_last_task_is_in(tmp_path: Path) -> None:

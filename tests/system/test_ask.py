@@ -13,18 +13,36 @@ pytestmark = pytest.mark.system
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-searcher"
 
 
-def test_ask_prints_one_json_object_and_nothing_that_frightens(world: Path, index: Path) -> None:
-    row = json.loads((world / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    command = [sys.executable, "-m", "pipeline.cli", "ask", "--json", "--model", str(MODEL)]
+def ask(question: str, index: Path, *flags: str) -> str:
+    """What `exsearch ask` prints; nothing on stderr may frighten."""
+    command = [sys.executable, "-m", "pipeline.cli", "ask", *flags, "--model", str(MODEL)]
     result = subprocess.run(
-        [*command, "--index", str(index), row["question"], "agent.documents=1", "model.max_length=1024"],
+        [*command, "--index", str(index), question, "agent.documents=1", "model.max_length=1024"],
         capture_output=True,
         text=True,
         timeout=300,
         check=True,
     )
-    answer = json.loads(result.stdout)
-    assert answer["question"] == row["question"]
-    assert answer["steps"] and all(len(step["hits"]) <= 1 for step in answer["steps"])
     for word in ("Traceback", "WARNING", "FutureWarning"):
         assert word not in result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def question(world: Path) -> str:
+    row = json.loads((world / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    return str(row["question"])
+
+
+def test_a_program_gets_one_json_object_and_a_person_the_same_trajectory_step_by_step(
+    question: str, index: Path
+) -> None:
+    answer = json.loads(ask(question, index, "--json"))
+    assert answer["question"] == question
+    assert answer["steps"] and all(len(step["hits"]) <= 1 for step in answer["steps"])
+    lines = ask(question, index).splitlines()
+    thoughts = [line.split(maxsplit=1)[1] for line in lines if line.startswith("  think ")]
+    assert thoughts[: len(answer["steps"])] == [step["query"] for step in answer["steps"]]
+    passages = [line for line in lines if line.startswith("    [1] ")]
+    assert len(passages) == sum(len(step["hits"]) for step in answer["steps"])
+    assert lines[-1] == f" answer  {answer['answer']}"

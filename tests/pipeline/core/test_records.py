@@ -108,6 +108,12 @@ def test_examples_come_back_as_they_were(source: Trajectory, weight: float, widt
         np.testing.assert_array_equal(copy.streams[name], values)
 
 
+def test_a_gold_answer_without_a_likelihood_comes_back_without_one() -> None:
+    original = trajectory(log_likelihoods=(-1.5, float("nan"), float("-inf")))
+    (copy,) = trajectories_from_table(through_parquet(trajectories_to_table([original])))
+    np.testing.assert_array_equal(copy.log_likelihoods, original.log_likelihoods)
+
+
 def test_a_table_of_something_else_is_refused_with_what_it_lacks() -> None:
     with pytest.raises(ValueError, match="the columns id, unit, streams are missing"):
         examples_from_table(pa.table({"role": [], "token_ids": [], "loss_mask": []}))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from pipeline.core.config import AgentConfig, WeightingConfig
 from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory
 from pipeline.core.renderer import Renderer
+from pipeline.core.run import write_json
 from pipeline.core.weighing import SearchWeights, log_ratio, summarise_scored
 from pipeline.core.weighting import Scored, importance_weights, summarise
 
@@ -24,7 +27,8 @@ NAN = float("nan")
 class Bench:
     """Weights of one configuration."""
 
-    def __init__(self, tokenizer: Any, **weighting: Any) -> None:
+    def __init__(self, tokenizer: Any, side_car: Path, **weighting: Any) -> None:
+        self.side_car = side_car
         self.weighting = WeightingConfig(**weighting)
         self.renderer = Renderer(tokenizer, AgentConfig())
         self.weigh = SearchWeights(self.weighting, AgentConfig(), "model")
@@ -64,14 +68,14 @@ class Bench:
         self, group: Sequence[Trajectory], question: Question = SILVER_HARP
     ) -> tuple[list[Example], dict[str, Any]]:
         weighted = self.weigh(question, [Episode("q1", t.sample, (t,)) for t in group])
-        # The statistics go through a file.
-        return list(weighted.examples["searcher"]), json.loads(json.dumps(weighted.statistics))
+        write_json(self.side_car, weighted.statistics)
+        return list(weighted.examples["searcher"]), json.loads(self.side_car.read_text())
 
 
 @pytest.fixture
-def bench(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def bench(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("pipeline.core.weighing.renderer_at", lambda path, agent: Renderer(tokenizer, agent))
-    return lambda **weighting: Bench(tokenizer, **weighting)
+    return lambda **weighting: Bench(tokenizer, tmp_path / "side-car.json", **weighting)
 
 
 def weights(examples: Sequence[Example]) -> list[float]:
@@ -147,6 +151,19 @@ def test_where_only_one_gold_answer_fits_that_one_counts(bench: Any) -> None:
     assert at.renderer.decode(example.token_ids.tolist()).endswith("M. Velin </answer>")
 
 
+def test_likelihoods_of_another_number_of_answers_are_refused(bench: Any) -> None:
+    at = bench()
+    with pytest.raises(ValueError, match="zip"):
+        at([at.trajectory(-1.0)])
+
+
+def test_an_impossible_answer_weighs_nothing_also_through_a_file(bench: Any) -> None:
+    at = bench()
+    examples, row = at([at.trajectory(-1.0, -2.0), at.trajectory(-math.inf, -math.inf, sample=1)])
+    assert weights(examples) == pytest.approx([math.exp(-1.0), 0.0])
+    assert summarise_scored([row])["likelihood_bound"] == pytest.approx(-1.0 - math.log(2))
+
+
 def test_a_question_with_nothing_but_failures_has_no_say(bench: Any) -> None:
     at = bench()
     nothing, failed = at([at.trajectory(stop_reason=DIED)])
@@ -191,6 +208,18 @@ def test_without_a_recorded_proposal_or_correction_the_ratio_is_one(bench: Any) 
     assert weights([example]) == pytest.approx([math.exp(-1.0)])
 
 
+def test_a_trajectory_without_a_word_of_the_models_own_needs_no_correction(bench: Any) -> None:
+    at = bench(method="uniform", correct_proposal=True)
+    spoken = at.trajectory(-1.0, -1.0, sample=1)
+    other = np.where(spoken.loss_mask, np.float32(-0.1), np.float32(np.nan))
+    mask = spoken.loss_mask.copy()
+    mask[: spoken.answer_start] = False
+    silent = at.trajectory(-1.0, -1.0, loss_mask=mask, proposal_logprobs=other)
+    examples, _ = at([silent, replace(spoken, proposal_logprobs=other)])
+    assert weights(examples)[0] == 0.5
+    assert weights(examples)[1] < 0.5
+
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -208,7 +237,13 @@ def test_the_statistics_are_those_of_the_formulas_also_through_a_file(bench: Any
     ]
     expected = summarise(groups, [importance_weights(group, at.weighting) for group in groups])
     report = summarise_scored(rows)
-    for name in ("questions", "likelihood_bound", "likelihood_bound_stderr", "effective_sample_size"):
+    for name in (
+        "questions",
+        "likelihood_bound",
+        "likelihood_bound_stderr",
+        "effective_sample_size",
+        "mean_weight",
+    ):
         assert report[name] == getattr(expected, name), name
     assert report["all_failed_share"] == 50.0
     assert report["excluded"] == 0

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.core.agents.program import Completion, EngineError, Sampling
+from pipeline.core.agents.program import Completion, EngineError, Retrieve, Sampling
 from pipeline.core.agents.search_program import SearchProgram, answer_log_likelihoods
 from pipeline.core.config import AgentConfig
 from pipeline.core.records import Question, StopReason, Trajectory
 from pipeline.core.renderer import Renderer
+from retriever_service.errors import RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
@@ -52,10 +53,10 @@ async def retrieve(query: str, k: int) -> list[Hit]:
     return [Hit(Passage("p", "Orvane", "Mara Velin founded it."), 1.0)]
 
 
-def run(model: FakeModel, **options: Any) -> Trajectory:
+def run(model: FakeModel, find: Retrieve = retrieve, **options: Any) -> Trajectory:
     program = SearchProgram(AGENT, **options)
     episode = asyncio.run(
-        program(QUESTION, {"searcher": model}, retrieve, sampling=Sampling(1.0, seed=1), sample=2)
+        program(QUESTION, {"searcher": model}, find, sampling=Sampling(1.0, seed=1), sample=2)
     )
     assert (episode.task_id, episode.sample) == ("q", 2)
     return episode.turn("searcher")
@@ -97,6 +98,39 @@ def test_both_distributions_are_kept_where_they_differ(tokenizer: Any) -> None:
     np.testing.assert_array_equal(trajectory.logprobs[own], np.float32(-0.5))
     np.testing.assert_array_equal(trajectory.proposal_logprobs[own], np.float32(-0.25))
     assert np.isnan(trajectory.logprobs[~own]).all()
+
+
+def test_each_token_keeps_its_own_log_probability_and_nobody_scores_the_environment(tokenizer: Any) -> None:
+    class ByPosition(FakeModel):
+        async def token_logprobs(self, token_ids: Sequence[int], start: int) -> list[float]:
+            await super().token_logprobs(token_ids, start)
+            return [-float(i) for i in range(start, len(token_ids))]
+
+    model = ByPosition(tokenizer, records_proposal=True)
+    trajectory = run(model)
+    own = np.flatnonzero(trajectory.loss_mask)
+    np.testing.assert_array_equal(trajectory.logprobs[own], -own.astype(np.float32))
+    assert model.scored == [(trajectory.token_ids.tolist(), own[0])]
+
+
+def test_a_model_that_wrote_nothing_usable_has_neither_distribution(tokenizer: Any) -> None:
+    model = FakeModel(tokenizer, records_proposal=True)
+    model.turns = iter(["<record> out of turn </record> <answer> Mara </answer>"])
+    trajectory = run(model)
+    assert trajectory.stop_reason is StopReason.MALFORMED
+    assert trajectory.proposal_logprobs is not None
+    assert np.isnan(trajectory.logprobs).all() and np.isnan(trajectory.proposal_logprobs).all()
+    assert model.scored == []
+
+
+def test_a_trajectory_that_the_infrastructure_ended_is_not_scored(tokenizer: Any) -> None:
+    async def gone(query: str, k: int) -> list[Hit]:
+        raise RetrieverUnavailable("nobody answers")
+
+    model = FakeModel(tokenizer, records_proposal=True)
+    trajectory = run(model, gone, score_answers=True)
+    assert trajectory.stop_reason is StopReason.RETRIEVER_UNAVAILABLE
+    assert (model.scored, trajectory.log_likelihoods) == ([], ())
 
 
 @pytest.mark.parametrize("switches", [{"think": False, "search": False, "record": False}])

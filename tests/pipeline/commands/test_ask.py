@@ -1,0 +1,99 @@
+"""What `exsearch ask` shows of a trajectory, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import pytest
+
+from pipeline.commands.ask import _watching, as_json, run_config_of, show
+from pipeline.core.agents.search import Event, OnEvent
+from pipeline.core.records import Step, StopReason, Trajectory
+from retriever_service.passages.corpus import Passage
+from retriever_service.passages.hits import Hit
+
+HIT = Hit(Passage("p7", "Orvane", "Mara Velin founded Orvane."), 0.75)
+
+
+@pytest.mark.parametrize(
+    ("event", "lines"),
+    [
+        (Event("think", "who founded it?"), ["  think  who founded it?"]),
+        (Event("search", "", (HIT,)), ["    [1] 0.75  Orvane: Mara Velin founded Orvane."]),
+        (Event("search", "nothing is found"), []),
+        (Event("record", "Mara did"), [" record  Mara did"]),
+        (Event("answer", "Mara Velin"), [" answer  Mara Velin"]),
+        (Event("stop", "answered"), []),
+        (Event("stop", "retriever_unavailable"), ["stopped: retriever_unavailable"]),
+    ],
+)
+def test_each_event_is_said_in_words(event: Event, lines: list[str]) -> None:
+    said: list[str] = []
+    show(event, said.append)
+    assert said == lines
+
+
+def test_a_trajectory_for_programs_has_its_steps_with_their_passages() -> None:
+    empty = np.zeros(0, dtype=np.float32)
+    trajectory = Trajectory(
+        question_id="ask",
+        sample=0,
+        policy_version=0,
+        token_ids=empty.astype(np.int32),
+        loss_mask=empty.astype(np.bool_),
+        logprobs=empty,
+        answer_start=0,
+        steps=(Step("who founded it?", (HIT,), "Mara did"),),
+        answer="Mara Velin",
+        stop_reason=StopReason.ANSWERED,
+    )
+    passage = {"id": "p7", "title": "Orvane", "text": "Mara Velin founded Orvane.", "score": 0.75}
+    assert as_json("Who?", trajectory) == {
+        "question": "Who?",
+        "answer": "Mara Velin",
+        "stop_reason": "answered",
+        "steps": [{"query": "who founded it?", "hits": [passage], "record": "Mara did"}],
+    }
+
+
+def test_the_configuration_of_a_runs_model_is_found_and_that_of_others_is_not(tmp_path: Path) -> None:
+    model = tmp_path / "run" / "iterations" / "0003" / "searcher" / "model"
+    model.mkdir(parents=True)
+    assert run_config_of(str(model)) is None
+    config = tmp_path / "run" / "config.yaml"
+    config.touch()
+    assert run_config_of(str(model)) == config
+    assert run_config_of("organisation/model") is None
+
+
+@pytest.fixture
+def ray_session() -> Iterator[None]:
+    import ray
+
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.component
+@pytest.mark.usefixtures("ray_session")
+def test_events_arrive_in_their_order_while_the_program_still_runs() -> None:
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Program:
+        def say(self, watcher: OnEvent, *texts: str) -> None:
+            for text in texts:
+                watcher(Event("think", text))
+
+    heard: SimpleQueue[Event] = SimpleQueue()
+    program = Program.remote()
+    with _watching(heard.put) as watcher:
+        ray.get(program.say.remote(watcher, "first"))
+        # The program has not ended, and what it said is here.
+        assert heard.get(timeout=60).text == "first"
+        ray.get(program.say.remote(watcher, *map(str, range(50))))
+        assert [heard.get(timeout=60).text for _ in range(50)] == list(map(str, range(50)))
