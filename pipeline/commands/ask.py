@@ -76,7 +76,8 @@ class _Relay:
         self._queue = queue
 
     def __call__(self, event: Event) -> None:
-        self._queue.actor.put_nowait.remote(event)
+        # It waits until the event is there: calls in flight have no order, and the driver would not wait for the last.
+        self._queue.put_nowait(event)
 
 
 @contextmanager
