@@ -471,11 +471,16 @@ def _phase_key(records: Sequence[Example], loss: Loss, *settings: float) -> str:
 
 
 def _averages(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the optimiser steps, of all but the gradient's norm by what a step's normaliser counts."""
-    names = [
-        n for n in (history[0] if history else ("loss",)) if n not in ("tokens", "grad_norm", "learning_rate")
-    ]
-    sizes = [metrics["tokens"] for metrics in history]
-    means = {name: float(np.average([m[name] for m in history], weights=sizes)) for name in names if history}
-    norm = float(np.average([m["grad_norm"] for m in history])) if history else math.nan
-    return {**(means or {"loss": math.nan}), "grad_norm": norm}
+    """Means over the optimiser steps, of all but the gradient's norm by what a step's normaliser counts.
+
+    A step in which nothing was computed has no metrics of the loss's own, and takes no part in their means.
+    """
+    if not history:
+        return {"loss": math.nan, "grad_norm": math.nan}
+    others = ("tokens", "grad_norm", "learning_rate")
+    means = {}
+    for name in dict.fromkeys(name for step in history for name in step if name not in others):
+        steps = [step for step in history if name in step]
+        sizes = [step["tokens"] for step in steps]
+        means[name] = float(np.average([step[name] for step in steps], weights=sizes))
+    return {**means, "grad_norm": float(np.average([step["grad_norm"] for step in history]))}
