@@ -22,10 +22,8 @@ pytestmark = pytest.mark.system
     ("architecture", "layout", "retriever"),
     [
         ("Qwen2", "plain", "actors"),
-        ("Qwen2", "chat", "actors"),
         ("Qwen3", "chat", "server"),
         ("Llama", "plain", "actors"),
-        ("Llama", "chat", "actors"),
         ("Mistral", "chat", "actors"),
     ],
 )
