@@ -72,7 +72,7 @@ class EnginePool:
         name: of the policy, for messages.
         options: of every engine; the model is that of `start`'s snapshot.
         rollout, cluster: sections of the configuration.
-        bundles: the bundle of each worker, and the GPUs that it takes of it.
+        placement: the bundle of each worker, and the GPUs that it takes of it.
         bundle_options: Ray options for an actor in a bundle.
         retriever: what programs retrieve with.
     """

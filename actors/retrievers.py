@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
 from actors.retriever import ActorReplica, HttpReplica, RetrieverActor, RetrieverClient, client_of
 from actors.session import wait_for
 from pipeline.core.config import RetrieverConfig
 from pipeline.core.errors import UserError
-from pipeline.core.retrieval import Searched
-from retriever_service.building.build import build_index
+from pipeline.core.retrieval import Searched, build_run_index
 from retriever_service.encoding.encoder import EncoderSpec
 
 MAX_RESTARTS = 3
@@ -76,15 +74,7 @@ class Retrievers:
                 "retriever.url: a run cannot change the index of servers; remove the key, so that it has its own"
             )
         self.close()
-        build_index(
-            corpus,
-            at,
-            encoder,
-            factory=self.config.factory,
-            # This process may be on a node without GPUs, whatever the replicas have.
-            device=self.config.torch_device if torch.cuda.is_available() else "cpu",
-            on_progress=on_progress,
-        )
+        build_run_index(self.config, corpus, at, encoder, on_progress)
         self._start(at)
         self.wait()
 

@@ -80,17 +80,15 @@ class ExpectationMaximisation:
         self.cold_start = cold_start
 
     def run_all(self) -> Json:
-        em, has_tests = self.config.em, bool(self.run.splits.test)
-        starts_cold = self.cold_start.base_version < 0
-        if has_tests and starts_cold:
+        em, starts_cold = self.config.em, self.cold_start.base_version < 0
+        if starts_cold:
             self.test("base", -1)
         self.cold_start(self.run)
         self.dev(0)
-        if has_tests:
-            self.test("warm_up" if starts_cold else "base", 0)
-            if self.config.evaluation.baselines:
-                self.test("no_search", 0, think=False, search=False, record=False)
-                self.test("one_search", 0, think=False)
+        self.test("warm_up" if starts_cold else "base", 0)
+        if self.config.evaluation.baselines:
+            self.test("no_search", 0, think=False, search=False, record=False)
+            self.test("one_search", 0, think=False)
         for t in range(1, em.iterations + 1):
             self.e_step(t)
             self.m_step(t)
@@ -100,8 +98,7 @@ class ExpectationMaximisation:
             if should_stop(self.run.files, t, em):
                 logger.info(f"stopped early: no better dev {em.select_by} for {em.patience}")
                 break
-        if has_tests:
-            self.test("best", best_iteration(self.run.files, em))
+        self.test("best", best_iteration(self.run.files, em))
         return self.report()
 
     # ---------------------------------------------------------------- the steps
@@ -148,9 +145,7 @@ class ExpectationMaximisation:
 
     def dev(self, t: int) -> None:
         """Push theta_t and evaluate it on the dev questions."""
-        if self.run.splits.dev:
-            program = SearchProgram(self.config.agent)
-            self.run.evaluate(t, program, {SEARCHER: t}, answers=SEARCHER)
+        self.run.evaluate(t, SearchProgram(self.config.agent), {SEARCHER: t}, answers=SEARCHER)
 
     def test(self, name: str, version: int, **switches: bool) -> None:
         """Evaluate one version on the test questions; `switches` turns it into a baseline."""

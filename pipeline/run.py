@@ -238,10 +238,14 @@ class Run:
     def evaluate(self, t: int, program: Program[Any], roles: Mapping[str, int], *, answers: str) -> Json:
         """Step "t/evaluation": greedy scores on the dev questions; `push` says what the pushes moved, by policy.
 
+        Without dev questions nothing is done, and the result is empty.
+
         Args:
             roles: the version of each policy that plays a role of its own name.
             answers: the role whose turn holds the answer.
         """
+        if not self.splits.dev:
+            return {}
 
         def work() -> Json:
             policies = self._at(roles)
@@ -258,7 +262,12 @@ class Run:
         return self.once(f"{t}/evaluation", work)
 
     def test(self, name: str, program: Program[Any], roles: Mapping[str, int], *, answers: str) -> Json:
-        """Step "test/NAME": greedy scores on the test questions; done again if other versions are to be evaluated."""
+        """Step "test/NAME": greedy scores on the test questions; done again if other versions are to be evaluated.
+
+        Without test questions nothing is done, and the result is empty.
+        """
+        if not self.splits.test:
+            return {}
         step, version = f"test/{name}", max(roles.values())
         if (self.files.finished(step) or {}).get("iteration") != version:
             self.files.forget(step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -156,16 +156,31 @@ def prepare_index(retriever: RetrieverConfig, data: DataConfig, default: Path, d
     # Not what is fastest here: the same command is to give the same run on every machine.
     spec = replace(spec, dtype=spec.dtype or "float32")
     with display.progress("preparing the index", None, "passages") as advance:
-        build_index(
-            corpus_paths(data),
-            default,
-            spec,
-            factory=retriever.factory,
-            # This process may be on a node without GPUs, whatever the retriever actors have.
-            device=retriever.torch_device if torch.cuda.is_available() else "cpu",
-            on_progress=advance.to,
-        )
+        build_run_index(retriever, corpus_paths(data), default, spec, advance.to)
     return default
+
+
+def build_run_index(
+    retriever: RetrieverConfig,
+    corpus: Sequence[str],
+    at: Path,
+    spec: EncoderSpec,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Build the configured kind of index, or go on with what was begun at `at`.
+
+    Raises:
+        RetrieverError: a mistake in the corpus or the encoder.
+    """
+    build_index(
+        corpus,
+        at,
+        spec,
+        factory=retriever.factory,
+        # This process may be on a node without GPUs, whatever the retriever actors have.
+        device=retriever.torch_device if torch.cuda.is_available() else "cpu",
+        on_progress=on_progress,
+    )
 
 
 def what_is_searched(

@@ -11,6 +11,7 @@ Where ExSearch raises what led to the answer, this also lowers what did not.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Episode, Example, Question, StopReason, count_stop_reasons
 from pipeline.core.report import Column, Outcome, best_iteration, should_stop, step_outcome
 from pipeline.core.weighing import Weighted
+from pipeline.core.weighting import log_mean_likelihood
 from pipeline.run import open_run
 
 REFERENCE = "reference"
@@ -145,16 +147,15 @@ class Pairs:
                 "no question has two trajectories that differ enough; see preference.least_gap"
             )
         means = [
-            float(np.logaddexp.reduce(row["log_likelihoods"]) - np.log(len(row["log_likelihoods"])))
+            log_mean_likelihood(np.array(row["log_likelihoods"]))
             for row in statistics
             if row["log_likelihoods"]
         ]
-        stops = {
-            name: sum(row["stop_reasons"][name] for row in statistics)
-            for name in statistics[0]["stop_reasons"]
-        }
+        stops: Counter[str] = Counter()
+        for row in statistics:
+            stops.update(row["stop_reasons"])
         pairs = sum(row["pairs"] for row in statistics)
-        return {"log_likelihood": float(np.mean(means)), "pairs": pairs, "stop_reasons": stops}
+        return {"log_likelihood": float(np.mean(means)), "pairs": pairs, "stop_reasons": dict(stops)}
 
 
 def train(config: Config, run_path: Path, display: Display) -> Outcome:

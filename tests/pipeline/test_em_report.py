@@ -11,6 +11,7 @@ import pytest
 from pipeline.core.config import Config, EmConfig
 from pipeline.core.run import RunDirectory, RunFiles, write_json
 from pipeline.em_report import em_report
+from tests.pipeline.report_support import evaluated, scores
 
 TRAIN = {
     "questions": 2,
@@ -26,17 +27,6 @@ TRAIN = {
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "first", Config())
-
-
-def scores(em: float, f1: float = 0.0) -> dict[str, Any]:
-    return {"n": 10, "em": em, "f1": f1, "accuracy": em}
-
-
-def evaluated(run: RunDirectory, *ems: float, f1: tuple[float, ...] = ()) -> None:
-    """Iterations 0, 1, ... with these dev scores."""
-    for t, em in enumerate(ems):
-        dev = scores(em, f1[t] if f1 else 0.0)
-        run.once(f"{t}/evaluation", lambda dev=dev: {"push": {"searcher": {"seconds": 0.1}}, "scores": dev})  # type: ignore[misc]
 
 
 def with_iterations(number: int, **em: Any) -> Config:

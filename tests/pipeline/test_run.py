@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.policies import PolicySpec, Snapshot
+from pipeline.core.records import Question
 from pipeline.core.run import Json, RunDirectory, write_json
 from pipeline.core.tracking import Tracker
 from pipeline.run import Run
@@ -55,12 +56,12 @@ class StandInPolicy:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Run]:
+def opened(path: Path, test: Sequence[Question] = ()) -> Iterator[Run]:
     """The run as one start of its command sees it."""
     config = Config(tracking=TrackingConfig(tensorboard=False))
     specs = [PolicySpec(name, config.model, learner=LearnerConfig()) for name in NAMES]
     with RunDirectory(path, config) as files, Tracker(path, config.tracking, "run") as tracker:
-        run = Run(config, files, Splits([], [], []), path, tracker, Display(), specs)
+        run = Run(config, files, Splits([], [], list(test)), path, tracker, Display(), specs)
         policies = {name: StandInPolicy() for name in NAMES}
         run.cluster = cast(Cluster, SimpleNamespace(policy=policies.__getitem__, policies=policies))
         yield run
@@ -164,9 +165,18 @@ def test_a_test_is_done_again_if_another_version_is_the_best_one_now(
 ) -> None:
     scores = iter([10.0, 20.0])
     monkeypatch.setattr(Run, "_scores", lambda self, *_: {"em": next(scores)})
-    with opened(tmp_path) as run:
+    with opened(tmp_path, test=[Question("q", "Who?", ("A",))]) as run:
         for version in (1, 1, 2):
             run.test("best", cast(Any, None), {"selector": version}, answers="selector")
         result = run.files.test_results()["best"]
     assert (result["iteration"], result["em"]) == (2, 20.0)
     assert metrics(tmp_path) == []
+
+
+def test_without_questions_there_is_no_evaluation_and_no_test(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        program, roles = cast(Any, None), {"selector": 0}
+        assert run.evaluate(0, program, roles, answers="selector") == {}
+        assert run.test("best", program, roles, answers="selector") == {}
+        assert run.files.finished("0/evaluation") is None
+        assert run.files.test_results() == {}

@@ -6,6 +6,7 @@ term, `nll_coefficient` times the mean negative log-likelihood per token of the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from pipeline.core.records import Example
 
 
 @dataclass(frozen=True, slots=True)
-class _PairLoss:
+class _PairLoss(ABC):
     beta: float
     nll_coefficient: float = 0.0
 
@@ -53,9 +54,9 @@ class _PairLoss:
             },
         )
 
+    @abstractmethod
     def margins(self, logprobs: Tensor, rows: Rows, chosen: Tensor, rejected: Tensor) -> Tensor:
         """[P], from the summed log-probabilities [n] of the examples and the positions of the P pairs' members."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

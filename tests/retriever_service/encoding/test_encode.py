@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from retriever_service.encoding.encode import encode_corpus
 from retriever_service.encoding.encode_job import (
     EncoderIdentity,
     encode_shard,
@@ -24,15 +22,13 @@ from retriever_service.encoding.encode_job import (
     pending_shards,
 )
 from retriever_service.encoding.encoder import EncoderSpec, Vectors
-from retriever_service.encoding.vectors import Job, VectorStore
+from retriever_service.encoding.vectors import Job
 from retriever_service.errors import RetrieverError
 from retriever_service.files import exclusive
 from retriever_service.passages.corpus import Passage
+from tests.retriever_service.encoding.encoding_support import COUNT, SPEC, child, encode, files, write_corpus
 from tests.retriever_service.encoding_child import SHARD_ROWS
-from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
-
-SPEC = EncoderSpec("hash")
-COUNT = 21  # three shards, the last one short
+from tests.retriever_service.support import HashEncoder
 
 
 class Stopped(Exception):
@@ -52,46 +48,8 @@ class Recording(HashEncoder):
             yield from super().encode_passages([passage])
 
 
-class Fatal(HashEncoder):
-    """Brings its process down at one of the passages."""
-
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
-        for passage in passages:
-            if passage.id == "p12":
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield from super().encode_passages([passage])
-
-
-class Faulty(HashEncoder):
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
-        raise KeyError("a bug of ours")
-
-
-def load_fatal(spec: EncoderSpec, device: str) -> Fatal:
-    return Fatal(spec)
-
-
-def load_faulty(spec: EncoderSpec, device: str) -> Faulty:
-    return Faulty(spec)
-
-
 def load_nothing(spec: EncoderSpec, device: str) -> HashEncoder:
     raise RetrieverError("there is no such encoder")
-
-
-def load_and_tell(register: Path, spec: EncoderSpec, device: str) -> HashEncoder:
-    (register / str(os.getpid())).touch()
-    return HashEncoder(spec)
-
-
-def write_corpus(path: Path, count: int = COUNT) -> Path:
-    rows = ({"id": f"p{i}", "title": f"T{i}", "text": f"word{i} of {i % 4}"} for i in range(count))
-    return write_jsonl(path, rows)
-
-
-def encode(corpus: Path, out: Path, spec: EncoderSpec = SPEC, **options: Any) -> VectorStore:
-    options = {"workers": 1, "shard_rows": SHARD_ROWS, "load_encoder": load_hash_encoder} | options
-    return encode_corpus([corpus], out, spec, **options)
 
 
 def opened(corpus: Path, out: Path, encoder: HashEncoder) -> AbstractContextManager[Job]:
@@ -115,37 +73,10 @@ def cut_off(corpus: Path, out: Path, after: int = SHARD_ROWS) -> None:
         encode(corpus, out, on_progress=stop)
 
 
-def files(directory: Path) -> dict[str, bytes]:
-    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "lock")
-    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
-
-
 def damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-3] ^= 8
     path.write_bytes(content)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "c.jsonl")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(corpus: Path) -> dict[str, bytes]:
-    """All files of a job that nothing happened to."""
-    encode(corpus, corpus.parent / "undisturbed")
-    return files(corpus.parent / "undisturbed")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "vectors"
-
-
-def child(corpus: Path, out: Path, *arguments: Any) -> list[str]:
-    module = "tests.retriever_service.encoding_child"
-    return [sys.executable, "-m", module, str(corpus), str(out), *map(str, arguments)]
 
 
 def killed(corpus: Path, out: Path, moment: int) -> None:

@@ -8,49 +8,24 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
 
 from retriever_service.encoding.encode import encode_corpus
-from retriever_service.encoding.encode_job import (
-    EncoderIdentity,
-    open_job,
-)
 from retriever_service.encoding.encoder import EncoderSpec, Vectors
-from retriever_service.encoding.vectors import Job, VectorStore
+from retriever_service.encoding.vectors import VectorStore
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.corpus import Passage
+from tests.retriever_service.encoding.encoding_support import COUNT, child, encode, files, write_corpus
 from tests.retriever_service.encoding_child import SHARD_ROWS
-from tests.retriever_service.support import HashEncoder, load_hash_encoder, write_jsonl
-
-SPEC = EncoderSpec("hash")
-COUNT = 21  # three shards, the last one short
-
-
-class Stopped(Exception):
-    """What cuts off a job in this process."""
-
-
-class Recording(HashEncoder):
-    """Knows whose vectors were asked for."""
-
-    def __init__(self, spec: EncoderSpec) -> None:
-        super().__init__(spec)
-        self.encoded: list[str] = []
-
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
-        for passage in passages:
-            self.encoded.append(passage.id)
-            yield from super().encode_passages([passage])
+from tests.retriever_service.support import HashEncoder, write_jsonl
 
 
 class Fatal(HashEncoder):
@@ -76,82 +51,9 @@ def load_faulty(spec: EncoderSpec, device: str) -> Faulty:
     return Faulty(spec)
 
 
-def load_nothing(spec: EncoderSpec, device: str) -> HashEncoder:
-    raise RetrieverError("there is no such encoder")
-
-
 def load_and_tell(register: Path, spec: EncoderSpec, device: str) -> HashEncoder:
     (register / str(os.getpid())).touch()
     return HashEncoder(spec)
-
-
-def write_corpus(path: Path, count: int = COUNT) -> Path:
-    rows = ({"id": f"p{i}", "title": f"T{i}", "text": f"word{i} of {i % 4}"} for i in range(count))
-    return write_jsonl(path, rows)
-
-
-def encode(corpus: Path, out: Path, spec: EncoderSpec = SPEC, **options: Any) -> VectorStore:
-    options = {"workers": 1, "shard_rows": SHARD_ROWS, "load_encoder": load_hash_encoder} | options
-    return encode_corpus([corpus], out, spec, **options)
-
-
-def opened(corpus: Path, out: Path, encoder: HashEncoder) -> AbstractContextManager[Job]:
-    return open_job(
-        [corpus],
-        out,
-        shard_rows=SHARD_ROWS,
-        store_dtype="float32",
-        identify=lambda count: EncoderIdentity.of(encoder),
-    )
-
-
-def cut_off(corpus: Path, out: Path, after: int = SHARD_ROWS) -> None:
-    """A job whose first `after` passages were encoded, and one more."""
-
-    def stop(done: int, total: int) -> None:
-        if done > after:
-            raise Stopped
-
-    with pytest.raises(Stopped):
-        encode(corpus, out, on_progress=stop)
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "lock")
-    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
-
-
-def damage(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 8
-    path.write_bytes(content)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "c.jsonl")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(corpus: Path) -> dict[str, bytes]:
-    """All files of a job that nothing happened to."""
-    encode(corpus, corpus.parent / "undisturbed")
-    return files(corpus.parent / "undisturbed")
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "vectors"
-
-
-def child(corpus: Path, out: Path, *arguments: Any) -> list[str]:
-    module = "tests.retriever_service.encoding_child"
-    return [sys.executable, "-m", module, str(corpus), str(out), *map(str, arguments)]
-
-
-def killed(corpus: Path, out: Path, moment: int) -> None:
-    ended = subprocess.run(child(corpus, out, "--die-at", moment), capture_output=True, timeout=500)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
 
 
 def test_killed_worker_is_a_clear_error_and_costs_its_shard_only(

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
 from functools import partial
-from typing import Any
 
 import httpx
 import pytest
 
 from retriever_service.errors import RetrieverError
-from retriever_service.service.server import Engine, ServerSettings, create_app
+from retriever_service.service.server import ServerSettings
 from tests.retriever_service.support import ROOT, server_process
-
-
-@contextlib.asynccontextmanager
-async def running(
-    open_engine: Callable[[], Engine], *, ready: bool = True, **settings: Any
-) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of the application, which runs in this event loop."""
-    app = create_app(ServerSettings(**{"grace_s": 0.01, "refresh_s": 0.0} | settings), open_engine)
-    transport = httpx.ASGITransport(app)
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=transport, base_url="http://server") as client,
-    ):
-        while ready and (await client.get("/readyz")).status_code != 200:
-            await asyncio.sleep(0.001)
-        yield client
-
 
 serving = partial(server_process, "tests.retriever_service.fake_engine")
 
