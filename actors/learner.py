@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 
 
 class Learner:
-    """A causal language model, its optimiser and its DeepSpeed engine, on one rank.
+    """A model with a head, its optimiser and its DeepSpeed engine, on one rank.
 
     The optimiser's moments live through all M-steps (training is continual); the learning-rate schedule
     starts again with each call of `train`.
@@ -95,7 +95,7 @@ class Learner:
         self.source = learner_files.local_directory(model_path)
         self._progress: dict[str, float] = {"step": 0, "num_steps": 0}
         self._resting = False
-        self._reference_source = ""
+        self._reference: tuple[str, ModelOutputs] | None = None  # a live reference and where it is from
         self._phase: dict[str, Any] | None = None  # key and history of the last M-step
         self._resume: dict[str, Any] | None = None  # the same, out of a checkpoint that was just loaded
 
@@ -200,10 +200,15 @@ class Learner:
     def rest(self) -> None:
         """Move what only training needs (master weights, optimiser state, gradients) to the host's memory.
 
-        The weights stay, so that they can be pushed and exported; `train` takes everything back. Nothing happens on
-        CPUs and where the optimiser lives on the host anyway.
+        The weights stay, so that they can be pushed and exported; `train` takes everything back, and loads a live
+        reference again. Nothing happens on CPUs; an optimiser that lives on the host anyway stays as it is.
         """
-        if self.device.type == "cuda" and not (self._resting or self.config.offload_optimizer):
+        if self.device.type != "cuda":
+            return
+        if self._reference is not None:
+            self._reference = None
+            torch.cuda.empty_cache()
+        if not (self._resting or self.config.offload_optimizer):
             learner_setup.offload_training_state(self.engine)
             self._resting = True
 
@@ -254,7 +259,7 @@ class Learner:
         packs, sums = step.packs[self.rank], Sums(self.device)
         for index, pack in enumerate(packs):
             self.engine.set_gradient_accumulation_boundary(index == len(packs) - 1)
-            terms = self._terms(collate(pack, records, prepared.streams), loss, normaliser)
+            terms = self._terms(collate(pack, records, loss.streams, prepared.streams), loss, normaliser)
             # DeepSpeed averages gradients over the ranks; the loss is a sum over them.
             self.engine.backward(terms.loss * self.world_size)
             sums.add(terms)
@@ -277,16 +282,17 @@ class Learner:
         predicted = self.outputs.of(batch, loss.output)
         if not len(batch.unit):
             return Terms(predicted.sum() * 0.0)
-        reference = self._reference(loss.reference, batch) if loss.reference is not None else None
+        reference = self._reference_logits(loss.reference, batch) if loss.reference is not None else None
         return loss.terms(Outputs(predicted, reference), rows_of(batch, self.device), normaliser)
 
-    def _reference(self, source: str, batch: PackedBatch) -> torch.Tensor:
+    def _reference_logits(self, source: str, batch: PackedBatch) -> torch.Tensor:
         """Logits of a live reference [M, V]. It is loaded once and is never trained: no optimiser knows it."""
-        if self._reference_source != source:
+        if self._reference is None or self._reference[0] != source:
+            self._reference = None  # one at a time
             model = learner_setup.load_frozen(self.config, source, self.dtype, self.device, self._zero_init)
-            self._reference_outputs, self._reference_source = ModelOutputs(model, model, self.device), source
+            self._reference = source, ModelOutputs(model, model, self.device)
         with torch.no_grad():
-            return self._reference_outputs.of(batch, "logits")
+            return self._reference[1].of(batch, "logits")
 
     def _grad_norm(self) -> torch.Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

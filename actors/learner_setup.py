@@ -9,7 +9,7 @@ import socket
 import warnings
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import ray
@@ -19,9 +19,6 @@ import torch.distributed as dist
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
 from pipeline.core.policies import Head
-
-if TYPE_CHECKING:
-    pass
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest wait of a rank for the others in one collective operation."""

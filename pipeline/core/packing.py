@@ -13,7 +13,7 @@ A *pack* is one row of whole examples, end to end, at most `token_budget` tokens
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -169,7 +169,10 @@ def _spread(
 
 
 def collate(
-    pack: Pack, examples: Sequence[Example], derived: Mapping[str, Sequence[float]] | None = None
+    pack: Pack,
+    examples: Sequence[Example],
+    names: Iterable[str] = (),
+    derived: Mapping[str, Sequence[float]] | None = None,
 ) -> PackedBatch:
     """Lay the examples of a pack end to end.
 
@@ -177,6 +180,7 @@ def collate(
     one dummy token with a target, no example and no stream, so that its rank still runs forward and backward.
 
     Args:
+        names: the streams to lay out; all examples have them.
         derived: further streams, one number for every example of the phase (`Prepared.streams`).
     """
     if not pack:
@@ -192,7 +196,7 @@ def collate(
     }
     numbers = {name: np.array([values[i] for i in pack]) for name, values in (derived or {}).items()}
     streams = {}
-    for name in chosen[0].streams:
+    for name in names:
         values = [example.streams[name] for example in chosen]
         if all(one.shape == (1,) for one in values):
             numbers[name] = np.concatenate(values)

@@ -1,1 +1,1 @@
-"""Training losses, one file per family. Each maps log-probabilities of target tokens to a share of the loss."""
+"""Training losses, one file per family. Each maps what a model computed of a packed row to a share of the loss."""

@@ -7,13 +7,13 @@ does not depend on packing, ranks or accumulation. A recipe makes a unit of as m
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from pipeline.core.losses.loss import Output, Outputs, Prepared, Rows, Terms
+from pipeline.core.losses.loss import Form, Output, Outputs, Prepared, Rows, Terms
 from pipeline.core.records import Example
 
 
@@ -29,7 +29,7 @@ class InfoNce:
     temperature: float = 0.05
 
     output: ClassVar[Output] = "embeddings"
-    streams: ClassVar[tuple[str, ...]] = ("is_query", "group")
+    streams: ClassVar[Mapping[str, Form]] = {"is_query": "number", "group": "number"}
     reference: ClassVar[str | None] = None
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:

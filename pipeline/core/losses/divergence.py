@@ -6,14 +6,15 @@ The reference's logits are either *live*, of a frozen model that the learner hol
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from pipeline.core.losses.loss import Output, Outputs, Prepared, Rows, Terms
+from pipeline.core.errors import UserError
+from pipeline.core.losses.loss import Form, Output, Outputs, Prepared, Rows, Terms
 from pipeline.core.losses.token_logprobs import rows_per_chunk
 from pipeline.core.records import Example
 
@@ -33,8 +34,8 @@ class Divergence:
     output: ClassVar[Output] = "logits"
 
     @property
-    def streams(self) -> tuple[str, ...]:
-        return () if self.reference is not None else ("reference_logits",)
+    def streams(self) -> Mapping[str, Form]:
+        return {} if self.reference is not None else {"reference_logits": "rows"}
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
         sizes = [example.num_targets for example in examples]
@@ -45,6 +46,11 @@ class Divergence:
         if reference is None:
             reference = rows.streams["reference_logits"]
         logits, step = outputs.predicted, rows_per_chunk(outputs.predicted)
+        if reference.shape != logits.shape:
+            raise UserError(
+                f"Divergence needs one vocabulary: the reference has logits of {reference.shape[-1]} tokens, "
+                f"the policy of {logits.shape[-1]}"
+            )
         total = logits.new_zeros((), dtype=torch.float32)
         # Chunks bound the float32 copies of bfloat16 logits.
         for policy, other in zip(logits.split(step), reference.split(step), strict=True):

@@ -12,13 +12,13 @@ or sharding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from pipeline.core.losses.loss import Output, Outputs, Prepared, Rows, Terms
+from pipeline.core.losses.loss import Form, Output, Outputs, Prepared, Rows, Terms
 from pipeline.core.records import Example
 
 
@@ -34,7 +34,7 @@ class WeightedNll:
     negligible_weight: float = 0.0
 
     output: ClassVar[Output] = "logprobs"
-    streams: ClassVar[tuple[str, ...]] = ("weight",)
+    streams: ClassVar[Mapping[str, Form]] = {"weight": "number"}
     reference: ClassVar[str | None] = None
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:

@@ -18,6 +18,9 @@ from pipeline.core.records import Example
 
 Output = Literal["logprobs", "logits", "values", "embeddings"]
 
+Form = Literal["number", "tokens", "rows"]
+"""Of a stream: one number per example; one per token, or one for all of them; several per target."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -95,7 +98,7 @@ class Loss(Protocol):
         """What it is computed from."""
 
     @property
-    def streams(self) -> Sequence[str]:
+    def streams(self) -> Mapping[str, Form]:
         """The streams that every example must have."""
 
     @property

@@ -5,13 +5,13 @@ Advantages have any sign; where they come from (a critic, a group) is not known 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from pipeline.core.losses.loss import Output, Outputs, Prepared, Rows, Terms
+from pipeline.core.losses.loss import Form, Output, Outputs, Prepared, Rows, Terms
 from pipeline.core.records import Example
 
 
@@ -19,7 +19,7 @@ from pipeline.core.records import Example
 class ClippedRatio:
     """-mean min(r A, clamp(r, 1 - clip, 1 + clip) A), r = p / p_old (Schulman et al. 2017, equation 7).
 
-    Streams, per token or per example: `advantage`; per token `old_logprob`, and with a KL term `reference_logprob`.
+    Streams, per token or per example: `advantage`, `old_logprob`, and with a KL term `reference_logprob`.
 
     Args:
         kl_coefficient: adds it times GRPO's estimate of KL(p, reference), r - log r - 1 with r = p_ref / p (Shao et
@@ -33,8 +33,9 @@ class ClippedRatio:
     reference: ClassVar[str | None] = None
 
     @property
-    def streams(self) -> tuple[str, ...]:
-        return ("advantage", "old_logprob", *(("reference_logprob",) if self.kl_coefficient else ()))
+    def streams(self) -> Mapping[str, Form]:
+        own: dict[str, Form] = {"advantage": "tokens", "old_logprob": "tokens"}
+        return own | {"reference_logprob": "tokens"} if self.kl_coefficient else own
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
         return _all_tokens(examples)
@@ -69,8 +70,8 @@ class ClippedValue:
     reference: ClassVar[str | None] = None
 
     @property
-    def streams(self) -> tuple[str, ...]:
-        return ("return",) if self.clip is None else ("return", "old_value")
+    def streams(self) -> Mapping[str, Form]:
+        return {"return": "tokens"} if self.clip is None else {"return": "tokens", "old_value": "tokens"}
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
         return _all_tokens(examples)

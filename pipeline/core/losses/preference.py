@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pipeline.core.losses.loss import Output, Outputs, Prepared, Rows, Terms
+from pipeline.core.losses.loss import Form, Output, Outputs, Prepared, Rows, Terms
 from pipeline.core.records import Example
 
 
@@ -26,7 +26,7 @@ class _PairLoss(ABC):
     nll_coefficient: float = 0.0
 
     output: ClassVar[Output] = "logprobs"
-    streams: ClassVar[tuple[str, ...]] = ("label",)
+    streams: ClassVar[Mapping[str, Form]] = {"label": "number"}
     reference: ClassVar[str | None] = None
 
     def prepare(self, examples: Sequence[Example]) -> Prepared:
@@ -68,7 +68,7 @@ class Dpo(_PairLoss):
     """
 
     beta: float = 0.1
-    streams: ClassVar[tuple[str, ...]] = ("label", "reference_logprob")
+    streams: ClassVar[Mapping[str, Form]] = {"label": "number", "reference_logprob": "number"}
 
     def margins(self, logprobs: Tensor, rows: Rows, chosen: Tensor, rejected: Tensor) -> Tensor:
         ratios = logprobs - rows.numbers["reference_logprob"]

@@ -148,7 +148,7 @@ def test_a_unit_is_never_split(units: list[list[int]], batch_size: int, world_si
 
 def test_targets_are_predicted_from_the_token_before_them_in_their_own_example() -> None:
     examples = [example([10, 11, 12], [0, 1, 1]), example([20, 21, 22, 23], [1, 0, 0, 1])]
-    batch = collate((1, 0), examples, {"v": [0.5, 2.0]})
+    batch = collate((1, 0), examples, derived={"v": [0.5, 2.0]})
     assert batch.input_ids.tolist() == [[20, 21, 22, 23, 10, 11, 12]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert batch.segment_lengths == (4, 3)
@@ -164,11 +164,17 @@ def test_streams_follow_their_targets_whatever_their_form() -> None:
         example([10, 11, 12], [0, 1, 1], "a", once=[3.0], token=[0.1, 0.2, 0.3], rows=[[1, 2], [3, 4]]),
         example([20, 21], [0, 1], "b", once=[5.0], token=[0.4, 0.5], rows=[[5, 6]]),
     ]
-    batch = collate((1, 0), examples)
+    batch = collate((1, 0), examples, ["once", "token", "rows"])
     assert batch.numbers["once"].tolist() == [5.0, 3.0]
     np.testing.assert_allclose(batch.streams["token"], [0.5, 0.2, 0.3])
     assert batch.streams["rows"].tolist() == [[5, 6], [1, 2], [3, 4]]
     assert batch.unit.tolist() == [0, 1]
+
+
+def test_streams_that_nobody_asks_for_may_differ_between_examples() -> None:
+    examples = [example([1, 2], [0, 1], weight=[1.0], advantage=[2.0]), example([3, 4], [0, 1], weight=[0.5])]
+    batch = collate((0, 1), examples, ["weight"])
+    assert {name: values.tolist() for name, values in batch.numbers.items()} == {"weight": [1.0, 0.5]}
 
 
 @settings(deadline=None)

@@ -49,7 +49,7 @@ def pair(number: int) -> list[Example]:
 
 
 def rows(pack: Sequence[int], examples: Sequence[Example], loss: Loss) -> Rows:
-    batch = collate(tuple(pack), examples, loss.prepare(examples).streams)
+    batch = collate(tuple(pack), examples, loss.streams, loss.prepare(examples).streams)
     return Rows(
         torch.from_numpy(batch.example_of_target),
         torch.from_numpy(batch.unit),
