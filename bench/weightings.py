@@ -7,13 +7,11 @@ goes on after an interruption. Ends with a table in Markdown.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from bench.runs import RunFailed, finished, spread
 
 WEIGHTINGS = {
     "likelihood": ["weighting=likelihood"],
@@ -37,24 +35,13 @@ def main() -> int:
     for seed in arguments.seeds:
         for name, keys in WEIGHTINGS.items():
             run = arguments.out / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-            index = next(arguments.out.glob("*/index"), None)
-            shared = [f"retriever.index={index}"] if index and index.parent != run else []
-            code = demo(run, [f"seed={seed}", *keys, *COMMON, *shared, *arguments.overrides])
-            if code != 0:
-                return code
-            reports.setdefault(name, []).append(json.loads((run / "report.json").read_text()))
+            command = ["demo", "--run", str(run), f"seed={seed}", *keys, *COMMON, *arguments.overrides]
+            try:
+                reports.setdefault(name, []).append(finished(run, command))
+            except RunFailed as failure:
+                return failure.code
     print(table(reports))
     return 0
-
-
-def demo(run: Path, overrides: Sequence[str]) -> int:
-    """The exit code of one run, 0 at once if it is finished."""
-    report = run / "report.json"
-    if report.exists() and "best" in json.loads(report.read_text())["test"]:
-        return 0
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", "demo", "--run", str(run), *overrides], check=False
-    ).returncode
 
 
 def table(reports: dict[str, list[dict[str, Any]]]) -> str:
@@ -68,12 +55,6 @@ def table(reports: dict[str, list[dict[str, Any]]]) -> str:
         cells = " | ".join(f"{score:.1f}" for score in scores)
         lines.append(f"| {name} | {cells} | {spread(scores)} |")
     return "\n".join(lines)
-
-
-def spread(values: Sequence[float]) -> str:
-    """`mean (standard deviation)` of one figure over the seeds."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ({deviation:.1f})"
 
 
 if __name__ == "__main__":
