@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from pydantic import BaseModel
 
 import pipeline.recipes
-from pipeline.core.config import EXSEARCH, Config
+from pipeline.core.agents.program import Answering
+from pipeline.core.agents.search import SEARCHER
+from pipeline.core.agents.search_program import SearchProgram
+from pipeline.core.config import EXSEARCH, AgentConfig, Config
 from pipeline.core.config_loading import load_config
 from pipeline.core.display import Display
 from pipeline.core.report import Outcome
@@ -24,10 +28,19 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def train(config: Config, run_path: Path, display: Display) -> Outcome:
     """Run, or go on with, one run of the recipe that the configuration names."""
-    # Heavy, and most commands need none of it.
-    module = "pipeline.em" if config.recipe == EXSEARCH else f"pipeline.recipes.{config.recipe}"
-    outcome: Outcome = importlib.import_module(module).train(config, run_path, display)
+    outcome: Outcome = _module(config.recipe).train(config, run_path, display)
     return outcome
+
+
+def answering(config: Config) -> Answering:
+    """How the recipe's models answer a question: `answering` of its module, else the search agent by itself."""
+    of_recipe: Callable[[Config], Answering] | None = getattr(_module(config.recipe), "answering", None)
+    return of_recipe(config) if of_recipe else searching(config.agent, config.model.path)
+
+
+def searching(agent: AgentConfig, model: str) -> Answering:
+    """The search agent by itself, with one model."""
+    return Answering(SearchProgram(agent), {SEARCHER: model}, SEARCHER)
 
 
 def names() -> list[str]:
@@ -37,5 +50,10 @@ def names() -> list[str]:
 
 def settings_of(recipe: str) -> type[BaseModel]:
     """The model of a recipe's own section."""
-    settings: type[BaseModel] = importlib.import_module(f"pipeline.recipes.{recipe}").Settings
+    settings: type[BaseModel] = _module(recipe).Settings
     return settings
+
+
+def _module(recipe: str) -> ModuleType:
+    """Imported when it is needed: it is heavy, and most commands need none of it."""
+    return importlib.import_module("pipeline.em" if recipe == EXSEARCH else f"pipeline.recipes.{recipe}")

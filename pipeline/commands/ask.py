@@ -53,7 +53,7 @@ def ask(
     searched = _searched(index, config, display)
     spec = PolicySpec(
         SEARCHER,
-        config.model.model_copy(update={"path": model}),
+        config.model.at(model),
         config.rollout.model_copy(update={"workers": 1, "concurrency": 1, "enforce_eager": True}),
     )
     retriever = config.retriever.model_copy(update={"replicas": 1})

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from actors.cluster import Cluster
 from actors.session import ray_session
-from pipeline.core.agents.search import SEARCHER
-from pipeline.core.agents.search_program import SearchProgram
+from pipeline.core.agents.program import Answering
 from pipeline.core.config import Config
 from pipeline.core.data.questions import read_questions
 from pipeline.core.display import Display
@@ -20,7 +19,7 @@ from pipeline.core.records import Question, trajectories_to_table
 from pipeline.core.report import best_iteration, models_of
 from pipeline.core.retrieval import what_is_searched
 from pipeline.core.run import Json, RunFiles, write_json, write_table
-from pipeline.methods import load
+from pipeline.methods import answering, load, searching
 
 
 def evaluate_model(
@@ -33,10 +32,10 @@ def evaluate_model(
     out: Path | None,
     display: Display,
 ) -> Json:
-    """Greedy evaluation of a model directory, or of a run's best iteration.
+    """Greedy evaluation of a run's best iteration, of what a configuration starts from, or of one model as a searcher.
 
     Returns:
-        `{"model", "split", "sets": {file: scores}, "all": scores}`.
+        `{"models": {role: model}, "split", "sets": {file: scores}, "all": scores}`.
 
     Raises:
         UserError: nothing to evaluate, no such split, nothing to search, or bad input.
@@ -49,8 +48,10 @@ def evaluate_model(
             raise UserError(f"{run} is not a run directory: it has no config.yaml")
         RunFiles(run).check_layout()
     config = load(config_file, overrides)
-    model = model or (_best_model(run, config) if run is not None else config.model.path)
-    check_model(model)
+    agent = answering(config) if model is None else searching(config.agent, model)
+    models = _best_models(run, config, agent) if run is not None and model is None else dict(agent.models)
+    for path in models.values():
+        check_model(path)
     if out is not None and out.suffix != ".json":
         raise UserError(f"--out is {out}; give a name that ends in .json (the trajectories go beside it)")
     if split not in ("train", "dev", "test"):
@@ -70,18 +71,18 @@ def evaluate_model(
         timeout_s=config.cluster.start_timeout_s,
     )
     questions = [question for members in sets.values() for question in members]
-    spec = PolicySpec(SEARCHER, config.model.model_copy(update={"path": model}), config.rollout)
+    policies = [PolicySpec(role, config.model.at(path), config.rollout) for role, path in models.items()]
     with ray_session(config.cluster):
         with display.status("starting the retriever and the vLLM engines"):
-            cluster = Cluster([spec], config.cluster, config.retriever, searched)
+            cluster = Cluster(policies, config.cluster, config.retriever, searched)
         with cluster, display.progress(f"evaluating on {split}", len(questions), "questions") as advance:
             episodes = cluster.greedy(
-                SearchProgram(config.agent),
+                agent.program,
                 questions,
-                {SEARCHER: cluster.policy(SEARCHER)},
+                {role: cluster.policy(role) for role in models},
                 on_done=lambda summary: advance(1),
             )
-    trajectories = [episode.turn(SEARCHER) for episode in episodes]
+    trajectories = [episode.turn(agent.answers) for episode in episodes]
     found = {trajectory.question_id: trajectory for trajectory in trajectories}
 
     def score(members: Sequence[Question]) -> Json:
@@ -89,7 +90,7 @@ def evaluate_model(
         return evaluate(members, own, config.evaluation.bootstrap_samples, config.seed)
 
     result = {
-        "model": model,
+        "models": models,
         "split": split,
         "sets": {name: score(members) for name, members in sets.items()},
         "all": score(questions),
@@ -100,22 +101,20 @@ def evaluate_model(
     return result
 
 
-def _best_model(run: Path, config: Config) -> str:
-    """The model directory of the run's best searcher; the model that the run starts from if that is the best one.
+def _best_models(run: Path, config: Config, agent: Answering) -> dict[str, str]:
+    """The model of each role at the run's best iteration; what it starts from where the run has not trained it.
 
     Raises:
-        UserError: the run has trained several policies, none of which is a searcher.
+        UserError: the run has trained models, and none of them answers.
     """
     files = RunFiles(run)
-    models = models_of(files, best_iteration(files, config.of_recipe))
-    if SEARCHER in models or len(models) == 1:
-        return str(models.get(SEARCHER) or next(iter(models.values())))
-    if models:
+    trained = models_of(files, best_iteration(files, config.of_recipe))
+    if trained and not trained.keys() & agent.models.keys():
         raise UserError(
-            f"{run} has trained {' and '.join(models)}, which answer together: their scores are in its report.json. "
-            "Name one model with --model to see it search by itself"
+            f"{run} has trained {' and '.join(trained)}, and its recipe does not say how they answer; the "
+            "scores are in its report.json. Name a model with --model to see it search by itself"
         )
-    return config.model.path
+    return {role: str(trained.get(role, start)) for role, start in agent.models.items()}
 
 
 def _read_sets(config: Config, split: str) -> dict[str, list[Question]]:

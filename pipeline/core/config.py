@@ -61,6 +61,10 @@ class ModelConfig(Section):
     max_length: int = Field(4096, ge=16)
     """Longest context in tokens: question, searches, records and answer together."""
 
+    def at(self, path: str) -> ModelConfig:
+        """The same settings for another model."""
+        return self.model_copy(update={"path": path})
+
 
 class DataConfig(Section):
     root: Annotated[str, OnDisk()] = ""

@@ -117,7 +117,11 @@ class Display:
 
     def scores(self, scores: Mapping[str, Any]) -> None:
         """The tables of `exsearch evaluate`: one row per set, and the details of all together."""
-        table = _table(f"{scores['model']} on {scores['split']}, in percent", "set", _SCORE_COLUMNS)
+        table = _table(
+            f"{' and '.join(scores['models'].values())} on {scores['split']}, in percent",
+            "set",
+            _SCORE_COLUMNS,
+        )
         for name, row in scores["sets"].items():
             table.add_row(escape(name), *_score_cells(row))
         table.add_row("all", *_score_cells(scores["all"]))

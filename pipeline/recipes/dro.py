@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from pipeline.core.agents.program import Sampling, derive_seed
+from pipeline.core.agents.program import Answering, Sampling, derive_seed
 from pipeline.core.agents.selection import (
     GENERATOR,
     SELECTOR,
@@ -117,23 +117,24 @@ class PermutationWeights:
         return summarise_scored(statistics)
 
 
+def answering(config: Config) -> Answering:
+    """The selector chooses, the generator answers."""
+    own: Settings = config.of_recipe
+    starts = {SELECTOR: own.selector, GENERATOR: own.generator}
+    models = {name: path or config.model.path for name, path in starts.items()}
+    return Answering(SelectThenAnswer(config.agent, own.candidates, own.chosen), models, GENERATOR)
+
+
 def train(config: Config, run_path: Path, display: Display) -> Outcome:
     """Run, or go on with, one run."""
     settings: Settings = config.of_recipe
-    models = {SELECTOR: settings.selector, GENERATOR: settings.generator}
+    program = SelectThenAnswer(config.agent, settings.candidates, settings.chosen)
+    models = answering(config).models
     policies = [
-        PolicySpec(
-            name,
-            config.model.model_copy(update={"path": path or config.model.path}),
-            config.rollout,
-            config.learner,
-            seed=config.seed,
-        )
+        PolicySpec(name, config.model.at(path), config.rollout, config.learner, seed=config.seed)
         for name, path in models.items()
     ]
     splits = load_splits(config.data, config.seed, required=("train", "dev"))
-    paths = {spec.name: spec.model.path for spec in policies}
-    program = SelectThenAnswer(config.agent, settings.candidates, settings.chosen)
     loss, rollout = WeightedNll(config.learner.negligible_weight), config.rollout
     with open_run(config, run_path, display, splits, policies) as run:
 
@@ -141,7 +142,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
             return dict.fromkeys(models, t)
 
         if settings.start_epochs:
-            run.once("0/formats", lambda: teach_formats(run, settings, paths))
+            run.once("0/formats", lambda: teach_formats(run, settings, models))
             epochs, rate = settings.start_epochs, settings.start_learning_rate
             for name in models:
                 seed = derive_seed(config.seed, name, 0)
@@ -153,7 +154,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
                 t,
                 replace(program, scores_answers=True),
                 roles(t - 1),
-                PermutationWeights(config.agent, paths[GENERATOR]),
+                PermutationWeights(config.agent, models[GENERATOR]),
                 samples=settings.permutations,
                 sampling=Sampling.of(rollout, derive_seed(config.seed, "sample", t)),
             )

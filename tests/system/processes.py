@@ -14,15 +14,15 @@ DEADLINE_S = 420
 CLI = ("-m", "pipeline.cli")
 
 
-def command(run: Path, settings: list[str], program: Sequence[str]) -> list[str]:
-    return [sys.executable, *program, "train", "--run", str(run), *settings]
+def command(name: str, run: Path, settings: list[str], program: Sequence[str]) -> list[str]:
+    return [sys.executable, *program, name, "--run", str(run), *settings]
 
 
-def finish(run: Path, settings: list[str], program: Sequence[str] = CLI) -> None:
+def finish(run: Path, settings: list[str], program: Sequence[str] = CLI, name: str = "train") -> None:
     """Run the command to its end. Its cluster is its own: no other Ray address is passed on."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     result = subprocess.run(
-        command(run, settings, program),
+        command(name, run, settings, program),
         env=environment,
         capture_output=True,
         text=True,
@@ -38,7 +38,10 @@ def kill_when(
     """Start the command and SIGKILL the driver, without warning, as soon as `reached` says so."""
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(
-        command(run, settings, program), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command("train", run, settings, program),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + DEADLINE_S
     while not reached():

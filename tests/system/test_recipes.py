@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
@@ -86,6 +87,12 @@ def test_two_policies_of_different_kinds_are_sampled_scored_trained_and_pushed_a
         assert any(not np.array_equal(trained[key], started[key]) for key in trained)
         for key, tensor in trained.items():
             np.testing.assert_array_equal(other[key], tensor, err_msg=f"{name} {key}")
+    finish(undisturbed, ["--split", "dev", "--out", str(tmp_path / "again.json")], DUET, "evaluate")
+    again, then = (
+        pq.read_table(path).column("token_ids").to_pylist()
+        for path in (tmp_path / "again.parquet", undisturbed / "iterations/0001/evaluation.parquet")
+    )
+    assert again == then  # what `evaluate` runs is both trained models
     first, second = (
         json.loads((run / "iterations/0001/scores.json").read_text()) for run in (undisturbed, killed)
     )

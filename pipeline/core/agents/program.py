@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from pipeline.core.config import RolloutConfig
-from pipeline.core.records import Episode, StopReason
+from pipeline.core.records import Episode, Question, StopReason
 from retriever_service.errors import RetrieverUnavailable
 from retriever_service.passages.hits import Hit
 
@@ -141,6 +141,17 @@ class Program(Protocol[TaskT]):
             sample: number of this episode among those of its task.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """How the models of a recipe answer a question."""
+
+    program: Program[Question]
+    models: Mapping[str, str]
+    """Role -> the model that the policy of this name starts from."""
+    answers: str
+    """The role whose turn holds the answer."""
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -15,10 +15,6 @@ from pipeline.core.run import RunDirectory
 from pipeline.methods import load
 
 
-class Chosen(Exception):
-    """Raised with the model in place of evaluating it."""
-
-
 def run_of(path: Path, *overrides: str, steps: tuple[str, ...] = (), scores: tuple[float, ...] = ()) -> Path:
     """A run whose iterations 0, 1, ... have these dev scores."""
     with RunDirectory(path, load(None, overrides)) as run:
@@ -29,16 +25,13 @@ def run_of(path: Path, *overrides: str, steps: tuple[str, ...] = (), scores: tup
     return path
 
 
-def evaluated(run: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The model that `evaluate --run` takes."""
-
-    def stop(model: str) -> None:
-        raise Chosen(model)
-
-    monkeypatch.setattr("pipeline.commands.evaluate.check_model", stop)
-    with pytest.raises(Chosen) as chosen:
-        evaluate_model(None, [], run=run, model=None, split="dev", out=None, display=Display())
-    return str(chosen.value)
+def evaluated(run: Path, monkeypatch: pytest.MonkeyPatch, model: str | None = None) -> list[str]:
+    """The models that `evaluate --run` takes; it ends because there are no questions."""
+    taken: list[str] = []
+    monkeypatch.setattr("pipeline.commands.evaluate.check_model", taken.append)
+    with pytest.raises(UserError, match=r"data\.dev is empty"):
+        evaluate_model(None, [], run=run, model=model, split="dev", out=None, display=Display())
+    return taken
 
 
 SEARCHER = ("0/searcher/train", "1/searcher/train", "2/searcher/train")
@@ -49,20 +42,28 @@ def test_the_best_searcher_of_a_run_is_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
     run = run_of(tmp_path / "run", f"recipe={recipe}", steps=SEARCHER, scores=(10, 30, 20))
-    assert evaluated(run, monkeypatch) == str(run / "iterations/0001/searcher/model")
+    assert evaluated(run, monkeypatch) == [str(run / "iterations/0001/searcher/model")]
 
 
 def test_a_run_whose_start_is_best_gives_what_it_started_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_of(tmp_path / "run", "model.path=a/base", steps=SEARCHER[1:], scores=(30, 20, 10))
-    assert evaluated(run, monkeypatch) == "a/base"
+    assert evaluated(run, monkeypatch) == ["a/base"]
 
 
-def test_models_that_answer_together_are_not_evaluated_as_one(tmp_path: Path) -> None:
-    steps = ("1/selector/train", "1/generator/train")
-    run = run_of(tmp_path / "run", "recipe=dro", steps=steps, scores=(10, 20))
-    with pytest.raises(UserError, match="has trained generator and selector, which answer together"):
+def test_models_that_answer_together_are_evaluated_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = ("recipe=dro", "model.path=a/base", "dro.generator=a/generator")
+    run = run_of(tmp_path / "run", *overrides, steps=("1/selector/train",), scores=(10, 20))
+    assert evaluated(run, monkeypatch) == [str(run / "iterations/0001/selector/model"), "a/generator"]
+    assert evaluated(run, monkeypatch, model="b/searcher") == ["b/searcher"]
+
+
+def test_a_run_of_models_that_nobody_knows_how_to_ask_is_refused(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", steps=("1/critic/train",), scores=(10, 20))
+    with pytest.raises(UserError, match="has trained critic, and its recipe does not say how they answer"):
         evaluate_model(None, [], run=run, model=None, split="dev", out=None, display=Display())
 
 

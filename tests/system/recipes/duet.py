@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.core.agents.program import Model, Retrieve, Sampling, derive_seed
+from pipeline.core.agents.program import Answering, Model, Retrieve, Sampling, derive_seed
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.config import Config, Iterations
 from pipeline.core.data.splits import load_splits
@@ -90,10 +90,16 @@ class Ranked:
         return {"score": float(np.mean([row["scores"] for row in statistics]))}
 
 
+def answering(config: Config) -> Answering:
+    return Answering(
+        Duet(), dict(zip(NAMES, (config.model.path, config.of_recipe.answerer), strict=True)), NAMES[1]
+    )
+
+
 def train(config: Config, run_path: Path, display: Display) -> Outcome:
     settings: Settings = config.of_recipe
     splits = load_splits(config.data, config.seed, required=("train", "dev"))
-    answerer = config.model.model_copy(update={"path": settings.answerer})
+    answerer = config.model.at(settings.answerer)
     policies = [
         PolicySpec(name, model, config.rollout, config.learner, seed=config.seed)
         for name, model in zip(NAMES, (config.model, answerer), strict=True)
