@@ -1,6 +1,7 @@
 """The command line of the retriever: `exsearch index ...`, or alone `python -m retriever_service ...`.
 
-Exit codes: 0 done, 2 the user can mend it (one clear message), 130 interrupted, 1 anything else.
+Exit codes: 0 done, 2 the user can mend it (one clear message), 130 or 143 interrupted (Ctrl-C, SIGTERM), 1 anything
+else.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,27 +31,39 @@ from typer.core import TyperGroup
 from retriever_service.encoding.encoder import EncoderSpec, WeightsDtype
 from retriever_service.encoding.vectors import StoreDtype
 from retriever_service.errors import RetrieverError
+from retriever_service.interrupts import Interrupted, interruptible
 from retriever_service.passages.hits import Method
 
 
 class Commands(TyperGroup):
-    """Turns what the user can mend into one message and exit code 2, and Ctrl-C into advice."""
+    """Turns what the user can mend into one message and exit code 2, and Ctrl-C or SIGTERM into advice."""
 
     mendable: tuple[type[Exception], ...] = (RetrieverError,)
     resumable: tuple[str, ...] = ("build", "encode", "encode-with-ray")
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with interruptible():
+                return super().invoke(ctx)
         except self.mendable as error:
             say(
                 f"error: {getattr(error, 'cause', error)}", style="bold red"
             )  # Ray wraps what an actor raised
             raise typer.Exit(2) from error
-        except KeyboardInterrupt as interrupt:
-            kept = "; what was finished is kept, and the same command goes on from there"
-            say("error: interrupted" + (kept if ctx.invoked_subcommand in self.resumable else ""), "bold red")
-            raise typer.Exit(130) from interrupt
+        except Interrupted as interrupt:
+            message = f"error: interrupted by {interrupt.name}"
+            if ctx.invoked_subcommand in self.resumable:
+                message += f"; what was finished is kept, go on with: {_this_command(ctx)}"
+            say(message, style="bold red")
+            raise typer.Exit(interrupt.exit_code) from interrupt
+
+
+def _this_command(ctx: Any) -> str:
+    """As it was called, for a shell."""
+    program = ctx.find_root().info_name  # without its folder, or "python -m MODULE"
+    if " " not in program and shutil.which(program) is None:
+        program = sys.argv[0]
+    return f"{program} {shlex.join(sys.argv[1:])}"
 
 
 def say(text: str, style: str | None = None) -> None:

@@ -1,0 +1,63 @@
+"""Ctrl-C and SIGTERM end a command in order; a second one ends it at once.
+
+The first raises `KeyboardInterrupt`, which asyncio and the libraries let pass, in the main thread, so that every `with`
+block on the way out closes what it holds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SHOW_CURSOR = b"\x1b[?25h"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The command was told to stop. `exit_code` is the one that shells know: 130 for SIGINT, 143 for SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.name = signal.Signals(number).name
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """A block that SIGINT and SIGTERM end with `Interrupted`. In another thread than the main one, which alone gets
+    signals, it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    outer = before[signal.SIGTERM]
+    handler = outer if isinstance(outer, _Handler) else _Handler()
+    for number in SIGNALS:
+        signal.signal(number, handler)
+    try:
+        yield
+    except Interrupted:
+        raise
+    except KeyboardInterrupt as error:
+        # Which signal it was is not in the exception: Ray's `get` raises one of its own in place of ours.
+        raise Interrupted(handler.first or signal.SIGINT) from error
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
+class _Handler:
+    first: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.first is None:
+            self.first = number
+            raise KeyboardInterrupt
+        if sys.stderr.isatty():
+            os.write(sys.stderr.fileno(), _SHOW_CURSOR)  # a progress bar had hidden it
+        os._exit(128 + number)

@@ -1,0 +1,94 @@
+"""Signals of real processes: the way out is orderly the first time, and immediate the second."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from retriever_service.interrupts import Interrupted, interruptible
+from tests.retriever_service.support import ROOT
+
+PROGRAM = """
+import sys, time
+from retriever_service.interrupts import Interrupted, interruptible
+
+try:
+    with interruptible():
+        try:
+            print("up", flush=True)
+            {work}
+        finally:
+            print("closing", flush=True)
+            {closing}
+            print("closed", flush=True)
+except Interrupted as interrupt:
+    print(interrupt.name, flush=True)
+    sys.exit(interrupt.exit_code)
+"""
+ASYNCIO = "import asyncio; asyncio.run(asyncio.sleep(60))"
+
+
+def start(work: str = "time.sleep(60)", closing: str = "pass") -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM.format(work=work, closing=closing)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "up\n"
+    return process
+
+
+@pytest.mark.parametrize("work", ["time.sleep(60)", ASYNCIO], ids=["blocked", "in an event loop"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_lets_blocks_close(work: str, number: signal.Signals, code: int) -> None:
+    process = start(work)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert said.split() == ["closing", "closed", number.name]
+    assert process.returncode == code
+
+
+def test_the_second_signal_ends_at_once() -> None:
+    process = start(closing="time.sleep(60)")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None and process.stdout.readline() == "closing\n"
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert said == ""
+    assert process.returncode == 130
+
+
+def test_which_signal_it_was_is_known_although_a_library_raises_anew() -> None:
+    with pytest.raises(Interrupted) as caught, interruptible():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None
+    assert (caught.value.name, caught.value.exit_code) == ("SIGTERM", 143)
+
+
+def test_a_block_within_another_is_told_too_and_what_was_before_comes_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted, match="15"), interruptible():
+        with pytest.raises(Interrupted, match="15"), interruptible():
+            signal.raise_signal(signal.SIGTERM)
+        raise KeyboardInterrupt
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_another_thread_is_left_alone() -> None:
+    done = []
+
+    def work() -> None:
+        with interruptible():
+            done.append(True)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [True]
