@@ -24,6 +24,7 @@ from pipeline.core.agents.program import Retrieve
 from pipeline.core.config import RetrieverConfig
 from retriever_service.backoff import Backoff
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
+from retriever_service.machine import available_cores
 from retriever_service.passages.hits import Hit
 from retriever_service.search.engine import CACHED_QUERIES, SearchEngine
 from retriever_service.service.batching import BatchingSearcher
@@ -46,7 +47,8 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
 
     Args:
         index_dir: a built index, on a path that the actor's node sees; replicas on one node share its pages.
-        encoder, device, num_threads, search_parameters, cached_queries: see `SearchEngine.open`.
+        encoder, device, search_parameters, cached_queries: see `SearchEngine.open`.
+        num_threads: the same; None on CPUs: all that the actor's node gives it.
         max_batch, max_waiting: see `BatchingSearcher`.
     """
 
@@ -62,6 +64,8 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         max_batch: int = 128,
         max_waiting: int = 65_536,
     ) -> None:
+        if num_threads is None and device == "cpu":
+            num_threads = available_cores()  # Ray has told OpenMP to use one, as the actor reserves none
         load = partial(
             SearchEngine.open,
             index_dir,

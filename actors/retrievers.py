@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,5 +100,4 @@ class Retrievers:
             device=config.torch_device,
             max_batch=config.max_batch,
             search_parameters=config.search_parameters,
-            num_threads=os.cpu_count() if config.torch_device == "cpu" else None,
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,10 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError
 
+from actors.preflight import check_address, check_nodes, cluster_address
 from pipeline.core.config import ClusterConfig
+from pipeline.core.preflight import check_machine
+from retriever_service.interrupts import Interrupted
 
 CPU_ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -31,23 +35,54 @@ class ClusterError(RuntimeError):
 
 @contextmanager
 def ray_session(config: ClusterConfig) -> Iterator[None]:
-    """Connect to the configured cluster, or start a local one, for the duration; an open connection is left alone."""
+    """Connect to the configured cluster, or start a local one, for the duration; an open connection is left alone.
+
+    Raises:
+        UserError: this machine, the address or a node of the cluster is not fit for a run.
+    """
     if ray.is_initialized():
         yield
         return
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    cluster = cluster_address(config.address)
+    check_machine(starts_ray=cluster is None)
+    if cluster is not None:
+        check_address(*cluster)
     # It announces Ray's new default, token authentication, at every start.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    ray.init(
-        address=address,
-        include_dashboard=None if address else False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-    )
     try:
+        with _keeping_sigterm():
+            ray.init(
+                address=cluster[0] if cluster else "local",
+                include_dashboard=None if cluster else False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        if cluster is not None:
+            check_nodes()
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """What SIGTERM did before `ray.init`, it does afterwards.
+
+    Ray has it exit the interpreter meanwhile, and then its C++ part takes it over: that prints a stack trace and aborts
+    the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        raise Interrupted(signal.SIGTERM) from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def wait_for(references: Sequence[Any], timeout_s: float, what: str) -> list[Any]:

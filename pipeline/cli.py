@@ -3,7 +3,8 @@
     exsearch --help
     python -m pipeline.cli --help       (what `ray job submit` runs)
 
-Exit codes: 0 done, 2 the user can mend it (one clear message), 130 interrupted, 1 anything else.
+Exit codes: 0 done, 2 the user can mend it (one clear message), 130 or 143 interrupted (Ctrl-C, SIGTERM), 1 anything
+else.
 """
 
 from __future__ import annotations
@@ -137,6 +138,19 @@ def evaluate(
         typer.echo(json.dumps(scores, ensure_ascii=False))
     else:
         display.scores(scores)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    as_json: AsJson = False,
+) -> None:
+    """How a run stands, live or ended: phase, progress, time left, failures. Reads files only."""
+    from pipeline.commands.status import in_words
+    from pipeline.core.status import run_status
+
+    found = run_status(run)
+    typer.echo(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(in_words(found)))
 
 
 @app.command()

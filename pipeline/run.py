@@ -24,10 +24,11 @@ from pipeline.core.display import Display
 from pipeline.core.evaluation import evaluate
 from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import PolicySpec, Snapshot
+from pipeline.core.preflight import check_run
 from pipeline.core.records import Example, Question, examples_to_table, trajectories_to_table
 from pipeline.core.report import scalars, step_report
 from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
-from pipeline.core.run import Json, RunDirectory, write_json, write_table
+from pipeline.core.run import Json, RunDirectory, RunFiles, write_json, write_table
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import Weigh
 from retriever_service.index.store import read_manifest
@@ -44,6 +45,9 @@ def open_run(
     Raises:
         UserError: bad input, before anything expensive.
     """
+    trained = [RunFiles(path).newest_version(spec.name) for spec in policies if spec.learner is not None]
+    versions = config.of_recipe.iterations - min(trained, default=0)
+    check_run(path, policies, versions_to_come=versions, tokens=versions * _most_tokens(config, splits))
     servers = await_servers(
         config.retriever,
         display,
@@ -53,17 +57,22 @@ def open_run(
     with (
         RunDirectory(path, config) as files,
         Tracker(files.path, config.tracking, files.path.name) as tracker,
+        display.follow(files.path),
+        ray_session(config.cluster),
     ):
-        display.log_to(files.path / "run.log")
-        with ray_session(config.cluster):
-            plan(policies, config.cluster, config.retriever)
-            searched = servers or prepare_index(config.retriever, config.data, files.path / "index", display)
-            files.keep_to(
-                searched.fingerprint if isinstance(searched, Servers) else read_manifest(searched).fingerprint
-            )
-            run = Run(config, files, splits, searched, tracker, display, policies)
-            with run.start_cluster():
-                yield run
+        plan(policies, config.cluster, config.retriever)
+        searched = servers or prepare_index(config.retriever, config.data, files.path / "index", display)
+        files.keep_to(
+            searched.fingerprint if isinstance(searched, Servers) else read_manifest(searched).fingerprint
+        )
+        run = Run(config, files, splits, searched, tracker, display, policies)
+        with run.start_cluster():
+            yield run
+
+
+def _most_tokens(config: Config, splits: Splits) -> int:
+    """In the trajectories of an iteration."""
+    return len(splits.train) * config.rollout.samples * config.model.max_length
 
 
 class Run:

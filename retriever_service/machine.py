@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -21,6 +23,16 @@ def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGRO
     # The page cache counts as used, but gives way.
     statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
     return min(available, max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0))))
+
+
+def available_cores(cgroup: Path = _CGROUP) -> int:
+    """Cores that this process may use: those that it is bound to, or the container's quota if that is less."""
+    bound = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):  # no container, or one of the first version of control groups
+        return bound
+    return bound if quota == "max" else min(bound, max(1, math.ceil(int(quota) / int(period))))
 
 
 def release_freed_memory() -> None:

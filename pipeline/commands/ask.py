@@ -16,8 +16,8 @@ from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import Config
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
-from pipeline.core.models import check_model
 from pipeline.core.policies import PolicySpec
+from pipeline.core.preflight import check_models
 from pipeline.core.records import Question, Trajectory
 from pipeline.core.retrieval import Searched, Servers, await_servers
 from pipeline.core.run import Json, RunFiles
@@ -49,7 +49,7 @@ def ask(
     Raises:
         UserError, RetrieverError: no such model or index, or no server that answers.
     """
-    check_model(model)
+    check_models([model])
     searched = _searched(index, config, display)
     spec = PolicySpec(
         SEARCHER,

@@ -13,8 +13,8 @@ from pipeline.core.data.questions import read_questions
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.evaluation import evaluate
-from pipeline.core.models import check_model
 from pipeline.core.policies import PolicySpec
+from pipeline.core.preflight import check_models
 from pipeline.core.records import Question, trajectories_to_table
 from pipeline.core.report import best_iteration, models_of
 from pipeline.core.retrieval import what_is_searched
@@ -50,8 +50,7 @@ def evaluate_model(
     config = load(config_file, overrides)
     agent = answering(config) if model is None else searching(config.agent, model)
     models = _best_models(run, config, agent) if run is not None and model is None else dict(agent.models)
-    for path in models.values():
-        check_model(path)
+    check_models(models.values())
     if out is not None and out.suffix != ".json":
         raise UserError(f"--out is {out}; give a name that ends in .json (the trajectories go beside it)")
     if split not in ("train", "dev", "test"):

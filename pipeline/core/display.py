@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,23 +24,39 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pipeline.core.progress import PROGRESS_FILE, ProgressFile
 from pipeline.core.report import Column, Outcome
 
 logger = logging.getLogger(__name__)
 
+LOG_FILE = "run.log"
+STARTED = "a process begins to work on this run"
+"""Its first line in the log."""
+
 
 class Advance:
-    """Moves one progress bar: call it with a number of finished things, or `to(done, total)`."""
+    """Moves one progress bar: call it with a number of finished things, or `to(done, total)`.
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
+    Args:
+        on_move: told the same.
+    """
+
+    def __init__(
+        self, progress: Progress, task: TaskID, on_move: Callable[[float, float | None], None]
+    ) -> None:
+        self._progress, self._task, self._on_move = progress, task, on_move
 
     def __call__(self, count: int) -> None:
         self._progress.advance(self._task, count)
+        self._tell()
 
     def to(self, done: float, total: float) -> None:
         self._progress.update(self._task, completed=done, total=total)
+        self._tell()
+
+    def _tell(self) -> None:
+        (task,) = self._progress.tasks
+        self._on_move(task.completed, task.total)
 
 
 class Display:
@@ -48,6 +64,7 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
+        self._progress_file: ProgressFile | None = None
 
     @contextmanager
     def progress(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
@@ -62,8 +79,11 @@ class Display:
             TimeRemainingColumn(),
         )
         start = time.perf_counter()
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            yield Advance(progress, progress.add_task(description, total=total))
+        with (
+            self._told(description, total, unit) as on_move,
+            Progress(*columns, console=self.console, transient=True) as progress,
+        ):
+            yield Advance(progress, progress.add_task(description, total=total), on_move)
         self.line(f"{description}: {time.perf_counter() - start:.1f} s")
 
     @contextmanager
@@ -71,10 +91,24 @@ class Display:
         """A spinner while the block runs; afterwards one line with how long it took."""
         start = time.perf_counter()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
+        with (
+            self._told(description, None, None),
+            Progress(*columns, console=self.console, transient=True) as progress,
+        ):
             progress.add_task(description, total=None)
             yield
         self.line(f"{description}: {time.perf_counter() - start:.1f} s")
+
+    @contextmanager
+    def _told(
+        self, description: str, total: int | None, unit: str | None
+    ) -> Iterator[Callable[[float, float | None], None]]:
+        """The phase in the run's progress file as well, if this is a run."""
+        if self._progress_file is None:
+            yield lambda done, total: None
+            return
+        with self._progress_file.phase(description, total, unit):
+            yield self._progress_file.move
 
     def line(self, text: str) -> None:
         """Print text as it is; the terminal wraps it, so that paths and commands can be copied. Logged too."""
@@ -96,6 +130,28 @@ class Display:
         terminal.setLevel(logging.WARNING)
         terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
         logging.basicConfig(level=logging.INFO, handlers=[file, terminal], force=True)
+
+    @contextmanager
+    def follow(self, run: Path) -> Iterator[None]:
+        """Log and progress go to the run directory while the block runs, and how it ended: see `core.status`."""
+        self.log_to(run / LOG_FILE)
+        logger.info(STARTED)
+        file = self._progress_file = ProgressFile(run / PROGRESS_FILE)
+        try:
+            yield
+        except KeyboardInterrupt:
+            logger.info("interrupted")
+            file.end("interrupted", None)
+            raise
+        except BaseException as error:
+            # For the file alone: the command line prints it as well.
+            logger.info("the run fails", exc_info=True)
+            file.end("failed", f"{type(error).__name__}: {error}")
+            raise
+        else:
+            file.end("finished", None)
+        finally:
+            self._progress_file = None
 
     def outcome(self, outcome: Outcome) -> None:
         """The tables of a finished run."""

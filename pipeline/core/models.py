@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +30,90 @@ def check_model(path: str) -> None:
         raise UserError(f"model.path: {path} has no config.json; it is not a Hugging Face model directory")
     if not any(directory.glob("*.safetensors")) and not any(directory.glob("pytorch_model*.bin")):
         raise UserError(f"model.path: {path} has no weights (*.safetensors); save the model there again")
+    if missing := [file.name for file in _shards(directory) if not file.is_file()]:
+        raise UserError(
+            f"model.path: {path} lacks {len(missing)} of its files of weights ({', '.join(missing[:3])}); copy or "
+            "download them again"
+        )
     tokenizer_files = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
     if not any((directory / name).is_file() for name in tokenizer_files):
         raise UserError(
             f"model.path: {path} has no tokenizer (none of {', '.join(tokenizer_files)}); copy the tokenizer files of "
             "the model it was made from into it"
         )
+
+
+def _shards(directory: Path) -> list[Path]:
+    """Files that the index of weights in several files names; empty without one."""
+    indexes = (directory / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin"))
+    if (index := next((path for path in indexes if path.is_file()), None)) is None:
+        return []
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [directory / name for name in sorted(names)]
+
+
+def local_snapshot(path: str) -> Path | None:
+    """Where a model lies on this machine: the directory, or the snapshot of a hub name; None if that is still to be
+    downloaded (then how large it is cannot be known).
+
+    Raises:
+        UserError: it is not whole and the hub is out of reach (HF_HUB_OFFLINE).
+    """
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if Path(path).is_dir():
+        return Path(path)
+    fetch = f"fetch it where there is a network (hf download {path}), with the same HF_HOME"
+    try:
+        # The listing of a snapshot is not in the cache: what there is of it counts as all of it.
+        snapshot = Path(snapshot_download(path, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        if constants.is_offline_mode():
+            raise UserError(
+                f"model.path: {path} is not in the cache ({constants.HF_HUB_CACHE}), and the hub is out of reach "
+                f"(HF_HUB_OFFLINE); {fetch}"
+            ) from error
+        return None
+    try:
+        check_model(str(snapshot))
+    except UserError as error:
+        if constants.is_offline_mode():
+            raise UserError(f"{error}. The hub is out of reach (HF_HUB_OFFLINE): {fetch}") from error
+        return None
+    return snapshot
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    bytes: int
+    """Of its files of weights."""
+    parameters: int
+
+
+def model_size(directory: Path) -> ModelSize:
+    """Counted from the headers of its safetensors files; other files are taken for two bytes a parameter.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    weights = list(directory.glob("*.safetensors")) or list(directory.glob("pytorch_model*.bin"))
+    total = sum(file.stat().st_size for file in weights)
+    counted = sum(n for file in weights if file.suffix == ".safetensors" for n in _tensor_sizes(file))
+    return ModelSize(total, counted or total // 2)
+
+
+def _tensor_sizes(file: Path) -> Iterator[int]:
+    """Elements of each tensor. The file begins with the length of a JSON header, 8 bytes little-endian."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+    except (struct.error, ValueError) as error:
+        raise UserError(
+            f"model.path: {file} is cut off or no safetensors file; copy or download it again"
+        ) from error
+    yield from (prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def load_tokenizer(path: str) -> Any:

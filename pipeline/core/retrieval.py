@@ -14,6 +14,7 @@ import torch
 from pipeline.core.config import DataConfig, RetrieverConfig
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
+from pipeline.core.preflight import check_proxies
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import Encoder, EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
@@ -72,12 +73,13 @@ def await_servers(
         timeout_s: the longest wait, in seconds (`cluster.start_timeout_s`).
 
     Raises:
-        UserError: a server that does not answer, or not as one of this dialect, or not with this token; servers of
-            different indexes.
+        UserError: proxies of the environment that are in the way; a server that does not answer, or not as one of this
+            dialect, or not with this token; servers of different indexes.
         RetrieverError: an address that is none.
     """
     if retriever.url is None:
         return None
+    check_proxies(retriever.url)
     clients = tuple(
         RetrieverHttpClient(
             url,

@@ -24,8 +24,10 @@ again by the same command skips finished steps and repeats the one that was cut 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import math
 import shutil
 import time
@@ -45,6 +47,7 @@ from pipeline.core.errors import UserError
 from retriever_service import files
 
 Json = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency", "rollout.timeout_s",
                   "rollout.max_restarts", "rollout.gpu_memory_utilization", "rollout.kv_cache_gib",
@@ -57,6 +60,9 @@ own `iterations` and `patience`."""
 
 
 _LOCK_FILE = "lock"
+_LOCK_WAIT_S = 1.0
+"""A look at the lock (`is_worked_on`) holds it for an instant."""
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -285,14 +291,46 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _lock(path: Path) -> IO[str]:
     """An exclusive lock that ends with this process, however it ends."""
     file = path.open("w")
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while not _try_lock(file):
+        if time.monotonic() >= deadline:
+            file.close()
+            raise UserError(
+                f"another process is working on {path.parent}; wait for it or choose another --run"
+            )
+        time.sleep(0.05)
+    return file
+
+
+def _try_lock(file: IO[str]) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(
-            f"another process is working on {path.parent}; wait for it or choose another --run"
-        ) from error
-    return file
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning(
+            f"{file.name}: the file system has no locks ({error.strerror}); see to it that no second process uses this "
+            "run directory"
+        )
+    return True
+
+
+def is_worked_on(run: Path) -> bool | None:
+    """Whether a process has the run directory open; None where the file system has no locks to tell by."""
+    try:
+        with (run / _LOCK_FILE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return False
 
 
 def _read_json(path: Path) -> Json | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def folder(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> P
     model.mkdir()
     tokenizer.save_pretrained(model)
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_text("")
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")  # a header that names no tensors
     sections = {
         "model": {"path": "model"},
         "data": {"corpus": "corpus.jsonl", "train": "train.jsonl", "dev": "dev.jsonl"},

@@ -64,20 +64,31 @@ def test_the_second_signal_ends_at_once() -> None:
 
 
 def test_which_signal_it_was_is_known_although_a_library_raises_anew() -> None:
-    with pytest.raises(Interrupted) as caught, interruptible():
+    def library() -> None:
         try:
             signal.raise_signal(signal.SIGTERM)
         except KeyboardInterrupt:
             raise KeyboardInterrupt from None
+
+    with pytest.raises(Interrupted) as caught, interruptible():
+        library()
     assert (caught.value.name, caught.value.exit_code) == ("SIGTERM", 143)
 
 
 def test_a_block_within_another_is_told_too_and_what_was_before_comes_back() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(Interrupted, match="15"), interruptible():
-        with pytest.raises(Interrupted, match="15"), interruptible():
+    def inner() -> None:
+        with interruptible():
             signal.raise_signal(signal.SIGTERM)
-        raise KeyboardInterrupt
+
+    def outer() -> None:
+        with interruptible():
+            with pytest.raises(Interrupted, match="15"):
+                inner()
+            raise KeyboardInterrupt
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted, match="15"):
+        outer()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 

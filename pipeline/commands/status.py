@@ -1,0 +1,46 @@
+"""How a run stands, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+from pipeline.core.run import Json
+
+
+def in_words(status: Json) -> Iterator[str]:
+    """Lines for a person; see `pipeline.core.status`."""
+    process, iterations = status["process"], status["iterations"]
+    who = f" (process {process['pid']} on {process['host']})" if process["pid"] else ""
+    reason = f": {status['reason']}" if status["reason"] else ""
+    yield f"{status['run']}: {status['state']}{who}{reason}"
+    if process["started"]:
+        yield f"started {process['started']}, last word {process['updated']}; started {status['starts']} times in all"
+    if status["phase"]:
+        yield _phase(status["phase"])
+    left = f", about {_time(status['seconds_left'])} left" if status["seconds_left"] is not None else ""
+    yield f"iterations: {iterations['finished']} of {iterations['of']}{left}"
+    for name, seconds in status["steps"].items():
+        yield f"  {name}" + (f": {_time(seconds)}" if seconds is not None else "")
+    for name, rate in status["rates"].items():
+        if rate is not None:
+            yield f"{name.removesuffix('_per_s').replace('_', ' ')}: {rate:,.0f}/s"
+    counts = ", ".join(f"{name} {count}" for name, count in status["failures"].items())
+    yield f"trajectories lost: {counts}"
+    yield f"warnings: {status['warnings']}" + (", the last:" if status["warnings"] else "")
+    yield from (f"  {line}" for line in status["last_warnings"])
+
+
+def _phase(phase: Json) -> str:
+    text = f"phase: {phase['name']}, for {_time(phase['seconds'])}"
+    if phase["total"]:
+        text += f", {phase['done']:,.0f} of {phase['total']:,.0f} {phase['unit']}"
+    if phase["rate_per_s"]:
+        text += f", {phase['rate_per_s']:,.2f}/s"
+    if phase["seconds_left"] is not None:
+        text += f", about {_time(phase['seconds_left'])} left"
+    return text
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

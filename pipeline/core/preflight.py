@@ -1,0 +1,233 @@
+"""What would only fail later, looked at before anything is started: this machine, the models, the disk.
+
+Each check refuses with one sentence and the mend (`UserError`), mends it itself, or warns and goes on.
+"""
+
+from __future__ import annotations
+
+import getpass
+import logging
+import os
+import resource
+import shutil
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+
+import pipeline
+from pipeline.core.errors import UserError
+from pipeline.core.models import check_model, local_snapshot, model_size
+from pipeline.core.policies import PolicySpec
+
+logger = logging.getLogger(__name__)
+
+OPEN_FILES = 4096
+"""As many as an actor's process may come to need: connections to all others, shards, mapped files."""
+SHARED_MEMORY = 1 << 30
+"""Bytes of /dev/shm below which there is a warning: containers have 64 MiB unless they are given more."""
+SOCKET_PATH = 107
+"""Longest name of a Unix socket, in bytes."""
+_RAYS_SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
+_VLLMS_SOCKET = len("/00000000-0000-0000-0000-000000000000")
+_OPTIMISER_BYTES = 16
+"""Per trained parameter in a checkpoint: the weight and Adam's two moments and master copy, in float32."""
+_TRAJECTORY_BYTES = 18
+"""Per token of a trajectory and of its training example, before compression."""
+
+
+def check_machine(
+    *, starts_ray: bool, environment: MutableMapping[str, str] = os.environ, cwd: Path | None = None
+) -> None:
+    """This machine and this process, before Ray is started here or joined.
+
+    Raises:
+        UserError: something that would fail later.
+    """
+    _check_sockets(environment, starts_ray)
+    _check_packages(cwd or Path.cwd())
+    _raise_open_files()
+    _give_the_user_a_name(environment)
+    _ignore_foreign_vllm_port(environment)
+    _look_at_shared_memory(Path("/dev/shm"))
+
+
+def check_run(run: Path, policies: Sequence[PolicySpec], *, versions_to_come: int, tokens: int) -> None:
+    """What a run is about to read and write; also good for a run that goes on.
+
+    Args:
+        policies: of the run.
+        versions_to_come: trained ones, of each policy.
+        tokens: at most so many will be in the trajectories that are sampled.
+
+    Raises:
+        UserError: a model is incomplete, or the disk has no room for the next version.
+    """
+    check_models(spec.model.path for spec in policies)
+    _check_disk(run, policies, versions_to_come, tokens)
+
+
+def check_models(paths: Iterable[str]) -> None:
+    """Model directories, and hub names that cannot be downloaded, are complete.
+
+    Raises:
+        UserError: one is not.
+    """
+    for path in paths:
+        check_model(path)
+        local_snapshot(path)
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def _check_sockets(environment: Mapping[str, str], starts_ray: bool) -> None:
+    """Names of sockets that vLLM and Ray will make."""
+    made = [("TMPDIR", _VLLMS_SOCKET)]
+    if starts_ray:
+        made.append(("RAY_TMPDIR" if environment.get("RAY_TMPDIR") else "TMPDIR", _RAYS_SOCKET))
+    for key, behind in made:
+        folder = environment.get(key) or "/tmp"
+        if (excess := len(os.fsencode(folder)) + behind - SOCKET_PATH) > 0:
+            raise UserError(
+                f"{key} is {folder}: {excess} bytes too long for the sockets that are made below it; set {key} to a "
+                "shorter folder, such as /tmp"
+            )
+
+
+def _check_packages(cwd: Path) -> None:
+    """Ray puts the working directory in front of everything that its workers import."""
+    home = Path(pipeline.__file__).resolve().parents[1]
+    if cwd.resolve() == home:
+        return
+    for name in ("pipeline", "actors", "retriever_service"):
+        if (cwd / name).is_dir() or (cwd / f"{name}.py").is_file():
+            raise UserError(
+                f"the working directory has a {name} of its own ({cwd / name}), which Ray's workers would import in "
+                "place of ExSearch's; start the command in another directory"
+            )
+
+
+def _raise_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < OPEN_FILES:
+        raise UserError(
+            f"a process may open {hard} files here (ulimit -Hn), and a run needs {OPEN_FILES}; raise the limit, for a "
+            "container with --ulimit nofile=65536"
+        )
+    if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
+        wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _give_the_user_a_name(environment: MutableMapping[str, str]) -> None:
+    """Containers run as users that no passwd file knows; torch names its caches after the user."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        environment["USER"] = f"uid{os.getuid()}"
+
+
+def _ignore_foreign_vllm_port(environment: MutableMapping[str, str]) -> None:
+    """Kubernetes tells every container the addresses of services; of one that is called vllm in this variable."""
+    if "://" in environment.get("VLLM_PORT", ""):
+        logger.warning(
+            f"VLLM_PORT is {environment['VLLM_PORT']}, the address of a service and no port: it is ignored, since vLLM "
+            "would refuse it (enableServiceLinks: false keeps Kubernetes from setting it)"
+        )
+        del environment["VLLM_PORT"]
+
+
+def _look_at_shared_memory(shm: Path) -> None:
+    size = shutil.disk_usage(shm).total if shm.is_dir() else 0
+    if size < SHARED_MEMORY:
+        logger.warning(
+            f"{shm} has {_gb(size)}: Ray's object store goes to the disk and is slow, and NCCL may fail; give the "
+            "container more (--shm-size=8g, or an emptyDir with medium: Memory)"
+        )
+
+
+# ---------------------------------------------------------------- servers
+
+
+def check_proxies(urls: Iterable[str]) -> None:
+    """The proxies of the environment let requests to these servers through.
+
+    Raises:
+        UserError: httpx cannot read them, or they would be asked for an address that they cannot know.
+    """
+    proxies = getproxies()
+    exceptions = proxies.get("no", "")
+    try:
+        httpx.Client().close()
+    except (httpx.InvalidURL, ImportError, ValueError) as error:
+        raise UserError(
+            f"the HTTP client cannot read the proxies of the environment ({error}): look at http_proxy, https_proxy, "
+            f"all_proxy and no_proxy ({exceptions!r}); name hosts in no_proxy, no networks such as fd00::/8"
+        ) from error
+    for url in urls:
+        parts = urlsplit(url)
+        host, proxy = parts.hostname or "", proxies.get(parts.scheme) or proxies.get("all")
+        if proxy is None or proxy_bypass(host):
+            continue
+        if network := next((entry for entry in exceptions.split(",") if _is_in_network(host, entry)), None):
+            raise UserError(
+                f"retriever.url: {url} would be asked for through the proxy {proxy}: no_proxy names the network "
+                f"{network.strip()}, and the HTTP client knows hosts only; add {host} to no_proxy"
+            )
+        if host == "localhost" or _is_in_network(host, "127.0.0.0/8") or _is_in_network(host, "::1/128"):
+            raise UserError(
+                f"retriever.url: {url} is on this machine and would be asked for through the proxy {proxy}; add {host} "
+                "to no_proxy"
+            )
+
+
+def _is_in_network(host: str, network: str) -> bool:
+    try:
+        return "/" in network and ip_address(host) in ip_network(network.strip(), strict=False)
+    except ValueError:
+        return False
+
+
+# ---------------------------------------------------------------- disk
+
+
+def _check_disk(run: Path, policies: Sequence[PolicySpec], versions: int, tokens: int) -> None:
+    trained = [spec for spec in policies if spec.learner is not None]
+    if versions <= 0 or not trained:
+        return
+    exports, checkpoints = 0, 0
+    for spec in trained:
+        assert spec.learner is not None
+        if (directory := local_snapshot(spec.model.path)) is None:
+            logger.warning(
+                f"{spec.model.path} is to be downloaded: whether the disk has room for it is not known"
+            )
+            return
+        size = model_size(directory)
+        exports += size.bytes
+        checkpoints += size.parameters * _OPTIMISER_BYTES if spec.learner.lora is None else 0
+    where = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
+    free = shutil.disk_usage(where).free
+    figures = (
+        f"exported {_gb(exports)}, checkpoint {_gb(checkpoints)} at {_OPTIMISER_BYTES} bytes a parameter"
+    )
+    if free < exports + checkpoints:
+        raise UserError(
+            f"{run}: the disk has {_gb(free)} free, and a training step writes {_gb(exports + checkpoints)} "
+            f"({figures}); make room or choose another --run directory"
+        )
+    # While a checkpoint is written, the one before it is still there.
+    whole = versions * exports + 2 * checkpoints + tokens * _TRAJECTORY_BYTES
+    if free < whole:
+        logger.warning(
+            f"{run}: the disk has {_gb(free)} free, and the run may come to {_gb(whole)}: {versions} versions, two "
+            f"checkpoints at a time ({figures}) and at most {_gb(tokens * _TRAJECTORY_BYTES)} of trajectories"
+        )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,77 @@
+"""`progress.json` of a run directory: where the process that works on it stands, for whoever looks from outside."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pipeline.core.run import Json, write_json
+from retriever_service.errors import RetrieverError
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_FILE = "progress.json"
+PERIOD_S = 1.0
+"""Least time between two writes within a phase, in seconds."""
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class ProgressFile:
+    """Writes it. A phase may have others within it; the innermost is told."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._process: Json = {
+            "state": "running",
+            "reason": None,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "started": now(),
+        }
+        self._phases: list[Json] = []
+        self._last_phase: Json | None = None
+        self._due, self._works = 0.0, True
+        self._write()
+
+    @contextmanager
+    def phase(self, name: str, total: float | None, unit: str | None) -> Iterator[None]:
+        """A phase while the block runs; see `move`."""
+        self._phases.append({"name": name, "unit": unit, "done": 0, "total": total, "since": now()})
+        self._write()
+        try:
+            yield
+        finally:
+            self._last_phase = self._phases.pop()
+        if self._phases:
+            self._write()
+
+    def move(self, done: float, total: float | None) -> None:
+        """How far the innermost phase has come."""
+        self._phases[-1].update(done=done, total=total)
+        if time.monotonic() >= self._due:
+            self._write()
+
+    def end(self, state: str, reason: str | None) -> None:
+        """The last word: finished, failed or interrupted. The phase stays that was the last one."""
+        self._process.update(state=state, reason=reason)
+        self._write()
+
+    def _write(self) -> None:
+        phase = self._phases[-1] if self._phases else self._last_phase
+        self._due = time.monotonic() + PERIOD_S
+        try:
+            write_json(self._path, {**self._process, "updated": now(), "phase": phase})
+        except (OSError, RetrieverError) as error:
+            # A run does not end because nobody can be told of it: what matters on a full disk fails by itself.
+            if self._works:
+                logger.warning(f"progress cannot be written ({error})")
+            self._works = False

@@ -1,0 +1,148 @@
+"""How a run stands, from its files alone: while it works, and after it has ended, however it did."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.core.config import EXSEARCH
+from pipeline.core.display import LOG_FILE, STARTED
+from pipeline.core.errors import UserError
+from pipeline.core.progress import PROGRESS_FILE
+from pipeline.core.run import Json, RunFiles, is_worked_on
+
+INFRASTRUCTURE = ("retriever_unavailable", "engine_error")
+"""Ends of trajectories that say nothing of the model."""
+SHOWN_WARNINGS = 5
+
+
+def run_status(path: Path) -> Json:
+    """What `exsearch status` knows; its keys are in docs/formats.md.
+
+    Raises:
+        UserError: no run directory, or one of an earlier version.
+    """
+    run = RunFiles(path)
+    config = _read(run.path / "config.yaml")
+    if config is None:
+        raise UserError(f"{path} is not a run directory: it has no config.yaml")
+    run.check_layout()
+    settings = config.get("em" if config.get("recipe", EXSEARCH) == EXSEARCH else config["recipe"], {})
+    process = _read(run.path / PROGRESS_FILE) or {}
+    alive = is_worked_on(run.path)
+    iterations = _iterations(run)
+    finished = sum((run.iteration(number) / "DONE").exists() for number in iterations)
+    phase = _phase(process, alive)
+    starts, warnings = _log(run.path / LOG_FILE)
+    return {
+        "run": str(run.path),
+        "recipe": config.get("recipe", EXSEARCH),
+        "state": _state(process, alive),
+        "reason": process.get("reason"),
+        "process": {key: process.get(key) for key in ("pid", "host", "started", "updated")},
+        "phase": phase,
+        "iterations": {"finished": finished, "of": settings.get("iterations")},
+        "seconds_left": _seconds_left(iterations, finished, settings.get("iterations"), phase),
+        "steps": {
+            f"{t}/{name}": step.get("seconds") for t in iterations for name, step in iterations[t].items()
+        },
+        "rates": _rates(iterations),
+        "failures": _failures(iterations),
+        "starts": starts,
+        "warnings": len(warnings),
+        "last_warnings": warnings[-SHOWN_WARNINGS:],
+    }
+
+
+def _iterations(run: RunFiles) -> dict[int, dict[str, Json]]:
+    """The finished steps of each iteration, in the order in which they were done."""
+    numbers = sorted(int(path.name) for path in run.path.glob("iterations/[0-9]*"))
+    found = {number: run.steps(number) for number in numbers}
+
+    def finished_at(number: int, step: str) -> float:
+        return run.at(f"{number}/{step}.json").stat().st_mtime
+
+    return {
+        number: dict(sorted(steps.items(), key=lambda item: finished_at(number, item[0])))
+        for number, steps in found.items()
+    }
+
+
+def _state(process: Json, alive: bool | None) -> str:
+    """The lock tells what a process that was killed could not."""
+    told = str(process.get("state", "not started"))
+    if alive:
+        return "running" if told in ("running", "not started") else "starting"
+    return "killed" if alive is False and told == "running" else told
+
+
+def _phase(process: Json, alive: bool | None) -> Json | None:
+    if (phase := process.get("phase")) is None:
+        return None
+    until = datetime.now(UTC) if alive else datetime.fromisoformat(process["updated"])
+    seconds = (until - datetime.fromisoformat(phase["since"])).total_seconds()
+    done, total = phase["done"], phase["total"]
+    rate = done / seconds if done and seconds > 0 else None
+    left = (total - done) / rate if alive and rate and total else None
+    return {**phase, "seconds": seconds, "rate_per_s": rate, "seconds_left": left}
+
+
+def _seconds_left(
+    iterations: dict[int, dict[str, Json]], finished: int, total: int | None, phase: Json | None
+) -> float | None:
+    """Of the whole run, as far as iterations take as long as those before; None before the first has ended.
+
+    Tests at the end are not in it, and the run may stop early (`patience`).
+    """
+    whole = [_seconds(steps.values()) for t, steps in iterations.items() if 0 < t <= finished]
+    if not whole or total is None or finished >= total:
+        return None
+    begun = _seconds(iterations.get(finished + 1, {}).values()) + (phase["seconds"] if phase else 0.0)
+    mean = sum(whole) / len(whole)
+    return max(0.0, mean - begun) + (total - finished - 1) * mean
+
+
+def _seconds(steps: Iterable[Json]) -> float:
+    return sum(float(step.get("seconds") or 0.0) for step in steps)
+
+
+def _rates(iterations: dict[int, dict[str, Json]]) -> Json:
+    """Of the last steps that tell: tokens that were generated and tokens that were trained, per second."""
+    rates: Json = {"generated_tokens_per_s": None, "trained_tokens_per_s": None}
+    for steps in iterations.values():
+        for step in steps.values():
+            if step.get("generated_tokens") and step.get("seconds"):
+                rates["generated_tokens_per_s"] = step["generated_tokens"] / step["seconds"]
+            if step.get("trained_tokens_per_s"):
+                rates["trained_tokens_per_s"] = step["trained_tokens_per_s"]
+    return rates
+
+
+def _failures(iterations: dict[int, dict[str, Json]]) -> Json:
+    """Trajectories that were lost to infrastructure, and those that were excluded for any reason; of all samplings."""
+    samplings = [step for steps in iterations.values() for step in steps.values() if "stop_reasons" in step]
+    counts = {name: sum(int(s["stop_reasons"].get(name, 0)) for s in samplings) for name in INFRASTRUCTURE}
+    return counts | {"excluded": sum(int(s.get("excluded", 0)) for s in samplings)}
+
+
+def _log(path: Path) -> tuple[int, list[str]]:
+    """How many processes have worked on the run, and the warnings and errors of all of them."""
+    if not path.exists():
+        return 0, []
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        told = [line.rstrip("\n") for line in lines if re.match(r"\S+ \S+ (INFO|WARNING|ERROR) ", line)]
+    warnings = [line for line in told if line.split(" ", 3)[2] != "INFO"]
+    return sum(line.endswith(STARTED) for line in told), warnings
+
+
+def _read(path: Path) -> Any:
+    if not path.exists():
+        return None
+    text = path.read_text(encoding="utf-8")
+    return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)

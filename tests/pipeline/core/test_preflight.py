@@ -1,0 +1,304 @@
+"""What would only fail later is refused, mended or warned of beforehand."""
+
+from __future__ import annotations
+
+import getpass
+import json
+import resource
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.core import preflight
+from pipeline.core.config import LearnerConfig, LoraConfig, ModelConfig, RolloutConfig
+from pipeline.core.errors import UserError
+from pipeline.core.models import model_size
+from pipeline.core.policies import PolicySpec
+from pipeline.core.preflight import check_machine, check_models, check_proxies, check_run
+
+GB = 10**9
+
+
+@pytest.fixture(autouse=True)
+def _free_of_proxies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+# ---------------------------------------------------------------- this machine
+
+
+def test_a_sound_machine_is_left_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    environment = {"USER": "someone", "VLLM_PORT": "8000"}
+    check_machine(starts_ray=True, environment=environment, cwd=tmp_path)
+    assert environment == {"USER": "someone", "VLLM_PORT": "8000"}
+    assert [record for record in caplog.records if "VLLM_PORT" in record.message] == []
+
+
+@pytest.mark.parametrize(
+    ("variable", "length", "starts_ray", "refused"),
+    [
+        ("TMPDIR", 30, True, False),
+        ("TMPDIR", 60, True, True),
+        ("TMPDIR", 60, False, False),
+        ("TMPDIR", 90, False, True),
+        ("RAY_TMPDIR", 60, True, True),
+        ("RAY_TMPDIR", 60, False, False),
+    ],
+)
+def test_a_temporary_folder_too_deep_for_sockets(
+    tmp_path: Path, variable: str, length: int, starts_ray: bool, refused: bool
+) -> None:
+    def check() -> None:
+        check_machine(starts_ray=starts_ray, environment={variable: "/" + "x" * (length - 1)}, cwd=tmp_path)
+
+    if not refused:
+        check()
+        return
+    with pytest.raises(
+        UserError, match=f"^{variable} is /x+: .* bytes too long .* set {variable} to a shorter"
+    ):
+        check()
+
+
+@pytest.mark.parametrize("name", ["pipeline", "actors", "retriever_service"])
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.with_suffix(".py").touch()])
+def test_a_working_directory_that_hides_our_packages_from_workers(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / name)
+    with pytest.raises(
+        UserError, match=f"has a {name} of its own .*; start the command in another directory"
+    ):
+        check_machine(starts_ray=True, environment={}, cwd=tmp_path)
+
+
+def test_the_checkout_itself_hides_nothing() -> None:
+    home = Path(preflight.__file__).resolve().parents[2]
+    check_machine(starts_ray=True, environment={}, cwd=home)
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], list[tuple[int, int]]]:
+    """Open files as (soft, hard); gives what they are set to."""
+
+    def install(soft: int, hard: int) -> list[tuple[int, int]]:
+        made: list[tuple[int, int]] = []
+        monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, hard))
+        monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: made.append(limits))
+        return made
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "made"),
+    [(256, 524_288, [(65_536, 524_288)]), (1024, 8192, [(8192, 8192)]), (1 << 20, 1 << 20, [])],
+)
+def test_few_open_files_are_raised_to_what_is_allowed(
+    tmp_path: Path, limits: Any, soft: int, hard: int, made: list[tuple[int, int]]
+) -> None:
+    set_to = limits(soft, hard)
+    check_machine(starts_ray=True, environment={}, cwd=tmp_path)
+    assert set_to == made
+
+
+def test_too_few_open_files_are_refused(tmp_path: Path, limits: Any) -> None:
+    limits(256, 256)
+    with pytest.raises(UserError, match=r"may open 256 files here \(ulimit -Hn\)"):
+        check_machine(starts_ray=True, environment={}, cwd=tmp_path)
+
+
+def test_a_user_without_a_passwd_entry_gets_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 12345")
+
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    environment: dict[str, str] = {}
+    check_machine(starts_ray=True, environment=environment, cwd=tmp_path)
+    assert environment["USER"].startswith("uid")
+
+
+def test_the_address_of_a_service_is_no_port_of_vllm(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    environment = {"VLLM_PORT": "tcp://10.0.0.1:8000"}
+    check_machine(starts_ray=True, environment=environment, cwd=tmp_path)
+    assert "VLLM_PORT" not in environment
+    assert "VLLM_PORT is tcp://10.0.0.1:8000" in caplog.text and "enableServiceLinks" in caplog.text
+
+
+def test_little_shared_memory_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_free(monkeypatch, total=64 << 20)
+    check_machine(starts_ray=True, environment={}, cwd=tmp_path)
+    assert "/dev/shm has 67.1 MB" in caplog.text and "--shm-size" in caplog.text
+
+
+# ---------------------------------------------------------------- proxies
+
+LOOPBACK, INSIDE, OUTSIDE = "http://127.0.0.1:8000", "http://10.1.2.3:8000", "http://search.example:8000"
+
+
+@pytest.mark.parametrize(
+    ("url", "no_proxy", "refused"),
+    [
+        (LOOPBACK, "", "is on this machine .* add 127.0.0.1 to no_proxy"),
+        ("http://localhost:8000", "", "is on this machine .* add localhost to no_proxy"),
+        (LOOPBACK, "127.0.0.0/8", "names the network 127.0.0.0/8, .* add 127.0.0.1 to no_proxy"),
+        (INSIDE, "localhost, 10.0.0.0/8", "names the network 10.0.0.0/8, .* add 10.1.2.3 to no_proxy"),
+        (INSIDE, "fd00::/8", "cannot read the proxies .* no networks such as fd00::/8"),
+        (LOOPBACK, "localhost,127.0.0.1", None),
+        (INSIDE, "10.1.2.3", None),
+        (INSIDE, "10.2.0.0/16", None),
+        (OUTSIDE, "", None),
+    ],
+)
+def test_proxies_that_are_in_the_way(
+    monkeypatch: pytest.MonkeyPatch, url: str, no_proxy: str, refused: str | None
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", no_proxy)
+    if refused is None:
+        check_proxies([url])
+        return
+    with pytest.raises(UserError, match=refused):
+        check_proxies([url])
+
+
+def test_without_a_proxy_every_address_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "10.0.0.0/8")
+    check_proxies([LOOPBACK, INSIDE, OUTSIDE])
+
+
+# ---------------------------------------------------------------- models
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """An offline cache of the hub with a snapshot of somebody/model of the given files; gives the snapshot."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+    def make(*names: str) -> Path:
+        folder = tmp_path / "models--somebody--model"
+        snapshot = folder / "snapshots" / "0123456789abcdef0123456789abcdef01234567"
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(snapshot.name)
+        for name in names:
+            (snapshot / name).write_text("{}")
+        return snapshot
+
+    return make
+
+
+def test_a_whole_snapshot_is_accepted_offline(hub: Any) -> None:
+    hub("config.json", "model.safetensors", "tokenizer.json")
+    check_models(["somebody/model"])
+
+
+def test_an_incomplete_snapshot_is_refused_offline(hub: Any) -> None:
+    hub("config.json", "tokenizer.json")
+    with pytest.raises(UserError, match=r"has no weights .*out of reach \(HF_HUB_OFFLINE\): fetch it"):
+        check_models(["somebody/model"])
+
+
+def test_a_snapshot_that_lacks_one_of_its_weights_is_refused_offline(hub: Any) -> None:
+    snapshot = hub("config.json", "tokenizer.json", "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(UserError, match=r"lacks 1 of its files of weights \(model-00002-of-00002"):
+        check_models(["somebody/model"])
+
+
+def test_a_model_that_is_not_in_the_cache_is_refused_offline(hub: Any) -> None:
+    with pytest.raises(UserError, match=r"somebody/model is not in the cache .*hf download somebody/model"):
+        check_models(["somebody/model"])
+
+
+def test_what_can_be_downloaded_is_left_to_that(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub("config.json")
+    check_models(["somebody/model"])
+
+
+# ---------------------------------------------------------------- disk
+
+
+def with_free(monkeypatch: pytest.MonkeyPatch, free: int = 0, total: int = 1000 * GB) -> None:
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(total, total - free, free)
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A directory whose weights say that they are a billion parameters of two bytes."""
+    path = tmp_path / "model"
+    path.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (path / name).write_text("{}")
+    header = json.dumps(
+        {"a": {"dtype": "BF16", "shape": [1000, 1_000_000], "data_offsets": [0, 2 * GB]}}
+    ).encode()
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 2 * GB)  # holes
+    return path
+
+
+def policy(model: Path, lora: LoraConfig | None = None) -> PolicySpec:
+    return PolicySpec("searcher", ModelConfig(path=str(model)), RolloutConfig(), LearnerConfig(lora=lora))
+
+
+def test_a_model_is_measured_without_reading_its_weights(model: Path) -> None:
+    size = model_size(model)
+    assert (size.parameters, round(size.bytes, -6)) == (GB, 2 * GB)
+
+
+def test_a_disk_too_small_for_the_next_version_is_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_free(monkeypatch, 17 * GB)
+    with pytest.raises(
+        UserError, match=r"17.0 GB free, .* writes 18.0 GB .*checkpoint 16.0 GB at 16 bytes a par"
+    ):
+        check_run(tmp_path / "runs" / "new", [policy(model)], versions_to_come=3, tokens=0)
+
+
+def test_adapters_need_no_checkpoint_of_the_whole_model(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_free(monkeypatch, 17 * GB)
+    check_run(tmp_path, [policy(model, LoraConfig())], versions_to_come=3, tokens=0)
+
+
+def test_a_disk_too_small_for_the_whole_run_is_warned_of(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_free(monkeypatch, 39 * GB)
+    check_run(tmp_path, [policy(model)], versions_to_come=3, tokens=10**6)
+    assert caplog.text == ""
+    check_run(tmp_path, [policy(model)], versions_to_come=3, tokens=10**8)
+    assert "39.0 GB free, and the run may come to 39.8 GB: 3 versions" in caplog.text
+
+
+@pytest.mark.parametrize("versions", [0, -1])
+def test_a_run_that_trains_nothing_more_needs_no_room(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, versions: int
+) -> None:
+    with_free(monkeypatch, 0)
+    check_run(tmp_path, [policy(model)], versions_to_come=versions, tokens=0)
+
+
+def test_weights_that_were_cut_off_are_refused(tmp_path: Path, model: Path) -> None:
+    (model / "model.safetensors").write_bytes(b"\x10")
+    with pytest.raises(UserError, match="is cut off or no safetensors file"):
+        check_run(tmp_path, [policy(model)], versions_to_come=1, tokens=0)

@@ -1,0 +1,160 @@
+"""`exsearch status` of runs that work, that ended and that were killed, from their files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline.commands.status import in_words
+from pipeline.core import progress
+from pipeline.core.config_loading import load_config
+from pipeline.core.display import Display
+from pipeline.core.errors import UserError
+from pipeline.core.run import Json, RunDirectory, is_worked_on
+from pipeline.core.status import run_status
+from tests.pipeline.core.test_display import root_logger  # noqa: F401
+
+SAMPLED = {
+    "generated_tokens": 1000,
+    "excluded": 3,
+    "stop_reasons": {"answered": 5, "retriever_unavailable": 2, "engine_error": 1},
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
+    monkeypatch.setattr(progress, "PERIOD_S", 0.0)
+    return RunDirectory(tmp_path / "run", load_config(None, ["em.iterations=3", "data.root=/"]))
+
+
+@pytest.fixture
+def display(root_logger: object) -> Display:  # noqa: F811
+    return Display(Console(file=StringIO()))
+
+
+def status(run: RunDirectory) -> Json:
+    return run_status(run.path)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not a run directory: it has no config\.yaml"):
+        run_status(tmp_path)
+
+
+def test_a_run_that_has_not_begun(run: RunDirectory) -> None:
+    run.__exit__()
+    found = status(run)
+    assert (found["state"], found["phase"], found["starts"]) == ("not started", None, 0)
+    assert found["iterations"] == {"finished": 0, "of": 3}
+    assert found["seconds_left"] is None
+
+
+def test_a_run_at_work_tells_its_phase_and_the_innermost_one(run: RunDirectory, display: Display) -> None:
+    with display.follow(run.path), display.progress("iteration 1: sampling", 8, "questions") as advance:
+        advance(2)
+        found = status(run)
+        assert (found["state"], found["process"]["pid"], found["starts"]) == ("running", os.getpid(), 1)
+        phase = found["phase"]
+        assert [phase[key] for key in ("name", "unit", "done", "total")] == [
+            "iteration 1: sampling",
+            "questions",
+            2,
+            8,
+        ]
+        with display.status("starting the learner"):
+            assert status(run)["phase"]["name"] == "starting the learner"
+        assert status(run)["phase"]["done"] == 2
+        advance.to(5, 10)
+        assert [status(run)["phase"][key] for key in ("done", "total")] == [5, 10]
+
+
+def test_how_a_run_ended_is_told(run: RunDirectory, display: Display) -> None:
+    def end(how: BaseException | None) -> Json:
+        try:
+            with display.follow(run.path), display.progress("training", 8, "steps"):
+                if how is not None:
+                    raise how
+        except (KeyboardInterrupt, RuntimeError):
+            pass
+        return status(run)
+
+    assert end(KeyboardInterrupt())["state"] == "starting"  # the lock is still held
+    run.__exit__()
+    assert end(None)["state"] == "finished"
+    assert end(KeyboardInterrupt())["state"] == "interrupted"
+    failed = end(RuntimeError("no engine"))
+    assert (failed["state"], failed["reason"]) == ("failed", "RuntimeError: no engine")
+    assert (failed["phase"]["name"], failed["starts"]) == ("training", 4)
+    assert "RuntimeError: no engine" in (run.path / "run.log").read_text()
+
+
+def test_a_run_that_was_killed_is_known_by_its_lock(run: RunDirectory, display: Display) -> None:
+    with display.follow(run.path), display.progress("training", 8, "steps") as advance:
+        advance(3)
+        left_behind = (run.path / progress.PROGRESS_FILE).read_bytes()
+    (run.path / progress.PROGRESS_FILE).write_bytes(left_behind)
+    run.__exit__()
+    found = status(run)
+    assert (found["state"], found["phase"]["done"], found["phase"]["seconds_left"]) == ("killed", 3, None)
+
+
+def test_a_look_at_the_lock_does_not_keep_a_run_from_starting(run: RunDirectory) -> None:
+    assert is_worked_on(run.path) is True
+    run.__exit__()
+    assert is_worked_on(run.path) is False
+    RunDirectory(run.path, load_config(None, ["em.iterations=3", "data.root=/"])).__exit__()
+
+
+def finish(run: RunDirectory, step: str, seconds: float, **figures: object) -> None:
+    path = run.at(f"{step}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**figures, "seconds": seconds}))
+
+
+def test_steps_rates_failures_and_time_left_come_from_the_steps(run: RunDirectory) -> None:
+    finish(run, "1/sample", 10.0, **SAMPLED)
+    finish(run, "1/searcher/train", 20.0, trained_tokens_per_s=50.0)
+    run.close_iteration(1)
+    finish(run, "2/sample", 20.0, **SAMPLED)
+    run.__exit__()
+    found = status(run)
+    assert found["steps"] == {"1/sample": 10.0, "1/searcher/train": 20.0, "2/sample": 20.0}
+    assert found["rates"] == {"generated_tokens_per_s": 50.0, "trained_tokens_per_s": 50.0}
+    assert found["failures"] == {"retriever_unavailable": 4, "engine_error": 2, "excluded": 6}
+    # The second iteration has done 20 of 30 seconds, and the third is still to come.
+    assert (found["iterations"], found["seconds_left"]) == ({"finished": 1, "of": 3}, 40.0)
+
+
+def test_warnings_are_counted_and_the_last_are_shown(run: RunDirectory) -> None:
+    lines = [f"2026-03-01 12:00:0{n},000 WARNING actors.pool: worker {n} died" for n in range(7)]
+    (run.path / "run.log").write_text(
+        "\n".join([lines[0], "Traceback: WARNING of a library", *lines[1:]]) + "\n"
+    )
+    found = status(run)
+    assert (found["warnings"], found["last_warnings"]) == (7, lines[2:])
+
+
+@pytest.fixture
+def words(run: RunDirectory, display: Display) -> Iterator[str]:
+    finish(run, "1/sample", 100.0, **SAMPLED)
+    run.close_iteration(1)
+    with display.follow(run.path), display.progress("iteration 2: sampling", 8, "questions") as advance:
+        advance(2)
+        yield "\n".join(in_words(status(run)))
+
+
+def test_a_person_reads_it_in_lines(run: RunDirectory, words: str) -> None:
+    lines = words.splitlines()
+    assert lines[0].startswith(f"{run.path}: running (process {os.getpid()} on ")
+    assert "phase: iteration 2: sampling, for 0:00:0" in words and "2 of 8 questions" in words
+    assert "iterations: 1 of 3, about 0:0" in words
+    assert "  1/sample: 0:01:40" in lines
+    assert "generated tokens: 10/s" in lines
+    assert "trajectories lost: retriever_unavailable 2, engine_error 1, excluded 3" in lines
+    assert lines[-1] == "warnings: 0"
