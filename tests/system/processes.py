@@ -9,6 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 DEADLINE_S = 420
 CLI = ("-m", "pipeline.cli")
@@ -43,10 +46,38 @@ def kill_when(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    _await(process, reached)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+
+
+def stop_when(
+    run: Path, settings: list[str], reached: Callable[[], bool], number: signal.Signals
+) -> tuple[int, list[str]]:
+    """Start the command and send it a signal as soon as `reached` says so; its exit code and what it said in lines.
+
+    Fails if a process that it had started outlives it.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with subprocess.Popen(
+        command("train", run, settings, CLI),
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        _await(process, reached)
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=DEADLINE_S)
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert [" ".join(other.cmdline()) for other in alive] == []
+    return process.returncode, said.splitlines()
+
+
+def _await(process: subprocess.Popen[Any], reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not reached():
         assert process.poll() is None, f"ended by itself with {process.returncode}"
         assert time.monotonic() < deadline, "did not get there in time"
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)

@@ -28,7 +28,7 @@ def run_of(path: Path, *overrides: str, steps: tuple[str, ...] = (), scores: tup
 def evaluated(run: Path, monkeypatch: pytest.MonkeyPatch, model: str | None = None) -> list[str]:
     """The models that `evaluate --run` takes; it ends because there are no questions."""
     taken: list[str] = []
-    monkeypatch.setattr("pipeline.commands.evaluate.check_model", taken.append)
+    monkeypatch.setattr("pipeline.commands.evaluate.check_models", taken.extend)
     with pytest.raises(UserError, match=r"data\.dev is empty"):
         evaluate_model(None, [], run=run, model=model, split="dev", out=None, display=Display())
     return taken

@@ -156,7 +156,7 @@ def test_tables_fit_into_80_columns(name: str) -> None:
 
 
 def scored(**parts: Any) -> dict[str, Any]:
-    return {"model": "models/tiny", "split": "dev", "sets": {}, "all": SCORES} | parts
+    return {"models": {"searcher": "models/tiny"}, "split": "dev", "sets": {}, "all": SCORES} | parts
 
 
 def test_scores_show_every_set_and_the_breakdown(screen: Screen) -> None:
@@ -179,7 +179,9 @@ def test_scores_without_gold_passages_say_so(screen: Screen) -> None:
 @pytest.mark.parametrize("name", ["[bold]dev[/bold].jsonl", "[/dev]", "data[1].jsonl", "[red]"])
 def test_names_of_models_files_types_and_runs_are_shown_as_they_are(screen: Screen, name: str) -> None:
     by_type = {name: SCORES["by_type"]["bridge"]}
-    screen.display.scores(scored(model=name, sets={name: SCORES}, all=SCORES | {"by_type": by_type}))
+    screen.display.scores(
+        scored(models={"searcher": name}, sets={name: SCORES}, all=SCORES | {"by_type": by_type})
+    )
     screen.display.outcome(outcome(run=name))
     assert screen.text.count(name) == 4
 

@@ -1,0 +1,58 @@
+"""One run that is told to stop while it starts, in the E-step and in the M-step: it ends in order each time, says how
+to go on, and the same command does."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.run import Json
+from pipeline.core.status import run_status
+from tests.system.conftest import overrides, random_model
+from tests.system.processes import finish, stop_when
+from tests.system.test_resume import IN_E_STEP, IN_M_STEP
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
+
+
+def test_a_run_ends_in_order_at_every_signal_and_goes_on(world: Path, index: Path, tmp_path: Path) -> None:
+    run, model = tmp_path / "run", random_model(tmp_path / "model", "Qwen2")
+    settings = [
+        *overrides(world, index, model),
+        "cold_start.questions=0",
+        "data.test=[]",
+        "learner.num_ranks=1",
+    ]
+
+    def status() -> Json | None:
+        return run_status(run) if (run / "config.yaml").exists() else None
+
+    def is_starting_engines() -> bool:
+        return "vLLM engines" in (((status() or {}).get("phase") or {}).get("name") or "")
+
+    for reached, number, code in (
+        (is_starting_engines, signal.SIGTERM, 143),
+        ((run / IN_E_STEP).exists, signal.SIGINT, 130),
+        ((run / IN_M_STEP).exists, signal.SIGTERM, 143),
+    ):
+        returned, said = stop_when(run, settings, reached, number)
+        assert returned == code, said
+        *_, last = (line for line in said if line)
+        go_on = shlex.join(["train", "--run", str(run), *settings])
+        assert last == (
+            f"error: interrupted by {number.name}; what was finished is kept, go on with: "
+            f"python -m pipeline.cli {go_on}"
+        )
+        assert "Traceback" not in "\n".join(said)
+        found = status()
+        assert found is not None and found["state"] == "interrupted"
+
+    finish(run, settings)
+    found = status()
+    assert found is not None
+    assert (found["state"], found["starts"]) == ("finished", 4)
+    assert found["iterations"] == {"finished": 1, "of": 1}
+    assert set(found["steps"]) == {"0/evaluation", "1/sample", "1/searcher/train", "1/evaluation"}
