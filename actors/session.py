@@ -85,6 +85,11 @@ def _keeping_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def actor_logs() -> str:
+    """Folder of the actors' logs on this node; other nodes have theirs under the same name."""
+    return str(ray._private.worker.global_worker.node.get_logs_dir_path())
+
+
 def wait_for(references: Sequence[Any], timeout_s: float, what: str) -> list[Any]:
     """The results of all.
 

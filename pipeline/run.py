@@ -15,7 +15,7 @@ from typing import Any
 
 from actors.cluster import Cluster, plan
 from actors.policy import Policy
-from actors.session import ray_session
+from actors.session import actor_logs, ray_session
 from actors.weighting import Destination
 from pipeline.core.agents.program import Program, Sampling
 from pipeline.core.config import Config, Iterations
@@ -60,6 +60,7 @@ def open_run(
         display.follow(files.path),
         ray_session(config.cluster),
     ):
+        logger.info(f"logs of the actors: {actor_logs()}")
         plan(policies, config.cluster, config.retriever)
         searched = servers or prepare_index(config.retriever, config.data, files.path / "index", display)
         files.keep_to(

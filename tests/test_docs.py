@@ -21,6 +21,7 @@ from pipeline.core.config_loading import all_keys, load_config
 from pipeline.core.evaluation import evaluate
 from pipeline.core.records import EXAMPLE_SCHEMA, TRAJECTORY_SCHEMA, Question, StopReason
 from pipeline.core.run import RunDirectory
+from pipeline.core.status import run_status
 from pipeline.core.weighting import WeightingSummary
 from pipeline.em_report import em_report
 from pipeline.methods import load
@@ -149,6 +150,14 @@ def test_the_documented_scores_and_statistics_are_those_that_are_computed() -> N
     assert scores.keys() | {"iteration", "seconds"} == documented["test"]["best"].keys()
     assert {field.name for field in fields(WeightingSummary)} < row["train"].keys()
     assert set(row["train"]["stop_reasons"]) == {reason.value for reason in StopReason}
+
+
+def test_the_documented_status_is_that_of_a_run(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run", load_config(ROOT / "configs" / "demo.yaml"))
+    documented, found = documented_json("output-for-programs"), run_status(tmp_path / "run")
+    assert list(found) == list(documented)
+    for part in ("process", "iterations", "rates", "failures"):
+        assert list(found[part]) == list(documented[part])
 
 
 def test_the_documented_manifest_is_that_of_an_index() -> None:

@@ -58,6 +58,44 @@ def test_a_question_that_cannot_be_asked(refused: Any, arguments: tuple[str, ...
     assert message in refused("ask", "Who?", *arguments)
 
 
+EVALUATE = ("evaluate", "--config", "config.yaml", "--model", "model", "retriever.index=index")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        (
+            "RAY_ADDRESS",
+            "127.0.0.1:1",
+            "RAY_ADDRESS names a Ray cluster at 127.0.0.1:1, where nothing answers",
+        ),
+        ("TMPDIR", "/" + "x" * 90, "set TMPDIR to a shorter folder"),
+    ],
+)
+@pytest.mark.usefixtures("index")
+def test_a_machine_that_is_not_fit_for_ray(
+    refused: Any, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert message in refused(*EVALUATE)
+
+
+@pytest.mark.usefixtures("index")
+def test_a_working_directory_with_a_package_of_our_name(refused: Any, folder: Path) -> None:
+    (folder / "pipeline").mkdir()
+    assert "start the command in another directory" in refused(*EVALUATE)
+
+
+def test_the_status_of_a_run_is_printed(run_command: Any, folder: Path) -> None:
+    RunDirectory(folder / "run", load_config(folder / "config.yaml")).__exit__()
+    assert "run: not started\n" in run_command("status", "run").stdout
+    assert json.loads(run_command("status", "run", "--json").stdout)["state"] == "not started"
+
+
+def test_the_status_of_something_else(refused: Any) -> None:
+    assert "model is not a run directory" in refused("status", "model")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -99,7 +137,7 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, ["evaluate"], ["ask"], ["config"]], ids=" ".join)
+@pytest.mark.parametrize("command", [*COMMANDS, ["evaluate"], ["ask"], ["status"], ["config"]], ids=" ".join)
 def test_every_command_explains_itself(run_command: Any, command: list[str]) -> None:
     result = run_command(*command, "--help")
     assert result.exit_code == 0
