@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -87,7 +88,12 @@ def check_nodes() -> None:
     Raises:
         UserError: one has other versions, or a variable that stops vLLM, or does not answer.
     """
-    nodes = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    # By their ids: nodes may share a host and its name.
+    nodes = {
+        node["NodeID"]: f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        for node in ray.nodes()
+        if node["Alive"]
+    }
     calls = {
         ray.remote(describe_node)
         .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
@@ -103,18 +109,18 @@ def check_nodes() -> None:
             f"{len(silent)} of {len(calls)} nodes did not answer within {NODES_S:.0f} s ({', '.join(silent)}): look at "
             "their raylet.log, or take them out of the cluster"
         ) from error
-    compare(describe_node(), dict(zip(calls.values(), found, strict=True)))
+    compare(describe_node(), list(zip(calls.values(), found, strict=True)))
 
 
-def compare(here: Node, nodes: dict[str, Node]) -> None:
-    """Refuse nodes on which the run would fail.
+def compare(here: Node, nodes: Sequence[tuple[str, Node]]) -> None:
+    """Refuse nodes, by name, on which the run would fail.
 
     Raises:
         UserError: names each node and what it has.
     """
     problems = [
         f"  {name}: {key} {theirs[key] or 'missing'}, here {here[key] or 'missing'}"
-        for name, theirs in nodes.items()
+        for name, theirs in nodes
         for key in here
         if key != "VLLM_PORT" and theirs[key] != here[key]
     ]
@@ -124,7 +130,7 @@ def compare(here: Node, nodes: dict[str, Node]) -> None:
             + "\n".join(problems)
             + "\nInstall the same set on all (make setup), or start all from one image."
         )
-    for name, theirs in nodes.items():
+    for name, theirs in nodes:
         if theirs["VLLM_PORT"]:
             raise UserError(
                 f"VLLM_PORT is {theirs['VLLM_PORT']} on the node {name}: the address of a service and no port, which "

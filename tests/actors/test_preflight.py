@@ -6,8 +6,12 @@ import socket
 from pathlib import Path
 
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 
 from actors.preflight import check_address, cluster_address, compare, describe_node
+from actors.session import ray_session
+from pipeline.core.config import ClusterConfig
 from pipeline.core.errors import UserError
 
 
@@ -68,12 +72,12 @@ def test_an_address_where_something_listens_is_accepted() -> None:
 
 
 def test_nodes_with_the_same_packages_are_accepted() -> None:
-    compare(describe_node(), {"a": describe_node(), "b": describe_node()})
+    compare(describe_node(), [("a", describe_node()), ("b", describe_node())])
 
 
 def test_nodes_with_other_packages_are_named() -> None:
     here = describe_node()
-    nodes = {"a": here, "b": here | {"torch": "1.0", "transformers": None}}
+    nodes = [("a", here), ("b", here | {"torch": "1.0", "transformers": None})]
     with pytest.raises(UserError) as caught:
         compare(here, nodes)
     lines = str(caught.value).splitlines()
@@ -88,4 +92,17 @@ def test_a_node_whose_vllm_would_not_start_is_named(monkeypatch: pytest.MonkeyPa
     here = describe_node()
     monkeypatch.setenv("VLLM_PORT", "tcp://10.0.0.1:8000")
     with pytest.raises(UserError, match=r"VLLM_PORT is tcp://10\.0\.0\.1:8000 on the node b"):
-        compare(here, {"a": here, "b": describe_node()})
+        compare(here, [("a", here), ("b", describe_node())])
+
+
+@pytest.mark.component
+def test_a_session_looks_at_every_node_of_the_cluster_and_leaves_it_when_one_is_not_fit() -> None:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    session = ray_session(ClusterConfig(address=cluster.address))
+    try:
+        cluster.add_node(num_cpus=1, env_vars={"VLLM_PORT": "tcp://10.0.0.1:8000"})
+        with pytest.raises(UserError, match=r"VLLM_PORT is tcp://10\.0\.0\.1:8000 on the node"), session:
+            pytest.fail("there is a node on which no engine would start")
+        assert not ray.is_initialized()
+    finally:
+        cluster.shutdown()
