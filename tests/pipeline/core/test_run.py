@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -14,7 +16,15 @@ import yaml
 from pipeline.core.config import Config
 from pipeline.core.config_loading import all_keys, load_config
 from pipeline.core.errors import UserError
-from pipeline.core.run import FREE_TO_CHANGE, RunDirectory, RunFiles, flatten, write_atomically, write_json
+from pipeline.core.run import (
+    FREE_TO_CHANGE,
+    RunDirectory,
+    RunFiles,
+    flatten,
+    is_worked_on,
+    write_atomically,
+    write_json,
+)
 from pipeline.methods import load
 
 
@@ -138,6 +148,30 @@ def test_two_processes_do_not_work_on_one_run(run: RunDirectory) -> None:
     with pytest.raises(UserError, match=f"another process is working on {run.path}"):
         RunDirectory(run.path, config())
     assert restarted(run).path == run.path
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    run = RunDirectory(tmp_path / "run", config())
+    assert "the file system has no locks" in caplog.text
+    assert is_worked_on(run.path) is None
+
+
+def test_another_failure_of_a_lock_is_no_missing_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match="Input/output error"):
+        RunDirectory(tmp_path / "run", config())
 
 
 def test_a_run_can_be_read_while_it_is_written(run: RunDirectory) -> None:
