@@ -1,5 +1,4 @@
-"""One run that is told to stop while it starts, in the E-step and in the M-step: it ends in order each time, says how
-to go on, and the same command does."""
+"""A run that is told to stop: it ends in order, says how to go on, and the same command does."""
 
 from __future__ import annotations
 
@@ -18,7 +17,24 @@ from tests.system.test_resume import IN_E_STEP, IN_M_STEP
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 
 
-def test_a_run_ends_in_order_at_every_signal_and_goes_on(world: Path, index: Path, tmp_path: Path) -> None:
+STARTING = "starting"
+STOPS = {
+    STARTING: (signal.SIGTERM, 143),
+    IN_E_STEP: (signal.SIGTERM, 143),
+    IN_M_STEP: (signal.SIGINT, 130),
+}
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        pytest.param((IN_E_STEP,), id="E-step"),
+        pytest.param((STARTING, IN_E_STEP, IN_M_STEP), id="every phase", marks=pytest.mark.chaos),
+    ],
+)
+def test_a_run_ends_in_order_at_a_signal_and_goes_on(
+    world: Path, index: Path, tmp_path: Path, phases: tuple[str, ...]
+) -> None:
     run, model = tmp_path / "run", random_model(tmp_path / "model", "Qwen2")
     settings = [
         *overrides(world, index, model),
@@ -33,11 +49,9 @@ def test_a_run_ends_in_order_at_every_signal_and_goes_on(world: Path, index: Pat
     def is_starting_engines() -> bool:
         return "vLLM engines" in (((status() or {}).get("phase") or {}).get("name") or "")
 
-    for reached, number, code in (
-        (is_starting_engines, signal.SIGTERM, 143),
-        ((run / IN_E_STEP).exists, signal.SIGINT, 130),
-        ((run / IN_M_STEP).exists, signal.SIGTERM, 143),
-    ):
+    for phase in phases:
+        number, code = STOPS[phase]
+        reached = is_starting_engines if phase == STARTING else (run / phase).exists
         returned, said = stop_when(run, settings, reached, number)
         assert returned == code, said
         *_, last = (line for line in said if line)
@@ -53,6 +67,6 @@ def test_a_run_ends_in_order_at_every_signal_and_goes_on(world: Path, index: Pat
     finish(run, settings)
     found = status()
     assert found is not None
-    assert (found["state"], found["starts"]) == ("finished", 4)
+    assert (found["state"], found["starts"]) == ("finished", len(phases) + 1)
     assert found["iterations"] == {"finished": 1, "of": 1}
     assert set(found["steps"]) == {"0/evaluation", "1/sample", "1/searcher/train", "1/evaluation"}
