@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from actors.engine import EngineOptions
 from actors.placement import PolicyPlacement
@@ -261,7 +261,7 @@ class EnginePool:
             try:
                 ray.get(call)
             except RayError as error:
-                self.lost(worker, f"{method} failed: {error}")
+                self.lost(worker, f"{method} failed: {_in_words(error)}")
 
     async def _watch(self, seat: _Seat) -> None:
         """Lose whoever sits there and does not answer a ping within `cluster.heartbeat_timeout_s`."""
@@ -276,7 +276,7 @@ class EnginePool:
             except TimeoutError:
                 self.lost(worker, f"it did not answer for {limit:g} s (cluster.heartbeat_timeout_s)")
             except RayError as error:
-                self.lost(worker, str(error))
+                self.lost(worker, _in_words(error))
 
     def _bring(self, index: int, cause: str) -> None:
         assert self._tasks is not None
@@ -302,7 +302,7 @@ class EnginePool:
             except TimeoutError:
                 cause = f"a new engine did not start within {seconds:g} s (cluster.start_timeout_s)"
             except RayError as error:
-                cause = f"a new engine did not start: {error}"
+                cause = f"a new engine did not start: {_in_words(error)}"
             finally:
                 if seat.worker is not worker:
                     ray.kill(worker)
@@ -334,6 +334,11 @@ class EnginePool:
         return RolloutActor.options(**bundle, max_concurrency=10_000).remote(
             replace(self.options, model=self._model), self._retriever, concurrency=self.rollout.concurrency
         )
+
+
+def _in_words(error: RayError) -> str:
+    """Without the traceback that Ray puts in front of what an actor raised."""
+    return str(error.cause if isinstance(error, RayTaskError) else error)
 
 
 def engines_per_node(workers: int) -> int:
