@@ -271,12 +271,18 @@ class EnginePool:
             worker = seat.worker
             if worker is None:
                 continue
+            # Not wait_for: where this loop itself was held up, an answer that is there counts, however late.
+            ping = asyncio.ensure_future(worker.ping.remote())
             try:
-                await asyncio.wait_for(worker.ping.remote(), limit)
-            except TimeoutError:
+                answered, _ = await asyncio.wait([ping], timeout=limit)
+            finally:
+                ping.cancel()
+            if not answered:
                 self.lost(worker, f"it did not answer for {limit:g} s (cluster.heartbeat_timeout_s)")
-            except RayError as error:
+            elif isinstance(error := ping.exception(), RayError):
                 self.lost(worker, _in_words(error))
+            else:
+                ping.result()
 
     def _bring(self, index: int, cause: str) -> None:
         assert self._tasks is not None

@@ -31,7 +31,7 @@ from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Episode, Question, ScoreRequest, StopReason
 from tests.actors.support import HfModel
 
-pytestmark = [pytest.mark.component, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.component, pytest.mark.timeout(1200)]
 
 TASKS = [Question(f"q{number}", "Who?", ("Ada",)) for number in range(60)]
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=100, seed=3, stop=())
@@ -87,7 +87,7 @@ class Supervised:
             str(model), "float32", 1, 512, kv_cache_gib=0.25, enforce_eager=True, num_threads=1
         )
         placement = PolicyPlacement("shared_memory", [0, 1], [], 0.0, 0.0, 0.0)
-        cluster = ClusterConfig(heartbeat_timeout_s=HEARTBEAT_S)
+        cluster = ClusterConfig(heartbeat_timeout_s=HEARTBEAT_S, start_timeout_s=900)
         retriever: Any = SimpleNamespace(search=None)
         self.pool = EnginePool("a", options, rollout, cluster, placement, self._options, retriever)
         self.policy = Policy(
