@@ -135,8 +135,11 @@ class RayEngines:
         pending = _stragglers(references, timeout_s)
         answers = []
         for number, reference in zip(numbers, references, strict=True):
+            if reference in pending:
+                self.missed[number] = f"{method} took too long: {timeout_s:.1f} s were left of the deadline"
+                continue
             try:
-                answers += _answers(method, [reference], 0.0 if reference in pending else timeout_s)
+                answers += _answers(method, [reference], timeout_s)
             except WeightTransferError as error:
                 self.missed[number] = str(error)
         if not answers:
