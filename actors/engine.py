@@ -253,6 +253,21 @@ class VllmEngine:
             raise EngineError(f"vLLM gave up a request of {len(prompt_ids)} prompt tokens: {reason}")
         return output
 
+    async def ping(self) -> None:
+        """Answers when the engine process has: between two of its steps.
+
+        Raises:
+            EngineError: the engine died, or was not started.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._llm is None:
+            raise EngineError(self._refusal)
+        try:
+            await self._llm.get_weight_version()
+        except EngineDeadError as error:
+            raise EngineError("the engine process died") from error
+
     # ------------------------------------------------------------ weights
 
     async def reload(self, model: str, version: int, timeout_s: float) -> None:

@@ -446,7 +446,10 @@ class LearnerRank(Learner):
         Raises:
             WeightTransferError: an engine did not confirm the version in time.
         """
-        receivers = RayEngines(engines, ray.get_runtime_context().get_node_id()) if self.rank == 0 else None
+        receivers = None
+        if self.rank == 0:
+            node_id = ray.get_runtime_context().get_node_id()
+            receivers = RayEngines(engines, node_id, may_miss=transport == "shared_memory")
         sender: WeightSender
         if transport == "shared_memory":
             sender = SharedMemorySender(receivers, self.named_weights, deadline_s=deadline_s)

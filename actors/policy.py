@@ -8,6 +8,7 @@ on the same devices; who trains or samples asks the others to make room, and the
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ray.exceptions import GetTimeoutError, RayActorError
 
-from actors.learner_group import LearnerGroup
+from actors.learner_group import LearnerError, LearnerGroup
 from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
-from actors.session import ClusterError, wait_for
-from actors.weight_transfer import PushReport
+from actors.session import ClusterError
+from actors.weight_transfer import PushReport, WeightTransferError
 from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Floats, ScoreRequest
@@ -120,28 +122,50 @@ class Policy:
     def push(self) -> PushReport | None:
         """Bring the current version to the engines; `sample` does it by itself where it was not done.
 
+        An engine that misses it is ended. Where all do, or the learner fails, they load the version from its model
+        directory.
+
         Returns:
             the report of a push from the learner; None if the engines served it already, or loaded it from disk.
 
         Raises:
-            WeightTransferError: an engine did not confirm the version in time.
-            ClusterError: the policy has no engines, or they did not load in time.
+            ClusterError: the policy has no engines.
         """
         pool = self._pool_or_error()
         if pool.serving == self.current.version:
             return None
         self._turns.to_sample()
-        if self._learner is None or self._learner_holds != self.current.version:
-            pool.reload(self.current)
-            return None
         pool.serving = None
-        report = self._learner.push(
-            pool.receivers(),
-            self._placement.transport,
-            self.current.version,
-            deadline_s=self._push_timeout_s,
-        )
-        pool.now_serves(self.current)
+        pool.lose_silent()
+        report = self._push_from_learner(pool)
+        if report is None:
+            pool.reload(self.current)
+        else:
+            pool.now_serves(self.current)
+        return report
+
+    def _push_from_learner(self, pool: EnginePool) -> PushReport | None:
+        """None where the learner does not hold the version, or no engine got it."""
+        receivers, transport = pool.receivers(), self._placement.transport
+        if self._learner is None or self._learner_holds != self.current.version or not receivers:
+            return None
+        try:
+            report = self._learner.push(
+                receivers, transport, self.current.version, deadline_s=self._push_timeout_s
+            )
+        except (WeightTransferError, LearnerError, RayActorError, GetTimeoutError) as error:
+            logger.warning(
+                f"the push of version {self.current.version} of {self.name} failed; the engines load it from "
+                f"{self.current.model}: {error}"
+            )
+            # A learner that did not end the push by itself is dead or stuck, and nothing can be said of one whose
+            # broadcast broke. It starts again from its checkpoint when it is needed.
+            if transport != "shared_memory" or not isinstance(error, WeightTransferError):
+                self._close_learner()
+            pool.lose_silent()
+            return None
+        for number, cause in report.missed.items():
+            pool.lost(receivers[number].handle, f"it missed version {report.version}: {cause}")
         return report
 
     # ---------------------------------------------------------------- verbs
@@ -183,17 +207,19 @@ class Policy:
             float32 arrays, in the order of the spans.
 
         Raises:
-            EngineError, RayError: an engine failed on a span twice, or died.
+            EngineError: an engine failed on a span twice.
+            ClusterError: engines died too often, or took too long.
         """
         pool = self._pool_or_error()
         self.push()
         batches = [spans[first : first + SCORES_AT_ONCE] for first in range(0, len(spans), SCORES_AT_ONCE)]
-        calls = [
-            pool.workers[number % len(pool.workers)].token_logprobs.remote(batch)
-            for number, batch in enumerate(batches)
-        ]
         seconds = pool.options.request_timeout_s * max(1, len(batches))
-        answers = wait_for(calls, seconds, f"{self.name} to score {len(spans)} spans (rollout.timeout_s)")
+        try:
+            answers = asyncio.run(asyncio.wait_for(_scores(pool, batches), seconds))
+        except TimeoutError as error:
+            raise ClusterError(
+                f"waited {seconds:.0f} s for {self.name} to score {len(spans)} spans (rollout.timeout_s)"
+            ) from error
         return [np.asarray(logprobs, dtype=np.float32) for batch in answers for logprobs in batch]
 
     # ---------------------------------------------------------------- taking turns
@@ -263,3 +289,19 @@ class Policy:
         if self.pool is None:
             raise ClusterError(f"the policy {self.name} has no engines and cannot be sampled from or scored")
         return self.pool
+
+
+async def _scores(pool: EnginePool, batches: Sequence[Sequence[ScoreRequest]]) -> list[list[list[float]]]:
+    """Each batch from one worker, or from another where that one dies."""
+
+    async def score(slot: int, batch: Sequence[ScoreRequest]) -> list[list[float]]:
+        while True:
+            worker = await pool.worker_for(slot)
+            try:
+                answer: list[list[float]] = await worker.token_logprobs.remote(batch)
+                return answer
+            except RayActorError as error:
+                pool.lost(worker, str(error))
+
+    async with pool.at_work():
+        return await asyncio.gather(*(score(number, batch) for number, batch in enumerate(batches)))

@@ -117,6 +117,10 @@ class RolloutWorker:
         await self.engine.start(version)
         return str(ray.get_runtime_context().get_node_id())
 
+    async def ping(self) -> None:
+        """Answers if this process and its engine's do."""
+        await self._or_exit(self.engine.ping)
+
     async def search_with(self, retriever: RetrieverClient) -> None:
         """From now on programs retrieve there."""
         self.retriever = retriever

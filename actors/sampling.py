@@ -1,8 +1,7 @@
 """One phase of sampling: every task served exactly once, whatever dies meanwhile.
 
-The driver moves references and small summaries, never episodes. If a worker dies, what it had in hand is queued again;
-the worker is replaced, and gets work only once it serves the current version. If the worker of another role dies, the
-same happens to that one.
+The driver moves references and small summaries, never episodes. If a worker dies or hangs, what it had in hand is
+sampled again, by its replacement or by another worker while there is none. So it is if the worker of another role does.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,10 @@ async def run_phase(
     Raises:
         ClusterError: workers died too often, or too many episodes failed.
     """
-    return await _Run(phase, pools, sink, on_done).to_the_end()
+    async with AsyncExitStack() as at_work:
+        for pool in set(pools.values()):
+            await at_work.enter_async_context(pool.at_work())
+        return await _Run(phase, pools, sink, on_done).to_the_end()
 
 
 class _Run:
@@ -69,40 +72,44 @@ class _Run:
         self.summaries: list[RolloutSummary] = []
 
     async def to_the_end(self) -> list[RolloutSummary]:
-        for pool in set(self.pools.values()):
-            pool.begin_phase()
         slots = math.ceil(self.home.rollout.concurrency / self.phase.samples) + 1
         try:
             async with asyncio.TaskGroup() as tasks:
-                for index in range(len(self.home.workers)):
-                    for _ in range(slots):
-                        tasks.create_task(self._slot(index))
+                for index in range(self.home.size):
+                    for number in range(slots):
+                        tasks.create_task(self._slot(index + number * self.home.size))
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
         self._check_failures()
         return self.summaries
 
-    async def _slot(self, index: int) -> None:
+    async def _slot(self, number: int) -> None:
         while self.queue:
-            task, worker = self.queue.popleft(), self.home.workers[index]
-            peers = {role: pool.workers[index % len(pool.workers)] for role, pool in self._others().items()}
-            try:
-                summary = await self._serve(task, index, worker)
-            except (RayActorError, ObjectLostError) as error:
-                self.queue.appendleft(task)
-                await self.home.replace(index, worker, error)
-                continue
-            except PeerDied as died:
-                self.queue.appendleft(task)
-                pool, dead = self.pools[died.role], peers[died.role]
-                await pool.replace(index % len(pool.workers), dead, RayActorError())
-                continue
+            task = self.queue.popleft()
+            while (summary := await self._serve(task, number)) is None:
+                pass
             self.summaries.append(summary)
             self._check_failures(at_least=MIN_FOR_FAILURE_SHARE)
             self.on_done(summary)
 
-    async def _serve(self, task: Task, index: int, worker: Any) -> RolloutSummary:
-        """One task, sampled and in the sink.
+    async def _serve(self, task: Task, slot: int) -> RolloutSummary | None:
+        """One task, sampled and in the sink; None where a worker was lost on the way, and nothing is in the sink.
+
+        Raises:
+            ClusterError: the sink died.
+        """
+        worker = await self.home.worker_for(slot)
+        peers = {role: await pool.worker_for(slot) for role, pool in self._others().items()}
+        try:
+            return await self._sample(task, worker, peers)
+        except (RayActorError, ObjectLostError) as error:
+            self.home.lost(worker, str(error))
+        except PeerDied as died:
+            self.pools[died.role].lost(peers[died.role], str(died))
+        return None
+
+    async def _sample(self, task: Task, worker: Any, peers: Mapping[str, Any]) -> RolloutSummary:
+        """One task on these workers.
 
         Raises:
             RayActorError, ObjectLostError: the worker died, before or under the sink.
@@ -115,7 +122,7 @@ class _Run:
             samples=self.phase.samples,
             sampling=self.phase.sampling,
             roles=tuple(role for role, pool in self.pools.items() if pool is self.home),
-            peers={role: pool.peer(index) for role, pool in self._others().items()},
+            peers={role: self.pools[role].peer(peer) for role, peer in peers.items()},
         )
         summary_ref, episodes_ref = worker.rollout.remote(request)
         try:

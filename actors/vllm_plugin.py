@@ -1,24 +1,19 @@
 """What runs first in every vLLM process: the entry point of the group `vllm.general_plugins`.
 
-It makes our weight receivers known, and ties the engine process to the process that started it: vLLM's own engine
+It makes our weight receivers known, and ties the engine's processes to the process that started them: vLLM's own engine
 process would outlive a killed rollout actor and keep its memory (on a GPU: all of it) from the actor's replacement.
 """
 
 from __future__ import annotations
 
-import logging
+import ctypes
 import multiprocessing
 import os
 import signal
-import threading
-import time
 
 from actors import weight_transfer
 
-logger = logging.getLogger(__name__)
-
-GRACE_S = 30.0
-"""How long an orphaned process may take to shut down, in seconds."""
+_PR_SET_PDEATHSIG = 1
 
 
 def load() -> None:
@@ -28,18 +23,15 @@ def load() -> None:
 
 
 def end_with_parent() -> None:
-    """Shuts this process down when its parent is gone. Does nothing in a process that is no `multiprocessing` child."""
+    """Lets the kernel kill this process when its parent ends. Does nothing in one that is no `multiprocessing` child.
+
+    By the kernel, because it must also happen to a process that hangs or is stopped. The parent is, to be exact, the
+    thread that started this process; with vLLM these last as long as their process.
+    """
     parent = multiprocessing.parent_process()
-    if parent is None or any(thread.name == "end-with-parent" for thread in threading.enumerate()):
+    if parent is None:
         return
-
-    def watch() -> None:
-        parent.join()
-        logger.warning(
-            f"{multiprocessing.current_process().name} shuts down: its parent {parent.pid} is gone"
-        )
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE_S)
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    if not parent.is_alive():
         os._exit(1)
-
-    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()

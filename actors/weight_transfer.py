@@ -15,6 +15,8 @@ Guarantees:
 - Between the start of a push and its successful end an engine serves nothing; after a failure it serves nothing until
   another push succeeds. A half-pushed version is never sampled from.
 - A push ends by its deadline, with success or with `WeightTransferError` (over NCCL: see `VllmSender`).
+- Through shared memory an engine that dies or stalls misses the push, and the others get it. The report names those
+  that missed it; whoever asked for the push ends them.
 - All learner ranks take part in the pass even when the push fails half-way, so that no rank is left waiting in a
   gather.
 
@@ -32,8 +34,8 @@ import base64
 import itertools
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -58,12 +60,16 @@ class WeightTransferError(RuntimeError):
 class Engines(Protocol):
     """All engines that are to receive a push, called as one. Every call is bounded by `timeout_s`, in seconds."""
 
+    missed: dict[int, str]
+    """Engines that failed a call and why, by their position. They are not called again."""
+
     @property
     def world_sizes(self) -> Sequence[int]:
         """Number of workers of each engine."""
 
     def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
-        """`method(*args)` on every engine at once; their results. Raises WeightTransferError."""
+        """`method(*args)` on every engine at once; the results of those that did not miss it. Raises
+        WeightTransferError."""
 
     def call_each(self, method: str, args: Sequence[Any], timeout_s: float) -> list[Any]:
         """`method(args[i])` on engine i."""
@@ -87,49 +93,81 @@ class RayEngines:
     Args:
         engines: whom to push to.
         node_id: the node of the caller; engines elsewhere get bucket bytes through the object store.
+        may_miss: whether the others go on without an engine that fails. Not where they receive as one group.
     """
 
-    def __init__(self, engines: Sequence[EngineRef], node_id: str) -> None:
+    def __init__(self, engines: Sequence[EngineRef], node_id: str, *, may_miss: bool) -> None:
         self.engines = list(engines)
         self.node_id = node_id
+        self.may_miss = may_miss
+        self.missed: dict[int, str] = {}
 
     @property
     def world_sizes(self) -> Sequence[int]:
         return [engine.world_size for engine in self.engines]
 
     def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
-        return self._wait(method, [getattr(e.handle, method).remote(*args) for e in self.engines], timeout_s)
+        return self._on_all(method, lambda number, call: call.remote(*args), timeout_s)
 
     def call_each(self, method: str, args: Sequence[Any], timeout_s: float) -> list[Any]:
-        calls = zip(self.engines, args, strict=True)
-        return self._wait(method, [getattr(e.handle, method).remote(a) for e, a in calls], timeout_s)
+        return self._on_all(method, lambda number, call: call.remote(args[number]), timeout_s)
 
     def send_segment(self, manifest: dict[str, Any], segment: Segment, timeout_s: float) -> None:
         import ray
 
+        elsewhere = {number for number, e in enumerate(self.engines) if e.node_id != self.node_id}
         payload = None
-        if any(engine.node_id != self.node_id for engine in self.engines):
+        if elsewhere - self.missed.keys():
             payload = ray.put(segment.room(manifest["nbytes"]).numpy())
-        references = [
-            engine.handle.update_weights.remote({**manifest, "path": segment.path})
-            if engine.node_id == self.node_id
-            else engine.handle.update_weights.remote(manifest, payload)
-            for engine in self.engines
-        ]
-        self._wait("update_weights", references, timeout_s)
 
-    @staticmethod
-    def _wait(method: str, references: list[Any], timeout_s: float) -> list[Any]:
-        import ray
+        def send(number: int, update_weights: Any) -> Any:
+            if number in elsewhere:
+                return update_weights.remote(manifest, payload)
+            return update_weights.remote({**manifest, "path": segment.path})
 
-        try:
-            return list(ray.get(references, timeout=timeout_s))
-        except ray.exceptions.GetTimeoutError as error:
-            raise WeightTransferError(
-                f"{method} on {len(references)} engines did not end within {timeout_s:.1f} s, the rest of the deadline"
-            ) from error
-        except ray.exceptions.RayError as error:
-            raise WeightTransferError(f"{method} failed on an engine: {error}") from error
+        self._on_all("update_weights", send, timeout_s)
+
+    def _on_all(self, method: str, call: Callable[[int, Any], Any], timeout_s: float) -> list[Any]:
+        numbers = [number for number in range(len(self.engines)) if number not in self.missed]
+        references = [call(number, getattr(self.engines[number].handle, method)) for number in numbers]
+        if not self.may_miss:
+            return _answers(method, references, timeout_s)
+        pending = _stragglers(references, timeout_s)
+        answers = []
+        for number, reference in zip(numbers, references, strict=True):
+            if reference in pending:
+                self.missed[number] = f"{method} took too long: {timeout_s:.1f} s were left of the deadline"
+                continue
+            try:
+                answers += _answers(method, [reference], timeout_s)
+            except WeightTransferError as error:
+                self.missed[number] = str(error)
+        if not answers:
+            raise WeightTransferError("; ".join(self.missed.values()))
+        return answers
+
+
+def _answers(method: str, references: list[Any], timeout_s: float) -> list[Any]:
+    import ray
+
+    try:
+        return list(ray.get(references, timeout=timeout_s))
+    except ray.exceptions.GetTimeoutError as error:
+        raise WeightTransferError(
+            f"{method} on {len(references)} engines did not end within {timeout_s:.1f} s, the rest of the deadline"
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise WeightTransferError(f"{method} failed on an engine: {error}") from error
+
+
+def _stragglers(references: list[Any], timeout_s: float) -> list[Any]:
+    """Calls that did not end in time: in half of it where others did, because these need the rest."""
+    import ray
+
+    done, pending = ray.wait(references, num_returns=len(references), timeout=timeout_s / 2)
+    if not done:
+        _, pending = ray.wait(references, num_returns=len(references), timeout=timeout_s / 2)
+    return list(pending)
 
 
 # ---------------------------------------------------------------- senders
@@ -137,13 +175,15 @@ class RayEngines:
 
 @dataclass(frozen=True, slots=True)
 class PushReport:
-    """What a push moved. `digest` is that of the tensors as sent, confirmed by every engine."""
+    """What a push moved. `digest` is that of the tensors as sent, confirmed by every engine but those that missed it:
+    `missed` says why, by their position among the receivers."""
 
     version: int
     digest: str
     nbytes: int
     tensors: int
     seconds: float
+    missed: Mapping[int, str] = field(default_factory=dict)
 
 
 class _Deadline:
@@ -229,7 +269,8 @@ class SharedMemorySender:
             engines.send_segment(asdict(manifest), self._segment, deadline.left())
         digest = weights.sent.hexdigest()
         engines.call("finish_weight_update", version, digest, timeout_s=deadline.left())
-        return PushReport(version, digest, weights.nbytes, len(weights.sent), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        return PushReport(version, digest, weights.nbytes, len(weights.sent), seconds, dict(engines.missed))
 
 
 class VllmSender:

@@ -22,6 +22,7 @@ class HostedEngine:
     world_sizes: Sequence[int] = (1,)
 
     def __init__(self, engine: VllmEngine, loop: asyncio.AbstractEventLoop) -> None:
+        self.missed: dict[int, str] = {}
         self.engine = engine
         self._loop = loop
 

@@ -242,9 +242,21 @@ class RolloutConfig(Section):
     timeout_s: float = Field(600.0, gt=0)
     """Deadline of one model turn, in seconds."""
     max_restarts: int = Field(2, ge=0)
-    """How often a dead worker is replaced in one phase before the run stops."""
+    """How often workers of a policy may die, hang or fail to start in one phase and are replaced. After that the phase
+    goes on without those that fail."""
+    min_workers: int = Field(1, ge=1)
+    """The run stops when workers cannot be replaced and fewer than these are left. Those that were lost are tried
+    again in the next phase."""
     max_failure_share: float = Field(0.02, ge=0, le=1)
     """A phase stops with an error when more than this share of trajectories fails for infrastructure reasons."""
+
+    @model_validator(mode="after")
+    def _can_have_so_many(self) -> RolloutConfig:
+        if self.min_workers > self.workers:
+            raise ValueError(
+                f"rollout.min_workers is {self.min_workers}, but rollout.workers only {self.workers}"
+            )
+        return self
 
 
 class WeightingConfig(Section):
@@ -400,6 +412,9 @@ class ClusterConfig(Section):
     """Longest wait for resources and engines, in seconds."""
     push_timeout_s: float = Field(300.0, gt=0)
     """Deadline of a weight push, in seconds."""
+    heartbeat_timeout_s: float = Field(60.0, gt=0)
+    """A rollout worker whose engine does not answer for so long while it samples is killed and replaced, in seconds. An
+    engine answers between two steps: more than the longest step takes."""
 
 
 class TrackingConfig(Section):

@@ -94,6 +94,7 @@ class LocalEngines:
     def __init__(self, fixture: EngineFixture) -> None:
         self.fixture = fixture
         self.world_sizes = [1]
+        self.missed: dict[int, str] = {}
         self.remote = False
 
     def call(self, method: str, *args: Any, timeout_s: float) -> list[Any]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from ray.exceptions import RayActorError
 
 from actors import policy as module
 from actors.engine import EngineOptions
+from actors.learner_group import LearnerError
 from actors.placement import PolicyPlacement
 from actors.policy import Policy, Turns
 from actors.session import ClusterError
-from actors.weight_transfer import WeightTransferError
+from actors.weight_transfer import EngineRef, PushReport, WeightTransferError
 from pipeline.core.config import LearnerConfig, ModelConfig, RolloutConfig
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import ScoreRequest
@@ -32,8 +37,8 @@ class Log(list[str]):
 class Pool:
     def __init__(self, name: str, log: Log, serving: int | None = 0) -> None:
         self.name, self.log, self.serving = name, log, serving
-        self.workers: list[Any] = []
-        self.options = EngineOptions("model")
+        self.workers: list[Any] = [name]
+        self.options = EngineOptions("model", request_timeout_s=5.0)
 
     def sleep(self) -> None:
         self.log.append(f"{self.name} sleeps")
@@ -46,8 +51,22 @@ class Pool:
     def now_serves(self, snapshot: Snapshot) -> None:
         self.serving = snapshot.version
 
-    def receivers(self) -> list[str]:
-        return [self.name]
+    def lose_silent(self) -> None:
+        pass
+
+    def lost(self, worker: Any, cause: str) -> None:
+        self.log.append(f"{worker} is lost: {cause}")
+        self.workers.remove(worker)
+
+    def receivers(self) -> list[EngineRef]:
+        return [EngineRef(worker, "node") for worker in self.workers]
+
+    @asynccontextmanager
+    async def at_work(self) -> AsyncIterator[None]:
+        yield
+
+    async def worker_for(self, slot: int) -> Any:
+        return self.workers[slot % len(self.workers)]
 
 
 @pytest.fixture
@@ -71,8 +90,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
             calls.append(f"export {path}")
 
         def push(self, receivers: Any, transport: Any, version: int, **options: Any) -> Any:
-            calls.append(f"push {version} to {receivers}")
-            return SimpleNamespace(version=version)
+            calls.append(f"push {version} to {[receiver.handle for receiver in receivers]}")
+            return SimpleNamespace(version=version, missed={})
 
         def rest(self) -> None:
             calls.append("learner rests")
@@ -135,24 +154,63 @@ def test_what_the_learner_holds_is_pushed_and_anything_else_is_loaded(log: Log) 
     assert log[-4:] == ["save state-1", "export model-1", "push 1 to ['a']", "a loads model-2"]
 
 
-def test_after_a_push_that_failed_engines_serve_nothing_until_the_next_succeeds(
+def pushes(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> None:
+    """Every push of a learner ends so."""
+
+    def push(*arguments: Any, **options: Any) -> Any:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(module.LearnerGroup, "push", push)
+
+
+def test_an_engine_that_missed_a_push_is_lost_and_the_others_serve_it(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make(log)
+    assert policy.pool is not None
+    policy.pool.workers.append("b")  # type: ignore[attr-defined]
+    pushes(monkeypatch, PushReport(1, "digest", 0, 0, 0.0, {1: "it died"}))
     train(policy)
     save(policy, 1)
-    with monkeypatch.context() as patch:
-
-        def fail(*arguments: Any, **options: Any) -> Any:
-            raise WeightTransferError("an engine did not confirm")
-
-        patch.setattr(module.LearnerGroup, "push", fail)
-        with pytest.raises(WeightTransferError):
-            policy.push()
-    assert policy.pool is not None and policy.pool.serving is None
-    policy.push()
+    assert policy.push() is not None
+    assert log[-1] == "b is lost: it missed version 1: it died"
     assert policy.pool.serving == 1
-    assert log[-1] == "push 1 to ['a']"
+
+
+@pytest.mark.parametrize(
+    ("error", "transport", "learner_ends"),
+    [
+        (WeightTransferError("no engine confirmed"), "shared_memory", False),
+        (WeightTransferError("the broadcast broke"), "nccl", True),
+        (RayActorError(), "shared_memory", True),
+        (LearnerError("not in time"), "nccl", True),
+    ],
+)
+def test_after_a_push_that_failed_the_engines_load_the_version_from_disk(
+    log: Log, monkeypatch: pytest.MonkeyPatch, error: Exception, transport: Any, learner_ends: bool
+) -> None:
+    policy = make(log)
+    policy._placement = replace(PLACEMENT, transport=transport)
+    pushes(monkeypatch, error)
+    train(policy)
+    save(policy, 1)
+    assert policy.push() is None
+    assert policy.pool is not None and policy.pool.serving == 1
+    assert log[-1] == "a loads model-1"
+    assert ("learner ends" in log) == learner_ends
+    train(policy)
+    assert ("learner on base at state-1" in log) == learner_ends
+
+
+def test_where_no_engine_is_left_nothing_is_pushed(log: Log) -> None:
+    policy = make(log)
+    train(policy)
+    save(policy, 1)
+    policy.pool.workers.clear()  # type: ignore[union-attr]
+    assert policy.push() is None
+    assert log[-1] == "a loads model-1"
 
 
 def test_weights_that_belong_to_no_version_are_never_pushed(log: Log) -> None:
@@ -195,10 +253,7 @@ def test_a_policy_without_engines_is_neither_sampled_nor_scored(log: Log) -> Non
             ask()
 
 
-def test_scores_come_in_the_order_of_the_spans_from_all_workers_at_the_current_version(
-    log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "wait_for", lambda calls, seconds, what: calls)
+def test_scores_come_in_the_order_of_the_spans_from_all_workers_at_the_current_version(log: Log) -> None:
     policy, pool = make(log), Pool("a", log)
     policy.pool = pool  # type: ignore[assignment]
     pool.workers = [scorer(log, "first"), scorer(log, "second")]
@@ -211,10 +266,33 @@ def test_scores_come_in_the_order_of_the_spans_from_all_workers_at_the_current_v
     assert policy.score([]) == []
 
 
-def scorer(log: Log, name: str) -> Any:
+def test_spans_of_a_worker_that_dies_are_scored_by_another(log: Log) -> None:
+    policy, pool = make(log), Pool("a", log)
+    policy.pool = pool  # type: ignore[assignment]
+    pool.workers = [scorer(log, "first", RayActorError()), scorer(log, "second")]
+    assert [score.tolist() for score in policy.score([ScoreRequest.of([7, 8], 1)] * 65)] == [[-8.0]] * 65
+    assert len(pool.workers) == 1
+
+
+def test_scoring_is_bounded(log: Log) -> None:
+    policy, pool = make(log), Pool("a", log)
+    policy.pool = pool  # type: ignore[assignment]
+    pool.options = replace(pool.options, request_timeout_s=0.05)
+
+    async def never(spans: Any) -> None:
+        await asyncio.sleep(60)
+
+    pool.workers = [SimpleNamespace(token_logprobs=SimpleNamespace(remote=never))]
+    with pytest.raises(ClusterError, match=r"for a to score 1 spans \(rollout\.timeout_s\)"):
+        policy.score([ScoreRequest.of([7, 8], 1)])
+
+
+def scorer(log: Log, name: str, error: Exception | None = None) -> Any:
     """A worker for which log p of a token is minus its id."""
 
-    def answer(spans: Sequence[ScoreRequest]) -> list[list[float]]:
+    async def answer(spans: Sequence[ScoreRequest]) -> list[list[float]]:
+        if error is not None:
+            raise error
         log.append(f"{name} scores {len(spans)}")
         return [(-span.token_ids[span.start :].astype(float)).tolist() for span in spans]
 

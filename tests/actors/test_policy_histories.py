@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.exceptions import RayActorError
 
 from actors import policy as module
 from actors.placement import PolicyPlacement
 from actors.policy import Policy, Turns
+from actors.weight_transfer import EngineRef, PushReport, WeightTransferError
 from pipeline.core.config import LearnerConfig, ModelConfig, RolloutConfig
 from pipeline.core.policies import PolicySpec, Snapshot
 
@@ -31,6 +33,8 @@ class World:
     disk: dict[str, str] = field(default_factory=dict)
     steps: Iterator[int] = field(default_factory=itertools.count)
     learners: list[Learner] = field(default_factory=list)
+    push_fails: Exception | None = None
+    """How the next push ends."""
 
 
 class Learner:
@@ -51,10 +55,15 @@ class Learner:
 
     export = save
 
-    def push(self, receivers: Sequence[Pool], transport: Any, version: int, **options: Any) -> str:
-        for pool in receivers:
-            pool.weights = self.weights
-        return "pushed"
+    def push(
+        self, receivers: Sequence[EngineRef], transport: Any, version: int, **options: Any
+    ) -> PushReport:
+        fails, self.world.push_fails = self.world.push_fails, None
+        for receiver in receivers:
+            receiver.handle.weights = "half of it" if fails else self.weights
+        if fails:
+            raise fails
+        return PushReport(version, "digest", 0, 0, 0.0)
 
     def rest(self) -> None:
         pass
@@ -80,8 +89,11 @@ class Pool:
     def now_serves(self, snapshot: Snapshot) -> None:
         self.serving: int | None = snapshot.version
 
-    def receivers(self) -> list[Pool]:
-        return [self]
+    def lose_silent(self) -> None:
+        pass
+
+    def receivers(self) -> list[EngineRef]:
+        return [EngineRef(self, "node")]
 
     def close(self) -> None:
         pass
@@ -129,12 +141,23 @@ class Run:
         assert self.pools[who].weights == self.weights_of(who)
         assert self.policies[who].push() is None
 
+    def push_that_fails(self, who: int) -> None:
+        self.world.push_fails = WeightTransferError("no engine confirmed")
+        self.push(who)
+        self.world.push_fails = None
+
+    def push_in_which_the_learner_dies(self, who: int) -> None:
+        self.world.push_fails = RayActorError()
+        self.push(who)
+        self.world.push_fails = None
+
     def weights_of(self, who: int) -> str:
         """Of the version that a policy is."""
         return self.world.disk[self.policies[who].current.model]
 
 
-acts = st.tuples(st.sampled_from(["train_and_save", "restore", "push"]), st.integers(0, 1), st.integers(0, 5))
+ACTS = ["train_and_save", "restore", "push", "push_that_fails", "push_in_which_the_learner_dies"]
+acts = st.tuples(st.sampled_from(ACTS), st.integers(0, 1), st.integers(0, 5))
 
 
 @pytest.mark.parametrize("park_on_disk", [False, True])

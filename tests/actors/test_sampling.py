@@ -12,10 +12,11 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from actors import pool as module
 from actors.engine import EngineOptions
 from actors.placement import PolicyPlacement
-from actors.pool import EnginePool
-from actors.rollout import PeerDied, RolloutRequest, RolloutSummary
+from actors.pool import EnginePool, _Seat
+from actors.rollout import Peer, PeerDied, RolloutRequest, RolloutSummary
 from actors.sampling import Phase, run_phase
 from actors.session import ClusterError
 from pipeline.core.agents.program import GREEDY
@@ -56,20 +57,24 @@ class Worker:
         return "node"
 
 
-PLACEMENT = PolicyPlacement("shared_memory", [0], [], 0.0, 0.0, 0.0)
+PLACEMENT = PolicyPlacement("shared_memory", [0, 1], [], 0.0, 0.0, 0.0)
 
 
 @pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "kill", lambda actor: None)
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
+    """Workers that were ended."""
+    workers: list[Worker] = []
+    monkeypatch.setattr(ray, "kill", workers.append)
+    monkeypatch.setattr(module, "RESTART_PAUSE_S", 0.01)
+    return workers
 
 
-def pool(*workers: Worker, max_restarts: int = 2) -> EnginePool:
-    """One worker; the others are its replacements, in their order."""
-    rollout = RolloutConfig(concurrency=1, max_restarts=max_restarts)
+def pool(*workers: Worker, size: int = 1, **settings: Any) -> EnginePool:
+    """The first `size` are at work; the others are their replacements, in this order."""
+    rollout = RolloutConfig(workers=size, concurrency=1, **settings)
     made = EnginePool("a", EngineOptions("model"), rollout, ClusterConfig(), PLACEMENT, dict, None)  # type: ignore[arg-type]
-    made.workers, made._nodes = [workers[0]], ["node"]
-    spare = iter(workers[1:])
+    made._seats = [_Seat(worker) for worker in workers[:size]]
+    spare = iter(workers[size:])
     made._new_worker = lambda index: next(spare)  # type: ignore[method-assign]
     return made
 
@@ -122,8 +127,7 @@ def test_a_replacement_serves_the_version_of_the_others() -> None:
     dying.now_serves(Snapshot(5, "model-5"))
     run(dying, 1)
     assert second.started_with == 5
-    assert dying.peer(0).version == 5
-    assert dying.peer(0).options.model == "model-5"
+    assert dying.peer(second) == Peer(second, EngineOptions("model-5"), 5)
 
 
 def test_a_replacement_that_dies_while_it_starts_is_replaced_too() -> None:
@@ -134,7 +138,7 @@ def test_a_replacement_that_dies_while_it_starts_is_replaced_too() -> None:
 
 def test_restarts_are_bounded() -> None:
     dying = [Worker(starts=False) for _ in range(3)]
-    with pytest.raises(ClusterError, match=r"died 3 times in one phase \(rollout\.max_restarts: 2\)"):
+    with pytest.raises(ClusterError, match=r"failed 3 times in one phase \(rollout\.max_restarts: 2\)"):
         run(pool(Worker(dies_at=1), *dying), 2)
 
 
@@ -162,7 +166,7 @@ def test_the_dead_worker_of_another_role_is_replaced_and_the_task_done_again() -
     other = pool(Worker(dies_at=0), Worker())
     assert len(run({"selector": pool(home), "generator": other}, 3, sink)) == 3
     assert sorted(sink.taken) == ["q0", "q1", "q2"]
-    assert other.workers[0].dies_at == math.inf
+    assert other.receivers()[0].handle.dies_at == math.inf
 
 
 def test_roles_of_one_policy_are_played_by_the_worker_itself() -> None:

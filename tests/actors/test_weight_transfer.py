@@ -140,6 +140,7 @@ class RecordingEngines:
 
     def __init__(self, fail_on: str = "") -> None:
         self.world_sizes = [2, 1]
+        self.missed: dict[int, str] = {}
         self.calls: list[tuple[str, Any]] = []
         self.fail_on = fail_on
 
@@ -231,6 +232,12 @@ class FakeRay:
         return ("in the object store", value.tobytes())
 
     @staticmethod
+    def wait(references: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        slow = FakeRay.exceptions.GetTimeoutError
+        pending = [reference for reference in references if isinstance(reference, slow)]
+        return [reference for reference in references if reference not in pending], pending
+
+    @staticmethod
     def get(references: list[Any], timeout: float) -> list[Any]:
         for reference in references:
             if isinstance(reference, Exception):
@@ -250,7 +257,9 @@ def test_engines_on_other_nodes_get_the_bytes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "ray", FakeRay)
     here: list[Any] = []
     there: list[Any] = []
-    engines = RayEngines([EngineRef(fake_actor(here), "n1"), EngineRef(fake_actor(there), "n2", 4)], "n1")
+    engines = RayEngines(
+        [EngineRef(fake_actor(here), "n1"), EngineRef(fake_actor(there), "n2", 4)], "n1", may_miss=True
+    )
     segment = filled(b"bytes, and older ones behind them")
     manifest = {"names": ["a"], "nbytes": 5}
     engines.send_segment(manifest, segment, timeout_s=5)
@@ -259,12 +268,33 @@ def test_engines_on_other_nodes_get_the_bytes(monkeypatch: pytest.MonkeyPatch) -
     assert engines.world_sizes == [1, 4]
 
 
-def test_ray_errors_and_timeouts_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+SLOW, DIED = FakeRay.exceptions.GetTimeoutError("slow"), FakeRay.exceptions.RayError("died")
+
+
+@pytest.mark.parametrize("error", [SLOW, DIED])
+def test_an_engine_that_fails_misses_the_push_and_is_not_called_again(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", FakeRay)
-    for error in (FakeRay.exceptions.GetTimeoutError("slow"), FakeRay.exceptions.RayError("died")):
-        engines = RayEngines([EngineRef(fake_actor([], error), "n1")], "n1")
-        with pytest.raises(WeightTransferError, match="update_weights"):
-            engines.call("update_weights", {}, timeout_s=1)
+    failing: list[Any] = []
+    going_on: list[Any] = []
+    receivers = [EngineRef(fake_actor(failing, error), "n1"), EngineRef(fake_actor(going_on, "well"), "n1")]
+    engines = RayEngines(receivers, "n1", may_miss=True)
+    for _ in range(2):
+        assert engines.call("update_weights", {}, timeout_s=1) == ["well"]
+    assert (len(failing), len(going_on)) == (1, 2)
+    assert list(engines.missed) == [0]
+
+
+@pytest.mark.parametrize("error", [SLOW, DIED])
+@pytest.mark.parametrize(("others", "may_miss"), [([], True), (["well"], False)])
+def test_a_push_fails_with_its_last_engine_and_with_the_first_of_a_group(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, others: list[str], may_miss: bool
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", FakeRay)
+    receivers = [EngineRef(fake_actor([], outcome), "n1") for outcome in [error, *others]]
+    with pytest.raises(WeightTransferError, match="update_weights"):
+        RayEngines(receivers, "n1", may_miss=may_miss).call("update_weights", {}, timeout_s=1)
 
 
 class FakeTrainer:
