@@ -57,34 +57,38 @@ def free_slot(directory: Path) -> str:
     return slot
 
 
-def commit_slot(directory: Path, slot: str, layout: Mapping[str, Any]) -> None:
-    """Make `slot` the checkpoint and remove the one before it."""
+def commit_slot(directory: Path, slot: str, facts: Mapping[str, Any]) -> None:
+    """Make `slot` the checkpoint and remove the one before it.
+
+    Args:
+        facts: what to say of it without opening it: `phase`, `step`, `num_ranks`, `zero_stage`.
+    """
     for file in (directory / slot).rglob("*"):
         files.fsync(file)
-    files.write_json(directory / MARKER, {"slot": slot, "layout": dict(layout)})
+    files.write_json(directory / MARKER, {"slot": slot, **facts})
     shutil.rmtree(directory / ("a" if slot == "b" else "b"), ignore_errors=True)
 
 
-def committed_slot(directory: Path, layout: Mapping[str, Any]) -> str:
-    """The slot of the complete checkpoint.
+def committed(directory: Path) -> dict[str, Any]:
+    """The complete checkpoint: its slot and its facts.
 
     Raises:
-        UserError: there is none, or a learner of another layout wrote it.
+        UserError: there is none, or an earlier version wrote it.
     """
-    committed = _committed(directory)
-    if not committed:
+    found = _committed(directory)
+    if not found:
         raise UserError(f"{directory} has no complete learner checkpoint (no {MARKER})")
-    different = [
-        f"{key}: {committed['layout'].get(key)} (now {value})"
-        for key, value in layout.items()
-        if committed["layout"].get(key) != value
-    ]
-    if different:
+    if "layout" in found:
         raise UserError(
-            f"the learner checkpoint {directory} was written with {', '.join(different)}. "
-            "Set these keys back, or start from the exported model."
+            f"the learner checkpoint {directory} was written by an earlier version, in another form; finish the "
+            "run with that version, or start a new one from the exported model beside it"
         )
-    return str(committed["slot"])
+    return found
+
+
+def phase_of(directory: Path) -> str | None:
+    """The phase that the complete checkpoint is of; None without one."""
+    return _committed(directory).get("phase")
 
 
 def write_model(

@@ -51,7 +51,9 @@ FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency
                   "rollout.tensor_parallel_size", "rollout.enforce_eager", "retriever.url", "retriever.replicas",
                   "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
                   "retriever.max_attempts", "rollout.max_failure_share", "em.iterations", "em.patience",
-                  "learner.threads_per_rank", "learner.start_timeout_s")  # fmt: skip
+                  "learner.num_ranks", "learner.zero_stage", "learner.offload_optimizer", "learner.offload_parameters",
+                  "learner.threads_per_rank", "learner.start_timeout_s", "learner.checkpoint_minutes",
+                  "learner.max_skipped_steps", "learner.stall_timeout_s")  # fmt: skip
 """Keys that say where and how long a run goes, not what it computes: a resumed run may have others. So do a recipe's
 own `iterations` and `patience`."""
 

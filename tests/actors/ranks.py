@@ -41,6 +41,8 @@ CONFIG = LearnerConfig(
     threads_per_rank=1,
 )
 PROCESS_TIMEOUT_S = 240
+AFTER_EACH_STEP = 1e-9
+"""`checkpoint_minutes` that have always passed."""
 Weights = dict[str, np.ndarray]
 Result = tuple[TrainReport, Weights]
 
