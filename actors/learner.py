@@ -243,7 +243,10 @@ class Learner:
 
     def _enter_phase(self, key: str, checkpoints: str | Path | None, start: str | Path | None) -> Phase:
         """The M-step `key`: as far as a checkpoint has it, or from its beginning."""
-        if checkpoints and on_rank_zero(lambda: learner_files.phase_of(Path(checkpoints))) == key:
+        if (
+            checkpoints
+            and on_rank_zero(lambda: learner_files.facts_of(Path(checkpoints))).get("phase") == key
+        ):
             self.load(checkpoints)
         elif start is not None:
             self.load(start)

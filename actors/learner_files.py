@@ -52,7 +52,7 @@ def local_directory(model_path: str | Path) -> Path:
 
 def free_slot(directory: Path) -> str:
     """The slot that a save may overwrite, emptied."""
-    slot = "b" if _committed(directory).get("slot") == "a" else "a"
+    slot = "b" if facts_of(directory).get("slot") == "a" else "a"
     shutil.rmtree(directory / slot, ignore_errors=True)
     return slot
 
@@ -75,7 +75,7 @@ def committed(directory: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or an earlier version wrote it.
     """
-    found = _committed(directory)
+    found = facts_of(directory)
     if not found:
         raise UserError(f"{directory} has no complete learner checkpoint (no {MARKER})")
     if "layout" in found:
@@ -84,11 +84,6 @@ def committed(directory: Path) -> dict[str, Any]:
             "run with that version, or start a new one from the exported model beside it"
         )
     return found
-
-
-def phase_of(directory: Path) -> str | None:
-    """The phase that the complete checkpoint is of; None without one."""
-    return _committed(directory).get("phase")
 
 
 def write_model(
@@ -120,7 +115,8 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _committed(directory: Path) -> dict[str, Any]:
+def facts_of(directory: Path) -> dict[str, Any]:
+    """What was said of the complete checkpoint; empty without one."""
     try:
         committed: dict[str, Any] = json.loads((directory / MARKER).read_text())
     except FileNotFoundError:

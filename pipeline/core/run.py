@@ -10,7 +10,8 @@
         rollouts/              Parquet shards of trajectories, beside each its tasks' statistics (_000000.json)
         POLICY/                one folder per policy: `searcher` in ExSearch
           examples/            Parquet shards of training examples
-          learner/             DeepSpeed state of every rank (kept of the newest version only)
+          learner/             checkpoint of the learner (kept of the newest version only); without train.json it is
+                               one from the middle of a training, and no version
           model/               a Hugging Face model directory
           train.json
         sample.json  evaluation.json  ...      one per finished step, written behind its data
@@ -19,7 +20,8 @@
       report.json              one row per iteration
 
 A step ("3/searcher/train", "test/base") is finished exactly when its JSON file exists. A killed run that is started
-again by the same command skips finished steps and repeats the one that was cut off, with the same seeds.
+again by the same command skips finished steps and repeats the one that was cut off, with the same seeds; a training
+goes on behind its last checkpoint.
 """
 
 from __future__ import annotations
