@@ -271,7 +271,8 @@ class Learner:
             f"optimiser step {len(phase.history)} of {num_steps} has a gradient that is not finite (loss "
             f"{phase.history[-1]['loss']:.4g}) and was left out; that makes {phase.skipped} such steps, more than "
             f"learner.max_skipped_steps: {self.config.max_skipped_steps}. Its examples are {', '.join(examples)}. No "
-            "weight was changed by it, and what was saved before is unharmed."
+            "weight was changed by it. Look at these examples, or raise that key: the same command goes on from the "
+            "last checkpoint."
         )
 
     def _optimizer_step(

@@ -20,6 +20,7 @@ from actors import learner_files, learner_setup
 from actors.learner_rank import LearnerRank
 from actors.weight_transfer import EngineRef, PushReport, Transport
 from pipeline.core.config import LearnerConfig
+from pipeline.core.errors import UserError
 from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import Head
 from pipeline.core.training import TrainReport
@@ -103,6 +104,7 @@ class LearnerGroup:
 
         Raises:
             LearnerError: ranks died more than `MAX_RESTARTS` times.
+            UserError: more steps than may be skipped have a gradient that is not finite.
         """
         settings = {"phase_seed": phase_seed, "learning_rate": learning_rate, "epochs": epochs}
         self._phase = phase = _Phase(list(shards), loss, settings, checkpoints)
@@ -255,9 +257,11 @@ class LearnerGroup:
         calls = [getattr(rank, method).remote(*arguments, **options) for rank in self.ranks]
         try:
             self._watch(calls, method, timeout_s, on_progress)
-        except RayTaskError:
+        except RayTaskError as error:
             # Where a rank died, its peers' broken connections may be heard of first.
             self._ask_for_signs_of_life()
+            if isinstance(error.cause, FloatingPointError):
+                raise UserError(str(error.cause)) from error
             raise
         return list(ray.get(calls))
 
