@@ -39,6 +39,6 @@ def on_every_rank(work: Callable[[], None]) -> None:
         work()
     except OSError as error:
         mine = error
-    for error in gathered(mine):
-        if error is not None:
-            raise error
+    for failure in gathered(mine):
+        if failure is not None:
+            raise failure

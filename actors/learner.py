@@ -287,7 +287,7 @@ class Learner:
             group["lr"] = learning_rate
         normaliser = max(1, sum(prepared.sizes[k] for k in step.examples))
         packs, sums = step.packs[self.rank], Sums(self.device)
-        total, metrics = math.nan, {}
+        total, metrics = math.nan, dict[str, float]()
         for index, pack in enumerate(packs):
             last = index == len(packs) - 1
             self.engine.set_gradient_accumulation_boundary(last)

@@ -84,6 +84,8 @@ class LearnerGroup:
         self._options = options
         self._seed = seed
         self._phase: _Phase | None = None  # trained, or being trained, and not saved
+        self.ranks: list[Any] = []
+        self._holds_state = False  # the ranks have gone to where the group was
         self._start()
 
     def train(

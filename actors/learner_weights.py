@@ -90,7 +90,7 @@ def not_finite(model: torch.nn.Module) -> list[str]:
     return [name for name, fine in zip(names, extremes, strict=True) if not fine]
 
 
-def _held(parameter: torch.nn.Parameter) -> torch.Tensor:
+def _held(parameter: Any) -> torch.Tensor:
     """All of a parameter, or this rank's partition of it (ZeRO-3) without the padding, in which anything may stand."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter

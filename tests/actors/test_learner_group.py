@@ -30,12 +30,12 @@ from tests.actors.ranks import (
 
 pytestmark = pytest.mark.component
 
-TWO_RANKS = CONFIG.model_copy(update={"num_ranks": 2, "zero_stage": 2, "epochs": 40})
+TWO_RANKS = CONFIG.model_copy(update={"num_ranks": 2, "zero_stage": 2, "epochs": 20})
 
 
 @pytest.fixture
 def ray_cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=3, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
     yield
     ray.shutdown()
 
