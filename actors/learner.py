@@ -5,39 +5,30 @@ Guarantees, whatever the ZeRO stage, the number of ranks and the token budget of
 - the gradient of an optimiser step is that of the globally normalised loss of `pipeline.core.losses`;
 - examples of a packed row never see each other;
 - a run that is killed, loaded from its last checkpoint and continued ends with the same weights (bit for
-  bit on CPU in float32) as one that was never stopped.
+  bit on CPU in float32) as one that was never stopped;
+- no gradient that is not finite reaches a weight, and no weight that is not finite reaches a disk.
 
-Every method but `progress` and `rendezvous` is collective: all ranks call it, with the same arguments.
-`Learner` needs no Ray; `LearnerRank` is the same class as a Ray actor.
+Every method but `progress` is collective: all ranks call it, with the same arguments. `Learner` needs no Ray;
+`actors.learner_rank.LearnerRank` is the same class as a Ray actor.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import ray
 import torch
 import torch.distributed as dist
 
-from actors import learner_files, learner_setup, learner_weights
+from actors import learner_files, learner_setup, learner_state, learner_weights
+from actors.collectives import gathered, on_every_rank, on_rank_zero
 from actors.learner_outputs import ModelOutputs, Sums, check_streams, read_examples, rows_of
-from actors.weight_transfer import (
-    Bucket,
-    EngineRef,
-    PushReport,
-    RayEngines,
-    SharedMemorySender,
-    Transport,
-    VllmSender,
-    WeightSender,
-)
+from actors.learner_phase import Phase, phase_key
+from actors.weight_transfer import Bucket
 from pipeline.core.config import LearnerConfig
 from pipeline.core.losses.loss import Loss, Outputs, Prepared, Terms
 from pipeline.core.packing import (
@@ -96,8 +87,8 @@ class Learner:
         self._progress: dict[str, float] = {"step": 0, "num_steps": 0}
         self._resting = False
         self._reference: tuple[str, ModelOutputs] | None = None  # a live reference and where it is from
-        self._phase: dict[str, Any] | None = None  # key and history of the last M-step
-        self._resume: dict[str, Any] | None = None  # the same, out of a checkpoint that was just loaded
+        self._phase: Phase | None = None  # the last M-step
+        self._resume: Phase | None = None  # the same, out of a checkpoint that was just loaded
 
         learner_setup.seed_everything(seed)  # the same on all ranks: adapters start equal
         self.model, self._zero_init = learner_setup.load_model(
@@ -128,26 +119,30 @@ class Learner:
         phase_seed: int,
         learning_rate: float | None = None,
         epochs: int | None = None,
-        checkpoint_path: str | Path | None = None,
-        checkpoint_every: int = 0,
+        checkpoints: str | Path | None = None,
+        start: str | Path | None = None,
         on_step: Callable[[dict[str, float]], None] | None = None,
     ) -> TrainReport:
         """One phase of training: `epochs` passes over the examples.
 
-        After `load` of a checkpoint from the middle of this very phase (same examples, loss, seed and settings) it
-        goes on behind the last saved step; from its end, it returns at once.
+        Behind a checkpoint from the middle of this very phase (same examples, loss, seed and settings) it goes on with
+        the next step; behind one from its end, it returns at once. That may be one that `load` has just loaded, or the
+        one in `checkpoints`.
 
         Args:
             examples: records, or Parquet shards of them that every rank reads itself.
             loss: what is minimised.
             phase_seed: seed of the order of the examples.
             learning_rate, epochs: in place of the configured ones.
-            checkpoint_path, checkpoint_every: save there after every so many optimiser steps (0: never).
+            checkpoints: where one is written every `learner.checkpoint_minutes`; one of another phase there is
+                overwritten.
+            start: a checkpoint to load first, unless `checkpoints` has one of this phase.
             on_step: called on each rank after each optimiser step, with that step's metrics.
 
         Raises:
             UserError: a unit does not fit the token budget, or an example has not the streams that the loss needs.
-            FloatingPointError: the loss is not finite.
+            FloatingPointError: the loss or the gradient of more than `learner.max_skipped_steps` steps is not finite.
+                No weight has changed by it.
         """
         records = read_examples(examples)
         check_streams(records, loss, self.head)
@@ -158,43 +153,51 @@ class Learner:
             logger.warning("no training example has a say: the phase leaves the model as it is")
         plan = self._plan(records, lengths, phase_seed, epochs or self.config.epochs) if any(lengths) else []
 
-        history = self._enter_phase(_phase_key(records, loss, phase_seed, peak, len(plan)))
-        self._progress = {"step": len(history), "num_steps": len(plan)}
+        phase = self._enter_phase(phase_key(records, loss, phase_seed, peak, len(plan)), checkpoints, start)
+        self._progress = {"step": len(phase.history), "num_steps": len(plan)}
         self._end_rest()
-        remaining, started = plan[len(history) :], time.perf_counter()
         self.engine.train()
-        for step in remaining:
+        last_checkpoint = time.monotonic()
+        for step in plan[len(phase.history) :]:
+            started = time.perf_counter()
             rate = learning_rate_at(
-                len(history),
+                len(phase.applied),
                 len(plan),
                 peak=peak,
                 warmup_ratio=self.config.warmup_ratio,
                 min_ratio=self.config.min_learning_rate_ratio,
             )
-            history.append(self._optimizer_step(step, records, loss, prepared, rate))
-            self._progress = {"step": len(history), "num_steps": len(plan), **history[-1]}
+            phase.history.append(self._optimizer_step(step, records, loss, prepared, rate))
+            phase.seconds += time.perf_counter() - started
+            self._progress = {"step": len(phase.history), "num_steps": len(plan), **phase.history[-1]}
+            if phase.skipped > self.config.max_skipped_steps:
+                raise FloatingPointError(
+                    self._too_many_skipped(phase, len(plan), [records[k].id for k in step.examples])
+                )
             if on_step is not None:
-                on_step(history[-1])
-            if checkpoint_path and checkpoint_every and len(history) % checkpoint_every == 0:
-                self.save(checkpoint_path)
-        seconds = time.perf_counter() - started
+                on_step(phase.history[-1])
+            if checkpoints and len(phase.history) < len(plan) and self._checkpoint_is_due(last_checkpoint):
+                self.save(checkpoints)
+                last_checkpoint = time.monotonic()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # an engine on the same GPU may need what this phase does not use any more
 
         fill, balance = packing_efficiency(plan, lengths, self.config.tokens_per_microbatch)
-        computed = [k for step in remaining for k in step.examples if lengths[k]]
+        computed = [k for step in plan for k in step.examples if lengths[k]]
         return TrainReport(
             examples=len(records),
             skipped_examples=lengths.count(0),
             learning_rate=peak,
-            steps=len(history),
-            averages=_averages(history),
+            steps=len(phase.history),
+            skipped_steps=phase.skipped,
+            resumed_at=phase.resumed_at,
+            averages=phase.averages(),
             trained_tokens=sum(records[k].num_targets for k in computed),
             total_tokens=sum(lengths[k] for k in computed),
-            seconds=seconds,
+            seconds=phase.seconds,
             pack_fill=fill,
             rank_balance=balance,
-            history=history,
+            history=phase.history,
         )
 
     def rest(self) -> None:
@@ -238,12 +241,39 @@ class Learner:
             )
         ]
 
-    def _enter_phase(self, key: str) -> list[dict[str, float]]:
-        """History of the M-step `key`: what a loaded checkpoint has of it, or nothing yet."""
+    def _enter_phase(self, key: str, checkpoints: str | Path | None, start: str | Path | None) -> Phase:
+        """The M-step `key`: as far as a checkpoint has it, or from its beginning."""
+        if (
+            checkpoints
+            and on_rank_zero(lambda: learner_files.facts_of(Path(checkpoints))).get("phase") == key
+        ):
+            self.load(checkpoints)
+        elif start is not None:
+            self.load(start)
         resumed, self._resume = self._resume, None
-        history = list(resumed["history"]) if resumed and resumed["key"] == key else []
-        self._phase = {"key": key, "history": history}
-        return history
+        if resumed is not None and resumed.key == key:
+            self._phase = replace(resumed, resumed_at=len(resumed.history))
+        else:
+            self._phase = Phase(key)
+        return self._phase
+
+    def _checkpoint_is_due(self, last: float) -> bool:
+        """Whether rank 0's clock says so: all ranks must decide alike."""
+        if not self.config.checkpoint_minutes:
+            return False
+        due = time.monotonic() - last >= 60 * self.config.checkpoint_minutes
+        decision = torch.tensor([due], dtype=torch.int32, device=self.device)
+        dist.broadcast(decision, src=0)
+        return bool(decision.item())
+
+    def _too_many_skipped(self, phase: Phase, num_steps: int, examples: Sequence[str]) -> str:
+        return (
+            f"optimiser step {len(phase.history)} of {num_steps} has a gradient that is not finite (loss "
+            f"{phase.history[-1]['loss']:.4g}) and was left out; that makes {phase.skipped} such steps, more than "
+            f"learner.max_skipped_steps: {self.config.max_skipped_steps}. Its examples are {', '.join(examples)}. No "
+            "weight was changed by it. Look at these examples, or raise that key: the same command goes on from the "
+            "last checkpoint."
+        )
 
     def _optimizer_step(
         self,
@@ -257,25 +287,42 @@ class Learner:
             group["lr"] = learning_rate
         normaliser = max(1, sum(prepared.sizes[k] for k in step.examples))
         packs, sums = step.packs[self.rank], Sums(self.device)
+        total, metrics = math.nan, dict[str, float]()
         for index, pack in enumerate(packs):
-            self.engine.set_gradient_accumulation_boundary(index == len(packs) - 1)
+            last = index == len(packs) - 1
+            self.engine.set_gradient_accumulation_boundary(last)
             terms = self._terms(collate(pack, records, loss.streams, prepared.streams), loss, normaliser)
-            # DeepSpeed averages gradients over the ranks; the loss is a sum over them.
-            self.engine.backward(terms.loss * self.world_size)
             sums.add(terms)
-        total, metrics = sums.over_all_ranks()
-        if not math.isfinite(total):
-            raise FloatingPointError(f"the loss of the optimiser step on examples {step.examples} is {total}")
-        # ZeRO's optimisers report the norm that they clip by; plain data parallelism (stage 0) does not.
-        grad_norm = self._grad_norm() if self.zero_stage == 0 else None
-        self.engine.step()
+            if last:
+                total, metrics = sums.over_all_ranks()
+            # DeepSpeed averages gradients over the ranks; the loss is a sum over them. A loss that is not finite has
+            # no gradient that is, whatever autograd made of it: the step must be left out.
+            scale = math.nan if last and not math.isfinite(total) else float(self.world_size)
+            self.engine.backward(terms.loss * scale)
         return {
             "loss": total,
             **metrics,
             "tokens": normaliser,
-            "grad_norm": float(self.engine.get_global_grad_norm() if grad_norm is None else grad_norm),
+            "grad_norm": self._apply_gradient(),
             "learning_rate": learning_rate,
         }
+
+    def _apply_gradient(self) -> float:
+        """The optimiser's step; the norm of the gradient, over all ranks.
+
+        Where that is not finite nothing changes, and the gradient is dropped. DeepSpeed's own optimisers, of ZeRO
+        stages 1 to 3 and of bfloat16, do so by themselves; torch's, under stage 0, takes anything.
+        """
+        if self.zero_stage > 0:
+            self.engine.step()
+            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if math.isfinite(norm):
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+        return norm
 
     def _terms(self, batch: PackedBatch, loss: Loss, normaliser: float) -> Terms:
         """A packed row's share of the loss. An empty one still runs, and weighs nothing."""
@@ -294,61 +341,56 @@ class Learner:
         with torch.no_grad():
             return self._reference[1].of(batch, "logits")
 
-    def _grad_norm(self) -> torch.Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
-
     # ------------------------------------------------------------- checkpoints
 
     def save(self, path: str | Path) -> None:
         """Write all that is needed to go on to directory `path`, replacing a checkpoint there atomically.
 
-        DeepSpeed's state (weights, optimiser), the random number generators of every rank and the position in
-        the M-step. `path` must be on a file system that all ranks share.
-        """
-        self._end_rest()
-        directory = Path(path)
-        slot = self._on_rank_zero(lambda: learner_files.free_slot(directory))
-        self.engine.save_checkpoint(
-            str(directory),
-            tag=slot,
-            save_latest=False,
-            exclude_frozen_parameters=self.config.lora is not None,
-        )
-        state = {"phase": self._phase, "rng": learner_setup.rng_state()}
-        torch.save(state, directory / slot / f"rank_{self.rank}.pt")
-        dist.barrier()
-        self._on_rank_zero(lambda: learner_files.commit_slot(directory, slot, self._layout()))
-
-    def load(self, path: str | Path) -> None:
-        """Go on from a checkpoint that `save` wrote. The learner must not have trained or saved before.
+        Weights and moments (`learner_state`), the random number generators of every rank and the position in the
+        M-step. `path` must be on a file system that all ranks share.
 
         Raises:
-            UserError: no complete checkpoint there, or one of another layout (ranks, ZeRO stage, number
-                format).
+            FloatingPointError: a weight is not finite.
+            OSError: a rank could not write; the checkpoint before is still there.
         """
+        self._end_rest()
+        self._check_weights()
         directory = Path(path)
-        slot = learner_files.committed_slot(directory, self._layout())
-        loaded, _ = self.engine.load_checkpoint(
-            str(directory),
-            tag=slot,
-            load_module_strict=self.config.lora is None,
-            load_lr_scheduler_states=False,
-        )
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed could not read the learner's checkpoint {directory / slot}")
-        state = torch.load(directory / slot / f"rank_{self.rank}.pt", weights_only=False)
-        self._resume = self._phase = state["phase"]
-        learner_setup.set_rng_state(state["rng"])
-
-    def _layout(self) -> dict[str, Any]:
-        """What a checkpoint and the learner that loads it must share: configuration key -> value."""
-        return {
-            "learner.num_ranks": self.world_size,
-            "learner.zero_stage": self.zero_stage,
-            "learner.dtype": str(self.dtype).removeprefix("torch."),
-            "learner.lora": self.config.lora.model_dump(mode="json") if self.config.lora else None,
+        slot = on_rank_zero(lambda: learner_files.free_slot(directory))
+        on_every_rank(lambda: self._write(directory / slot))
+        phase = self._phase or Phase("")
+        facts = {
+            "phase": phase.key,
+            "step": len(phase.history),
+            "num_ranks": self.world_size,
+            "zero_stage": self.config.zero_stage,
         }
+        on_rank_zero(lambda: learner_files.commit_slot(directory, slot, facts))
+
+    def _write(self, slot: Path) -> None:
+        learner_state.write(self.engine, slot)
+        state = {
+            "phase": self._phase and asdict(self._phase),
+            "adam_steps": learner_state.adam_steps(self.engine),
+            "rng": learner_setup.rng_state(),
+        }
+        torch.save(state, slot / f"rank_{self.rank}.pt")
+
+    def load(self, path: str | Path) -> None:
+        """Go on from a checkpoint that `save` wrote, on any number of ranks and at any ZeRO stage.
+
+        A rank that the checkpoint does not know keeps its own random number generators.
+
+        Raises:
+            UserError: no complete checkpoint there, or one of a model with other trained parameters.
+        """
+        committed = learner_files.committed(Path(path))
+        slot, is_known = Path(path) / committed["slot"], self.rank < committed["num_ranks"]
+        state = torch.load(slot / f"rank_{self.rank if is_known else 0}.pt", weights_only=False)
+        learner_state.read(self.engine, slot, state["adam_steps"])
+        self._resume = self._phase = Phase(**state["phase"]) if state["phase"] else None
+        if is_known:
+            learner_setup.set_rng_state(state["rng"])
 
     # ------------------------------------------------------------ weights, out
 
@@ -357,10 +399,14 @@ class Learner:
         tokenizer), or a sentence-transformers one of an embedding head.
 
         Adapters are merged: whoever opens the directory needs no LoRA support.
+
+        Raises:
+            FloatingPointError: a weight is not finite.
         """
+        self._check_weights()
         if self.head == "embedding":
             with learner_weights.gathered(list(self.model.parameters()), self.zero_stage == 3):
-                self._on_rank_zero(
+                on_rank_zero(
                     lambda: learner_files.replace_directory(
                         Path(path), lambda at: self.model.save_pretrained(str(at), create_model_card=False)
                     )
@@ -371,7 +417,7 @@ class Learner:
             if self.rank == 0:
                 state.update((name, tensor.cpu()) for name, tensor in bucket)
         config, source = self.model.config, self.source
-        self._on_rank_zero(
+        on_rank_zero(
             lambda: learner_files.replace_directory(
                 Path(path), lambda at: learner_files.write_model(at, state, config, source)
             )
@@ -394,102 +440,18 @@ class Learner:
         sizes = (getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
         return max(sizes) * self.dtype.itemsize
 
-    def _on_rank_zero(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0; all ranks get its result, or its OSError: a full disk leaves nobody waiting."""
-        outcome: list[Any] = [None]
-        if self.rank == 0:
-            try:
-                outcome = [work()]
-            except OSError as error:
-                outcome = [error]
-        dist.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], OSError):
-            raise outcome[0]
-        return outcome[0]
+    def _check_weights(self) -> None:
+        """
+        Raises:
+            FloatingPointError: on all ranks, if a weight is not finite on any.
+        """
+        names = {name for some in gathered(learner_weights.not_finite(self.model)) for name in some}
+        if names:
+            raise FloatingPointError(
+                f"{len(names)} parameters have weights that are not finite, such as {min(names)}; they were not written"
+            )
 
     def shutdown(self) -> None:
         """Leave the process group."""
         self.engine.destroy()
         dist.destroy_process_group()
-
-
-@ray.remote(concurrency_groups={"progress": 1})
-class LearnerRank(Learner):
-    """`Learner` as a Ray actor; `progress` has a thread of its own and answers while `train` runs."""
-
-    @ray.method(concurrency_group="progress")
-    def progress(self) -> dict[str, float]:
-        return super().progress()
-
-    def rendezvous(self) -> tuple[str, int]:
-        """This node's address and a port that is free on it."""
-        return learner_setup.free_address()
-
-    def push(
-        self,
-        engines: Sequence[EngineRef],
-        transport: Transport,
-        version: int,
-        master_addr: str,
-        master_port: int,
-        deadline_s: float,
-    ) -> PushReport | None:
-        """Send the weights to all engines as `version` (collective); the report comes from rank 0.
-
-        Args:
-            engines: whom to send to.
-            transport: how.
-            version: what the engines will say they serve.
-            master_addr, master_port: rank 0's `rendezvous`, for a transport with a group of its own.
-            deadline_s: the longest that the push may take, in seconds.
-
-        Raises:
-            WeightTransferError: an engine did not confirm the version in time.
-        """
-        receivers = None
-        if self.rank == 0:
-            node_id = ray.get_runtime_context().get_node_id()
-            receivers = RayEngines(engines, node_id, may_miss=transport == "shared_memory")
-        sender: WeightSender
-        if transport == "shared_memory":
-            sender = SharedMemorySender(receivers, self.named_weights, deadline_s=deadline_s)
-        else:
-            sender = VllmSender(
-                transport,
-                receivers,
-                self.named_weights,
-                rank=self.rank,
-                master_address=master_addr,
-                master_port=master_port,
-                deadline_s=deadline_s,
-                largest_tensor_bytes=self.largest_tensor_bytes(),
-            )
-        return sender.push(version)
-
-
-def _phase_key(records: Sequence[Example], loss: Loss, *settings: float) -> str:
-    """Fingerprint of a phase: a checkpoint from its middle is of use to this very phase only."""
-    digest = hashlib.sha256(repr((loss, settings)).encode())
-    for record in records:
-        digest.update(f"{record.id} {record.unit}".encode())
-        digest.update(record.token_ids.tobytes())
-        digest.update(record.loss_mask.tobytes())
-        for name in sorted(record.streams):
-            digest.update(name.encode() + record.streams[name].tobytes())
-    return digest.hexdigest()
-
-
-def _averages(history: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Means over the optimiser steps, of all but the gradient's norm by what a step's normaliser counts.
-
-    A step in which nothing was computed has no metrics of the loss's own, and takes no part in their means.
-    """
-    if not history:
-        return {"loss": math.nan, "grad_norm": math.nan}
-    others = ("tokens", "grad_norm", "learning_rate")
-    means = {}
-    for name in dict.fromkeys(name for step in history for name in step if name not in others):
-        steps = [step for step in history if name in step]
-        sizes = [step["tokens"] for step in steps]
-        means[name] = float(np.average([step[name] for step in steps], weights=sizes))
-    return {**means, "grad_norm": float(np.average([step["grad_norm"] for step in history]))}

@@ -52,39 +52,38 @@ def local_directory(model_path: str | Path) -> Path:
 
 def free_slot(directory: Path) -> str:
     """The slot that a save may overwrite, emptied."""
-    slot = "b" if _committed(directory).get("slot") == "a" else "a"
+    slot = "b" if facts_of(directory).get("slot") == "a" else "a"
     shutil.rmtree(directory / slot, ignore_errors=True)
     return slot
 
 
-def commit_slot(directory: Path, slot: str, layout: Mapping[str, Any]) -> None:
-    """Make `slot` the checkpoint and remove the one before it."""
+def commit_slot(directory: Path, slot: str, facts: Mapping[str, Any]) -> None:
+    """Make `slot` the checkpoint and remove the one before it.
+
+    Args:
+        facts: what to say of it without opening it: `phase`, `step`, `num_ranks`, `zero_stage`.
+    """
     for file in (directory / slot).rglob("*"):
         files.fsync(file)
-    files.write_json(directory / MARKER, {"slot": slot, "layout": dict(layout)})
+    files.write_json(directory / MARKER, {"slot": slot, **facts})
     shutil.rmtree(directory / ("a" if slot == "b" else "b"), ignore_errors=True)
 
 
-def committed_slot(directory: Path, layout: Mapping[str, Any]) -> str:
-    """The slot of the complete checkpoint.
+def committed(directory: Path) -> dict[str, Any]:
+    """The complete checkpoint: its slot and its facts.
 
     Raises:
-        UserError: there is none, or a learner of another layout wrote it.
+        UserError: there is none, or an earlier version wrote it.
     """
-    committed = _committed(directory)
-    if not committed:
+    found = facts_of(directory)
+    if not found:
         raise UserError(f"{directory} has no complete learner checkpoint (no {MARKER})")
-    different = [
-        f"{key}: {committed['layout'].get(key)} (now {value})"
-        for key, value in layout.items()
-        if committed["layout"].get(key) != value
-    ]
-    if different:
+    if "layout" in found:
         raise UserError(
-            f"the learner checkpoint {directory} was written with {', '.join(different)}. "
-            "Set these keys back, or start from the exported model."
+            f"the learner checkpoint {directory} was written by an earlier version, in another form; finish the "
+            "run with that version, or start a new one from the exported model beside it"
         )
-    return str(committed["slot"])
+    return found
 
 
 def write_model(
@@ -116,7 +115,8 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _committed(directory: Path) -> dict[str, Any]:
+def facts_of(directory: Path) -> dict[str, Any]:
+    """What was said of the complete checkpoint; empty without one."""
     try:
         committed: dict[str, Any] = json.loads((directory / MARKER).read_text())
     except FileNotFoundError:

@@ -1,39 +1,60 @@
 """All ranks of the learner, seen from the driver as one.
 
-A rank that dies takes the others with it: the whole group is started again from its last checkpoint and the M-step is
-repeated with the same batches.
+A rank that dies, or gives no sign of life, takes the others with it: the whole group is started again, goes to where it
+was from the newest checkpoint, and does again what it was doing. Whoever calls a method need not know.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from actors import learner_setup
-from actors.learner import LearnerRank
+from actors import learner_files, learner_setup
+from actors.learner_rank import LearnerRank
 from actors.weight_transfer import EngineRef, PushReport, Transport
 from pipeline.core.config import LearnerConfig
+from pipeline.core.errors import UserError
 from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import Head
 from pipeline.core.training import TrainReport
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 MAX_RESTARTS = 2
-"""Times that a dead group is started again in one M-step."""
+"""Times that a dead group is started again in one M-step, save, export or push."""
 COLLECTIVE_TIMEOUT_S = 3600.0
 """Longest wait for all ranks to save, load or export, in seconds."""
 POLL_S = 0.5
-"""Seconds between two looks at the progress of an M-step."""
+"""Seconds between two looks at the progress of the ranks."""
+PING_TIMEOUT_S = 30.0
+"""How long a rank may take to answer at all, in seconds."""
 
 
 class LearnerError(RuntimeError):
     """The learner died too often, or did not start in time."""
+
+
+class _Stalled(Exception):
+    """Ranks live and give no sign of life."""
+
+
+@dataclass(frozen=True)
+class _Phase:
+    """An M-step that was begun: what is needed to do it again."""
+
+    shards: list[Path]
+    loss: Loss
+    settings: dict[str, Any]
+    checkpoints: Path
 
 
 class LearnerGroup:
@@ -62,6 +83,9 @@ class LearnerGroup:
         self._model, self._state = model, state
         self._options = options
         self._seed = seed
+        self._phase: _Phase | None = None  # trained, or being trained, and not saved
+        self.ranks: list[Any] = []
+        self._holds_state = False  # the ranks have gone to where the group was
         self._start()
 
     def train(
@@ -69,6 +93,7 @@ class LearnerGroup:
         shards: Sequence[Path],
         loss: Loss,
         *,
+        checkpoints: Path,
         phase_seed: int,
         learning_rate: float | None = None,
         epochs: int | None = None,
@@ -76,59 +101,124 @@ class LearnerGroup:
     ) -> TrainReport:
         """One phase over Parquet shards of examples; see `Learner.train`.
 
+        Args:
+            checkpoints: where it is saved from time to time; what is there of this very phase is gone on from.
+
         Raises:
             LearnerError: ranks died more than `MAX_RESTARTS` times.
+            UserError: more steps than may be skipped have a gradient that is not finite.
         """
-        for attempt in range(MAX_RESTARTS + 1):
-            calls = [
-                rank.train.remote(
-                    list(shards), loss, phase_seed=phase_seed, learning_rate=learning_rate, epochs=epochs
-                )
-                for rank in self.ranks
-            ]
-            try:
-                self._watch(calls, on_progress)
-                report: TrainReport = ray.get(calls)[0]
-                return report
-            except RayActorError as error:
-                if attempt == MAX_RESTARTS:
-                    raise LearnerError(
-                        f"learner ranks died {attempt + 1} times in one M-step; last: {error}"
-                    ) from error
-                logger.warning(f"a learner rank died; all start again from the last checkpoint: {error}")
-                self.close()
-                self._start()
-        raise AssertionError("unreachable")
+        settings = {"phase_seed": phase_seed, "learning_rate": learning_rate, "epochs": epochs}
+        self._phase = phase = _Phase(list(shards), loss, settings, checkpoints)
+        return self._whatever_dies("train", lambda: self._train(phase, on_progress))
 
     def save(self, path: Path) -> None:
         """Write everything needed to go on; later restarts begin there."""
-        self._all("save", path)
-        self._state = path
+        self._whatever_dies("save", lambda: self._all("save", path))
+        self._state, self._phase = path, None
 
     def export(self, path: Path) -> None:
         """Write a Hugging Face model directory."""
-        self._all("export", path)
+        self._whatever_dies("export", lambda: self._all("export", path))
 
     def rest(self) -> None:
         """Move what only training needs out of the GPUs' memory, until the next `train`."""
-        self._all("rest")
+        if self.ranks:
+            self._whatever_dies("rest", lambda: self._all("rest"))
 
     def push(
         self, engines: Sequence[EngineRef], transport: Transport, version: int, *, deadline_s: float
     ) -> PushReport:
         """Send the weights to all engines as `version`."""
-        address, port = ray.get(self.ranks[0].rendezvous.remote(), timeout=60)
-        reports: list[PushReport | None] = self._all(
-            "push", engines, transport, version, address, port, deadline_s, timeout_s=2 * deadline_s
-        )
-        return next(report for report in reports if report is not None)
+
+        def send() -> PushReport:
+            address, port = ray.get(self.ranks[0].rendezvous.remote(), timeout=60)
+            reports: list[PushReport | None] = self._all(
+                "push", engines, transport, version, address, port, deadline_s, timeout_s=2 * deadline_s
+            )
+            return next(report for report in reports if report is not None)
+
+        return self._whatever_dies("push", send)
 
     def close(self) -> None:
         """End all ranks."""
         for rank in self.ranks:
             ray.kill(rank)
+        self.ranks = []
+
+    # ---------------------------------------------------------------- up, and up again
+
+    def _whatever_dies(self, what: str, work: Callable[[], T]) -> T:
+        """`work` on ranks that hold what they should; again on new ones when some die or stall.
+
+        Raises:
+            LearnerError: that happened more than `MAX_RESTARTS` times.
+        """
+        for attempt in range(MAX_RESTARTS + 1):
+            try:
+                if not self.ranks:
+                    self._start()
+                if not self._holds_state and what != "train":
+                    self._catch_up()
+                return work()
+            except (RayActorError, _Stalled) as error:
+                self.close()
+                if isinstance(error, RayActorError) and error.actor_init_failed:
+                    raise  # it would fail again
+                if attempt == MAX_RESTARTS:
+                    raise LearnerError(
+                        f"learner ranks died {attempt + 1} times in one {what}; last: {error}"
+                    ) from error
+                logger.warning(
+                    f"a learner rank died in {what}; all start again from the last checkpoint: {error}"
+                )
+        raise AssertionError("unreachable")
+
+    def _catch_up(self) -> None:
+        """Bring ranks that have just been started to where those before them were."""
+        if self._phase is not None:
+            self._train(self._phase, lambda done, total: None)
+        elif self._state is not None:
+            self._say_if_moved(self._state)
+            self._all("load", self._state)
+            self._holds_state = True
+
+    def _train(self, phase: _Phase, on_progress: Callable[[float, float], None]) -> TrainReport:
+        start = None if self._holds_state else self._state
+        for path in (phase.checkpoints, start):
+            if path is not None and not self._holds_state:
+                self._say_if_moved(path)
+        reports: list[TrainReport] = self._all(
+            "train",
+            phase.shards,
+            phase.loss,
+            **phase.settings,
+            checkpoints=phase.checkpoints,
+            start=start,
+            timeout_s=None,
+            on_progress=on_progress,
+        )
+        self._holds_state = True
+        if skipped := reports[0].skipped_steps:
+            logger.warning(
+                f"{skipped} of {reports[0].steps} optimiser steps were left out: no finite gradient"
+            )
+        return reports[0]
+
+    def _say_if_moved(self, checkpoint: Path) -> None:
+        """Tell the user when a checkpoint is about to be read on another layout than wrote it."""
+        facts = learner_files.facts_of(checkpoint)
+        before = facts.get("num_ranks"), facts.get("zero_stage")
+        now = len(self._options), self.config.zero_stage
+        if facts and before != now:
+            logger.warning(
+                f"{checkpoint} (optimiser step {facts['step']}) was written by {before[0]} learner ranks at ZeRO stage "
+                f"{before[1]}; {now[0]} at stage {now[1]} go on from it. Weights and moments are the same; sums are "
+                "rounded in another order, and dropout draws other numbers"
+            )
 
     def _start(self) -> None:
+        self._holds_state = False
         address, port = ray.get(
             ray.remote(learner_setup.free_address).options(**self._options[0]).remote(),
             timeout=self.config.start_timeout_s,
@@ -151,27 +241,72 @@ class LearnerGroup:
         except GetTimeoutError as error:
             self.close()
             raise LearnerError(
-                f"{len(self.ranks)} learner ranks did not start within {self.config.start_timeout_s:.0f} s "
+                f"{len(self._options)} learner ranks did not start within {self.config.start_timeout_s:.0f} s "
                 "(learner.start_timeout_s)"
             ) from error
-        if self._state is not None:
-            self._all("load", self._state)
 
-    def _watch(self, calls: list[Any], on_progress: Callable[[float, float], None]) -> None:
-        """Report progress until all ranks are done; one that dies raises at once, while the others still wait."""
+    # ---------------------------------------------------------------- waiting
+
+    def _all(
+        self,
+        method: str,
+        *arguments: Any,
+        timeout_s: float | None = COLLECTIVE_TIMEOUT_S,
+        on_progress: Callable[[float, float], None] = lambda done, total: None,
+        **options: Any,
+    ) -> list[Any]:
+        """What all ranks return; what one raises is raised at once, while the others may still wait for it."""
+        calls = [getattr(rank, method).remote(*arguments, **options) for rank in self.ranks]
+        try:
+            self._watch(calls, method, timeout_s, on_progress)
+        except RayTaskError as error:
+            # Where a rank died, its peers' broken connections may be heard of first.
+            self._ask_for_signs_of_life()
+            if isinstance(error.cause, FloatingPointError):
+                raise UserError(str(error.cause)) from error
+            raise
+        return list(ray.get(calls))
+
+    def _watch(
+        self,
+        calls: list[Any],
+        method: str,
+        timeout_s: float | None,
+        on_progress: Callable[[float, float], None],
+    ) -> None:
+        began = moved = time.monotonic()
+        sign, step = self.ranks[0].progress.remote(), -1.0
         pending = list(calls)
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=POLL_S)
             ray.get(done)
-            if pending and not done:
-                state = ray.get(self.ranks[0].progress.remote(), timeout=60)
-                on_progress(state["step"], state["num_steps"] or 1)
+            now = time.monotonic()
+            if ray.wait([sign], timeout=0)[0]:
+                state = ray.get(sign)
+                if state["step"] != step:
+                    step, moved = state["step"], now
+                on_progress(step, state["num_steps"] or 1)
+                sign = self.ranks[0].progress.remote()
+            if pending and timeout_s is not None and now - began > timeout_s:
+                raise LearnerError(
+                    f"{len(calls)} learner ranks did not end {method} within {timeout_s:.0f} s"
+                )
+            if pending and now - moved > self.config.stall_timeout_s:
+                self._ask_for_signs_of_life()
+                logger.warning(
+                    f"no progress in {method} for {now - moved:.0f} s; all learner ranks answer, so it goes on"
+                )
+                moved = time.monotonic()
 
-    def _all(self, method: str, *arguments: Any, timeout_s: float = COLLECTIVE_TIMEOUT_S) -> list[Any]:
-        calls = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
-        try:
-            return list(ray.get(calls, timeout=timeout_s))
-        except GetTimeoutError as error:
-            raise LearnerError(
-                f"{len(calls)} learner ranks did not end {method} within {timeout_s:.0f} s"
-            ) from error
+    def _ask_for_signs_of_life(self) -> None:
+        """
+        Raises:
+            RayActorError: a rank is dead.
+            _Stalled: one does not answer.
+        """
+        pings = {rank.progress.remote(): number for number, rank in enumerate(self.ranks)}
+        answered, silent = ray.wait(list(pings), num_returns=len(pings), timeout=PING_TIMEOUT_S)
+        ray.get(answered)
+        if silent:
+            ranks = ", ".join(str(pings[ping]) for ping in silent)
+            raise _Stalled(f"no sign of life from rank {ranks} within {PING_TIMEOUT_S:.0f} s")

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
+from actors.collectives import gathered
 from pipeline.core.errors import UserError
 from pipeline.core.losses.loss import Form, Loss, Output, Rows, Terms
 from pipeline.core.losses.token_logprobs import token_logprobs
@@ -91,7 +92,7 @@ class Sums:
 
     def over_all_ranks(self) -> tuple[float, dict[str, float]]:
         """The loss, and the mean of each metric. A rank whose rows were all empty has no metrics of its own."""
-        names = sorted(set().union(*_gathered(list(self._metrics))))
+        names = sorted(set().union(*gathered(list(self._metrics))))
         nothing = torch.zeros(2, dtype=torch.float64, device=self._device)
         flat = (
             torch.stack([self._metrics.get(name, nothing) for name in names]).flatten()
@@ -179,10 +180,3 @@ def _has_form(values: Numbers, form: Form) -> bool:
             return values.ndim == 1
         case "rows":
             return values.ndim == 2
-
-
-def _gathered(names: list[str]) -> list[list[str]]:
-    """The names of every rank's metrics."""
-    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, names)
-    return everyone

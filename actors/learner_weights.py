@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from actors import learner_setup
 from actors.weight_transfer import Bucket
@@ -75,3 +76,24 @@ def gathered(
         parameters
     )
     return whole
+
+
+@torch.no_grad()
+def not_finite(model: torch.nn.Module) -> list[str]:
+    """Parameters with a weight that is not finite, as far as this rank holds them. No collective, no copy."""
+    names, extremes = [], []
+    for name, parameter in model.named_parameters():
+        held = _held(parameter)
+        if held.numel():
+            names.append(name)
+            extremes.append(torch.stack(held.aminmax()).isfinite().all().cpu())
+    return [name for name, fine in zip(names, extremes, strict=True) if not fine]
+
+
+def _held(parameter: Any) -> torch.Tensor:
+    """All of a parameter, or this rank's partition of it (ZeRO-3) without the padding, in which anything may stand."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    partition: torch.Tensor = parameter.ds_tensor
+    rest = parameter.ds_numel - dist.get_rank() * partition.numel()
+    return partition[: max(0, rest)]

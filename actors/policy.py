@@ -175,6 +175,7 @@ class Policy:
         shards: Sequence[Path],
         loss: Loss,
         *,
+        state: Path,
         seed: int,
         learning_rate: float | None = None,
         epochs: int | None = None,
@@ -185,6 +186,8 @@ class Policy:
         Args:
             shards: Parquet files of examples.
             loss: what is minimised.
+            state: where checkpoints of this training go from time to time, and its last one by `save`. One that is
+                there already, of a run that was cut off in this very training, is gone on from.
             seed: of the order of the examples.
             learning_rate, epochs: in place of the configured ones.
             on_progress: told (optimiser steps done, of how many).
@@ -197,7 +200,13 @@ class Policy:
         learner = self._learner_at_current()
         self._learner_holds = None
         return learner.train(
-            shards, loss, phase_seed=seed, learning_rate=learning_rate, epochs=epochs, on_progress=on_progress
+            shards,
+            loss,
+            checkpoints=state,
+            phase_seed=seed,
+            learning_rate=learning_rate,
+            epochs=epochs,
+            on_progress=on_progress,
         )
 
     def score(self, spans: Sequence[ScoreRequest]) -> list[Floats]:

@@ -233,6 +233,7 @@ class Run:
                 report = policy.train(
                     [*shards, *(beside(shards) if beside is not None else ())],
                     loss,
+                    state=self.at(f"{t}/{name}/learner"),
                     seed=seed,
                     learning_rate=learning_rate,
                     epochs=epochs,

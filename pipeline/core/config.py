@@ -337,6 +337,13 @@ class LearnerConfig(Section):
     """CPU threads of a rank. Null: the machine's cores divided by its ranks."""
     start_timeout_s: float = Field(600.0, gt=0)
     """Longest wait for all ranks to be up, in seconds."""
+    checkpoint_minutes: float = Field(10.0, ge=0)
+    """Minutes of an M-step between two checkpoints, from which a resumed run goes on within it. 0: none before its
+    end."""
+    max_skipped_steps: int = Field(0, ge=0)
+    """Optimiser steps of one M-step that may be left out because their gradient is not finite; one more is an error."""
+    stall_timeout_s: float = Field(1800.0, gt=0)
+    """Ranks without progress for so long, in seconds, are asked for a sign of life; without one all start again."""
 
     @model_validator(mode="after")
     def _offload_needs_stage(self) -> LearnerConfig:

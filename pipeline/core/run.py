@@ -10,7 +10,8 @@
         rollouts/              Parquet shards of trajectories, beside each its tasks' statistics (_000000.json)
         POLICY/                one folder per policy: `searcher` in ExSearch
           examples/            Parquet shards of training examples
-          learner/             DeepSpeed state of every rank (kept of the newest version only)
+          learner/             checkpoint of the learner (kept of the newest version only); without train.json it is
+                               one from the middle of a training, and no version
           model/               a Hugging Face model directory
           train.json
         sample.json  evaluation.json  ...      one per finished step, written behind its data
@@ -19,7 +20,8 @@
       report.json              one row per iteration
 
 A step ("3/searcher/train", "test/base") is finished exactly when its JSON file exists. A killed run that is started
-again by the same command skips finished steps and repeats the one that was cut off, with the same seeds.
+again by the same command skips finished steps and repeats the one that was cut off, with the same seeds; a training
+goes on behind its last checkpoint.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency
                   "retriever.replicas",
                   "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
                   "retriever.max_attempts", "rollout.max_failure_share", "em.iterations", "em.patience",
-                  "learner.threads_per_rank", "learner.start_timeout_s")  # fmt: skip
+                  "learner.num_ranks", "learner.zero_stage", "learner.offload_optimizer", "learner.offload_parameters",
+                  "learner.threads_per_rank", "learner.start_timeout_s", "learner.checkpoint_minutes",
+                  "learner.max_skipped_steps", "learner.stall_timeout_s")  # fmt: skip
 """Keys that say where and how long a run goes, not what it computes: a resumed run may have others. So do a recipe's
 own `iterations` and `patience`."""
 

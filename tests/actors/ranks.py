@@ -41,6 +41,8 @@ CONFIG = LearnerConfig(
     threads_per_rank=1,
 )
 PROCESS_TIMEOUT_S = 240
+AFTER_EACH_STEP = 1e-9
+"""`checkpoint_minutes` that have always passed."""
 Weights = dict[str, np.ndarray]
 Result = tuple[TrainReport, Weights]
 
@@ -163,7 +165,7 @@ PROCESSES.set_forkserver_preload(
 def weights_of(learner: Learner) -> Weights:
     buckets = list(learner.named_weights(bucket_bytes=5000))
     assert len(buckets) > 1
-    return {name: tensor.numpy() for name, tensor in itertools.chain.from_iterable(buckets)}
+    return {name: tensor.float().numpy() for name, tensor in itertools.chain.from_iterable(buckets)}
 
 
 def train(

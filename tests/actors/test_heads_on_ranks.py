@@ -22,6 +22,7 @@ from pipeline.core.policies import Head
 from pipeline.core.records import Example
 from tests.actors.encoders import ENCODER_CONFIG, build_encoder, homes
 from tests.actors.ranks import (
+    AFTER_EACH_STEP,
     CONFIG,
     LONGEST,
     Result,
@@ -166,13 +167,13 @@ def test_the_contrastive_loss_is_that_of_the_formula(
 
 
 def train_until_killed(learner: Learner, examples: Sequence[Example], loss: Loss, path: Path) -> None:
-    """Saves after step 2 and dies in step 3."""
+    """Saves after each step and dies in step 3."""
 
     def die(_: dict[str, float]) -> None:
         if learner.progress()["step"] == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    learner.train(examples, loss, phase_seed=1, checkpoint_path=path, checkpoint_every=2, on_step=die)
+    learner.train(examples, loss, phase_seed=1, checkpoints=path, on_step=die)
 
 
 def go_on(learner: Learner, examples: list[Example], loss: Loss, path: Path) -> Result:
@@ -189,7 +190,7 @@ def test_a_killed_learner_of_any_head_goes_on_as_if_nothing_had_happened(
     model = critic if head == "value" else encoder
     examples = critic_examples() if head == "value" else units_of_people(encoder)
     base = CONFIG if head == "value" else ENCODER_CONFIG.model_copy(update={"batch_size": 4, "epochs": 2})
-    config = base.model_copy(update=changes)
+    config = base.model_copy(update={"checkpoint_minutes": AFTER_EACH_STEP, **changes})
     assert run_ranks(config, model, train_until_killed, examples, loss, tmp_path, head=head) is None
     resumed = run_ranks(config, model, go_on, examples, loss, tmp_path, head=head)
     undisturbed = run_ranks(config, model, train, examples, loss, head=head)

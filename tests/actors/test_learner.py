@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 
-from actors.learner import LearnerRank
+from actors.learner_rank import LearnerRank
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
 from pipeline.core.losses.likelihood import WeightedNll

@@ -10,26 +10,28 @@ import transformers
 
 from actors.learner_files import (
     commit_slot,
-    committed_slot,
+    committed,
+    facts_of,
     free_slot,
     local_directory,
     replace_directory,
     write_model,
 )
 from pipeline.core.errors import UserError
+from retriever_service.files import write_json
 
-LAYOUT = {"learner.num_ranks": 2}
+FACTS = {"phase": "first", "step": 3, "num_ranks": 2, "zero_stage": 1}
 
 
 def save(directory: Path, content: str) -> None:
     slot = free_slot(directory)
     (directory / slot).mkdir(parents=True)
     (directory / slot / "state").write_text(content)
-    commit_slot(directory, slot, LAYOUT)
+    commit_slot(directory, slot, FACTS)
 
 
 def load(directory: Path) -> str:
-    return (directory / committed_slot(directory, LAYOUT) / "state").read_text()
+    return (directory / committed(directory)["slot"] / "state").read_text()
 
 
 def test_the_last_complete_save_counts_and_only_that_is_kept(tmp_path: Path) -> None:
@@ -52,13 +54,21 @@ def test_a_save_that_died_leaves_the_checkpoint_before_it(tmp_path: Path) -> Non
 def test_a_first_save_that_died_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / free_slot(tmp_path)).mkdir()
     with pytest.raises(UserError, match="no complete learner checkpoint"):
-        committed_slot(tmp_path, LAYOUT)
+        committed(tmp_path)
+    assert facts_of(tmp_path) == {}
 
 
-def test_a_checkpoint_of_another_layout_is_refused_with_the_key_to_set(tmp_path: Path) -> None:
-    save(tmp_path, "two ranks")
-    with pytest.raises(UserError, match=r"learner\.num_ranks: 2 \(now 4\)"):
-        committed_slot(tmp_path, {"learner.num_ranks": 4})
+def test_what_a_checkpoint_is_of_can_be_known_without_opening_it(tmp_path: Path) -> None:
+    save(tmp_path, "state")
+    assert facts_of(tmp_path) == {"slot": "a", **FACTS}
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    write_json(tmp_path / "checkpoint.json", {"slot": "a", "layout": {"learner.num_ranks": 2}})
+    with pytest.raises(
+        UserError, match=r"written by an earlier version.*start a new one from the exported model"
+    ):
+        committed(tmp_path)
 
 
 def test_a_model_directory_has_the_tokenizer_of_its_source_and_replaces_an_older_one(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pipeline.core.config import LoraConfig
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example
 from tests.actors.ranks import (
+    AFTER_EACH_STEP,
     CONFIG,
     Result,
     Weights,
@@ -31,6 +32,8 @@ from tests.actors.ranks import (
 
 pytestmark = pytest.mark.component
 
+SAVING = CONFIG.model_copy(update={"checkpoint_minutes": AFTER_EACH_STEP})
+
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,21 +44,19 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_until_killed(learner: Learner, examples: list[Example], path: Path) -> None:
-    """Two M-steps; saves after step 4 of the second and dies in its step 5."""
+    """Two M-steps; saves after each step of the second and dies in its step 5."""
     learner.train(examples, nll_of(learner), phase_seed=0)
 
     def die(_: dict[str, float]) -> None:
         if learner.progress()["step"] == 5:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    learner.train(
-        examples, nll_of(learner), phase_seed=1, checkpoint_path=path, checkpoint_every=2, on_step=die
-    )
+    learner.train(examples, nll_of(learner), phase_seed=1, checkpoints=path, on_step=die)
 
 
 def go_on(learner: Learner, examples: list[Example], path: Path) -> Result:
-    learner.load(path)
-    return train(learner, examples)
+    report = learner.train(examples, nll_of(learner), phase_seed=1, checkpoints=path)
+    return report, weights_of(learner)
 
 
 def two_phases(learner: Learner, examples: list[Example]) -> Result:
@@ -76,13 +77,14 @@ def two_phases(learner: Learner, examples: list[Example]) -> Result:
 def test_a_killed_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(
     model_path: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    config, examples = CONFIG.model_copy(update=changes), make_examples()
+    config, examples = SAVING.model_copy(update=changes), make_examples()
     assert run_ranks(config, model_path, train_until_killed, examples, tmp_path) is None
-    resumed = run_ranks(config, model_path, go_on, examples, tmp_path)
+    resumed, weights = run_ranks(config, model_path, go_on, examples, tmp_path)
     undisturbed = run_ranks(config, model_path, two_phases, examples)
-    assert resumed[0].history == undisturbed[0].history
-    assert resumed[0].total_tokens < undisturbed[0].total_tokens
-    assert_same_weights(resumed[1], undisturbed[1], atol=0)
+    assert resumed.history == undisturbed[0].history
+    assert resumed.resumed_at == 4
+    assert resumed.total_tokens == undisturbed[0].total_tokens
+    assert_same_weights(weights, undisturbed[1], atol=0)
 
 
 def train_and_save(learner: Learner, examples: list[Example], path: Path) -> Result:
@@ -98,19 +100,88 @@ def test_a_checkpoint_from_the_end_of_a_phase_is_not_trained_on_again(
     done = run_ranks(CONFIG, model_path, train_and_save, examples, tmp_path)
     again = run_ranks(CONFIG, model_path, go_on, examples, tmp_path)
     assert again[0].history == done[0].history
-    assert again[0].total_tokens == 0
+    assert again[0].resumed_at == done[0].steps
     assert_same_weights(again[1], done[1], atol=0)
 
 
-def test_a_checkpoint_of_another_layout_is_refused_with_the_keys_to_set(
-    model_path: Path, tmp_path: Path
+def train_on_from(learner: Learner, examples: list[Example], start: Path, checkpoints: Path) -> Result:
+    report = learner.train(examples, nll_of(learner), phase_seed=1, start=start, checkpoints=checkpoints)
+    return report, weights_of(learner)
+
+
+def first_phase(learner: Learner, examples: list[Example], start: Path) -> None:
+    learner.train(examples, nll_of(learner), phase_seed=0)
+    learner.save(start)
+
+
+def test_a_checkpoint_of_another_phase_is_not_gone_on_from(model_path: Path, tmp_path: Path) -> None:
+    """Where this phase writes its own there lies one of another: it starts from the version that it is told."""
+    examples = make_examples()
+    start, elsewhere = tmp_path / "version", tmp_path / "phase"
+    run_ranks(CONFIG, model_path, first_phase, examples, start)
+    run_ranks(CONFIG, model_path, train_and_save, make_examples(seed=1), elsewhere)
+    found = run_ranks(SAVING, model_path, train_on_from, examples, start, elsewhere)
+    assert found[0].resumed_at == 0
+    assert_same_weights(found[1], run_ranks(CONFIG, model_path, two_phases, examples)[1], atol=0)
+
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"num_ranks": 2, "zero_stage": 2},
+    {"num_ranks": 1, "zero_stage": 0},
+    {"num_ranks": 2, "zero_stage": 3},
+    {"num_ranks": 1, "zero_stage": 3},
+    {"num_ranks": 2, "zero_stage": 1, "offload_optimizer": True},
+    {"num_ranks": 3, "zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    {"num_ranks": 1, "zero_stage": 2},
+    {"num_ranks": 2, "zero_stage": 0},
+    {"num_ranks": 2, "zero_stage": 2},
+]
+"""From 2 ranks to 1 and back, from ZeRO-2 to ZeRO-3 and back, and over all the others."""
+
+
+def one_step_more(learner: Learner, examples: list[Example], path: Path) -> None:
+    """Dies in the second step that it does itself."""
+    steps: list[dict[str, float]] = []
+
+    def die(step: dict[str, float]) -> None:
+        steps.append(step)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    learner.train(examples, nll_of(learner), phase_seed=1, checkpoints=path, on_step=die)
+
+
+@pytest.mark.parametrize(("lora", "layouts"), [(None, LAYOUTS), (LoraConfig(rank=2), LAYOUTS[:3])])
+def test_each_step_of_a_phase_may_run_on_another_number_of_ranks_at_another_stage(
+    model_path: Path, tmp_path: Path, lora: LoraConfig | None, layouts: list[dict[str, Any]]
 ) -> None:
-    run_ranks(CONFIG, model_path, train_and_save, make_examples(), tmp_path)
-    other = CONFIG.model_copy(update={"zero_stage": 1})
-    with pytest.raises(UserError, match=r"learner\.zero_stage: 0 \(now 1\)"):
-        run_ranks(other, model_path, go_on, make_examples(), tmp_path)
+    examples = make_examples()
+    config = SAVING.model_copy(update={"lora": lora, "epochs": len(layouts) // 3})
+    undisturbed = run_ranks(config, model_path, train, examples)
+    assert undisturbed[0].steps == len(layouts)
+    for layout in layouts[:-1]:
+        assert (
+            run_ranks(config.model_copy(update=layout), model_path, one_step_more, examples, tmp_path) is None
+        )
+    resumed = run_ranks(config.model_copy(update=layouts[-1]), model_path, go_on, examples, tmp_path)
+    assert resumed[0].resumed_at == len(layouts) - 1
+    losses = [[step["loss"] for step in report.history] for report in (resumed[0], undisturbed[0])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_same_weights(resumed[1], undisturbed[1], atol=5e-6)
+
+
+def test_what_cannot_be_gone_on_from_is_refused(model_path: Path, tmp_path: Path) -> None:
+    examples = make_examples()
+    run_ranks(CONFIG, model_path, train_and_save, examples, tmp_path / "full")
+    adapters = CONFIG.model_copy(update={"lora": LoraConfig(rank=2)})
+    with pytest.raises(UserError, match=r"has other trained parameters .* Is learner\.lora"):
+        run_ranks(adapters, model_path, load, tmp_path / "full")
     with pytest.raises(UserError, match="no complete learner checkpoint"):
-        run_ranks(CONFIG, model_path, go_on, make_examples(), tmp_path / "elsewhere")
+        run_ranks(CONFIG, model_path, load, tmp_path / "elsewhere")
+
+
+def load(learner: Learner, path: Path) -> None:
+    learner.load(path)
 
 
 # ------------------------------------------------------------------ weights, out

@@ -125,7 +125,7 @@ def make(
 
 
 def train(policy: Policy) -> Any:
-    return policy.train([], None, seed=0)  # type: ignore[arg-type]
+    return policy.train([], None, state=Path("state"), seed=0)  # type: ignore[arg-type]
 
 
 def save(policy: Policy, version: int) -> Snapshot:

@@ -125,7 +125,7 @@ class Run:
 
     def train_and_save(self, who: int) -> None:
         policy, before = self.policies[who], self.weights_of(who)
-        trained: Any = policy.train([], None, seed=0)  # type: ignore[arg-type]
+        trained: Any = policy.train([], None, state=Path("state"), seed=0)  # type: ignore[arg-type]
         assert trained.rpartition(" ")[0] == before
         version = len(self.versions[who])
         at = f"{policy.name}-{version}"

@@ -1,0 +1,44 @@
+"""Small things that all ranks of a learner do together. Every one of them must call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def gathered(mine: T) -> list[T]:
+    """What every rank has, by rank."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0; all ranks get its result, or its OSError: a full disk leaves nobody waiting."""
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [work()]
+        except OSError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], OSError):
+        raise outcome[0]
+    result: T = outcome[0]
+    return result
+
+
+def on_every_rank(work: Callable[[], None]) -> None:
+    """Run `work` on each rank; the OSError of one is raised on all."""
+    mine: OSError | None = None
+    try:
+        work()
+    except OSError as error:
+        mine = error
+    for failure in gathered(mine):
+        if failure is not None:
+            raise failure
