@@ -31,7 +31,7 @@ from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Episode, Question, ScoreRequest, StopReason
 from tests.actors.support import HfModel
 
-pytestmark = [pytest.mark.component, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.component, pytest.mark.chaos, pytest.mark.timeout(1200)]
 
 TASKS = [Question(f"q{number}", "Who?", ("Ada",)) for number in range(60)]
 SAMPLING = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_tokens=100, seed=3, stop=())
