@@ -12,12 +12,13 @@ from pipeline.core.run import Json
 from pipeline.core.status import run_status
 from tests.system.conftest import overrides, random_model
 from tests.system.processes import finish, stop_when
-from tests.system.test_resume import IN_E_STEP, IN_M_STEP
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 
 
 STARTING = "starting"
+IN_E_STEP, IN_M_STEP = "iterations/0001/rollouts", "iterations/0001/sample.json"
+"""What is there first when a run has come so far."""
 STOPS = {
     STARTING: (signal.SIGTERM, 143),
     IN_E_STEP: (signal.SIGTERM, 143),
