@@ -85,7 +85,7 @@ def demo(
 
 @app.command()
 def world(
-    out: Annotated[Path, typer.Option("--out", help="Directory to write; new or empty.")],
+    out: Annotated[Path, typer.Option("--out", help="Directory to write; new, empty, or this very world.")],
     seed: Annotated[int, typer.Option("--seed", min=0, help="Another seed is another world.")] = 0,
     size: Annotated[
         str, typer.Option("--size", help="small, medium or large: 2e3, 1e5 or 2e6 passages.")

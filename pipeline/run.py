@@ -26,7 +26,7 @@ from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.preflight import check_run
 from pipeline.core.records import Example, Question, examples_to_table, trajectories_to_table
-from pipeline.core.report import scalars, step_report
+from pipeline.core.report import scalars, should_stop, step_report
 from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
 from pipeline.core.run import Json, RunDirectory, RunFiles, write_json, write_table
 from pipeline.core.tracking import Tracker
@@ -288,6 +288,12 @@ class Run:
             return {"iteration": version} | scores
 
         return self.once(step, work)
+
+    def close_iteration(self, t: int, iterations: Iterations) -> bool:
+        """Mark iteration t as whole and write the report so far. True if training is to stop (`patience`)."""
+        self.files.close_iteration(t)
+        self.report(iterations)
+        return should_stop(self.files, t, iterations)
 
     def report(self, iterations: Iterations) -> Json:
         """`report.json`, made anew; `step_report` says what is in it."""

@@ -6,6 +6,7 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from pipeline.core.errors import UserError
 def check_model(path: str) -> None:
     """Refuse a directory that is no complete model.
 
-    A `path` that is not on disk is taken for a hub name and left to transformers.
+    A `path` that is not on disk is taken for a hub name and left to transformers, unless it looks like a misspelt one.
 
     Raises:
         UserError: configuration, weights or tokenizer are missing.
     """
     directory = Path(path)
     if not directory.exists():
+        beside = [entry.name for entry in directory.parent.iterdir()] if directory.parent.is_dir() else []
+        if near := get_close_matches(directory.name, beside, n=1, cutoff=0.8):
+            raise UserError(f"model.path: {path} does not exist; there is {directory.with_name(near[0])}")
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise UserError(f"model.path: {path} does not exist; give a model directory or a hub name")
         return
@@ -128,4 +132,5 @@ def load_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path: the tokenizer of {path} cannot be loaded: {error}") from error
+        where = "" if Path(path).is_dir() else ", which is no directory here and was taken for a hub name,"
+        raise UserError(f"model.path: the tokenizer of {path}{where} cannot be loaded: {error}") from error

@@ -43,7 +43,7 @@ def run_status(path: Path) -> Json:
     return {
         "run": str(run.path),
         "recipe": config.get("recipe", EXSEARCH),
-        "state": _state(process, alive),
+        "state": _state(process, alive, begun=bool(iterations)),
         "reason": process.get("reason"),
         "process": {key: process.get(key) for key in ("pid", "host", "started", "updated")},
         "phase": phase,
@@ -74,11 +74,12 @@ def _iterations(run: RunFiles) -> dict[int, dict[str, Json]]:
     }
 
 
-def _state(process: Json, alive: bool | None) -> str:
-    """The lock tells what a process that was killed could not."""
-    told = str(process.get("state", "not started"))
+def _state(process: Json, alive: bool | None, *, begun: bool) -> str:
+    """The lock tells what a process that was killed could not. Without the file of its progress, of a run that was
+    copied in parts, all that is known is whether it had begun."""
+    told = str(process.get("state", "unknown" if begun else "not started"))
     if alive:
-        return "running" if told in ("running", "not started") else "starting"
+        return "running" if told in ("running", "unknown", "not started") else "starting"
     return "killed" if alive is False and told == "running" else told
 
 

@@ -38,7 +38,7 @@ from pipeline.core.display import Display
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Episode, Example, Question, StopReason, count_stop_reasons
-from pipeline.core.report import Column, Outcome, best_iteration, should_stop, step_outcome
+from pipeline.core.report import Column, Outcome, best_iteration, step_outcome
 from pipeline.core.run import Json
 from pipeline.core.weighing import Weighted, best_gold, renderer_at, summarise_scored
 from pipeline.core.weighting import Scored, importance_weights
@@ -161,9 +161,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
             for name in models:
                 run.train(t, name, loss, seed=derive_seed(config.seed, name, t))
             run.evaluate(t, program, roles(t), answers=GENERATOR)
-            run.files.close_iteration(t)
-            run.report(settings)
-            if should_stop(run.files, t, settings):
+            if run.close_iteration(t, settings):
                 break
         run.test("best", program, roles(best_iteration(run.files, settings)), answers=GENERATOR)
         return step_outcome(run.report(settings), COLUMNS)

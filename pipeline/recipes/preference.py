@@ -30,7 +30,7 @@ from pipeline.core.display import Display
 from pipeline.core.losses.preference import Dpo
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Episode, Example, Question, StopReason, count_stop_reasons
-from pipeline.core.report import Column, Outcome, best_iteration, should_stop, step_outcome
+from pipeline.core.report import Column, Outcome, best_iteration, step_outcome
 from pipeline.core.weighing import Weighted
 from pipeline.core.weighting import log_mean_likelihood
 from pipeline.run import open_run
@@ -186,9 +186,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
             loss = Dpo(settings.beta, settings.nll_coefficient)
             run.train(t, SEARCHER, loss, seed=derive_seed(config.seed, "train", t))
             run.evaluate(t, program, {SEARCHER: t}, answers=SEARCHER)
-            run.files.close_iteration(t)
-            run.report(settings)
-            if should_stop(run.files, t, settings):
+            if run.close_iteration(t, settings):
                 break
         run.test("best", program, {SEARCHER: best_iteration(run.files, settings)}, answers=SEARCHER)
         return step_outcome(run.report(settings), COLUMNS, LEGEND)

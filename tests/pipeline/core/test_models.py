@@ -56,11 +56,27 @@ def test_a_file_is_no_model_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["/no/such/model", "./model", "../model", "~/model", "runs/a/model", "model"]
 )
-def test_a_path_that_does_not_exist_is_refused(path: str) -> None:
+def test_a_path_that_does_not_exist_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with pytest.raises(
         UserError, match=f"model.path: {path} does not exist; give a model directory or a hub name"
     ):
         check_model(path)
+
+
+def test_a_misspelt_directory_is_not_taken_for_a_hub_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "tiny-searcher").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"models/tiny-searchr does not exist; there is models/tiny-searcher$"
+    ):
+        check_model("models/tiny-searchr")
+    check_model("models/something-else")
 
 
 def test_a_hub_name_is_left_to_transformers() -> None:

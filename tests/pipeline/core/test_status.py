@@ -55,6 +55,12 @@ def test_a_run_that_has_not_begun(run: RunDirectory) -> None:
     assert found["seconds_left"] is None
 
 
+def test_of_a_run_without_its_progress_nothing_is_claimed(run: RunDirectory) -> None:
+    run.once("0/evaluation", dict)
+    run.__exit__()
+    assert status(run)["state"] == "unknown"
+
+
 def test_a_run_at_work_tells_its_phase_and_the_innermost_one(run: RunDirectory, display: Display) -> None:
     with display.follow(run.path), display.progress("iteration 1: sampling", 8, "questions") as advance:
         advance(2)
