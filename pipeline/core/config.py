@@ -57,7 +57,7 @@ class OnDisk:
 
 class ModelConfig(Section):
     path: Annotated[str, OnDisk()] = "models/tiny-searcher"
-    """Directory (as seen from the current one) or hub name of the model to start from: weights, configuration, tokenizer."""
+    """Directory, relative to the current one, or hub name of the model to start from."""
     max_length: int = Field(4096, ge=16)
     """Longest context in tokens: question, searches, records and answer together."""
 

@@ -28,7 +28,7 @@ from tests.actors.ranks import (
     train,
 )
 
-pytestmark = pytest.mark.component
+pytestmark = [pytest.mark.component, pytest.mark.chaos]
 
 TWO_RANKS = CONFIG.model_copy(update={"num_ranks": 2, "zero_stage": 2, "epochs": 20})
 
