@@ -245,17 +245,14 @@ class RolloutConfig(Section):
     """How often workers of a policy may die, hang or fail to start in one phase and are replaced. After that the phase
     goes on without those that fail."""
     min_workers: int = Field(1, ge=1)
-    """The run stops when workers cannot be replaced and fewer than these are left. Those that were lost are tried
-    again in the next phase."""
+    """With fewer, and none that can be replaced, the run stops. Lost ones are tried again in the next phase."""
     max_failure_share: float = Field(0.02, ge=0, le=1)
     """A phase stops with an error when more than this share of trajectories fails for infrastructure reasons."""
 
     @model_validator(mode="after")
     def _can_have_so_many(self) -> RolloutConfig:
         if self.min_workers > self.workers:
-            raise ValueError(
-                f"rollout.min_workers is {self.min_workers}, but rollout.workers only {self.workers}"
-            )
+            raise ValueError(f"min_workers ({self.min_workers}) is more than workers ({self.workers})")
         return self
 
 
