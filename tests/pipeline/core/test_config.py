@@ -91,9 +91,7 @@ def test_cold_start_examples_can_only_be_mixed_in_where_there_are_some() -> None
 
 
 def test_no_more_workers_can_be_demanded_than_there_are() -> None:
-    assert "min_workers (3) is more than workers (2)" in refusal(
-        rollout={"workers": 2, "min_workers": 3}
-    )
+    assert "min_workers (3) is more than workers (2)" in refusal(rollout={"workers": 2, "min_workers": 3})
     assert config(rollout={"workers": 2, "min_workers": 2})
 
 
