@@ -86,15 +86,13 @@ $(READY): $(LOCK) pyproject.toml
 demo: $(READY)  ## run the whole algorithm on a generated encyclopedia (RUN=runs/demo)
 	$(BIN)/exsearch demo --run $(RUN) $(ARGS)
 
-test: export HF_HUB_OFFLINE := 1
-test: export RAY_USAGE_STATS_ENABLED := 0
+test chaos: export HF_HUB_OFFLINE := 1
+test chaos: export RAY_USAGE_STATS_ENABLED := 0
 test: lint  ## lint, then all tests: quick ones first
 	$(BIN)/python -m pytest -m "not component and not system" $(ARGS)
 	$(BIN)/python -m pytest -m "component and not chaos" --durations=5 $(ARGS)
 	$(BIN)/python -m pytest -m "system and not chaos" --durations=5 $(ARGS)
 
-chaos: export HF_HUB_OFFLINE := 1
-chaos: export RAY_USAGE_STATS_ENABLED := 0
 chaos: $(READY)  ## kill and stop runs in every phase; what is too long for `make test`
 	$(BIN)/python -m pytest -m chaos $(ARGS)
 

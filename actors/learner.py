@@ -27,7 +27,6 @@ import torch.distributed as dist
 from actors import learner_files, learner_setup, learner_state, learner_weights
 from actors.collectives import gathered, on_every_rank, on_rank_zero
 from actors.learner_outputs import ModelOutputs, Sums, check_streams, read_examples, rows_of
-from actors.learner_phase import Phase, phase_key
 from actors.weight_transfer import Bucket
 from pipeline.core.config import LearnerConfig
 from pipeline.core.losses.loss import Loss, Outputs, Prepared, Terms
@@ -42,6 +41,7 @@ from pipeline.core.policies import Head
 from pipeline.core.records import Example
 from pipeline.core.schedule import learning_rate_at
 from pipeline.core.training import TrainReport
+from pipeline.core.training_phase import Phase, phase_key
 
 logger = logging.getLogger(__name__)
 

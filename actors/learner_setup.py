@@ -16,9 +16,11 @@ import ray
 import torch
 import torch.distributed as dist
 
+from actors.collectives import gathered
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
 from pipeline.core.policies import Head
+from retriever_service.machine import available_cores
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest wait of a rank for the others in one collective operation."""
@@ -93,9 +95,8 @@ def free_address() -> tuple[str, int]:
 
 def fair_share_of_threads() -> int:
     """Cores of this machine divided by the ranks on it (collective)."""
-    hosts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
-    return max(1, len(os.sched_getaffinity(0)) // hosts.count(socket.gethostname()))
+    here = socket.gethostname()
+    return max(1, available_cores() // gathered(here).count(here))
 
 
 def resolve_dtype(config: LearnerConfig, device: torch.device) -> torch.dtype:

@@ -14,7 +14,6 @@ import asyncio
 import itertools
 import logging
 import math
-import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from actors.weight_transfer import EngineRef
 from pipeline.core.config import ClusterConfig, RolloutConfig
 from pipeline.core.policies import PolicySpec, Snapshot
 from retriever_service.backoff import Backoff
+from retriever_service.machine import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def engine_options(
         kv_cache_gib=rollout.kv_cache_gib,
         enforce_eager=rollout.enforce_eager or on_cpu,
         # Nodes are taken to be like the driver's.
-        num_threads=max(1, len(os.sched_getaffinity(0)) // engines_per_node) if on_cpu else None,
+        num_threads=max(1, available_cores() // engines_per_node) if on_cpu else None,
         weight_transport=placement.transport,
         start_timeout_s=cluster.start_timeout_s,
         request_timeout_s=rollout.timeout_s,

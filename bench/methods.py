@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from bench.runs import RunFailed, finished, spread
+from bench.runs import finished, spread
 
 Reports = Mapping[str, Sequence[Mapping[str, Any]]]
 """The reports of each method, one per seed."""
@@ -34,7 +34,7 @@ METHODS = {
 
 
 def main() -> int:
-    """Runs what is missing and prints the tables. Returns the exit code of the first run that fails, else 0."""
+    """Runs what is missing and prints the tables. Ends with the exit code of the first run that fails, else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,10 +54,7 @@ def main() -> int:
                 f"seed={seed}",
                 f"data.root={arguments.world}",
             ]
-            try:
-                made.append(finished(run, command))
-            except RunFailed as failure:
-                return failure.code
+            made.append(finished(run, command))
     print(test_table(reports))
     print()
     print(dev_table(reports))
@@ -69,18 +66,15 @@ def test_table(reports: Reports) -> str:
     seeds = [f"seed {report['seed']}" for report in next(iter(reports.values()))]
     lines = [f"| method | {' | '.join(seeds)} | mean (sd) |", f"|{'---|' * (len(seeds) + 2)}"]
     for name, runs in reports.items():
-        for label, at in (("start", start_of), ("best", best_of)):
-            tests = [at(run["test"]) for run in runs]
-            low_high = [test["em_interval"] for test in tests]
-            cells = [
-                f"{test['em']:.1f} ({low:.1f} to {high:.1f})"
-                for test, (low, high) in zip(tests, low_high, strict=True)
-            ]
-            lines.append(row(f"{name}: EM, {label}", cells, spread([test["em"] for test in tests])))
-        for label, at in (("start", start_of), ("best", best_of)):
-            recalls = [at(run["test"])["gold_recall"] for run in runs]
+        both = [start_and_best(run) for run in runs]
+        for label in ("start", "best"):
+            tests = [of_run[label] for of_run in both]
+            cells = ["{:.1f} ({:.1f} to {:.1f})".format(test["em"], *test["em_interval"]) for test in tests]
+            lines.append(row(f"{name}: EM, {label}", *cells, spread([test["em"] for test in tests])))
+        for label in ("start", "best"):
+            recalls = [of_run[label]["gold_recall"] for of_run in both]
             cells = [f"{recall:.1f}" for recall in recalls]
-            lines.append(row(f"{name}: gold recall, {label}", cells, spread(recalls)))
+            lines.append(row(f"{name}: gold recall, {label}", *cells, spread(recalls)))
     return "\n".join(lines)
 
 
@@ -94,28 +88,27 @@ def dev_table(reports: Reports) -> str:
             until = [run["iterations"][:t] for run in runs if len(run["iterations"]) >= t]
             tokens = mean(sum(map(generated_tokens, rows)) for rows in until)
             cells.append(f"{tokens:,.0f}; {mean(dev_em(rows[-1]) for rows in until):.1f}")
-        lines.append(row(str(t), cells))
+        lines.append(row(str(t), *cells))
     return "\n".join(lines)
 
 
-def row(*cells: str | Sequence[str]) -> str:
+def row(*cells: str) -> str:
     """One row of a table in Markdown."""
-    flat = [one for cell in cells for one in ([cell] if isinstance(cell, str) else cell)]
-    return f"| {' | '.join(flat)} |"
+    return f"| {' | '.join(cells)} |"
 
 
-def named(*names: str) -> Callable[[Mapping[str, Any]], Any]:
-    """What stands under the first of several keys that is there: ExSearch's report has names of its own."""
-    return lambda tree: next(tree[name] for name in names if name in tree)
+# ExSearch's report has names of its own.
 
 
-start_of = named("start", "warm_up")
-best_of = named("best")
+def start_and_best(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The tests of what the method started from, and of its best iteration."""
+    test = report["test"]
+    return {"start": test["start" if "start" in test else "warm_up"], "best": test["best"]}
 
 
 def generated_tokens(iteration: Mapping[str, Any]) -> int:
     """Tokens that one iteration generated for training."""
-    return int(named("sample", "train")(iteration)["generated_tokens"])
+    return int(iteration["sample" if "sample" in iteration else "train"]["generated_tokens"])
 
 
 def dev_em(iteration: Mapping[str, Any]) -> float:

@@ -11,21 +11,13 @@ from pathlib import Path
 from typing import Any
 
 
-class RunFailed(Exception):
-    """A run that ended with an exit code other than 0; it has said itself what is wrong."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"exit code {code}")
-        self.code = code
-
-
 def finished(run: Path, command: Sequence[str]) -> dict[str, Any]:
     """The report of a run that is made, or gone on with, by `exsearch COMMAND`, unless it is finished.
 
     The index of a finished run beside it is used again: runs that are compared search the same one.
 
     Raises:
-        RunFailed: the command failed.
+        SystemExit: the command failed, and has said why; the exit code is its own.
     """
     path = run / "report.json"
     if not (path.exists() and "best" in json.loads(path.read_text())["test"]):
@@ -35,7 +27,7 @@ def finished(run: Path, command: Sequence[str]) -> dict[str, Any]:
             [sys.executable, "-m", "pipeline.cli", *command, *shared], check=False
         ).returncode
         if code != 0:
-            raise RunFailed(code)
+            raise SystemExit(code)
     report: dict[str, Any] = json.loads(path.read_text())
     return report
 

@@ -34,7 +34,7 @@ SOCKET_PATH = 107
 _RAYS_SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
 _VLLMS_SOCKET = len("/00000000-0000-0000-0000-000000000000")
 _OPTIMISER_BYTES = 16
-"""Per trained parameter in a checkpoint: the weight and Adam's two moments and master copy, in float32."""
+"""Room for a checkpoint, per trained parameter: its 12 (weight and Adam's two moments, float32), and some to spare."""
 _TRAJECTORY_BYTES = 18
 """Per token of a trajectory and of its training example, before compression."""
 

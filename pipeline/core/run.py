@@ -119,7 +119,7 @@ class RunFiles:
 
     def finished(self, step: str) -> Json | None:
         """What a step left behind, or None if it is not finished."""
-        return _read_json(self.at(f"{step}.json"))
+        return read_json(self.at(f"{step}.json"))
 
     def trained(self) -> list[str]:
         """The policies that this run has trained."""
@@ -132,7 +132,7 @@ class RunFiles:
         return {
             str(path.relative_to(directory).with_suffix("")): result
             for path in paths
-            if not path.name.startswith("_") and (result := _read_json(path)) is not None
+            if not path.name.startswith("_") and (result := read_json(path)) is not None
         }
 
     def newest_version(self, policy: str, up_to: int | None = None) -> int:
@@ -154,7 +154,7 @@ class RunFiles:
             )
 
     def test_results(self) -> dict[str, Json]:
-        found = {path.stem: _read_json(path) for path in sorted((self.path / "test").glob("*.json"))}
+        found = {path.stem: read_json(path) for path in sorted((self.path / "test").glob("*.json"))}
         return {name: result for name, result in found.items() if result is not None}
 
 
@@ -193,7 +193,7 @@ class RunDirectory(RunFiles):
             UserError: the results of this run come from searches in another one.
         """
         path = self.path / "index.json"
-        before = (_read_json(path) or {}).get("fingerprint", fingerprint)
+        before = (read_json(path) or {}).get("fingerprint", fingerprint)
         if before != fingerprint and _has_results(self.path):
             raise UserError(
                 f"{self.path} holds a run that searched another index ({before}) than there is now ({fingerprint}); "
@@ -338,7 +338,8 @@ def is_worked_on(run: Path) -> bool | None:
     return False
 
 
-def _read_json(path: Path) -> Json | None:
+def read_json(path: Path) -> Json | None:
+    """What `write_json` wrote; None if there is no such file."""
     if not path.exists():
         return None
     value: Json = json.loads(path.read_text(encoding="utf-8"))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -15,10 +13,9 @@ from pipeline.core.config import EXSEARCH
 from pipeline.core.display import LOG_FILE, STARTED
 from pipeline.core.errors import UserError
 from pipeline.core.progress import PROGRESS_FILE
-from pipeline.core.run import Json, RunFiles, is_worked_on
+from pipeline.core.records import StopReason
+from pipeline.core.run import Json, RunFiles, is_worked_on, read_json
 
-INFRASTRUCTURE = ("retriever_unavailable", "engine_error")
-"""Ends of trajectories that say nothing of the model."""
 SHOWN_WARNINGS = 5
 
 
@@ -29,12 +26,12 @@ def run_status(path: Path) -> Json:
         UserError: no run directory, or one of an earlier version.
     """
     run = RunFiles(path)
-    config = _read(run.path / "config.yaml")
-    if config is None:
+    if not (stored := run.path / "config.yaml").exists():
         raise UserError(f"{path} is not a run directory: it has no config.yaml")
     run.check_layout()
+    config = yaml.safe_load(stored.read_text(encoding="utf-8"))
     settings = config.get("em" if config.get("recipe", EXSEARCH) == EXSEARCH else config["recipe"], {})
-    process = _read(run.path / PROGRESS_FILE) or {}
+    process = read_json(run.path / PROGRESS_FILE) or {}
     alive = is_worked_on(run.path)
     iterations = _iterations(run)
     finished = sum((run.iteration(number) / "DONE").exists() for number in iterations)
@@ -128,7 +125,8 @@ def _rates(iterations: dict[int, dict[str, Json]]) -> Json:
 def _failures(iterations: dict[int, dict[str, Json]]) -> Json:
     """Trajectories that were lost to infrastructure, and those that were excluded for any reason; of all samplings."""
     samplings = [step for steps in iterations.values() for step in steps.values() if "stop_reasons" in step]
-    counts = {name: sum(int(s["stop_reasons"].get(name, 0)) for s in samplings) for name in INFRASTRUCTURE}
+    lost = [reason.value for reason in StopReason if reason.is_infrastructure]
+    counts = {name: sum(int(s["stop_reasons"].get(name, 0)) for s in samplings) for name in lost}
     return counts | {"excluded": sum(int(s.get("excluded", 0)) for s in samplings)}
 
 
@@ -140,10 +138,3 @@ def _log(path: Path) -> tuple[int, list[str]]:
         told = [line.rstrip("\n") for line in lines if re.match(r"\S+ \S+ (INFO|WARNING|ERROR) ", line)]
     warnings = [line for line in told if line.split(" ", 3)[2] != "INFO"]
     return sum(line.endswith(STARTED) for line in told), warnings
-
-
-def _read(path: Path) -> Any:
-    if not path.exists():
-        return None
-    text = path.read_text(encoding="utf-8")
-    return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)

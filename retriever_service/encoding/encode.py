@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -34,7 +33,7 @@ from retriever_service.encoding.encode_workers import EncoderHere, EncoderProces
 from retriever_service.encoding.encoder import Encoder, EncoderSpec, LoadEncoder, TextEncoder
 from retriever_service.encoding.vectors import Contents, Job, StoreDtype, VectorStore
 from retriever_service.errors import RetrieverError
-from retriever_service.machine import available_memory
+from retriever_service.machine import available_cores, available_memory
 from retriever_service.passages.corpus import Passage
 
 __all__ = ["CPU_THREADS_PER_WORKER", "Progress", "encode_corpus"]
@@ -86,7 +85,7 @@ def encode_corpus(
     """
     if threads_per_worker is None and device == "cpu":
         threads_per_worker = CPU_THREADS_PER_WORKER
-    cores = len(os.sched_getaffinity(0)) if device == "cpu" else 1
+    cores = available_cores() if device == "cpu" else 1
     num_workers = max(1, cores // (threads_per_worker or 1)) if workers is None else workers
     if num_workers < 1 or (threads_per_worker is not None and threads_per_worker < 1):
         raise RetrieverError(

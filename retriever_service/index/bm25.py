@@ -39,6 +39,7 @@ import pyarrow as pa
 
 from retriever_service.errors import RetrieverError
 from retriever_service.files import check_disk, fsync, telling_of_room, write_json
+from retriever_service.machine import available_cores
 from retriever_service.passages.corpus import Passage, passage_text
 from retriever_service.passages.ranked import NO_ROW, NO_SCORE, Ranked
 
@@ -139,7 +140,7 @@ class Bm25:
         if len(scores["indptr"]) != len(terms) + 1 or scores["indptr"][-1] != len(scores["data"]):
             raise RetrieverError(f"{directory}: the files of this word index do not belong together; {mend}")
         index.unique_token_ids_set = range(len(terms))  # what bm25s takes query terms for known by
-        return cls(index, terms, num_threads or len(os.sched_getaffinity(0)))
+        return cls(index, terms, num_threads or available_cores())
 
     def first_search(self) -> None:
         """Compile whatever searches will need."""

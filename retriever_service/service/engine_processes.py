@@ -13,7 +13,6 @@ Guarantees:
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
+from retriever_service.machine import available_cores
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import DEFAULT_OPTIONS, Hit, SearchOptions, check_request
 from retriever_service.processes import OnProgress, WorkerDied, WorkerProcess
@@ -59,7 +59,7 @@ def engine_opener(
     """
     on_cpu = device == "cpu"
     if threads is None:
-        threads = len(os.sched_getaffinity(0))
+        threads = available_cores()
     if processes is None:
         processes = min(threads, _MOST_BY_DEFAULT) if on_cpu else 1
     if not 1 <= processes <= threads:

@@ -195,3 +195,25 @@ def train_and_export(
     report = learner.train(examples, loss, phase_seed=1)
     learner.export(path)
     return list(report.history)
+
+
+def values_and_gradients(
+    learner: Learner, examples: list[Example], losses: dict[str, Loss]
+) -> dict[str, tuple[float, Weights]]:
+    """Of one optimiser step over all examples; its learning rate is too small to move a weight."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found, step = {}, learner.engine.step
+    gradients: Weights = {}
+
+    def capture() -> None:
+        for name, parameter in learner.model.named_parameters():
+            gradients[name] = safe_get_full_grad(parameter).float().numpy().copy()
+        step()
+
+    learner.engine.step = capture
+    for name, loss in losses.items():
+        report = learner.train(examples, loss, phase_seed=0, learning_rate=1e-30, epochs=1)
+        assert report.steps == 1
+        found[name] = (report.history[0]["loss"], dict(gradients))
+    return found

@@ -32,8 +32,8 @@ from tests.actors.ranks import (
     make_examples,
     run_ranks,
     train,
+    values_and_gradients,
 )
-from tests.actors.test_losses_on_ranks import values_and_gradients
 
 pytestmark = pytest.mark.component
 

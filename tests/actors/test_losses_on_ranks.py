@@ -21,7 +21,16 @@ from pipeline.core.losses.loss import Loss
 from pipeline.core.losses.policy_gradient import ClippedRatio
 from pipeline.core.losses.preference import Cpo, Dpo, SimPo
 from pipeline.core.records import Example
-from tests.actors.ranks import CONFIG, LONGEST, VOCABULARY, Weights, build_model, make_examples, run_ranks
+from tests.actors.ranks import (
+    CONFIG,
+    LONGEST,
+    VOCABULARY,
+    Weights,
+    build_model,
+    make_examples,
+    run_ranks,
+    values_and_gradients,
+)
 
 pytestmark = pytest.mark.component
 
@@ -143,28 +152,6 @@ def plain(model: Path, formula: Any, examples: Sequence[Example]) -> tuple[float
     loss = formula(tables, list(examples))
     loss.backward()
     return loss.item(), {name: p.grad.numpy() for name, p in network.named_parameters()}
-
-
-def values_and_gradients(
-    learner: Learner, examples: list[Example], losses: dict[str, Loss]
-) -> dict[str, tuple[float, Weights]]:
-    """Of one optimiser step over all examples; its learning rate is too small to move a weight."""
-    from deepspeed.utils import safe_get_full_grad
-
-    found, step = {}, learner.engine.step
-    gradients: Weights = {}
-
-    def capture() -> None:
-        for name, parameter in learner.model.named_parameters():
-            gradients[name] = safe_get_full_grad(parameter).float().numpy().copy()
-        step()
-
-    learner.engine.step = capture
-    for name, loss in losses.items():
-        report = learner.train(examples, loss, phase_seed=0, learning_rate=1e-30, epochs=1)
-        assert report.steps == 1
-        found[name] = (report.history[0]["loss"], dict(gradients))
-    return found
 
 
 @pytest.fixture(scope="module")
