@@ -16,7 +16,7 @@ from pipeline.core.agents.program import Answering
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import EXSEARCH, AgentConfig, Config
-from pipeline.core.config_loading import load_config
+from pipeline.core.config.loading import load_config
 from pipeline.core.display import Display
 from pipeline.core.report import Outcome
 

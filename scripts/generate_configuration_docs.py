@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from pipeline.core.config import Config
-from pipeline.core.config_loading import load_config, section_of
+from pipeline.core.config.loading import load_config, section_of
 from pipeline.core.errors import UserError
 from pipeline.core.run import FREE_TO_CHANGE
 from pipeline.methods import names, settings_of
@@ -40,7 +40,7 @@ really used is in its `config.yaml`; `exsearch config` prints it without running
 [configs/](../configs). [formats.md](formats.md) describes the files that the `data` section names,
 [clusters.md](clusters.md) what the cluster settings mean.
 
-The page is made by `scripts/generate_configuration_docs.py`: change `pipeline/core/config.py` or the recipe
+The page is made by `scripts/generate_configuration_docs.py`: change `pipeline/core/config` or the recipe
 that a section is named after, not the page."""
 
 BROKEN_RULES: tuple[tuple[str, ...], ...] = (

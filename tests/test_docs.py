@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli import app
 from pipeline.core.config import Config
-from pipeline.core.config_loading import all_keys, load_config
+from pipeline.core.config.loading import all_keys, load_config
 from pipeline.core.evaluation import evaluate
 from pipeline.core.records import EXAMPLE_SCHEMA, TRAJECTORY_SCHEMA, Question, StopReason
 from pipeline.core.run import RunDirectory

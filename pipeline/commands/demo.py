@@ -13,7 +13,7 @@ from pathlib import Path
 from actors.session import count_devices, ray_session
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.config import Config
-from pipeline.core.config_loading import load_config
+from pipeline.core.config.loading import load_config
 from pipeline.core.data.world.writer import write_world
 from pipeline.core.display import Display
 from pipeline.core.run import Json

@@ -44,7 +44,7 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.core.config import EXSEARCH, Config, OnDisk
-from pipeline.core.config_loading import check_keys
+from pipeline.core.config.loading import check_keys
 from pipeline.core.errors import UserError
 from retriever_service import files
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from actors.retriever import open_retriever
-from pipeline.core.config_loading import load_config
+from pipeline.core.config.loading import load_config
 from pipeline.core.data.cold_start import synthesise
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError

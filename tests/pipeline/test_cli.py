@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core.config_loading import load_config
+from pipeline.core.config.loading import load_config
 from pipeline.core.records import trajectories_from_table
 from pipeline.core.run import RunDirectory
 from tests.pipeline.commands_support import COLD_START, TRAIN, passage, question

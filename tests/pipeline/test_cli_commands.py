@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pipeline.core.config import Config
-from pipeline.core.config_loading import load_config
+from pipeline.core.config.loading import load_config
 from pipeline.core.run import RunDirectory
 from pipeline.em_report import outcome_of
 from tests.pipeline.commands_support import ROOT, TRAIN

@@ -10,7 +10,7 @@ import yaml
 
 import pipeline.recipes
 from pipeline import methods
-from pipeline.core.config_loading import load_config
+from pipeline.core.config.loading import load_config
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.run import RunDirectory

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core.config_loading import load_config
+from pipeline.core.config.loading import load_config
 from pipeline.core.display import Display
 from pipeline.core.records import examples_from_table, trajectories_from_table
 from retriever_service.index.store import read_manifest

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.core.config import RetrieverConfig
-from pipeline.core.config_loading import load_config
+from pipeline.core.config.loading import load_config
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.retrieval import Servers, await_servers, corpus_paths, encoder_spec, prepare_index

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.core.config import Config
-from pipeline.core.config_loading import all_keys, load_config
+from pipeline.core.config.loading import all_keys, load_config
 from pipeline.core.errors import UserError
 from pipeline.core.run import (
     FREE_TO_CHANGE,

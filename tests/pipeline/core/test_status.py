@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pipeline.commands.status import in_words
 from pipeline.core import progress
-from pipeline.core.config_loading import load_config
+from pipeline.core.config.loading import load_config
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.run import Json, RunDirectory, is_worked_on

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import pytest
 
 from pipeline.core.config import Config
-from pipeline.core.config_loading import load_config
+from pipeline.core.config.loading import load_config
 from pipeline.core.data.cold_start import write_trajectories
 from pipeline.core.data.cold_start_source import ColdStartMaker
 from pipeline.core.data.questions import read_questions

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.core.config import Config
-from pipeline.core.config_loading import all_keys, load_config
+from pipeline.core.config.loading import all_keys, load_config
 from pipeline.core.errors import UserError
 
 

@@ -18,7 +18,7 @@ from pipeline.core.config import (
     Section,
     Tags,
 )
-from pipeline.core.config_loading import all_keys
+from pipeline.core.config.loading import all_keys
 from pipeline.methods import load
 
 
@@ -194,7 +194,7 @@ def test_every_key_of_the_configuration_has_its_own_name() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(Path(__file__).parents[3].glob("configs/*.yaml")), ids=lambda p: p.stem
+    "path", sorted(Path(__file__).parents[4].glob("configs/*.yaml")), ids=lambda p: p.stem
 )
 def test_shipped_configurations_are_valid(path: Path) -> None:
     assert load(path).em.iterations >= 1

