@@ -20,15 +20,16 @@ from actors.placement import Placement, plan_placement
 from actors.policy import Policy, Turns
 from actors.pool import EnginePool, engine_options, engines_per_node
 from actors.retrievers import Retrievers
-from actors.rollout import RolloutSummary
-from actors.sampling import OnDone, Phase, run_phase
-from actors.session import CPU_ENVIRONMENT, ClusterError, has_gpu_packages, resources_in_words, wait_for
-from actors.weighting import Destination, WeightingActor
+from actors.sampling import OnProgress, Phase, Work, run_phase
+from actors.session import CPU_ENVIRONMENT, ClusterError, has_gpu_packages, resources_in_words
+from actors.weighting import ShardSink
 from pipeline.core.agents.program import GREEDY, Program, Sampling, Task
 from pipeline.core.config import ClusterConfig, RetrieverConfig
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Episode
 from pipeline.core.retrieval import Searched
+from pipeline.core.shards import Counts, Shards
+from pipeline.core.weighing import Weigh
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.passages.hits import Hit
 
@@ -77,7 +78,7 @@ class Cluster:
         self._policies = {
             spec.name: self._new_policy(spec, start[spec.name], turns, status) for spec in policies
         }
-        self._weighting = WeightingActor.options(num_cpus=0).remote()
+        self._shard_sink = ShardSink(cluster.start_timeout_s)
         self._start_engines()
 
     def __enter__(self) -> Cluster:
@@ -91,7 +92,7 @@ class Cluster:
         for policy in self._policies.values():
             policy.close()
         self._retrievers.close()
-        ray.kill(self._weighting)
+        self._shard_sink.close()
         remove_placement_group(self._group)
 
     def policy(self, name: str) -> Policy:
@@ -103,73 +104,70 @@ class Cluster:
     def sample(
         self,
         program: Program[Any],
-        tasks: Sequence[Task],
+        shards: Shards,
+        weigh: Weigh[Any],
         roles: Mapping[str, Policy],
         *,
         samples: int,
         sampling: Sampling,
-        into: Destination,
-        on_done: OnDone = lambda summary: None,
+        on_progress: OnProgress = lambda done: None,
     ) -> SampleReport:
-        """Run `program` `samples` times on every task; write episodes and the examples made of them as shards.
+        """Run `program` `samples` times on every task whose shard is not complete; make the missing shards.
 
         Args:
+            shards: the tasks and where they go, on a file system that the weighting actor reaches; after `resume`.
+            weigh: makes the examples.
             roles: who plays each role of the program, at its current version. The program runs beside the first.
             sampling: its seed is that of the run and the phase.
-            into: directories on a file system that the weighting actor reaches.
+
+        Returns:
+            the report of all shards, those that were complete included.
 
         Raises:
-            ClusterError: workers died too often, or too many episodes failed.
-            RuntimeError: nothing can be trained on (see `into.weigh`).
+            ClusterError: workers or the weighting actor died too often, or too many episodes failed.
+            RuntimeError: nothing can be trained on (see `weigh`).
         """
-        wait_for([self._weighting.begin.remote(list(tasks), into)], 60, "the weighting actor")
+        to_do = shards.to_do()
+        work = Work(to_do, done=len(shards.tasks) - len(to_do), counts=shards.counts())
+        pools, sink = self._serving(roles), self._shard_sink
+        rollout = next(iter(pools.values())).rollout
 
-        async def weigh(episodes: Any) -> None:
-            await self._weighting.add.remote(episodes)
+        async def whole_phase() -> Mapping[str, Any]:
+            await sink.begin(shards, weigh, work, max_restarts=rollout.max_restarts)
+            phase = Phase(program, samples, sampling, rollout.max_failure_share)
+            await run_phase(phase, work, pools, sink, on_progress)
+            return await sink.finish()
 
-        summaries = self._run(program, tasks, roles, samples, sampling, weigh, on_done)
-        (statistics,) = wait_for([self._weighting.finish.remote()], 300, "the weighting actor")
-        return SampleReport(
-            trajectories=sum(s.episodes for s in summaries),
-            generated_tokens=sum(s.generated_tokens for s in summaries),
-            statistics=statistics,
-        )
+        statistics = asyncio.run(whole_phase())
+        return SampleReport(work.counts.episodes, work.counts.generated_tokens, statistics)
 
     def greedy(
         self,
         program: Program[Any],
         tasks: Sequence[Task],
         roles: Mapping[str, Policy],
-        on_done: OnDone = lambda summary: None,
+        on_progress: OnProgress = lambda done: None,
     ) -> list[Episode]:
         """One greedy episode per task, in the order of the tasks."""
         found: dict[str, Episode] = {}
 
-        async def keep(episodes: Any) -> None:
-            (episode,) = await episodes
-            found[episode.task_id] = episode
+        async def keep(task: Task, counts: Counts, episodes: Any) -> None:
+            (found[task.id],) = await episodes
 
-        self._run(program, tasks, roles, 1, GREEDY, keep, on_done)
+        pools = self._serving(roles)
+        phase = Phase(program, 1, GREEDY, next(iter(pools.values())).rollout.max_failure_share)
+        asyncio.run(run_phase(phase, Work(tasks), pools, keep, on_progress))
         return [found[task.id] for task in tasks]
 
-    def _run(
-        self,
-        program: Program[Any],
-        tasks: Sequence[Task],
-        roles: Mapping[str, Policy],
-        samples: int,
-        sampling: Sampling,
-        sink: Callable[[Any], Any],
-        on_done: OnDone,
-    ) -> list[RolloutSummary]:
+    @staticmethod
+    def _serving(roles: Mapping[str, Policy]) -> dict[str, EnginePool]:
+        """The engines of each role, which serve its policy's current version."""
         pools: dict[str, EnginePool] = {}
         for role, policy in roles.items():
             policy.push()
             assert policy.pool is not None  # push would have failed
             pools[role] = policy.pool
-        home = next(iter(pools.values()))
-        phase = Phase(program, tasks, samples, sampling, home.rollout.max_failure_share)
-        return asyncio.run(run_phase(phase, pools, sink, on_done))
+        return pools
 
     # ---------------------------------------------------------------- retrieval
 

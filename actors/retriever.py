@@ -4,7 +4,8 @@ actors or for HTTP servers.
 Guarantees:
 - those of `batching.BatchingSearcher`;
 - the client answers with hits or raises `RetrieverUnavailable` (nothing answered) or `RetrieverError` (a bad
-  request, index or encoder), each within a bounded time, whatever kind of replicas it has.
+  request, index or encoder, or an answer that makes no sense), each within a bounded time, whatever kind of replicas
+  it has.
 """
 
 from __future__ import annotations
@@ -109,6 +110,10 @@ class ActorReplica:
             # Nobody waits for it any more, so the replica need not search for it.
             ray.cancel(reference)
             raise
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, RetrieverError):
+                raise error.cause from error  # without the traceback that Ray puts in front
+            raise
         return results[0]
 
 
@@ -160,7 +165,8 @@ class RetrieverClient:
         """The best `k` passages, best first.
 
         Raises:
-            RetrieverError: the request itself, the index or the encoder is at fault; not tried again.
+            RetrieverError: the request itself, the index or the encoder is at fault, or the answer makes no sense; not
+                tried again.
             RetrieverUnavailable: no attempt succeeded.
         """
         failure: Exception | None = None

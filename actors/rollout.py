@@ -1,8 +1,8 @@
 """A rollout worker: one vLLM engine, many episodes at once.
 
 A request is one task with its K samples of a program. All episodes run as coroutines; none waits for another, and the
-engine batches whatever is in flight. What comes back for a task is two objects: a small `RolloutSummary` for the driver
-and the episodes themselves, which the driver passes on by reference only.
+engine batches whatever is in flight. What comes back for a task is two objects: small `Counts` for the driver and the
+episodes themselves, which the driver passes on by reference only.
 
 A program whose roles are several policies runs on a worker of one of them and reaches the others through their
 workers' `generate` and `token_logprobs`.
@@ -33,6 +33,7 @@ from pipeline.core.agents.program import (
 )
 from pipeline.core.models import load_tokenizer
 from pipeline.core.records import Episode, ScoreRequest
+from pipeline.core.shards import Counts
 
 T = TypeVar("T")
 
@@ -80,17 +81,6 @@ class RolloutRequest:
     peers: Mapping[str, Peer] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutSummary:
-    """What the driver needs to know of a finished request: counts, not contents."""
-
-    task_id: str
-    episodes: int
-    infrastructure_failures: int
-    generated_tokens: int
-    last_failure: str = ""
-
-
 class RolloutWorker:
     """The actor class; `actors.pool` gives it its resources. Await `start` before use.
 
@@ -126,7 +116,7 @@ class RolloutWorker:
         self.retriever = retriever
 
     @ray.method(num_returns=2)
-    async def rollout(self, request: RolloutRequest) -> tuple[RolloutSummary, list[Episode]]:
+    async def rollout(self, request: RolloutRequest) -> tuple[Counts, list[Episode]]:
         """All episodes of one task, in the order of their numbers.
 
         Raises:
@@ -135,15 +125,7 @@ class RolloutWorker:
         episodes = await asyncio.gather(
             *(self._episode(request, sample) for sample in range(request.samples))
         )
-        failures = [failure for episode in episodes if (failure := episode.failure) is not None]
-        summary = RolloutSummary(
-            task_id=request.task.id,
-            episodes=len(episodes),
-            infrastructure_failures=len(failures),
-            generated_tokens=sum(int(turn.loss_mask.sum()) for e in episodes for turn in e.turns),
-            last_failure=failures[-1].detail if failures else "",
-        )
-        return summary, list(episodes)
+        return Counts.of(episodes), list(episodes)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """One turn for a program that runs elsewhere."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +17,15 @@ from typing import Any
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors.pool import EnginePool
-from actors.rollout import PeerDied, RolloutRequest, RolloutSummary
+from actors.rollout import PeerDied, RolloutRequest
 from actors.session import ClusterError
 from pipeline.core.agents.program import Program, Sampling, Task
+from pipeline.core.shards import Counts
 
-OnDone = Callable[[RolloutSummary], None]
-Sink = Callable[[Any], Awaitable[None]]
-"""Takes the reference to a task's episodes; RayActorError means that the sink itself is gone."""
+OnProgress = Callable[[int], None]
+"""Told how many tasks are done, those of earlier processes included."""
+Sink = Callable[[Task, Counts, Any], Awaitable[None]]
+"""Takes a task, what was counted in its episodes, and the reference to them."""
 
 MIN_FOR_FAILURE_SHARE = 50
 """Episodes from which on the share of infrastructure failures can end a phase before all are sampled."""
@@ -31,7 +33,7 @@ MIN_FOR_FAILURE_SHARE = 50
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What is to be sampled.
+    """How tasks are sampled.
 
     Attributes:
         samples: episodes per task.
@@ -41,16 +43,56 @@ class Phase:
     """
 
     program: Program[Any]
-    tasks: Sequence[Task]
     samples: int
     sampling: Sampling
     max_failure_share: float
 
 
+class Work:
+    """The tasks of a phase: to do, in hand, done; and what was counted in those that are done, each once.
+
+    Args:
+        tasks: to do.
+        done, counts: of what was done before.
+    """
+
+    def __init__(self, tasks: Iterable[Task], *, done: int = 0, counts: Counts | None = None) -> None:
+        self._queue = deque(tasks)
+        self._in_hand = 0
+        self._news = asyncio.Event()
+        self.done, self.counts = done, counts or Counts()
+
+    async def take(self) -> Task | None:
+        """The next task; None when all are done. Waits while those in hand may still send others back."""
+        while not self._queue:
+            if not self._in_hand:
+                return None
+            self._news.clear()
+            await self._news.wait()
+        self._in_hand += 1
+        return self._queue.popleft()
+
+    def finish(self, counts: Counts) -> None:
+        """A task that was taken is done."""
+        self._in_hand -= 1
+        self.done += 1
+        self.counts += counts
+        if not self._in_hand:
+            self._news.set()
+
+    def again(self, lost: Sequence[tuple[Task, Counts]]) -> None:
+        """These were done, and are to do again."""
+        for task, counts in reversed(lost):
+            self._queue.appendleft(task)
+            self.done -= 1
+            self.counts -= counts
+        self._news.set()
+
+
 async def run_phase(
-    phase: Phase, pools: Mapping[str, EnginePool], sink: Sink, on_done: OnDone
-) -> list[RolloutSummary]:
-    """Serve all tasks; `sink` gets each one's episodes before `on_done` hears of it.
+    phase: Phase, work: Work, pools: Mapping[str, EnginePool], sink: Sink, on_progress: OnProgress
+) -> None:
+    """Serve all tasks; `sink` gets each one's episodes before it counts as done.
 
     Args:
         pools: the engines of each role. Programs run on the workers of the first.
@@ -61,17 +103,18 @@ async def run_phase(
     async with AsyncExitStack() as at_work:
         for pool in set(pools.values()):
             await at_work.enter_async_context(pool.at_work())
-        return await _Run(phase, pools, sink, on_done).to_the_end()
+        await _Run(phase, work, pools, sink, on_progress).to_the_end()
 
 
 class _Run:
-    def __init__(self, phase: Phase, pools: Mapping[str, EnginePool], sink: Sink, on_done: OnDone) -> None:
-        self.phase, self.pools, self.sink, self.on_done = phase, pools, sink, on_done
+    def __init__(
+        self, phase: Phase, work: Work, pools: Mapping[str, EnginePool], sink: Sink, on_progress: OnProgress
+    ) -> None:
+        self.phase, self.work, self.pools, self.sink = phase, work, pools, sink
+        self.on_progress = on_progress
         self.home = next(iter(pools.values()))
-        self.queue = deque(phase.tasks)
-        self.summaries: list[RolloutSummary] = []
 
-    async def to_the_end(self) -> list[RolloutSummary]:
+    async def to_the_end(self) -> None:
         slots = math.ceil(self.home.rollout.concurrency / self.phase.samples) + 1
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -81,23 +124,17 @@ class _Run:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
         self._check_failures()
-        return self.summaries
 
     async def _slot(self, number: int) -> None:
-        while self.queue:
-            task = self.queue.popleft()
-            while (summary := await self._serve(task, number)) is None:
+        while (task := await self.work.take()) is not None:
+            while (counts := await self._serve(task, number)) is None:
                 pass
-            self.summaries.append(summary)
+            self.work.finish(counts)
             self._check_failures(at_least=MIN_FOR_FAILURE_SHARE)
-            self.on_done(summary)
+            self.on_progress(self.work.done)
 
-    async def _serve(self, task: Task, slot: int) -> RolloutSummary | None:
-        """One task, sampled and in the sink; None where a worker was lost on the way, and nothing is in the sink.
-
-        Raises:
-            ClusterError: the sink died.
-        """
+    async def _serve(self, task: Task, slot: int) -> Counts | None:
+        """One task, sampled and in the sink; None where a worker was lost on the way, and nothing is in the sink."""
         worker = await self.home.worker_for(slot)
         peers = {role: await pool.worker_for(slot) for role, pool in self._others().items()}
         try:
@@ -108,13 +145,12 @@ class _Run:
             self.pools[died.role].lost(peers[died.role], str(died))
         return None
 
-    async def _sample(self, task: Task, worker: Any, peers: Mapping[str, Any]) -> RolloutSummary:
+    async def _sample(self, task: Task, worker: Any, peers: Mapping[str, Any]) -> Counts:
         """One task on these workers.
 
         Raises:
             RayActorError, ObjectLostError: the worker died, before or under the sink.
             PeerDied: that of another role did.
-            ClusterError: the sink died.
         """
         request = RolloutRequest(
             task=task,
@@ -124,33 +160,28 @@ class _Run:
             roles=tuple(role for role, pool in self.pools.items() if pool is self.home),
             peers={role: self.pools[role].peer(peer) for role, peer in peers.items()},
         )
-        summary_ref, episodes_ref = worker.rollout.remote(request)
+        counts_ref, episodes_ref = worker.rollout.remote(request)
         try:
-            summary: RolloutSummary = await summary_ref
+            counts: Counts = await counts_ref
         except RayTaskError as error:
             if isinstance(error.cause, PeerDied):
                 raise error.cause from error
             raise
         try:
-            await self.sink(episodes_ref)
+            await self.sink(task, counts, episodes_ref)
         except RayTaskError as error:
             if isinstance(error.cause, ObjectLostError):
                 raise error.cause from error
             raise
-        except RayActorError as error:
-            raise ClusterError(f"the weighting actor died: {error}") from error
-        return summary
+        return counts
 
     def _others(self) -> dict[str, EnginePool]:
         return {role: pool for role, pool in self.pools.items() if pool is not self.home}
 
     def _check_failures(self, at_least: int = 0) -> None:
-        total = sum(s.episodes for s in self.summaries)
-        failed = sum(s.infrastructure_failures for s in self.summaries)
-        allowed = self.phase.max_failure_share
-        if total >= at_least and failed > allowed * total:
-            last = next(s.last_failure for s in reversed(self.summaries) if s.last_failure)
+        counts, allowed = self.work.counts, self.phase.max_failure_share
+        if counts.episodes >= at_least and counts.exceed(allowed):
             raise ClusterError(
-                f"{failed} of {total} trajectories failed for reasons outside of the model, more than "
-                f"rollout.max_failure_share ({allowed:.0%}) allows; last: {last}"
+                f"{counts.infrastructure_failures} of {counts.episodes} trajectories failed for reasons outside of the "
+                f"model, more than rollout.max_failure_share ({allowed:.0%}) allows; last: {counts.last_failure}"
             )

@@ -1,65 +1,66 @@
-"""The weighting actor: a question's K trajectories in, K weighted examples out.
+"""The weighting actor: a question's K trajectories in, K weighted examples out; and the driver's end of it.
 
 It works while rollouts go on, and does arithmetic only: what the engines had to score came with the episodes. Shards
-are written as soon as all their tasks are in, the statistics of their tasks in a file beside them. What is in a shard
-depends only on the tasks, never on the order in which they finish.
+are written as soon as all their tasks are in. What is in a shard depends only on the tasks, never on the order in which
+they finish.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import asyncio
+import logging
+from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any, TypeVar
 
 import ray
+from ray.exceptions import RayActorError
 
+from actors.sampling import Work
+from actors.session import ClusterError
 from pipeline.core.agents.program import Task
-from pipeline.core.records import Episode, examples_to_table, trajectories_to_table
-from pipeline.core.run import write_json, write_table
+from pipeline.core.records import Episode
+from pipeline.core.shards import Counts, Shards
 from pipeline.core.weighing import Weigh, Weighted
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True)
-class Destination:
-    """Where the episodes of a phase and the examples made of them go.
+T = TypeVar("T")
 
-    Attributes:
-        rollouts: empty directory for the shards of trajectories and their statistics.
-        examples: an empty directory per output of `weigh`.
-        tasks_per_shard: a shard holds so many tasks, in the order of the tasks.
-        weigh: what makes examples of a task's episodes.
-    """
-
-    rollouts: Path
-    examples: dict[str, Path]
-    tasks_per_shard: int
-    weigh: Weigh[Any]
+FINISH_TIMEOUT_S = 300.0
 
 
 class Weighting:
     """The actor class."""
 
-    async def begin(self, tasks: Sequence[Task], destination: Destination) -> None:
-        """Start a phase over `tasks`.
+    async def begin(self, shards: Shards, weigh: Weigh[Any], complete: AbstractSet[int]) -> None:
+        """Start a phase, or go on with one.
+
+        Args:
+            weigh: what makes examples of a task's episodes.
+            complete: the shards that are complete already.
 
         Raises:
             ValueError: the directories are not those of the outputs.
         """
-        if set(destination.examples) != set(destination.weigh.outputs):
-            raise ValueError(f"{list(destination.examples)} are not {list(destination.weigh.outputs)}")
-        self._tasks = list(tasks)
-        self._order = {task.id: index for index, task in enumerate(tasks)}
-        self._to = destination
-        self._waiting: dict[int, tuple[Sequence[Episode], Weighted]] = {}
-        self._done = 0
+        if set(shards.examples) != set(weigh.outputs):
+            raise ValueError(f"{list(shards.examples)} are not {list(weigh.outputs)}")
+        self._shards, self._weigh, self._complete = shards, weigh, set(complete)
+        self._tasks = {task.id: task for task in shards.tasks}
+        self._waiting: dict[str, tuple[Sequence[Episode], Weighted]] = {}
 
-    async def add(self, episodes: Sequence[Episode]) -> None:
-        """One task's episodes. Either all of it is kept or, on failure, nothing."""
-        index = self._order[episodes[0].task_id]
-        self._waiting[index] = (episodes, self._to.weigh(self._tasks[index], episodes))
-        self._write_shard_if_complete(index // self._to.tasks_per_shard)
+    async def add(self, episodes: Sequence[Episode]) -> bool:
+        """One task's episodes. Either all of it is kept or, on failure, nothing.
+
+        Returns:
+            whether the shard of the task is complete now. Until then a task is lost if this actor dies.
+        """
+        task = self._tasks[episodes[0].task_id]
+        shard = self._shards.shard_of(task)
+        if shard not in self._complete:
+            self._waiting[task.id] = (episodes, self._weigh(task, episodes))
+            self._write_if_complete(shard)
+        return shard in self._complete
 
     async def finish(self) -> dict[str, Any]:
         """What `weigh` says of the whole phase.
@@ -67,34 +68,150 @@ class Weighting:
         Raises:
             RuntimeError: tasks are missing, or nothing can be trained on.
         """
-        missing = len(self._tasks) - self._done
+        missing = [n for n in range(len(self._shards)) if n not in self._complete]
         if missing:
+            number = sum(len(self._shards.members(shard)) for shard in missing)
             raise RuntimeError(
-                f"the phase is not complete: {missing} of {len(self._tasks)} tasks are missing"
+                f"the phase is not complete: {number} of {len(self._shards.tasks)} tasks are missing"
             )
-        rows = [
-            row
-            for path in sorted(self._to.rollouts.glob("_*.json"))
-            for row in json.loads(path.read_text(encoding="utf-8"))["tasks"]
-        ]
-        return dict(self._to.weigh.summarise(rows))
+        return dict(self._weigh.summarise(self._shards.statistics()))
 
-    def _write_shard_if_complete(self, shard: int) -> None:
-        first = shard * self._to.tasks_per_shard
-        members = range(first, min(first + self._to.tasks_per_shard, len(self._tasks)))
-        if not all(index in self._waiting for index in members):
+    def _write_if_complete(self, shard: int) -> None:
+        members = [task.id for task in self._shards.members(shard)]
+        if not all(member in self._waiting for member in members):
             return
-        done = [self._waiting.pop(index) for index in members]
-        name = f"{shard:06d}.parquet"
-        for output, directory in self._to.examples.items():
-            examples = (e for _, weighted in done for e in weighted.examples[output])
-            write_table(directory / name, examples_to_table(examples))
-        turns = (turn for episodes, _ in done for episode in episodes for turn in episode.turns)
-        write_table(self._to.rollouts / name, trajectories_to_table(turns))
-        statistics = {"tasks": [dict(weighted.statistics) for _, weighted in done]}
-        # Readers of Parquet directories pass over names that begin with an underscore.
-        write_json(self._to.rollouts / f"_{shard:06d}.json", statistics)
-        self._done += len(done)
+        self._shards.write(shard, [self._waiting[member] for member in members])
+        self._complete.add(shard)
+        for member in members:
+            del self._waiting[member]
 
 
 WeightingActor = ray.remote(Weighting)
+
+
+class ShardSink:
+    """The driver's end of the weighting actor: where the episodes of a phase go that become shards.
+
+    One actor serves all phases. If it dies another one takes its place: complete shards stay, and tasks of others are
+    queued again, so that each is counted once.
+
+    Args:
+        start_timeout_s: longest wait for an actor to begin a phase, in seconds (`cluster.start_timeout_s`).
+    """
+
+    def __init__(self, start_timeout_s: float) -> None:
+        self._start_timeout_s = start_timeout_s
+        self._actor = _new_actor()
+
+    def close(self) -> None:
+        """End the actor."""
+        ray.kill(self._actor)
+
+    async def begin(self, shards: Shards, weigh: Weigh[Any], work: Work, *, max_restarts: int) -> None:
+        """Start a phase; call from its event loop.
+
+        Args:
+            work: its tasks; what is lost goes back there.
+            max_restarts: so often the actor may die in this phase.
+
+        Raises:
+            ClusterError: it died too often, or did not begin in time.
+        """
+        self._shards, self._weigh, self._work = shards, weigh, work
+        self._deaths, self._max_restarts = 0, max_restarts
+        self._replacing = asyncio.Lock()
+        self._in_memory: dict[int, dict[str, tuple[Task, Counts]]] = {}
+        """By shard, the tasks that the actor has and the disk has not."""
+        actor = self._actor
+        try:
+            await self._begin(actor)
+        except RayActorError as error:
+            await self._replace(actor, error)
+
+    async def __call__(self, task: Task, counts: Counts, episodes: Any) -> None:
+        """Take the reference to a task's episodes.
+
+        Raises:
+            ClusterError: the actor died too often.
+            RayTaskError: the episodes are lost, or cannot be weighed.
+        """
+        while True:
+            actor, deaths = self._actor, self._deaths
+            try:
+                is_complete = await actor.add.remote(episodes)
+            except RayActorError as error:
+                await self._replace(actor, error)
+                continue
+            if deaths == self._deaths:
+                break
+            # Else the actor that took them has died since: they go to the next one.
+        shard = self._shards.shard_of(task)
+        if is_complete:
+            self._in_memory.pop(shard, None)
+        else:
+            self._in_memory.setdefault(shard, {})[task.id] = (task, counts)
+
+    async def finish(self) -> Mapping[str, Any]:
+        """What `weigh` says of the whole phase; see `Weighting.finish`.
+
+        Raises:
+            ClusterError: the actor died too often, or did not answer in time.
+        """
+        while True:
+            actor = self._actor
+            try:
+                return await _within(actor.finish.remote(), FINISH_TIMEOUT_S, "to sum up the phase")
+            except RayActorError as error:
+                await self._replace(actor, error)
+
+    async def _begin(self, actor: Any) -> None:
+        call = actor.begin.remote(self._shards, self._weigh, set(self._shards.complete))
+        await _within(call, self._start_timeout_s, "to begin (cluster.start_timeout_s)")
+
+    async def _replace(self, dead: Any, error: RayActorError) -> None:
+        """Put a new actor in the place of a dead one; once, whoever notices first."""
+        async with self._replacing:
+            while self._actor is dead:
+                self._deaths += 1
+                # Also where it is only out of reach: it must not write any more.
+                ray.kill(dead)
+                if self._deaths > self._max_restarts:
+                    raise ClusterError(
+                        f"the weighting actor died {self._deaths} times in one phase (rollout.max_restarts: "
+                        f"{self._max_restarts}); last: {error}"
+                    ) from error
+                await self._queue_lost(error)
+                new = _new_actor()
+                try:
+                    await self._begin(new)
+                except RayActorError as again:
+                    error = again
+                    ray.kill(new)
+                    continue
+                self._actor = new
+
+    async def _queue_lost(self, error: RayActorError) -> None:
+        await asyncio.to_thread(self._shards.resume)
+        lost = [
+            taken
+            for shard, members in self._in_memory.items()
+            if shard not in self._shards.complete
+            for taken in members.values()
+        ]
+        self._in_memory.clear()
+        self._work.again(lost)
+        logger.warning(
+            f"the weighting actor died and is replaced ({error}); {len(self._shards.complete)} of {len(self._shards)} "
+            f"shards are complete, {len(lost)} tasks of others are sampled again"
+        )
+
+
+def _new_actor() -> Any:
+    return WeightingActor.options(num_cpus=0).remote()
+
+
+async def _within(call: Awaitable[T], seconds: float, what: str) -> T:
+    try:
+        return await asyncio.wait_for(call, seconds)
+    except TimeoutError as error:
+        raise ClusterError(f"waited {seconds:.0f} s for the weighting actor {what}") from error

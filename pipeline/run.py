@@ -16,7 +16,6 @@ from typing import Any
 from actors.cluster import Cluster, plan
 from actors.policy import Policy
 from actors.session import actor_logs, ray_session
-from actors.weighting import Destination
 from pipeline.core.agents.program import Program, Sampling
 from pipeline.core.config import Config, Iterations
 from pipeline.core.data.splits import Splits
@@ -29,6 +28,7 @@ from pipeline.core.records import Example, Question, examples_to_table, trajecto
 from pipeline.core.report import scalars, should_stop, step_report
 from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
 from pipeline.core.run import Json, RunDirectory, RunFiles, write_json, write_table
+from pipeline.core.shards import Shards
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import Weigh
 from retriever_service.index.store import read_manifest
@@ -172,6 +172,8 @@ class Run:
     ) -> Json:
         """Step "t/sample": episodes of all training questions, and the examples made of them for each policy.
 
+        A step that was cut off keeps its complete shards; their questions are not sampled again.
+
         Args:
             roles: the version of each policy that plays a role of its own name.
             weigh: makes the examples; its outputs are names of policies.
@@ -180,22 +182,24 @@ class Run:
         """
 
         def work() -> Json:
-            questions = self.splits.train
-            into = Destination(
-                rollouts=self.fresh(f"{t}/rollouts"),
-                examples={name: self.fresh(f"{t}/{name}/examples") for name in weigh.outputs},
-                tasks_per_shard=self.config.rollout.questions_per_shard,
-                weigh=weigh,
+            shards = Shards(
+                self.splits.train,
+                self.at(f"{t}/rollouts"),
+                {name: self.at(f"{t}/{name}/examples") for name in weigh.outputs},
+                self.config.rollout.questions_per_shard,
             )
-            with self.display.progress(f"iteration {t}: sampling", len(questions), "questions") as advance:
+            shards.resume(self.config.rollout.max_failure_share)
+            total, done = len(shards.tasks), len(shards.tasks) - len(shards.to_do())
+            title = f"iteration {t}: sampling"
+            with self.display.progress(title, total, "questions", done=done) as advance:
                 report = self.cluster.sample(
                     program,
-                    questions,
+                    shards,
+                    weigh,
                     self._at(roles),
                     samples=samples,
                     sampling=sampling,
-                    into=into,
-                    on_done=lambda summary: advance(1),
+                    on_progress=lambda done: advance.to(done, total),
                 )
             counts = {"trajectories": report.trajectories, "generated_tokens": report.generated_tokens}
             return {**report.statistics, **counts}
@@ -321,7 +325,9 @@ class Run:
     ) -> Json:
         """The trajectories are kept beside the scores for whoever wants to read them."""
         with self.display.progress(title, len(questions), "questions") as advance:
-            episodes = self.cluster.greedy(program, questions, policies, on_done=lambda summary: advance(1))
+            episodes = self.cluster.greedy(
+                program, questions, policies, on_progress=lambda done: advance.to(done, len(questions))
+            )
         trajectories = [episode.turn(answers) for episode in episodes]
         write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))
         evaluation = self.config.evaluation

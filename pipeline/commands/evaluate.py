@@ -79,7 +79,7 @@ def evaluate_model(
                 agent.program,
                 questions,
                 {role: cluster.policy(role) for role in models},
-                on_done=lambda summary: advance(1),
+                on_progress=lambda done: advance.to(done, len(questions)),
             )
     trajectories = [episode.turn(agent.answers) for episode in episodes]
     found = {trajectory.question_id: trajectory for trajectory in trajectories}

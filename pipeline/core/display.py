@@ -67,8 +67,8 @@ class Display:
         self._progress_file: ProgressFile | None = None
 
     @contextmanager
-    def progress(self, description: str, total: int | None, unit: str) -> Iterator[Advance]:
-        """A bar while the block runs; afterwards one line with how long it took."""
+    def progress(self, description: str, total: int | None, unit: str, *, done: int = 0) -> Iterator[Advance]:
+        """A bar while the block runs, which begins at `done`; afterwards one line with how long it took."""
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -80,10 +80,10 @@ class Display:
         )
         start = time.perf_counter()
         with (
-            self._told(description, total, unit) as on_move,
+            self._told(description, total, unit, done) as on_move,
             Progress(*columns, console=self.console, transient=True) as progress,
         ):
-            yield Advance(progress, progress.add_task(description, total=total), on_move)
+            yield Advance(progress, progress.add_task(description, total=total, completed=done), on_move)
         self.line(f"{description}: {time.perf_counter() - start:.1f} s")
 
     @contextmanager
@@ -101,13 +101,13 @@ class Display:
 
     @contextmanager
     def _told(
-        self, description: str, total: int | None, unit: str | None
+        self, description: str, total: int | None, unit: str | None, done: int = 0
     ) -> Iterator[Callable[[float, float | None], None]]:
         """The phase in the run's progress file as well, if this is a run."""
         if self._progress_file is None:
             yield lambda done, total: None
             return
-        with self._progress_file.phase(description, total, unit):
+        with self._progress_file.phase(description, total, unit, done):
             yield self._progress_file.move
 
     def line(self, text: str) -> None:

@@ -43,9 +43,10 @@ class ProgressFile:
         self._write()
 
     @contextmanager
-    def phase(self, name: str, total: float | None, unit: str | None) -> Iterator[None]:
-        """A phase while the block runs; see `move`."""
-        self._phases.append({"name": name, "unit": unit, "done": 0, "total": total, "since": now()})
+    def phase(self, name: str, total: float | None, unit: str | None, begun_at: float = 0) -> Iterator[None]:
+        """A phase while the block runs; see `move`. So much of it was done before."""
+        phase = {"name": name, "unit": unit, "begun_at": begun_at, "done": begun_at, "total": total}
+        self._phases.append({**phase, "since": now()})
         self._write()
         try:
             yield

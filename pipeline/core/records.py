@@ -59,7 +59,7 @@ class Question:
 
 
 class StopReason(StrEnum):
-    """Why a trajectory ended. The first four are the model's own behaviour; the last two are not."""
+    """Why a trajectory ended. The first four are the model's own behaviour; the last three are not."""
 
     ANSWERED = "answered"
     """The model closed an answer by itself."""
@@ -71,13 +71,19 @@ class StopReason(StrEnum):
     """A turn did not follow the protocol; it was cut off."""
     RETRIEVER_UNAVAILABLE = "retriever_unavailable"
     """The retriever failed for good on one of the queries."""
+    RETRIEVER_BAD_ANSWER = "retriever_bad_answer"
+    """The retriever refused one of the queries, or answered it with what makes no sense."""
     ENGINE_ERROR = "engine_error"
     """The inference engine failed for good."""
 
     @property
     def is_infrastructure(self) -> bool:
         """True if the trajectory says nothing about the model: it is retried, then excluded, never weighted."""
-        return self in (StopReason.RETRIEVER_UNAVAILABLE, StopReason.ENGINE_ERROR)
+        return self in (
+            StopReason.RETRIEVER_UNAVAILABLE,
+            StopReason.RETRIEVER_BAD_ANSWER,
+            StopReason.ENGINE_ERROR,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@
       index/                   the retriever's index, unless `retriever.index` or `retriever.url` names one
       index.json               fingerprint of the index that is searched
       iterations/0000/         the cold start; 0001... the iterations
-        rollouts/              Parquet shards of trajectories, beside each its tasks' statistics (_000000.json)
+        rollouts/              Parquet shards of trajectories, beside each a side-car (_000000.json); see `core.shards`
         POLICY/                one folder per policy: `searcher` in ExSearch
           examples/            Parquet shards of training examples
           learner/             checkpoint of the learner (kept of the newest version only); without train.json it is
@@ -20,8 +20,8 @@
       report.json              one row per iteration
 
 A step ("3/searcher/train", "test/base") is finished exactly when its JSON file exists. A killed run that is started
-again by the same command skips finished steps and repeats the one that was cut off, with the same seeds; a training
-goes on behind its last checkpoint.
+again by the same command skips finished steps and repeats the one that was cut off, with the same seeds; a sampling
+keeps its complete shards, and a training goes on behind its last checkpoint.
 """
 
 from __future__ import annotations
@@ -263,7 +263,9 @@ def _is_empty(directory: Path) -> bool:
 
 
 def _has_results(run: Path) -> bool:
-    return any(run.glob("iterations/*/*.json")) or any(run.glob("test/*.json"))
+    """A complete shard of a phase that goes on is one as well."""
+    patterns = ("iterations/*/*.json", "iterations/*/rollouts/_*.json", "test/*.json")
+    return any(any(run.glob(pattern)) for pattern in patterns)
 
 
 def _is_in(key: str, sections: Sequence[str]) -> bool:

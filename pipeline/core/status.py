@@ -86,7 +86,8 @@ def _phase(process: Json, alive: bool | None) -> Json | None:
     until = datetime.now(UTC) if alive else datetime.fromisoformat(process["updated"])
     seconds = (until - datetime.fromisoformat(phase["since"])).total_seconds()
     done, total = phase["done"], phase["total"]
-    rate = done / seconds if done and seconds > 0 else None
+    here = done - phase.get("begun_at", 0)  # of this process, whose seconds these are
+    rate = here / seconds if here > 0 and seconds > 0 else None
     left = (total - done) / rate if alive and rate and total else None
     return {**phase, "seconds": seconds, "rate_per_s": rate, "seconds_left": left}
 

@@ -15,7 +15,7 @@ from pipeline.core.agents.search import SEARCHER
 from pipeline.core.config import AgentConfig, WeightingConfig
 from pipeline.core.evaluation import score_answer
 from pipeline.core.models import load_tokenizer
-from pipeline.core.records import Episode, Example, Question, Trajectory, count_stop_reasons
+from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory, count_stop_reasons
 from pipeline.core.renderer import Renderer
 from pipeline.core.weighting import Scored, best_answer, importance_weights, summarise
 
@@ -125,7 +125,7 @@ def summarise_scored(statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, An
         [np.array(row["weights"]) for row in with_weights],
     )
     too_long = sum(row["too_long_to_score"] for row in statistics)
-    infrastructure = stop_reasons["retriever_unavailable"] + stop_reasons["engine_error"]
+    infrastructure = sum(stop_reasons[reason] for reason in StopReason if reason.is_infrastructure)
     return asdict(summary) | {
         "excluded": infrastructure + too_long,
         "excluded_too_long_to_score": too_long,

@@ -15,6 +15,7 @@ retriever, which is not trained, finds for the question itself.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +44,10 @@ from pipeline.core.run import Json
 from pipeline.core.weighing import Weighted, best_gold, renderer_at, summarise_scored
 from pipeline.core.weighting import Scored, importance_weights
 from pipeline.run import Run, open_run
+from retriever_service.errors import RetrieverError
 from retriever_service.passages.hits import Hit
+
+logger = logging.getLogger(__name__)
 
 
 class Settings(Iterations):
@@ -170,17 +174,26 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
 def teach_formats(run: Run, settings: Settings, tokenizers: Mapping[str, str]) -> Json:
     """Examples of a random selection and of the gold answer behind it, one of each per training question.
 
-    No supervision but the answers: what to choose is left for the iterations to discover.
+    No supervision but the answers: what to choose is left for the iterations to discover. Questions whose search is
+    refused, or answered with what makes no sense, are skipped and counted.
     """
     agent = run.config.agent
     selector, generator = (renderer_at(tokenizers[name], agent) for name in (SELECTOR, GENERATOR))
     examples: dict[str, list[Example]] = {SELECTOR: [], GENERATOR: []}
 
-    async def candidates() -> list[Sequence[Hit]]:
-        questions = run.splits.train
-        return await asyncio.gather(*(run.cluster.retrieve(q.text, settings.candidates) for q in questions))
+    async def candidates(question: Question) -> Sequence[Hit] | None:
+        try:
+            return await run.cluster.retrieve(question.text, settings.candidates)
+        except RetrieverError as error:
+            logger.warning(f"question {question.id} teaches no formats: {error}")
+            return None
 
-    for question, hits in zip(run.splits.train, asyncio.run(candidates()), strict=True):
+    async def all_candidates() -> list[Sequence[Hit] | None]:
+        return await asyncio.gather(*map(candidates, run.splits.train))
+
+    for question, hits in zip(run.splits.train, asyncio.run(all_candidates()), strict=True):
+        if hits is None:
+            continue
         rng = np.random.default_rng(derive_seed(run.config.seed, "formats", question.id))
         order = rng.permutation(len(hits))[: settings.chosen]
         selection = selection_ids(agent, selector.tokenizer, order.tolist())
@@ -191,4 +204,5 @@ def teach_formats(run: Run, settings: Settings, tokenizers: Mapping[str, str]) -
         examples[GENERATOR].append(Example.supervised(question.id, GENERATOR, prompt, answer))
     for name, made in examples.items():
         run.write_examples(0, name, made)
-    return {"questions": len(run.splits.train)}
+    questions = len(examples[SELECTOR])
+    return {"questions": questions, "skipped": len(run.splits.train) - questions}

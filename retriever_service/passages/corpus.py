@@ -237,7 +237,21 @@ def _read_hub(source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def to_passage(record: Mapping[str, Any], where: str) -> Passage:
-    """The passage that one record of any dialect stands for."""
+    """The passage that one record of any dialect stands for.
+
+    Raises:
+        RetrieverError: it is none, or its id or its text is empty.
+    """
+    passage = read_passage(record, where)
+    if not passage.id:
+        raise RetrieverError(f"{where}: the id is empty")
+    if not passage.text.strip():
+        raise RetrieverError(f"{where}: passage {passage.id!r} has no text")
+    return passage
+
+
+def read_passage(record: Mapping[str, Any], where: str) -> Passage:
+    """As `to_passage`, but id and text may be empty."""
     id_ = _string(record, "_id" if "_id" in record and "id" not in record else "id", where)
     if "contents" in record and "text" not in record:
         title, newline, text = _string(record, "contents", where).partition("\n")
@@ -251,10 +265,6 @@ def to_passage(record: Mapping[str, Any], where: str) -> Passage:
     metadata = record.get("metadata") or {}
     if not isinstance(metadata, dict):
         raise RetrieverError(f"{where}: field 'metadata' must be an object, is {type(metadata).__name__}")
-    if not id_:
-        raise RetrieverError(f"{where}: the id is empty")
-    if not text.strip():
-        raise RetrieverError(f"{where}: passage {id_!r} has no text")
     return Passage(id=id_, title=title, text=text, metadata=metadata)
 
 

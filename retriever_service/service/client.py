@@ -15,14 +15,13 @@ import email.utils
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import httpx
 
 from retriever_service.backoff import Backoff
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
-from retriever_service.passages.corpus import Passage, to_passage
+from retriever_service.passages.corpus import Passage, read_passage
 from retriever_service.passages.hits import DEFAULT_OPTIONS, Hit, SearchOptions, check_request
 from retriever_service.service.wire import LEAST_DEADLINE_S
 
@@ -69,7 +68,8 @@ class RetrieverHttpClient:
     Args:
         url: of the server, without a path: "http://127.0.0.1:8000".
         dialect: `native` for our own server; `search-r1` for a server of that contract, which knows a query and
-            k only, and whose documents may have no ids: such a passage has an empty one.
+            k only, and whose documents may have no ids: such a passage has an empty one. A number for an id is taken
+            as its digits, and a document with a title but no text as it is.
         timeout_s: an attempt is given up after so many seconds. A blocking one may take longer by as much again
             while it connects, while it sends, and while it waits for the head of the reply: each has its own.
         max_attempts: attempts per search.
@@ -142,7 +142,7 @@ class RetrieverHttpClient:
         """The best `k` passages of each query, best first.
 
         Raises:
-            RetrieverError: the request is at fault, or the address is not that of such a server.
+            RetrieverError: the request is at fault, or the reply is not that of such a server.
             RetrieverUnavailable: no attempt succeeded.
         """
         body = self._body(queries, k, options)
@@ -274,7 +274,9 @@ class RetrieverHttpClient:
                 results = [[_native_hit(hit) for hit in result["hits"]] for result in reply["results"]]
             else:
                 results = [[self._document_hit(item) for item in result] for result in reply["result"]]
-        except (KeyError, TypeError, AttributeError) as error:
+        except RetrieverError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise self._strange(reply) from error
         if len(results) != num_queries:
             raise RetrieverError(
@@ -283,12 +285,17 @@ class RetrieverHttpClient:
         return results
 
     def _document_hit(self, item: dict[str, Any]) -> Hit:
+        """A document of a server that is not ours: it may have no id or a number for one, and a title alone."""
         document, where = item["document"], f"a passage from {self.url}"
-        if document.get("id", document.get("_id")) is None:
-            passage = replace(to_passage(document | {"id": "none"}, where), id="")
-        else:
-            passage = to_passage(document, where)
-        return Hit(passage, float(item["score"]))
+        id_ = document.get("id", document.get("_id"))
+        if id_ is None:
+            id_ = ""
+        elif isinstance(id_, int) and not isinstance(id_, bool):
+            id_ = str(id_)
+        passage = read_passage(document | {"id": id_}, where)
+        if not passage.title.strip() and not passage.text.strip():
+            raise RetrieverError(f"{where} has neither title nor text: {str(item)[:_SHOWN_CHARS]!r}")
+        return _checked(passage, item["score"])
 
     def _strange(self, reply: Any) -> RetrieverError:
         return RetrieverError(
@@ -306,7 +313,18 @@ def _is_address(url: str) -> bool:
 
 
 def _native_hit(hit: dict[str, Any]) -> Hit:
-    return Hit(Passage(hit["id"], hit["title"], hit["text"], hit["metadata"]), hit["score"])
+    return _checked(Passage(hit["id"], hit["title"], hit["text"], hit["metadata"]), hit["score"])
+
+
+def _checked(passage: Passage, score: Any) -> Hit:
+    """A hit of what a server said.
+
+    Raises:
+        TypeError, ValueError: not of the right types, or text that is not valid Unicode.
+    """
+    for text in (passage.id, passage.title, passage.text):
+        str.encode(text)
+    return Hit(passage, float(score))
 
 
 def _detail(response: httpx.Response) -> str:

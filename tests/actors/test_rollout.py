@@ -15,10 +15,11 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors import rollout
 from actors.engine import EngineOptions
-from actors.rollout import Peer, PeerDied, RemoteModel, RolloutRequest, RolloutSummary, RolloutWorker
+from actors.rollout import Peer, PeerDied, RemoteModel, RolloutRequest, RolloutWorker
 from pipeline.core.agents.program import GREEDY, Completion, EngineError, Model, Retrieve, Sampling
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.records import Episode, Question, ScoreRequest, StopReason
+from pipeline.core.shards import Counts
 
 TASK = Question("q", "Who?", ("Ada",))
 
@@ -113,8 +114,8 @@ def request(program: Scripted, samples: int = 1, **peers: Any) -> RolloutRequest
 @pytest.mark.parametrize(("failures", "failed"), [(1, 0), (2, 1)])
 def test_an_episode_that_the_infrastructure_ended_is_run_once_more(failures: int, failed: int) -> None:
     program = Scripted(failures)
-    summary, episodes = asyncio.run(worker(Engine()).rollout(request(program)))  # type: ignore[misc]
-    assert (program.runs, summary.infrastructure_failures) == (2, failed)
+    counts, episodes = asyncio.run(worker(Engine()).rollout(request(program)))  # type: ignore[misc]
+    assert (program.runs, counts.infrastructure_failures) == (2, failed)
     assert episodes[0].turns[0].policy_version == 4
 
 
@@ -143,11 +144,11 @@ def test_an_episode_that_is_run_again_is_the_same_episode() -> None:
 
 
 @pytest.mark.parametrize(("failures", "failed", "last"), [(0, 0, ""), (6, 3, "down")])
-def test_the_summary_counts_what_the_driver_is_told(failures: int, failed: int, last: str) -> None:
+def test_the_driver_is_told_counts(failures: int, failed: int, last: str) -> None:
     program = Scripted(failures)
-    summary, episodes = asyncio.run(worker(Engine()).rollout(request(program, samples=3)))  # type: ignore[misc]
+    counts, episodes = asyncio.run(worker(Engine()).rollout(request(program, samples=3)))  # type: ignore[misc]
     assert [episode.sample for episode in episodes] == [0, 1, 2]
-    assert summary == RolloutSummary("q", 3, failed, generated_tokens=6, last_failure=last)
+    assert counts == Counts(3, 6, failed, last)
 
 
 class Exited(BaseException):

@@ -20,15 +20,15 @@ from actors.engine import EngineOptions
 from actors.placement import PolicyPlacement
 from actors.policy import Policy, Turns
 from actors.pool import EnginePool
-from actors.rollout import RolloutSummary
-from actors.sampling import Phase, run_phase
+from actors.sampling import Phase, Work, run_phase
 from actors.weight_bucket import Bucket
 from actors.weight_transfer import EngineRef, PushReport, RayEngines, SharedMemorySender
-from pipeline.core.agents.program import Model, Retrieve, Sampling
+from pipeline.core.agents.program import Model, Retrieve, Sampling, Task
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.config import ClusterConfig, ModelConfig, RolloutConfig
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Episode, Question, ScoreRequest, StopReason
+from pipeline.core.shards import Counts
 from tests.actors.support import HfModel
 
 pytestmark = [pytest.mark.component, pytest.mark.chaos, pytest.mark.timeout(1200)]
@@ -122,21 +122,20 @@ class Supervised:
     def sample(self, disturb: Callable[[], object] = lambda: None) -> dict[str, list[list[int]]]:
         """Token ids of each task's samples; `disturb` happens when some tasks are done."""
         found: dict[str, list[list[int]]] = {}
-        done: list[str] = []
+        work = Work(TASKS)
 
-        async def keep(reference: Any) -> None:
+        async def keep(task: Task, counts: Counts, reference: Any) -> None:
             episodes = await reference
-            assert episodes[0].task_id not in found, "a task was counted twice"
-            found[episodes[0].task_id] = [e.turns[0].token_ids.tolist() for e in episodes]
+            assert task.id not in found, "a task was counted twice"
+            found[task.id] = [e.turns[0].token_ids.tolist() for e in episodes]
 
-        def on_done(summary: RolloutSummary) -> None:
-            done.append(summary.task_id)
-            if len(done) == 5:
+        def on_progress(done: int) -> None:
+            if done == 5:
                 disturb()
 
-        phase = Phase(Talk(), TASKS, 2, SAMPLING, max_failure_share=0.0)
-        asyncio.run(run_phase(phase, {"talker": self.pool}, keep, on_done))
-        assert len(done) == len(TASKS)
+        phase = Phase(Talk(), 2, SAMPLING, max_failure_share=0.0)
+        asyncio.run(run_phase(phase, work, {"talker": self.pool}, keep, on_progress))
+        assert work.done == len(TASKS)
         return found
 
     def mend(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from actors.weighting import Destination, Weighting
+from actors.weighting import Weighting
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.records import (
     Episode,
@@ -21,6 +21,7 @@ from pipeline.core.records import (
     examples_from_table,
     trajectories_from_table,
 )
+from pipeline.core.shards import Shards
 from pipeline.core.weighing import Weighted
 
 
@@ -66,13 +67,12 @@ class Phase:
         weigh: Halves | None = None,
     ) -> None:
         self.at, self.actor = at, actor or Weighting()
-        for name in ("rollouts", "first", "second"):
-            (at / name).mkdir(parents=True)
-        into = Destination(at / "rollouts", {n: at / n for n in Halves.outputs}, 2, weigh or Halves())
-        asyncio.run(self.actor.begin(tasks, into))
+        self.shards = Shards(tasks, at / "rollouts", {n: at / n for n in Halves.outputs}, 2)
+        self.shards.resume()
+        asyncio.run(self.actor.begin(self.shards, weigh or Halves(), set(self.shards.complete)))
 
-    def add(self, task: Question, **options: Any) -> None:
-        asyncio.run(self.actor.add(episodes(task, **options)))
+    def add(self, task: Question, **options: Any) -> bool:
+        return asyncio.run(self.actor.add(episodes(task, **options)))
 
     def finish(self) -> dict[str, Any]:
         return asyncio.run(self.actor.finish())
@@ -107,7 +107,9 @@ def test_what_is_written_can_be_read_again(tmp_path: Path) -> None:
     examples = examples_from_table(pq.read_table(tmp_path / "second"))
     assert [example.number("weight") for example in examples] == [0.0, 1.0]
     side_car = json.loads((tmp_path / "rollouts" / "_000000.json").read_text())
-    assert side_car == {"tasks": [{"id": "q0", "n": 2}]}
+    assert side_car["tasks"][0].pop("digest")
+    counts = {"episodes": 2, "generated_tokens": 0, "infrastructure_failures": 0, "last_failure": ""}
+    assert side_car == {"tasks": [{"id": "q0", **counts, "statistics": {"id": "q0", "n": 2}}]}
 
 
 def test_failed_episodes_are_kept_to_read(tmp_path: Path) -> None:
@@ -127,9 +129,24 @@ def test_a_shard_is_written_as_soon_as_its_last_task_is_in(tmp_path: Path) -> No
     tasks = questions(4)
     phase, seen = Phase(tmp_path, tasks), []
     for index in (3, 0, 1, 2):
-        phase.add(tasks[index])
-        seen.append(sorted(path.name for path in (tmp_path / "first").iterdir()))
-    assert seen == [[], [], ["000000.parquet"], ["000000.parquet", "000001.parquet"]]
+        is_complete = phase.add(tasks[index])
+        seen.append((is_complete, sorted(path.name for path in (tmp_path / "first").iterdir())))
+    one, two = ["000000.parquet"], ["000000.parquet", "000001.parquet"]
+    assert seen == [(False, []), (False, []), (True, one), (True, two)]
+
+
+def test_tasks_of_complete_shards_are_taken_and_change_nothing(tmp_path: Path) -> None:
+    tasks = questions(4)
+    before = Phase(tmp_path, tasks)
+    for task in tasks[:3]:
+        before.add(task)
+    written = before.files()
+    resumed = Phase(tmp_path, tasks)
+    assert set(resumed.shards.complete) == {0}
+    assert resumed.add(tasks[0], reason=StopReason.ANSWERED)
+    assert resumed.files() == written
+    assert [resumed.add(task) for task in tasks[2:]] == [False, True]
+    assert resumed.finish() == {"ids": [task.id for task in tasks], "n": 8}
 
 
 def test_nothing_of_an_earlier_phase_is_left_in_the_next(tmp_path: Path) -> None:
@@ -156,6 +173,6 @@ def test_a_task_that_fails_on_its_way_leaves_nothing_behind_and_can_come_again(t
 
 
 def test_directories_of_other_outputs_are_refused(tmp_path: Path) -> None:
-    into = Destination(tmp_path, {"first": tmp_path}, 2, Halves())
+    into = Shards(questions(1), tmp_path, {"first": tmp_path}, 2)
     with pytest.raises(ValueError, match=r"\['first'\] are not \['first', 'second'\]"):
-        asyncio.run(Weighting().begin(questions(1), into))
+        asyncio.run(Weighting().begin(into, Halves(), set()))

@@ -4,8 +4,8 @@ A *program* is a picklable async function of one task. It talks to *roles* (name
 it) and to the retriever, and gives back an `Episode`: one `Trajectory` per role turn, token-in and token-out. The
 search agent is one (`pipeline.core.agents.search_program`); docs/recipes.md writes another.
 
-What the infrastructure does comes to a program as `EngineError` or `RetrieverUnavailable`; it ends the turn with the
-stop reason of that name, and the worker runs the episode again.
+What the infrastructure does comes to a program as one of `INFRASTRUCTURE`; it ends the turn with the stop reason of
+that failure, and the worker runs the episode again.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from pipeline.core.config import RolloutConfig
 from pipeline.core.records import Episode, Question, StopReason
-from retriever_service.errors import RetrieverUnavailable
+from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.passages.hits import Hit
 
 
@@ -69,14 +69,16 @@ class EngineError(RuntimeError):
     """The inference engine could not serve a request."""
 
 
-INFRASTRUCTURE = (EngineError, RetrieverUnavailable)
+INFRASTRUCTURE = (EngineError, RetrieverUnavailable, RetrieverError)
 """What a program catches: the infrastructure failed, the models did nothing wrong."""
 
 
 def stop_reason_of(failure: Exception) -> StopReason:
     """How a turn ends that one of `INFRASTRUCTURE` ended."""
-    unavailable = isinstance(failure, RetrieverUnavailable)
-    return StopReason.RETRIEVER_UNAVAILABLE if unavailable else StopReason.ENGINE_ERROR
+    if isinstance(failure, RetrieverUnavailable):
+        return StopReason.RETRIEVER_UNAVAILABLE
+    bad_answer = isinstance(failure, RetrieverError)
+    return StopReason.RETRIEVER_BAD_ANSWER if bad_answer else StopReason.ENGINE_ERROR
 
 
 class Generator(Protocol):
@@ -109,7 +111,8 @@ class Model(Generator, Protocol):
 
 
 Retrieve = Callable[[str, int], Awaitable[Sequence[Hit]]]
-"""(query, k) -> the k best passages. Raises RetrieverUnavailable when it has given up."""
+"""(query, k) -> the k best passages. Raises RetrieverUnavailable when it has given up, RetrieverError when it refuses
+the query or its answer makes no sense."""
 
 
 class Task(Protocol):

@@ -100,7 +100,8 @@ async def synthesise(
         rewriter: rewrites sub-queries and evidence; `Unusable` skips a question, others end it all.
 
     Raises:
-        RuntimeError: the retriever could not be reached, all attempts included.
+        RuntimeError: the retriever could not be reached, all attempts included. A query that it refuses or answers with
+            what makes no sense costs its question only.
     """
     slots = asyncio.Semaphore(CONCURRENCY)
 
@@ -119,7 +120,9 @@ async def synthesise(
                 renderer, _Script(renderer, question, steps), retriever, max_length=max_length
             )
             trajectory = await agent.run(question, sampling=_GREEDY)
-        if trajectory.stop_reason.is_infrastructure:
+        if trajectory.stop_reason is StopReason.RETRIEVER_BAD_ANSWER:
+            logger.warning(f"the cold start skips question {question.id}: {trajectory.detail}")
+        elif trajectory.stop_reason.is_infrastructure:
             raise RuntimeError(f"the cold start of question {question.id} failed: {trajectory.detail}")
         if trajectory.stop_reason is not StopReason.ANSWERED:
             return f"agent stopped: {trajectory.stop_reason.value}", None

@@ -1,0 +1,261 @@
+"""A weighting actor that dies: it is replaced, complete shards count, and each task is counted once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from ray.exceptions import RayActorError
+
+from actors import weighting as module
+from actors.rollout import RolloutRequest
+from actors.sampling import Phase, Work, run_phase
+from actors.session import ClusterError
+from actors.weighting import ShardSink, Weighting
+from pipeline.core.agents.program import GREEDY, Completion
+from pipeline.core.agents.transcript import Transcript
+from pipeline.core.config import RolloutConfig
+from pipeline.core.records import Episode, Example, Question, StopReason
+from pipeline.core.shards import Counts, Shards
+from pipeline.core.weighing import Weighted
+
+TASKS = [Question(f"q{number}", "Who?", ("Ada",)) for number in range(12)]
+PER_SHARD = 3
+
+
+class Same:
+    """An example of every episode; the statistics are the task's id."""
+
+    outputs = ("searcher",)
+
+    def __call__(self, task: Question, episodes: Sequence[Episode]) -> Weighted:
+        examples = [Example.of(episode.turns[0], weight=1.0) for episode in episodes]
+        return Weighted({"searcher": examples}, {"id": task.id})
+
+    def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        return {"ids": [row["id"] for row in statistics]}
+
+
+def episodes_of(task: Question) -> list[Episode]:
+    transcript = Transcript()
+    transcript.append_model(Completion([5, 6], [-1.0, -1.0], "", None, "eos"))
+    turn = transcript.trajectory(
+        question_id=task.id, sample=0, role="searcher", policy_version=0, stop_reason=StopReason.ANSWERED
+    )
+    return [Episode(task.id, 0, (turn,))]
+
+
+class Worker:
+    """Gives every task one episode, which `put` makes a reference of."""
+
+    def __init__(self, put: Callable[[Any], Any]) -> None:
+        self.served: list[str] = []
+        self.put = put
+        self.rollout = SimpleNamespace(remote=self._rollout)
+
+    def _rollout(self, request: RolloutRequest) -> tuple[Any, Any]:
+        task: Any = request.task
+        self.served.append(task.id)
+        return self._counts(), self.put(episodes_of(task))
+
+    async def _counts(self) -> Counts:
+        await asyncio.sleep(0.001)
+        return Counts(1, 2)
+
+
+class Pool:
+    """An engine pool of one worker that never fails."""
+
+    size = 1
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.rollout = RolloutConfig(concurrency=4)
+
+    @asynccontextmanager
+    async def at_work(self) -> AsyncIterator[None]:
+        yield
+
+    async def worker_for(self, slot: int) -> Worker:
+        return self.worker
+
+
+def shards_at(at: Path) -> Shards:
+    shards = Shards(TASKS, at / "rollouts", {"searcher": at / "examples"}, PER_SHARD)
+    shards.resume()
+    return shards
+
+
+def sample(
+    at: Path,
+    sink: ShardSink,
+    worker: Worker,
+    disturb: Callable[[int], object] = lambda done: None,
+    max_restarts: int = 2,
+) -> tuple[Work, Mapping[str, Any]]:
+    """The whole phase; `disturb` is told how many tasks are done."""
+    shards, pool = shards_at(at), Pool(worker)
+    done = len(TASKS) - len(shards.to_do())
+    work = Work(shards.to_do(), done=done, counts=shards.counts())
+
+    async def phase() -> Mapping[str, Any]:
+        await sink.begin(shards, Same(), work, max_restarts=max_restarts)
+        await run_phase(Phase(None, 1, GREEDY, 0.0), work, {"searcher": pool}, sink, disturb)  # type: ignore[arg-type,dict-item]
+        return await sink.finish()
+
+    return work, asyncio.run(phase())
+
+
+def contents(at: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(at)): p.read_bytes() for p in at.rglob("*") if p.is_file()}
+
+
+def assert_is_whole(work: Work, statistics: Mapping[str, Any], at: Path) -> None:
+    assert statistics == {"ids": [task.id for task in TASKS]}
+    assert (work.done, work.counts) == (len(TASKS), Counts(len(TASKS), 2 * len(TASKS)))
+    rows = [
+        row for p in sorted((at / "rollouts").glob("_*.json")) for row in json.loads(p.read_text())["tasks"]
+    ]
+    assert [row["id"] for row in rows] == [task.id for task in TASKS]
+
+
+# ---------------------------------------------------------------- stand-ins for the actor
+
+
+class Mortal:
+    """A weighting actor's handle that dies at a call: before it does what it was asked, or right behind."""
+
+    def __init__(self, *, dies_at: int | None = None, after: bool = False, begins: bool = True) -> None:
+        self.actor, self.calls = Weighting(), 0
+        self.dies_at, self.after, self.begins, self.is_dead = dies_at, after, begins, False
+        for name in ("begin", "add", "finish"):
+            setattr(self, name, SimpleNamespace(remote=lambda *a, name=name: self._call(name, *a)))
+
+    async def _call(self, name: str, *arguments: Any) -> Any:
+        await asyncio.sleep(0)
+        if self.is_dead or (name == "begin" and not self.begins):
+            raise RayActorError()
+        self.calls += name != "begin"
+        dies = self.calls == self.dies_at
+        if dies and not self.after:
+            self.is_dead = True
+            raise RayActorError()
+        result = await getattr(self.actor, name)(*arguments)
+        if dies:
+            self.is_dead = True
+            raise RayActorError()
+        await asyncio.sleep(0)  # the answer travels, and may arrive behind the news of a death
+        return result
+
+
+@pytest.fixture
+def sink_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ShardSink]:
+    def made(*actors: Mortal) -> ShardSink:
+        spare = iter(actors)
+        monkeypatch.setattr(module, "_new_actor", lambda: next(spare))
+        monkeypatch.setattr(ray, "kill", lambda actor: setattr(actor, "is_dead", True))
+        return ShardSink(start_timeout_s=30)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    shards = shards_at(at := tmp_path_factory.mktemp("undisturbed"))
+    for number in range(len(shards)):
+        made = [(task, episodes_of(task)) for task in TASKS[number * PER_SHARD : (number + 1) * PER_SHARD]]
+        shards.write(number, [(episodes, Same()(task, episodes)) for task, episodes in made])
+    return contents(at)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the call", "behind the call"])
+@pytest.mark.parametrize("call", range(1, len(TASKS) + 2))
+def test_an_actor_that_dies_at_any_call_costs_incomplete_shards_only(
+    tmp_path: Path,
+    sink_of: Callable[..., ShardSink],
+    undisturbed: dict[str, bytes],
+    call: int,
+    after: bool,
+) -> None:
+    """The last call is the one that sums up."""
+    worker = Worker(lambda value: value)
+    work, statistics = sample(tmp_path, sink_of(Mortal(dies_at=call, after=after), Mortal()), worker)
+    assert_is_whole(work, statistics, tmp_path)
+    assert contents(tmp_path) == undisturbed
+    # At most what the shards in hand lack is sampled twice; what a slot still has is not.
+    assert len(worker.served) - len(TASKS) < 2 * PER_SHARD
+
+
+def test_an_actor_that_dies_too_often_ends_the_phase(
+    tmp_path: Path, sink_of: Callable[..., ShardSink]
+) -> None:
+    sink = sink_of(*(Mortal(dies_at=4) for _ in range(3)))
+    expected = r"the weighting actor died 3 times in one phase \(rollout\.max_restarts: 2\)"
+    with pytest.raises(ClusterError, match=expected):
+        sample(tmp_path, sink, Worker(lambda value: value))
+    # What was finished is kept, and the same command goes on.
+    kept = len(shards_at(tmp_path).complete)
+    worker = Worker(lambda value: value)
+    work, statistics = sample(tmp_path, sink_of(Mortal()), worker)
+    assert kept >= 1 and len(worker.served) == len(TASKS) - kept * PER_SHARD
+    assert_is_whole(work, statistics, tmp_path)
+
+
+def test_an_actor_that_died_between_two_phases_or_while_it_starts_is_replaced(
+    tmp_path: Path, sink_of: Callable[..., ShardSink]
+) -> None:
+    sink = sink_of(Mortal(begins=False), Mortal(begins=False), Mortal())
+    work, statistics = sample(tmp_path, sink, Worker(lambda value: value))
+    assert_is_whole(work, statistics, tmp_path)
+
+
+def test_deaths_are_counted_by_phase(tmp_path: Path, sink_of: Callable[..., ShardSink]) -> None:
+    sink = sink_of(Mortal(dies_at=4), Mortal(dies_at=len(TASKS) + 5), Mortal())
+    for phase in ("first", "second"):
+        work, statistics = sample(tmp_path / phase, sink, Worker(lambda value: value), max_restarts=1)
+        assert_is_whole(work, statistics, tmp_path / phase)
+
+
+# ---------------------------------------------------------------- a real one
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.component
+def test_a_real_actor_that_is_killed_is_replaced(
+    local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed: list[psutil.Process] = []
+
+    def kill_the_actor(done: int) -> None:
+        if done == 8 and not killed:
+            (actor,) = (p for p in psutil.Process().children(recursive=True) if "Weighting" in p.name())
+            actor.kill()
+            actor.wait(timeout=30)
+            killed.append(actor)
+
+    sink = ShardSink(start_timeout_s=120)
+    try:
+        undisturbed = sample(tmp_path / "undisturbed", sink, Worker(ray.put))
+        worker = Worker(ray.put)
+        work, statistics = sample(tmp_path / "killed", sink, worker, kill_the_actor)
+    finally:
+        sink.close()
+    assert statistics == undisturbed[1]
+    assert_is_whole(work, statistics, tmp_path / "killed")
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+    assert "the weighting actor died and is replaced" in caplog.text
+    assert len(worker.served) < len(TASKS) + 2 * PER_SHARD
