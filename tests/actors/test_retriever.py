@@ -72,6 +72,17 @@ def client(*replicas: FakeReplica, timeout_s: float = 30.0, max_attempts: int = 
 DEAD = ray.exceptions.ActorDiedError()
 
 
+def test_what_an_actor_refuses_comes_without_the_traceback_of_its_process() -> None:
+    refused = ray.exceptions.RayTaskError(
+        "search", "a long traceback", RetrieverError("k must be at least 1")
+    )
+    replica = FakeReplica(refused.as_instanceof_cause())
+    with pytest.raises(RetrieverError) as raised:
+        asyncio.run(client(replica).search("q", 1))
+    assert str(raised.value) == "k must be at least 1"
+    assert replica.calls == 1
+
+
 def test_client_spreads_searches_over_replicas() -> None:
     replicas = [FakeReplica() for _ in range(3)]
 

@@ -179,5 +179,6 @@ def test_stop_reasons_are_counted_with_zeros() -> None:
 def test_only_retriever_and_engine_failures_are_infrastructure() -> None:
     assert {reason for reason in StopReason if reason.is_infrastructure} == {
         StopReason.RETRIEVER_UNAVAILABLE,
+        StopReason.RETRIEVER_BAD_ANSWER,
         StopReason.ENGINE_ERROR,
     }

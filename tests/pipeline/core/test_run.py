@@ -270,6 +270,14 @@ def test_a_run_keeps_to_the_index_that_its_results_come_from(run: RunDirectory) 
     again.keep_to("mended before there was a result")
 
 
+def test_a_run_keeps_to_what_its_complete_shards_come_from(run: RunDirectory) -> None:
+    """Also before its first step is finished: the rest of the phase is to be of the same kind."""
+    run.keep_to("old")
+    write_json(run.fresh("1/rollouts") / "_000000.json", {"tasks": []})
+    with pytest.raises(UserError, match="another index"):
+        restarted(run).keep_to("new")
+
+
 # ---------------------------------------------------------------- phases
 
 

@@ -80,6 +80,18 @@ def test_a_run_at_work_tells_its_phase_and_the_innermost_one(run: RunDirectory, 
         assert [status(run)["phase"][key] for key in ("done", "total")] == [5, 10]
 
 
+def test_what_was_done_before_a_resumed_phase_is_shown_and_not_taken_for_its_speed(
+    run: RunDirectory, display: Display
+) -> None:
+    with display.follow(run.path), display.progress("sampling", 9000, "questions", done=8000) as advance:
+        phase = status(run)["phase"]
+        assert (phase["done"], phase["begun_at"], phase["rate_per_s"]) == (8000, 8000, None)
+        advance.to(8001, 9000)
+        phase = status(run)["phase"]
+        assert (phase["done"], phase["total"]) == (8001, 9000)
+        assert phase["rate_per_s"] is None or phase["rate_per_s"] == pytest.approx(1 / phase["seconds"])
+
+
 def test_how_a_run_ended_is_told(run: RunDirectory, display: Display) -> None:
     def end(how: BaseException | None) -> Json:
         try:
@@ -132,7 +144,8 @@ def test_steps_rates_failures_and_time_left_come_from_the_steps(run: RunDirector
     found = status(run)
     assert found["steps"] == {"1/sample": 10.0, "1/searcher/train": 20.0, "2/sample": 20.0}
     assert found["rates"] == {"generated_tokens_per_s": 50.0, "trained_tokens_per_s": 50.0}
-    assert found["failures"] == {"retriever_unavailable": 4, "engine_error": 2, "excluded": 6}
+    lost = {"retriever_unavailable": 4, "retriever_bad_answer": 0, "engine_error": 2}
+    assert found["failures"] == {**lost, "excluded": 6}
     # The second iteration has done 20 of 30 seconds, and the third is still to come.
     assert (found["iterations"], found["seconds_left"]) == ({"finished": 1, "of": 3}, 40.0)
 
@@ -162,5 +175,6 @@ def test_a_person_reads_it_in_lines(run: RunDirectory, words: str) -> None:
     assert "iterations: 1 of 3, about 0:0" in words
     assert "  1/sample: 0:01:40" in lines
     assert "generated tokens: 10/s" in lines
-    assert "trajectories lost: retriever_unavailable 2, engine_error 1, excluded 3" in lines
+    lost = "retriever_unavailable 2, retriever_bad_answer 0, engine_error 1, excluded 3"
+    assert f"trajectories lost: {lost}" in lines
     assert lines[-1] == "warnings: 0"

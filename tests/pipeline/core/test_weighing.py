@@ -125,6 +125,7 @@ def test_infrastructure_failures_are_excluded_and_counted(bench: Any) -> None:
             at.trajectory(sample=1, stop_reason=FAILED),
             at.trajectory(sample=2, stop_reason=DIED),
             at.trajectory(-2.0, -2.0, sample=3, stop_reason=StopReason.MALFORMED),
+            at.trajectory(sample=4, stop_reason=StopReason.RETRIEVER_BAD_ANSWER),
         ]
     )
     assert [(e.id, w) for e, w in zip(examples, weights(examples), strict=True)] == [
@@ -132,7 +133,8 @@ def test_infrastructure_failures_are_excluded_and_counted(bench: Any) -> None:
         ("q1/3", 0.5),
     ]
     report = summarise_scored([row])
-    assert (report["excluded"], report["excluded_too_long_to_score"]) == (2, 0)
+    assert (report["excluded"], report["excluded_too_long_to_score"]) == (3, 0)
+    assert report["stop_reasons"]["retriever_bad_answer"] == 1
     assert report["stop_reasons"]["retriever_unavailable"] == report["stop_reasons"]["engine_error"] == 1
 
 

@@ -73,7 +73,7 @@ def test_search_r1_hits_are_those_of_the_engine(server: ScriptedServer, search: 
 
 
 @both_ways
-@pytest.mark.parametrize("nameless", [{}, {"id": None}])
+@pytest.mark.parametrize("nameless", [{}, {"id": None}, {"id": ""}])
 def test_search_r1_documents_without_ids_have_empty_ones(
     server: ScriptedServer, search: Search, nameless: dict[str, Any]
 ) -> None:
@@ -107,6 +107,65 @@ def test_passage_of_any_form_is_understood(
     document = {"document": {"id": "1", "contents": contents}, "score": 0.5}
     server.script = [(200, {}, json.dumps({"result": [[document]]}).encode())]
     assert search(client(server, "search-r1"), ["q"], 1) == [[Hit(Passage("1", title, text), 0.5)]]
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("document", "passage"),
+    [
+        ({"id": 17, "contents": '"Lion"\nit roars'}, Passage("17", "Lion", "it roars")),
+        ({"_id": 0, "title": "Lion", "text": "it roars"}, Passage("0", "Lion", "it roars")),
+        ({"id": "a", "title": "Lion", "text": ""}, Passage("a", "Lion", "")),
+        ({"id": "a", "contents": '"Lion"\n '}, Passage("a", "Lion", " ")),
+    ],
+)
+def test_odd_but_clear_documents_of_other_servers_are_taken_as_they_are(
+    server: ScriptedServer, search: Search, document: dict[str, Any], passage: Passage
+) -> None:
+    reply = {"result": [[{"document": document, "score": 1}]]}
+    server.script = [(200, {}, json.dumps(reply).encode())]
+    assert search(client(server, "search-r1"), ["q"], 1) == [[Hit(passage, 1.0)]]
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("item", "told"),
+    [
+        ({"document": {"id": "a", "title": " ", "text": ""}, "score": 1.0}, "neither title nor text"),
+        ({"document": {"id": 1.5, "text": "x"}, "score": 1.0}, "'id' must be a string, is float"),
+        ({"document": {"id": True, "text": "x"}, "score": 1.0}, "'id' must be a string, is bool"),
+        ({"document": {"id": "a", "text": None}, "score": 1.0}, "'text' must be a string"),
+        ({"document": {"id": "a"}, "score": 1.0}, "no field 'text'"),
+        ({"document": {"id": "a", "text": "\ud800"}, "score": 1.0}, "does not answer as"),
+        ({"document": {"id": "a", "text": "x"}, "score": "high"}, "does not answer as"),
+        ({"document": {"id": "a", "text": "x"}, "score": None}, "does not answer as"),
+        ({"document": None, "score": 1.0}, "does not answer as"),
+        ({"document": {"id": "a", "text": "x"}}, "does not answer as"),
+    ],
+)
+def test_documents_that_make_no_sense_are_an_error(
+    server: ScriptedServer, search: Search, item: dict[str, Any], told: str
+) -> None:
+    server.script = [(200, {}, json.dumps({"result": [[item]]}).encode())]
+    with pytest.raises(RetrieverError, match=told):
+        search(client(server, "search-r1"), ["q"], 1)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    "hit",
+    [
+        {"id": 1, "title": "", "text": "x", "metadata": {}, "score": 1.0},
+        {"id": "a", "title": None, "text": "x", "metadata": {}, "score": 1.0},
+        {"id": "a", "title": "", "text": "x", "metadata": {}, "score": "high"},
+    ],
+)
+def test_native_hits_of_other_types_are_an_error(
+    server: ScriptedServer, search: Search, hit: dict[str, Any]
+) -> None:
+    server.script = [(200, {}, json.dumps({"results": [{"hits": [hit]}]}).encode())]
+    with pytest.raises(RetrieverError, match="does not answer as a native server does"):
+        search(client(server), ["q"], 1)
 
 
 @both_ways

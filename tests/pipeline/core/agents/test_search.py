@@ -17,7 +17,7 @@ from pipeline.core.agents.search import Event, SearchAgent
 from pipeline.core.config import AgentConfig
 from pipeline.core.records import Question, StopReason, Trajectory
 from pipeline.core.renderer import Renderer
-from retriever_service.errors import RetrieverUnavailable
+from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
@@ -262,6 +262,15 @@ def test_a_retriever_that_has_given_up_ends_the_trajectory_without_an_answer(tok
     assert trajectory.stop_reason.is_infrastructure
     assert "no replica answered" in trajectory.detail
     assert trajectory.answer_start == len(trajectory.token_ids)
+    check_layout(tokenizer, trajectory, engine)
+
+
+def test_an_answer_of_the_retriever_that_makes_no_sense_costs_the_trajectory(tokenizer: Any) -> None:
+    odd = RecordingRetriever(RetrieverError("a passage has neither title nor text"))
+    trajectory, engine, _ = run(tokenizer, [THINK], retriever=odd)
+    assert trajectory.stop_reason is StopReason.RETRIEVER_BAD_ANSWER
+    assert trajectory.stop_reason.is_infrastructure
+    assert trajectory.detail == "a passage has neither title nor text"
     check_layout(tokenizer, trajectory, engine)
 
 

@@ -21,7 +21,7 @@ from pipeline.core.agents.selection import (
 )
 from pipeline.core.config import AgentConfig
 from pipeline.core.records import Episode, Question, StopReason
-from retriever_service.errors import RetrieverUnavailable
+from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
@@ -105,14 +105,21 @@ def test_in_place_of_writing_the_gold_answers_are_scored(make: Any) -> None:
 
 
 def test_failures_of_the_infrastructure_end_the_episode_with_their_name(make: Any) -> None:
-    async def unavailable(query: str, k: int) -> list[Hit]:
-        raise RetrieverUnavailable("no answer")
+    def failing(error: Exception) -> Any:
+        async def find(query: str, k: int) -> list[Hit]:
+            raise error
+
+        return find
 
     good = make(" [3] > [1] </record>")
     engine = run(good, make("", fails=True)).failure
-    retriever = run(good, make(""), find=unavailable).failure
     assert engine is not None and engine.stop_reason is StopReason.ENGINE_ERROR
-    assert retriever is not None and retriever.stop_reason is StopReason.RETRIEVER_UNAVAILABLE
+    for error, reason in (
+        (RetrieverUnavailable("no answer"), StopReason.RETRIEVER_UNAVAILABLE),
+        (RetrieverError("an odd answer"), StopReason.RETRIEVER_BAD_ANSWER),
+    ):
+        retriever = run(good, make(""), find=failing(error)).failure
+        assert retriever is not None and retriever.stop_reason is reason
 
 
 @given(st.permutations(range(4)))

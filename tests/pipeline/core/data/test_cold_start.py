@@ -27,7 +27,7 @@ from pipeline.core.data.supervision import GoldStep, Unusable, best_sentence, go
 from pipeline.core.errors import UserError
 from pipeline.core.records import Hop, Question, StopReason
 from pipeline.core.renderer import Renderer
-from retriever_service.errors import RetrieverUnavailable
+from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
@@ -184,6 +184,21 @@ def test_a_retriever_that_fails_ends_the_synthesis(tokenizer: Any) -> None:
 
     with pytest.raises(RuntimeError, match=r"question .* failed: down"):
         synthesised(tokenizer, QUESTION, retrieve=unavailable)
+
+
+def test_an_answer_that_makes_no_sense_costs_its_question(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def odd(query: str, k: int) -> list[Hit]:
+        if query == HOPS[0].question:
+            raise RetrieverError("a passage has neither title nor text")
+        return await by_overlap(query, k)
+
+    other = Question("q2", "Who?", ("Mara Velin",), supporting_ids=("orvane",), decomposition=HOPS[1:])
+    result, _ = synthesised(tokenizer, QUESTION, other, retrieve=odd)
+    assert [t.question_id for t in result.trajectories] == ["q2"]
+    assert result.skipped == {"agent stopped: retriever_bad_answer": 1}
+    assert "skips question q1: a passage has neither title nor text" in caplog.text
 
 
 def test_cold_start_examples_weigh_one_and_end_with_the_gold_answer(tokenizer: Any) -> None:
