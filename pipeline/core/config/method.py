@@ -42,8 +42,8 @@ class RolloutConfig(Section):
     timeout_s: float = Field(600.0, gt=0)
     """Deadline of one model turn, in seconds."""
     max_restarts: int = Field(2, ge=0)
-    """How often workers of a policy may die, hang or fail to start in one phase and are replaced. After that the phase
-    goes on without those that fail."""
+    """How often workers of a policy may die, hang or fail to start in one phase and are replaced; then it goes on
+    without those that fail. So often the weighting actor may die too; then the run stops."""
     min_workers: int = Field(1, ge=1)
     """With fewer, and none that can be replaced, the run stops. Lost ones are tried again in the next phase."""
     max_failure_share: float = Field(0.02, ge=0, le=1)
