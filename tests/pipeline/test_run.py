@@ -11,15 +11,17 @@ from typing import Any, cast
 
 import pytest
 
-from actors.cluster import Cluster
-from pipeline.core.config import Config, LearnerConfig, TrackingConfig
+from actors.cluster import Cluster, SampleReport
+from pipeline.core.config import Config, LearnerConfig, RolloutConfig, TrackingConfig
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Question
 from pipeline.core.run import Json, RunDirectory, write_json
+from pipeline.core.shards import Shards
 from pipeline.core.tracking import Tracker
+from pipeline.core.weighing import Weighted
 from pipeline.run import Run
 
 NAMES = ("selector", "generator")
@@ -56,12 +58,14 @@ class StandInPolicy:
 
 
 @contextmanager
-def opened(path: Path, test: Sequence[Question] = ()) -> Iterator[Run]:
+def opened(
+    path: Path, test: Sequence[Question] = (), train: Sequence[Question] = (), **rollout: Any
+) -> Iterator[Run]:
     """The run as one start of its command sees it."""
-    config = Config(tracking=TrackingConfig(tensorboard=False))
+    config = Config(tracking=TrackingConfig(tensorboard=False), rollout=RolloutConfig(**rollout))
     specs = [PolicySpec(name, config.model, learner=LearnerConfig()) for name in NAMES]
     with RunDirectory(path, config) as files, Tracker(path, config.tracking, "run") as tracker:
-        run = Run(config, files, Splits([], [], list(test)), path, tracker, Display(), specs)
+        run = Run(config, files, Splits(list(train), [], list(test)), path, tracker, Display(), specs)
         policies = {name: StandInPolicy() for name in NAMES}
         run.cluster = cast(Cluster, SimpleNamespace(policy=policies.__getitem__, policies=policies))
         yield run
@@ -127,6 +131,35 @@ def test_no_figures_are_missing_after_a_kill_behind_the_result(
             train_once(tmp_path)
     train_once(tmp_path)
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2, None]
+
+
+def test_a_sampling_that_was_cut_off_goes_on_behind_its_complete_shards(tmp_path: Path) -> None:
+    questions = [Question(f"q{number}", "Who?", ("A",)) for number in range(5)]
+    weigh, sampling = cast(Any, SimpleNamespace(outputs=["selector"])), cast(Any, None)
+    seen: list[list[str]] = []
+
+    def sample(run: Run, numbers: Sequence[int], then: Callable[[], SampleReport]) -> Json:
+        """A cluster that makes these shards."""
+
+        def on_cluster(program: Any, shards: Shards, *_: object, **__: object) -> SampleReport:
+            seen.append([task.id for task in shards.to_do()])
+            for number in numbers:
+                episodes = [
+                    (list[Any](), Weighted({"selector": []}, {"id": t.id})) for t in shards.members(number)
+                ]
+                shards.write(number, episodes)
+            return then()
+
+        cast(Any, run.cluster).sample = on_cluster
+        return run.sample(1, cast(Any, None), {}, weigh, samples=1, sampling=sampling)
+
+    with opened(tmp_path, train=questions, questions_per_shard=2) as run, pytest.raises(Killed):
+        sample(run, [1], kill)
+    with opened(tmp_path, train=questions, questions_per_shard=2) as run:
+        result = sample(run, [0, 2], lambda: SampleReport(5, 50, {"bound": -1.0}))
+        assert [shard.name for shard in run.shards(1, "selector")] == [f"00000{n}.parquet" for n in range(3)]
+    assert seen == [["q0", "q1", "q2", "q3", "q4"], ["q0", "q1", "q4"]]
+    assert (result["trajectories"], result["generated_tokens"], result["bound"]) == (5, 50, -1.0)
 
 
 def test_training_starts_from_the_version_before_on_the_shards_of_the_iteration(tmp_path: Path) -> None:
