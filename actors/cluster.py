@@ -78,7 +78,7 @@ class Cluster:
         self._policies = {
             spec.name: self._new_policy(spec, start[spec.name], turns, status) for spec in policies
         }
-        self._shard_sink = ShardSink(cluster.start_timeout_s)
+        self._shard_sink = ShardSink(cluster)
         self._start_engines()
 
     def __enter__(self) -> Cluster:
@@ -133,10 +133,13 @@ class Cluster:
         rollout = next(iter(pools.values())).rollout
 
         async def whole_phase() -> Mapping[str, Any]:
-            await sink.begin(shards, weigh, work, max_restarts=rollout.max_restarts)
             phase = Phase(program, samples, sampling, rollout.max_failure_share)
-            await run_phase(phase, work, pools, sink, on_progress)
-            return await sink.finish()
+            async with (
+                self._retrievers.at_work(),
+                sink.at_work(shards, weigh, work, max_restarts=rollout.max_restarts),
+            ):
+                await run_phase(phase, work, pools, sink, on_progress)
+                return await sink.finish()
 
         statistics = asyncio.run(whole_phase())
         return SampleReport(work.counts.episodes, work.counts.generated_tokens, statistics)
@@ -156,7 +159,12 @@ class Cluster:
 
         pools = self._serving(roles)
         phase = Phase(program, 1, GREEDY, next(iter(pools.values())).rollout.max_failure_share)
-        asyncio.run(run_phase(phase, Work(tasks), pools, keep, on_progress))
+
+        async def whole_phase() -> None:
+            async with self._retrievers.at_work():
+                await run_phase(phase, Work(tasks), pools, keep, on_progress)
+
+        asyncio.run(whole_phase())
         return [found[task.id] for task in tasks]
 
     @staticmethod

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 MAX_RESTARTS = 2
-"""Times that a dead group is started again in one M-step, save, export or push."""
+"""Times in a row that a dead group is started again without an optimiser step further in between."""
 COLLECTIVE_TIMEOUT_S = 3600.0
 """Longest wait for all ranks to save, load or export, in seconds."""
 POLL_S = 0.5
@@ -86,6 +86,7 @@ class LearnerGroup:
         self._phase: _Phase | None = None  # trained, or being trained, and not saved
         self.ranks: list[Any] = []
         self._holds_state = False  # the ranks have gone to where the group was
+        self._step = -1.0  # that the ranks were seen to have done of their phase
         self._start()
 
     def train(
@@ -105,7 +106,7 @@ class LearnerGroup:
             checkpoints: where it is saved from time to time; what is there of this very phase is gone on from.
 
         Raises:
-            LearnerError: ranks died more than `MAX_RESTARTS` times.
+            LearnerError: ranks died too often without getting further in between.
             UserError: more steps than may be skipped have a gradient that is not finite.
         """
         settings = {"phase_seed": phase_seed, "learning_rate": learning_rate, "epochs": epochs}
@@ -152,9 +153,10 @@ class LearnerGroup:
         """`work` on ranks that hold what they should; again on new ones when some die or stall.
 
         Raises:
-            LearnerError: that happened more than `MAX_RESTARTS` times.
+            LearnerError: that happened more than `MAX_RESTARTS` times in a row without an optimiser step further.
         """
-        for attempt in range(MAX_RESTARTS + 1):
+        deaths, furthest = 0, -1.0
+        while True:
             try:
                 if not self.ranks:
                     self._start()
@@ -165,14 +167,15 @@ class LearnerGroup:
                 self.close()
                 if isinstance(error, RayActorError) and error.actor_init_failed:
                     raise  # it would fail again
-                if attempt == MAX_RESTARTS:
+                deaths = deaths + 1 if self._step <= furthest else 1
+                furthest = max(furthest, self._step)
+                if deaths > MAX_RESTARTS:
                     raise LearnerError(
-                        f"learner ranks died {attempt + 1} times in one {what}; last: {error}"
+                        f"learner ranks died {deaths} times in {what} without getting further; last: {error}"
                     ) from error
                 logger.warning(
                     f"a learner rank died in {what}; all start again from the last checkpoint: {error}"
                 )
-        raise AssertionError("unreachable")
 
     def _catch_up(self) -> None:
         """Bring ranks that have just been started to where those before them were."""
@@ -284,7 +287,8 @@ class LearnerGroup:
             if ray.wait([sign], timeout=0)[0]:
                 state = ray.get(sign)
                 if state["step"] != step:
-                    step, moved = state["step"], now
+                    self._step = step = state["step"]
+                    moved = now
                 on_progress(step, state["num_steps"] or 1)
                 sign = self.ranks[0].progress.remote()
             if pending and timeout_s is not None and now - began > timeout_s:

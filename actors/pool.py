@@ -20,9 +20,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
 
+from actors import heartbeat
 from actors.engine import EngineOptions
+from actors.heartbeat import Silent, in_words
 from actors.placement import PolicyPlacement
 from actors.retriever import RetrieverClient
 from actors.rollout import Peer, RolloutActor
@@ -261,7 +263,7 @@ class EnginePool:
             try:
                 ray.get(call)
             except RayError as error:
-                self.lost(worker, f"{method} failed: {_in_words(error)}")
+                self.lost(worker, f"{method} failed: {in_words(error)}")
 
     async def _watch(self, seat: _Seat) -> None:
         """Lose whoever sits there and does not answer a ping within `cluster.heartbeat_timeout_s`."""
@@ -271,18 +273,10 @@ class EnginePool:
             worker = seat.worker
             if worker is None:
                 continue
-            # Not wait_for: where this loop itself was held up, an answer that is there counts, however late.
-            ping = asyncio.ensure_future(worker.ping.remote())
             try:
-                answered, _ = await asyncio.wait([ping], timeout=limit)
-            finally:
-                ping.cancel()
-            if not answered:
-                self.lost(worker, f"it did not answer for {limit:g} s (cluster.heartbeat_timeout_s)")
-            elif isinstance(error := ping.exception(), RayError):
-                self.lost(worker, _in_words(error))
-            else:
-                ping.result()
+                await heartbeat.answer(worker.ping.remote(), limit, "cluster.heartbeat_timeout_s")
+            except (Silent, RayError) as error:
+                self.lost(worker, in_words(error))
 
     def _bring(self, index: int, cause: str) -> None:
         assert self._tasks is not None
@@ -308,7 +302,7 @@ class EnginePool:
             except TimeoutError:
                 cause = f"a new engine did not start within {seconds:g} s (cluster.start_timeout_s)"
             except RayError as error:
-                cause = f"a new engine did not start: {_in_words(error)}"
+                cause = f"a new engine did not start: {in_words(error)}"
             finally:
                 if seat.worker is not worker:
                     ray.kill(worker)
@@ -340,11 +334,6 @@ class EnginePool:
         return RolloutActor.options(**bundle, max_concurrency=10_000).remote(
             replace(self.options, model=self._model), self._retriever, concurrency=self.rollout.concurrency
         )
-
-
-def _in_words(error: RayError) -> str:
-    """Without the traceback that Ray puts in front of what an actor raised."""
-    return str(error.cause if isinstance(error, RayTaskError) else error)
 
 
 def engines_per_node(workers: int) -> int:

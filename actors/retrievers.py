@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
+from actors import heartbeat
+from actors.heartbeat import Silent
 from actors.retriever import ActorReplica, HttpReplica, RetrieverActor, RetrieverClient, client_of
 from actors.session import wait_for
 from pipeline.core.config import RetrieverConfig
@@ -15,8 +21,10 @@ from pipeline.core.errors import UserError
 from pipeline.core.retrieval import Searched, build_run_index
 from retriever_service.encoding.encoder import EncoderSpec
 
-MAX_RESTARTS = 3
-"""Times that Ray starts a dead replica again; clients fail over or wait meanwhile."""
+logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = -1
+"""Ray starts a dead replica again, however often; clients fail over meanwhile, or wait within their bounds."""
 
 
 class Retrievers:
@@ -76,6 +84,35 @@ class Retrievers:
         build_run_index(self.config, corpus, at, encoder, on_progress)
         self._start(at)
         self.wait()
+
+    @asynccontextmanager
+    async def at_work(self) -> AsyncIterator[None]:
+        """Replicas are watched meanwhile; one that hangs is started again. Its searches go to the others, or wait."""
+        watches = [asyncio.create_task(self._watch(number)) for number in range(len(self._actors))]
+        try:
+            yield
+        finally:
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)
+
+    async def _watch(self, number: int) -> None:
+        """Start a replica again that answers nothing, or searches for one batch, for `retriever.timeout_s`."""
+        limit, actor = self.config.timeout_s, self._actors[number]
+        while True:
+            await asyncio.sleep(limit / 4)
+            try:
+                stats = await heartbeat.answer(actor.stats.remote(), limit, "retriever.timeout_s")
+            except RayError:
+                continue  # it died, and Ray starts it again
+            except Silent as silent:
+                cause = str(silent)
+            else:
+                if stats.in_hand_s <= limit:
+                    continue
+                cause = f"it has searched for one batch for {stats.in_hand_s:.0f} s (retriever.timeout_s: {limit:g})"
+            logger.warning(f"retriever replica {number} is started again: {cause}")
+            ray.kill(actor, no_restart=False)
 
     def close(self) -> None:
         """End the actors."""

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 
+from actors import heartbeat
+from actors.heartbeat import Silent, in_words
 from actors.sampling import Work
 from actors.session import ClusterError
 from pipeline.core.agents.program import Task
+from pipeline.core.config import ClusterConfig
 from pipeline.core.records import Episode
 from pipeline.core.shards import Counts, Shards
 from pipeline.core.weighing import Weigh, Weighted
@@ -32,6 +36,9 @@ FINISH_TIMEOUT_S = 300.0
 
 class Weighting:
     """The actor class."""
+
+    async def ping(self) -> None:
+        """Answers between two tasks."""
 
     async def begin(self, shards: Shards, weigh: Weigh[Any], complete: AbstractSet[int]) -> None:
         """Start a phase, or go on with one.
@@ -92,30 +99,34 @@ WeightingActor = ray.remote(Weighting)
 class ShardSink:
     """The driver's end of the weighting actor: where the episodes of a phase go that become shards.
 
-    One actor serves all phases. If it dies another one takes its place: complete shards stay, and tasks of others are
-    queued again, so that each is counted once.
+    One actor serves all phases. If it dies or hangs another one takes its place: complete shards stay, and tasks of
+    others are queued again, so that each is counted once.
 
     Args:
-        start_timeout_s: longest wait for an actor to begin a phase, in seconds (`cluster.start_timeout_s`).
+        cluster: how long to wait for an actor to begin a phase, and for a sign of life.
     """
 
-    def __init__(self, start_timeout_s: float) -> None:
-        self._start_timeout_s = start_timeout_s
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self._start_timeout_s = cluster.start_timeout_s
+        self._heartbeat_timeout_s = cluster.heartbeat_timeout_s
         self._actor = _new_actor()
 
     def close(self) -> None:
         """End the actor."""
         ray.kill(self._actor)
 
-    async def begin(self, shards: Shards, weigh: Weigh[Any], work: Work, *, max_restarts: int) -> None:
-        """Start a phase; call from its event loop.
+    @asynccontextmanager
+    async def at_work(
+        self, shards: Shards, weigh: Weigh[Any], work: Work, *, max_restarts: int
+    ) -> AsyncIterator[None]:
+        """A phase; the actor is watched meanwhile.
 
         Args:
             work: its tasks; what is lost goes back there.
-            max_restarts: so often the actor may die in this phase.
+            max_restarts: so often the actor may die or hang in this phase.
 
         Raises:
-            ClusterError: it died too often, or did not begin in time.
+            ClusterError: it did so more often, or did not begin in time.
         """
         self._shards, self._weigh, self._work = shards, weigh, work
         self._deaths, self._max_restarts = 0, max_restarts
@@ -126,7 +137,14 @@ class ShardSink:
         try:
             await self._begin(actor)
         except RayActorError as error:
-            await self._replace(actor, error)
+            await self._replace(actor, str(error))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                watch = tasks.create_task(self._watch())
+                yield
+                watch.cancel()
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
 
     async def __call__(self, task: Task, counts: Counts, episodes: Any) -> None:
         """Take the reference to a task's episodes.
@@ -140,7 +158,7 @@ class ShardSink:
             try:
                 is_complete = await actor.add.remote(episodes)
             except RayActorError as error:
-                await self._replace(actor, error)
+                await self._replace(actor, str(error))
                 continue
             if deaths == self._deaths:
                 break
@@ -162,35 +180,46 @@ class ShardSink:
             try:
                 return await _within(actor.finish.remote(), FINISH_TIMEOUT_S, "to sum up the phase")
             except RayActorError as error:
-                await self._replace(actor, error)
+                await self._replace(actor, str(error))
+
+    async def _watch(self) -> None:
+        """Replace an actor that does not answer within `cluster.heartbeat_timeout_s`."""
+        limit = self._heartbeat_timeout_s
+        while True:
+            await asyncio.sleep(limit / 4)
+            actor = self._actor
+            try:
+                await heartbeat.answer(actor.ping.remote(), limit, "cluster.heartbeat_timeout_s")
+            except (Silent, RayError) as error:
+                await self._replace(actor, in_words(error))
 
     async def _begin(self, actor: Any) -> None:
         call = actor.begin.remote(self._shards, self._weigh, set(self._shards.complete))
         await _within(call, self._start_timeout_s, "to begin (cluster.start_timeout_s)")
 
-    async def _replace(self, dead: Any, error: RayActorError) -> None:
-        """Put a new actor in the place of a dead one; once, whoever notices first."""
+    async def _replace(self, dead: Any, cause: str) -> None:
+        """Put a new actor in the place of a lost one; once, whoever notices first."""
         async with self._replacing:
             while self._actor is dead:
                 self._deaths += 1
-                # Also where it is only out of reach: it must not write any more.
+                # Also where it hangs or is only out of reach: it must not write any more.
                 ray.kill(dead)
                 if self._deaths > self._max_restarts:
                     raise ClusterError(
-                        f"the weighting actor died {self._deaths} times in one phase (rollout.max_restarts: "
-                        f"{self._max_restarts}); last: {error}"
-                    ) from error
-                await self._queue_lost(error)
+                        f"the weighting actor was lost {self._deaths} times in one phase (rollout.max_restarts: "
+                        f"{self._max_restarts}); last: {cause}"
+                    )
+                await self._queue_lost(cause)
                 new = _new_actor()
                 try:
                     await self._begin(new)
-                except RayActorError as again:
-                    error = again
+                except RayActorError as error:
+                    cause = str(error)
                     ray.kill(new)
                     continue
                 self._actor = new
 
-    async def _queue_lost(self, error: RayActorError) -> None:
+    async def _queue_lost(self, cause: str) -> None:
         await asyncio.to_thread(self._shards.resume)
         lost = [
             taken
@@ -201,7 +230,7 @@ class ShardSink:
         self._in_memory.clear()
         self._work.again(lost)
         logger.warning(
-            f"the weighting actor died and is replaced ({error}); {len(self._shards.complete)} of {len(self._shards)} "
+            f"the weighting actor is lost and replaced ({cause}); {len(self._shards.complete)} of {len(self._shards)} "
             f"shards are complete, {len(lost)} tasks of others are sampled again"
         )
 

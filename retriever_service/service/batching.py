@@ -53,6 +53,8 @@ class RetrieverStats:
     """Seconds in which the owner thread was searching."""
     waiting: int
     """Queries that wait for the next batch now."""
+    in_hand_s: float
+    """Seconds for which the owner thread has been searching for one and the same batch; 0 while it is idle or loads."""
 
     @property
     def mean_batch(self) -> float:
@@ -101,6 +103,7 @@ class BatchingSearcher(Generic[S]):
         self._draining = False
         self._num_queries = self._num_batches = 0
         self._busy_s = 0.0
+        self._began: float | None = None  # with the batch in hand
         self._query_s: float | None = None
 
     async def ready(self) -> str:
@@ -113,7 +116,9 @@ class BatchingSearcher(Generic[S]):
 
     async def stats(self) -> RetrieverStats:
         """Counters since the start."""
-        return RetrieverStats(self._num_queries, self._num_batches, self._busy_s, self.waiting)
+        began = self._began
+        in_hand_s = 0.0 if began is None else time.perf_counter() - began
+        return RetrieverStats(self._num_queries, self._num_batches, self._busy_s, self.waiting, in_hand_s)
 
     async def search(
         self,
@@ -260,7 +265,7 @@ class BatchingSearcher(Generic[S]):
 
     def _search_batch(self, batch: Sequence[_Request]) -> list[Answers | Exception]:
         """One outcome per request."""
-        started = time.perf_counter()
+        self._began = started = time.perf_counter()
         groups: dict[tuple[int, SearchOptions], list[int]] = defaultdict(list)
         for number, request in enumerate(batch):
             groups[request.k, request.options].append(number)
@@ -286,6 +291,7 @@ class BatchingSearcher(Generic[S]):
         ]
 
     def _note(self, num_queries: int, seconds: float) -> None:
+        self._began = None
         self._busy_s += seconds
         self._num_queries += num_queries
         self._num_batches += 1

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -65,6 +66,37 @@ def test_after_reindexing_the_new_encoder_searches_and_the_old_index_is_never_an
     with pytest.raises(RetrieverUnavailable):
         asyncio.run(old.search(PEOPLE[0], 1))
     retrievers.close()
+
+
+@pytest.mark.component
+def test_a_replica_that_hangs_is_started_again_while_the_other_answers(
+    tmp_path: Path, cluster: None, trained_encoder: Path
+) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", [{"id": t, "title": "", "text": t} for t in TOWNS])
+    build_index([str(tmp_path / "corpus.jsonl")], tmp_path / "index", spec(trained_encoder))
+    config = RetrieverConfig(timeout_s=4, replicas=2)
+    retrievers = Retrievers(config, tmp_path / "index", runtime_env={}, start_timeout_s=120)
+    retrievers.wait()
+    frozen, other = replicas()
+    frozen.suspend()
+
+    async def search_until_it_is_replaced() -> None:
+        async with retrievers.at_work(), asyncio.timeout(120):
+            while {p.pid for p in replicas()} <= {frozen.pid, other.pid}:
+                for person, town in zip(PEOPLE, TOWNS, strict=True):
+                    assert (await retrievers.client.search(person, 1))[0].passage.text == town
+            await asyncio.to_thread(retrievers.wait)
+
+    asyncio.run(search_until_it_is_replaced())
+    assert not frozen.is_running()
+    assert len(replicas()) == 2
+    assert found(retrievers) == list(TOWNS)
+    retrievers.close()
+
+
+def replicas() -> list[psutil.Process]:
+    ours = psutil.Process().children(recursive=True)
+    return [p for p in ours if "RetrieverActor" in p.name() and p.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_the_index_of_servers_is_not_a_runs_to_change() -> None:

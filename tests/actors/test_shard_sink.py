@@ -1,9 +1,10 @@
-"""A weighting actor that dies: it is replaced, complete shards count, and each task is counted once."""
+"""A weighting actor that dies or hangs: it is replaced, complete shards count, and each task is counted once."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from actors.session import ClusterError
 from actors.weighting import ShardSink, Weighting
 from pipeline.core.agents.program import GREEDY, Completion
 from pipeline.core.agents.transcript import Transcript
-from pipeline.core.config import RolloutConfig
+from pipeline.core.config import ClusterConfig, RolloutConfig
 from pipeline.core.records import Episode, Example, Question, StopReason
 from pipeline.core.shards import Counts, Shards
 from pipeline.core.weighing import Weighted
@@ -107,9 +108,9 @@ def sample(
     work = Work(shards.to_do(), done=done, counts=shards.counts())
 
     async def phase() -> Mapping[str, Any]:
-        await sink.begin(shards, Same(), work, max_restarts=max_restarts)
-        await run_phase(Phase(None, 1, GREEDY, 0.0), work, {"searcher": pool}, sink, disturb)  # type: ignore[arg-type,dict-item]
-        return await sink.finish()
+        async with sink.at_work(shards, Same(), work, max_restarts=max_restarts):
+            await run_phase(Phase(None, 1, GREEDY, 0.0), work, {"searcher": pool}, sink, disturb)  # type: ignore[arg-type,dict-item]
+            return await sink.finish()
 
     return work, asyncio.run(phase())
 
@@ -162,7 +163,7 @@ def sink_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ShardSink]:
         spare = iter(actors)
         monkeypatch.setattr(module, "_new_actor", lambda: next(spare))
         monkeypatch.setattr(ray, "kill", lambda actor: setattr(actor, "is_dead", True))
-        return ShardSink(start_timeout_s=30)
+        return ShardSink(ClusterConfig(start_timeout_s=30))
 
     return made
 
@@ -198,7 +199,7 @@ def test_an_actor_that_dies_too_often_ends_the_phase(
     tmp_path: Path, sink_of: Callable[..., ShardSink]
 ) -> None:
     sink = sink_of(*(Mortal(dies_at=4) for _ in range(3)))
-    expected = r"the weighting actor died 3 times in one phase \(rollout\.max_restarts: 2\)"
+    expected = r"the weighting actor was lost 3 times in one phase \(rollout\.max_restarts: 2\)"
     with pytest.raises(ClusterError, match=expected):
         sample(tmp_path, sink, Worker(lambda value: value))
     # What was finished is kept, and the same command goes on.
@@ -235,27 +236,29 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.mark.component
-def test_a_real_actor_that_is_killed_is_replaced(
-    local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_a_real_actor_that_dies_or_hangs_is_replaced(
+    local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals
 ) -> None:
-    killed: list[psutil.Process] = []
+    struck: list[psutil.Process] = []
 
-    def kill_the_actor(done: int) -> None:
-        if done == 8 and not killed:
+    def strike(done: int) -> None:
+        if done == 8 and not struck:
             (actor,) = (p for p in psutil.Process().children(recursive=True) if "Weighting" in p.name())
-            actor.kill()
-            actor.wait(timeout=30)
-            killed.append(actor)
+            actor.send_signal(number)
+            struck.append(actor)
 
-    sink = ShardSink(start_timeout_s=120)
+    sink = ShardSink(ClusterConfig(start_timeout_s=120, heartbeat_timeout_s=3))
     try:
         undisturbed = sample(tmp_path / "undisturbed", sink, Worker(ray.put))
         worker = Worker(ray.put)
-        work, statistics = sample(tmp_path / "killed", sink, worker, kill_the_actor)
+        work, statistics = sample(tmp_path / "struck", sink, worker, strike)
     finally:
         sink.close()
     assert statistics == undisturbed[1]
-    assert_is_whole(work, statistics, tmp_path / "killed")
-    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
-    assert "the weighting actor died and is replaced" in caplog.text
+    assert_is_whole(work, statistics, tmp_path / "struck")
+    assert contents(tmp_path / "struck") == contents(tmp_path / "undisturbed")
+    assert "the weighting actor is lost and replaced" in caplog.text
+    _, alive = psutil.wait_procs(struck, timeout=30)
+    assert not alive
     assert len(worker.served) < len(TASKS) + 2 * PER_SHARD
