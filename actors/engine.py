@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from actors import engine_memory
 from actors.weight_bucket import Segment
 from actors.weight_transfer import Transport, WeightTransferError, backend_name
 from pipeline.core.agents.program import Completion, EngineError, Sampling
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 _GIB = 2**30
 _SHUTDOWN_S = 1.0
-
 GPU_BATCHED_TOKENS = 8_192
 """Tokens that an engine on GPUs computes in one step, prompts and continuations together."""
 
@@ -443,7 +443,9 @@ def _scoring_params(*, skip_cache: bool) -> SamplingParams:
 def _create_llm(options: EngineOptions) -> AsyncLLM:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    return AsyncLLM.from_engine_args(_engine_args(options))
+    llm = AsyncLLM.from_engine_args(_engine_args(options))
+    engine_memory.remove_names()
+    return llm
 
 
 def _set_environment(options: EngineOptions) -> None:

@@ -99,7 +99,7 @@ def by_library(index: Path, queries: Sequence[str]) -> Results:
 
 def by_actor(index: Path, queries: Sequence[str]) -> Results:
     """Every query is a call of its own; the actor makes batches of them."""
-    ray.init(include_dashboard=False, log_to_driver=False, num_cpus=2)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, num_cpus=2)
     try:
         client = RetrieverClient([ActorReplica(RetrieverActor.remote(str(index)))], timeout_s=READY_S)  # type: ignore[attr-defined]
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from actors.engine import EngineOptions, VllmEngine
@@ -227,6 +228,19 @@ def test_death_of_the_engine_process_is_an_engine_error(shared_engine: EngineFix
             engine.shutdown()
 
     asyncio.run(scenario())
+
+
+def test_the_shared_memory_of_an_engine_has_no_name_that_could_outlive_it(
+    shared_engine: EngineFixture,
+) -> None:
+    mapped = {
+        mapping.path
+        for process in psutil.Process().children(recursive=True)
+        for mapping in process.memory_maps()
+        if mapping.path.startswith("/dev/shm/psm_")
+    }
+    assert mapped  # else there is nothing to look at
+    assert [path for path in mapped if Path(path).exists()] == []
 
 
 class ScriptedEngine(VllmEngine):

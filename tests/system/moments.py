@@ -28,7 +28,7 @@ E_STEP, SCORING, M_STEP, CHECKPOINT, PUSH, EVALUATION = (
     "push",
     "evaluation",
 )
-HELD_S = 60.0
+HELD_S = 180.0
 """Longest time that a process waits for a moment to be over, in seconds."""
 PAUSE_S = 0.02
 

@@ -15,6 +15,8 @@ import psutil
 
 DEADLINE_S = 420
 CLI = ("-m", "pipeline.cli")
+OF_ITS_OWN = {**os.environ, "RAY_ADDRESS": "local"}
+"""The environment of a command that starts a cluster for itself, also where another one runs on this machine."""
 
 
 def command(name: str, run: Path, settings: list[str], program: Sequence[str]) -> list[str]:
@@ -22,11 +24,10 @@ def command(name: str, run: Path, settings: list[str], program: Sequence[str]) -
 
 
 def finish(run: Path, settings: list[str], program: Sequence[str] = CLI, name: str = "train") -> None:
-    """Run the command to its end. Its cluster is its own: no other Ray address is passed on."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    """Run the command to its end."""
     result = subprocess.run(
         command(name, run, settings, program),
-        env=environment,
+        env=OF_ITS_OWN,
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -39,10 +40,9 @@ def kill_when(
     run: Path, settings: list[str], reached: Callable[[], bool], program: Sequence[str] = CLI
 ) -> None:
     """Start the command and SIGKILL the driver, without warning, as soon as `reached` says so."""
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     process = subprocess.Popen(
         command("train", run, settings, program),
-        env=environment,
+        env=OF_ITS_OWN,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -58,10 +58,9 @@ def stop_when(
 
     Fails if a process that it had started outlives it.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with subprocess.Popen(
         command("train", run, settings, CLI),
-        env=environment,
+        env=OF_ITS_OWN,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

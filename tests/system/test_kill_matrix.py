@@ -88,6 +88,8 @@ class Disturbed:
         self.wait_for((self.run / FROM[moment]).exists, FROM[moment])
         self.moments.arm(moment)
         self.wait_for(lambda: self.moments.reached_by(moment) is not None, moment)
+        if moment in (E_STEP, SCORING, EVALUATION):
+            self.wait_for(self._is_at_full_strength, "the replacement of workers lost before")
         before = self.moments.work()
         struck = time.time()
         VICTIMS[victim](self, self.moments.reached_by(moment))
@@ -101,6 +103,10 @@ class Disturbed:
         again = Counter(unit.name.split()[0] for unit in after if unit.name in known)
         repeated = ", ".join(f"{n} x {kind}" for kind, n in again.items()) or "nothing"
         return f"{victim:<24}{moment:<12}{seconds:>8.1f} s  {repeated}"
+
+    def _is_at_full_strength(self) -> bool:
+        log = (self.run / "run.log").read_text(encoding="utf-8")
+        return log.count("is lost and will be replaced") == log.count("is back, with version")
 
     def _is_done(self, moment: str) -> bool:
         """Whether what follows on the moment is there."""

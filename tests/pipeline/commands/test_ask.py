@@ -73,7 +73,7 @@ def test_the_configuration_of_a_runs_model_is_found_and_that_of_others_is_not(tm
 def ray_session() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
