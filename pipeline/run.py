@@ -7,16 +7,17 @@ the run directory says is finished is not done again, so the same command resume
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from actors.cluster import Cluster, plan
+from actors.cluster import Cluster, SampleReport, plan
 from actors.policy import Policy
 from actors.session import actor_logs, ray_session
-from pipeline.core.agents.program import Program, Sampling
+from pipeline.core.agents.program import GREEDY, Program, Sampling
 from pipeline.core.config import Config, Iterations
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
@@ -30,7 +31,7 @@ from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_in
 from pipeline.core.run import Json, RunDirectory, RunFiles, write_json, write_table
 from pipeline.core.shards import Shards
 from pipeline.core.tracking import Tracker
-from pipeline.core.weighing import Weigh
+from pipeline.core.weighing import NothingToTrainOn, Weigh
 from retriever_service.index.store import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -188,19 +189,8 @@ class Run:
                 {name: self.at(f"{t}/{name}/examples") for name in weigh.outputs},
                 self.config.rollout.questions_per_shard,
             )
-            shards.resume(self.config.rollout.max_failure_share)
-            total, done = len(shards.tasks), len(shards.tasks) - len(shards.to_do())
-            title = f"iteration {t}: sampling"
-            with self.display.progress(title, total, "questions", done=done) as advance:
-                report = self.cluster.sample(
-                    program,
-                    shards,
-                    weigh,
-                    self._at(roles),
-                    samples=samples,
-                    sampling=sampling,
-                    on_progress=lambda done: advance.to(done, total),
-                )
+            policies, title = self._at(roles), f"iteration {t}: sampling"
+            report = self._sample(shards, title, program, policies, weigh, samples, sampling)
             counts = {"trajectories": report.trajectories, "generated_tokens": report.generated_tokens}
             return {**report.statistics, **counts}
 
@@ -269,12 +259,11 @@ class Run:
                 for name, policy in policies.items()
                 if (report := policy.push()) is not None
             }
-            scores = self._scores(
-                f"{t}/evaluation", f"iteration {t}: dev", program, policies, self.splits.dev, answers
-            )
+            title = f"iteration {t}: dev"
+            scores = self._scores(f"{t}/evaluation", title, program, roles, self.splits.dev, answers)
             return {"push": pushed, "scores": scores}
 
-        return self.once(f"{t}/evaluation", work)
+        return self._once_evaluated(f"{t}/evaluation", work)
 
     def test(self, name: str, program: Program[Any], roles: Mapping[str, int], *, answers: str) -> Json:
         """Step "test/NAME": greedy scores on the test questions; done again if other versions are to be evaluated.
@@ -288,10 +277,11 @@ class Run:
             self.files.forget(step)
 
         def work() -> Json:
-            scores = self._scores(step, f"test: {name}", program, self._at(roles), self.splits.test, answers)
+            self._at(roles)
+            scores = self._scores(step, f"test: {name}", program, roles, self.splits.test, answers)
             return {"iteration": version} | scores
 
-        return self.once(step, work)
+        return self._once_evaluated(step, work)
 
     def close_iteration(self, t: int, iterations: Iterations) -> bool:
         """Mark iteration t as whole and write the report so far. True if training is to stop (`patience`)."""
@@ -314,21 +304,56 @@ class Run:
             policy.restore(self.snapshot(name, versions[name]))
         return policies
 
+    def _sample(
+        self,
+        shards: Shards,
+        title: str,
+        program: Program[Any],
+        policies: Mapping[str, Policy],
+        weigh: Weigh[Any],
+        samples: int,
+        sampling: Sampling,
+    ) -> SampleReport:
+        """Make the shards that an earlier process has not completed."""
+        shards.resume(self.config.rollout.max_failure_share)
+        total, done = len(shards.tasks), len(shards.tasks) - len(shards.to_do())
+        with self.display.progress(title, total, "questions", done=done) as advance:
+            return self.cluster.sample(
+                program,
+                shards,
+                weigh,
+                policies,
+                samples=samples,
+                sampling=sampling,
+                on_progress=lambda done: advance.to(done, total),
+            )
+
+    def _once_evaluated(self, step: str, work: Callable[[], Json]) -> Json:
+        result = self.once(step, work)
+        shutil.rmtree(self._parts(step), ignore_errors=True)
+        return result
+
+    def _parts(self, step: str) -> Path:
+        """Where the shards of an evaluation are until it is finished."""
+        return self.at(f"{step}.parts")
+
     def _scores(
         self,
         step: str,
         title: str,
         program: Program[Any],
-        policies: Mapping[str, Policy],
+        roles: Mapping[str, int],
         questions: Sequence[Question],
         answers: str,
     ) -> Json:
         """The trajectories are kept beside the scores for whoever wants to read them."""
-        with self.display.progress(title, len(questions), "questions") as advance:
-            episodes = self.cluster.greedy(
-                program, questions, policies, on_progress=lambda done: advance.to(done, len(questions))
-            )
-        trajectories = [episode.turn(answers) for episode in episodes]
+        # Parts of other versions, which an earlier process may have left, are none of these.
+        versions = "-".join(f"{role}-{version}" for role, version in roles.items())
+        parts = self._parts(step) / versions
+        shards = Shards(questions, parts, {}, self.config.rollout.questions_per_shard)
+        policies = {role: self.cluster.policy(role) for role in roles}
+        self._sample(shards, title, program, policies, NothingToTrainOn(), 1, GREEDY)
+        trajectories = [episode.turn(answers) for episode in shards.episodes()]
         write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))
         evaluation = self.config.evaluation
         return evaluate(questions, trajectories, evaluation.bootstrap_samples, self.config.seed)

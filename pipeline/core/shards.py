@@ -13,6 +13,7 @@ A shard is complete exactly when all of them are there and the side-car is of th
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -23,8 +24,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from pipeline.core.agents.program import Task
-from pipeline.core.records import Episode, examples_to_table, trajectories_to_table
+from pipeline.core.records import Episode, examples_to_table, trajectories_from_table, trajectories_to_table
 from pipeline.core.run import write_json, write_table
 from pipeline.core.weighing import Weighted
 from retriever_service import files
@@ -161,6 +164,16 @@ class Shards:
     def statistics(self) -> list[Mapping[str, Any]]:
         """Of every task, in the order of the tasks; all shards are complete."""
         return [row["statistics"] for shard in range(len(self)) for row in self._read_rows(shard)]
+
+    def episodes(self) -> list[Episode]:
+        """Of every task, in the order of the tasks, without their `scores`; all shards are complete."""
+        turns = (
+            turn
+            for shard in range(len(self))
+            for turn in trajectories_from_table(pq.read_table(self.rollouts / f"{shard:06d}.parquet"))
+        )
+        by_episode = itertools.groupby(turns, key=lambda turn: (turn.question_id, turn.sample))
+        return [Episode(task_id, sample, tuple(own)) for (task_id, sample), own in by_episode]
 
     # ---------------------------------------------------------------- inside
 

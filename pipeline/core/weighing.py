@@ -54,6 +54,19 @@ class Weigh(Protocol[TaskT]):
 
 
 @dataclass(frozen=True, slots=True)
+class NothingToTrainOn:
+    """For episodes that are only looked at."""
+
+    outputs: Sequence[str] = ()
+
+    def __call__(self, task: Task, episodes: Sequence[Episode]) -> Weighted:
+        return Weighted({}, {})
+
+    def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True, slots=True)
 class SearchWeights:
     """ExSearch's E-step: w(z) from log p(y | x, z), and the trajectory with the gold answer in place as the example."""
 

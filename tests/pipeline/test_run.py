@@ -9,15 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pyarrow.parquet as pq
 import pytest
 
 from actors.cluster import Cluster, SampleReport
+from pipeline.core.agents.program import Completion
+from pipeline.core.agents.transcript import Transcript
 from pipeline.core.config import Config, LearnerConfig, RolloutConfig, TrackingConfig
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.policies import PolicySpec, Snapshot
-from pipeline.core.records import Question
+from pipeline.core.records import Episode, Question, StopReason, trajectories_from_table
 from pipeline.core.run import Json, RunDirectory, write_json
 from pipeline.core.shards import Shards
 from pipeline.core.tracking import Tracker
@@ -204,6 +207,48 @@ def test_a_test_is_done_again_if_another_version_is_the_best_one_now(
         result = run.files.test_results()["best"]
     assert (result["iteration"], result["em"]) == (2, 20.0)
     assert metrics(tmp_path) == []
+
+
+def test_an_evaluation_that_was_cut_off_goes_on_behind_its_complete_shards_of_the_same_version(
+    tmp_path: Path,
+) -> None:
+    questions = [Question(f"q{number}", "Who?", ("A",)) for number in range(5)]
+    seen: list[list[str]] = []
+
+    def test(version: int, then: Callable[[], None]) -> Json | None:
+        """A cluster that makes one shard more, and then all of them."""
+
+        def on_cluster(program: Any, shards: Shards, *_: object, **__: object) -> SampleReport:
+            to_do = [n for n in range(len(shards)) if n not in shards.complete]
+            seen.append([task.id for task in shards.to_do()])
+            for number in to_do:
+                shards.write(number, [([answer(t.id)], Weighted({}, {})) for t in shards.members(number)])
+                then()
+            return SampleReport(5, 50, {})
+
+        with opened(tmp_path, test=questions, questions_per_shard=2) as run:
+            cast(Any, run.cluster).sample = on_cluster
+            return run.test("best", cast(Any, None), {"selector": version}, answers="selector")
+
+    for version in (1, 1, 2):
+        with pytest.raises(Killed):
+            test(version, kill)
+    result = test(2, lambda: None)
+    everything = [question.id for question in questions]
+    assert seen == [everything, everything[2:], everything, everything[2:]]
+    assert result is not None and result["iteration"] == 2
+    kept = trajectories_from_table(pq.read_table(tmp_path / "test/best.parquet"))
+    assert [trajectory.question_id for trajectory in kept] == everything
+    assert not (tmp_path / "test/best.parts").exists()
+
+
+def answer(task_id: str) -> Episode:
+    transcript = Transcript()
+    transcript.append_model(Completion([5, 6], [-1.0, -1.0], "", None, "eos"))
+    turn = transcript.trajectory(
+        question_id=task_id, sample=0, role="selector", policy_version=0, stop_reason=StopReason.ANSWERED
+    )
+    return Episode(task_id, 0, (turn,))
 
 
 def test_without_questions_there_is_no_evaluation_and_no_test(tmp_path: Path) -> None:

@@ -23,12 +23,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipeline.core.records import Trajectory, trajectories_from_table
-from tests.system.conftest import overrides, random_model
+from tests.system.conftest import overrides
 from tests.system.machines import Machines, kill, tree
 from tests.system.moments import CHECKPOINT, E_STEP, EVALUATION, M_STEP, PUSH, SCORING, VARIABLE, Moments
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 
+SEARCHER = Path(__file__).parents[2] / "models" / "tiny-searcher"
+"""A model that searches, so that it matters what becomes of its searches."""
 ITERATIONS = 3
 FROM = {
     E_STEP: "iterations/0001/evaluation.json",
@@ -190,11 +192,11 @@ def machines() -> Iterator[Machines]:
 
 
 @pytest.fixture(scope="module")
-def settings(world: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    model = random_model(tmp_path_factory.mktemp("model") / "model", "Qwen2")
+def settings(world: Path, index: Path) -> list[str]:
     return [
-        *overrides(world, index, model),
+        *overrides(world, index, SEARCHER),
         f"em.iterations={ITERATIONS}",
+        "cold_start.questions=0",
         "evaluation.baselines=false",
         "rollout.workers=2",
         "rollout.questions_per_shard=2",
