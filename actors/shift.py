@@ -25,6 +25,9 @@ RESTART_PAUSE_S = 2.0
 NODES_EVERY_S = 2.0
 """How often Ray is asked which nodes are to leave, in seconds."""
 
+NODE_NEWS_S = 1.0
+"""The end of a worker may be known so much earlier than that of its node, in seconds."""
+
 
 class Shift:
     """Failures are counted from its beginning.
@@ -174,7 +177,7 @@ class Shift:
             ClusterError: too many failures or no room, and too few workers are left.
         """
         for attempt in itertools.count():
-            if self._failed() > self.rollout.max_restarts:
+            if await self._failed_too_often():
                 break
             await asyncio.sleep(self._backoff.pause_s(attempt))
             newcomer = seat.newcomer = seat.newcomer or self._ask_for(seat.index)
@@ -214,6 +217,12 @@ class Shift:
             placed.result()
         finally:
             placed.cancel()
+
+    async def _failed_too_often(self) -> bool:
+        if self._failed() <= self.rollout.max_restarts:
+            return False
+        await asyncio.sleep(NODE_NEWS_S)
+        return self._failed() > self.rollout.max_restarts
 
     def _failed(self) -> int:
         """Failures so far. A worker that went with its node did not fail."""

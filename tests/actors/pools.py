@@ -88,6 +88,7 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> Nodes:
     monkeypatch.setattr(ray, "kill", lambda worker: setattr(worker, "killed", True))
     monkeypatch.setattr(shift_module, "RESTART_PAUSE_S", 0.01)
     monkeypatch.setattr(shift_module, "NODES_EVERY_S", 0.01)
+    monkeypatch.setattr(shift_module, "NODE_NEWS_S", 0.01)
     monkeypatch.setattr(shift_module, "alive_nodes", lambda: nodes.alive)
     monkeypatch.setattr(shift_module, "draining_nodes", lambda: nodes.draining)
     monkeypatch.setattr(
