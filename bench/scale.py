@@ -5,8 +5,8 @@
 Real are the pool, the phase, the sink, the weighting actor with ExSearch's weights, the shards on disk, the progress
 display and all of Ray between them. Stand-ins are the engines (`bench.stand_in`), several of them in one process, and
 the retriever: a search takes a fixed time. The ideal is the time of the same questions on the same engines with a
-driver that takes none: there the clock jumps from event to event. With `--overhead` a phase of each size is run on engines
-that answer at once, and what the driver's process costs of it is shown.
+driver that takes none: there the clock jumps from event to event. With `--overhead` a phase of each size is run on
+engines that answer at once, and what it costs the driver is shown.
 """
 
 from __future__ import annotations
