@@ -98,14 +98,13 @@ class RolloutWorker:
         self.engine = VllmEngine(options)
         self._slots = asyncio.Semaphore(concurrency)
 
-    async def start(self, version: int) -> str:
-        """Bring the engine up with the weights in `options.model`, which are policy version `version`.
-
-        Returns:
-            the id of this worker's node.
-        """
-        await self.engine.start(version)
+    async def where(self) -> str:
+        """The id of this worker's node. Answers before there is an engine: as soon as Ray has found room."""
         return str(ray.get_runtime_context().get_node_id())
+
+    async def start(self, version: int) -> None:
+        """Bring the engine up with the weights in `options.model`, which are policy version `version`."""
+        await self.engine.start(version)
 
     async def ping(self) -> None:
         """Answers if this process and its engine's do."""

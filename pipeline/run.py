@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from actors.cluster import Cluster, SampleReport, plan
+from actors.cluster import Cluster, SampleReport
 from actors.policy import Policy
+from actors.reservation import plan
 from actors.session import actor_logs, ray_session
 from pipeline.core.agents.program import GREEDY, Program, Sampling
 from pipeline.core.config import Config, Iterations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -108,7 +109,9 @@ class Disturbed:
 
     def _is_at_full_strength(self) -> bool:
         log = (self.run / "run.log").read_text(encoding="utf-8")
-        return log.count("is lost and will be replaced") == log.count("is back, with version")
+        return len(re.findall(r"rollout worker \d+ of searcher (?:is lost|leaves)", log)) == len(
+            re.findall(r"rollout worker \d+ of searcher joins", log)
+        )
 
     def _is_done(self, moment: str) -> bool:
         """Whether what follows on the moment is there."""
