@@ -115,14 +115,14 @@ def phase_of(pool: EnginePool, number: int, at: Path) -> Cost:
     directories = {name: at / name for name in weigh.outputs}
     shards = Shards(questions(number), at / "rollouts", directories, RolloutConfig().questions_per_shard)
     shards.resume()
-    work, sink, cost = Work(shards.to_do()), ShardSink(60.0), Cost(number)
+    work, sink, cost = Work(shards.to_do()), ShardSink(ClusterConfig()), Cost(number)
     phase: Phase = Phase(None, SAMPLES, Sampling(1.0, seed=SEED), 0.0)  # type: ignore[arg-type]
     display = Display(Console(quiet=True))
 
     async def whole() -> Mapping[str, Any]:
-        await sink.begin(shards, weigh, work, max_restarts=0)
-        await run_phase(phase, work, {"searcher": pool}, sink, lambda done: advance.to(done, number))
-        return await sink.finish()
+        async with sink.at_work(shards, weigh, work, max_restarts=0):
+            await run_phase(phase, work, {"searcher": pool}, sink, lambda done: advance.to(done, number))
+            return await sink.finish()
 
     with display.follow(at), display.progress("sampling", number, "questions") as advance, _measured(cost):
         asyncio.run(whole())

@@ -108,10 +108,8 @@ class Disturbed:
         return f"{victim:<24}{moment:<12}{seconds:>8.1f} s  {repeated}"
 
     def _is_at_full_strength(self) -> bool:
-        log = (self.run / "run.log").read_text(encoding="utf-8")
-        return len(re.findall(r"rollout worker \d+ of searcher (?:is lost|leaves)", log)) == len(
-            re.findall(r"rollout worker \d+ of searcher joins", log)
-        )
+        log, worker = (self.run / "run.log").read_text(encoding="utf-8"), r"rollout worker \d+ of searcher "
+        return len(re.findall(worker + "(?:is lost|leaves)", log)) == len(re.findall(worker + "joins", log))
 
     def _is_done(self, moment: str) -> bool:
         """Whether what follows on the moment is there."""
