@@ -24,14 +24,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from pipeline.core.records import Trajectory, trajectories_from_table
-from tests.system.conftest import overrides
+from tests.system.conftest import SEARCHER, overrides
 from tests.system.machines import Machines, kill, tree
 from tests.system.moments import CHECKPOINT, E_STEP, EVALUATION, M_STEP, PUSH, SCORING, VARIABLE, Moments
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 
-SEARCHER = Path(__file__).parents[2] / "models" / "tiny-searcher"
-"""A model that searches, so that it matters what becomes of its searches."""
 ITERATIONS = 3
 FROM = {
     E_STEP: "iterations/0001/evaluation.json",
