@@ -41,8 +41,8 @@ FROM = {
 }
 """The moments, and what the run has when the next one of that kind is the one meant.
 
-While a learner works no engine is replaced, so that an engine is lost at one of its moments an iteration: then the other
-one is there for the push.
+While a learner works no engine is replaced, so that an engine is lost at one of its moments an iteration: then the
+other one is there for the push.
 """
 OUTAGE_S = 5.0
 """How long all retrievers die as soon as they are there."""
