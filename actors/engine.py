@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from actors.shared_memory import removing_shared_memory
 from actors.weight_bucket import Segment
 from actors.weight_transfer import Transport, WeightTransferError, backend_name
 from pipeline.core.agents.program import Completion, EngineError, Sampling
@@ -136,7 +137,8 @@ class VllmEngine:
         self._refusal = "the engine was shut down"
         if self._llm is not None:
             # On CPUs its process never ends by itself: it is waited for that long, and killed.
-            self._llm.shutdown(timeout=_SHUTDOWN_S)
+            with removing_shared_memory():
+                self._llm.shutdown(timeout=_SHUTDOWN_S)
             # Its destructor calls this again, and fails if that is at the end of the interpreter.
             self._llm.shutdown = lambda timeout=None: None
             self._llm = None
