@@ -18,7 +18,6 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
-import pipeline
 from pipeline.core.errors import UserError
 from pipeline.core.models import check_model, local_snapshot, model_size
 from pipeline.core.policies import PolicySpec
@@ -33,6 +32,8 @@ SOCKET_PATH = 107
 """Longest name of a Unix socket, in bytes."""
 _RAYS_SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
 _VLLMS_SOCKET = len("/00000000-0000-0000-0000-000000000000")
+_UPLOADS = "working_dir_files"
+"""The folder in which Ray unpacks the working directories of jobs."""
 _OPTIMISER_BYTES = 16
 """Room for a checkpoint, per trained parameter: its 12 (weight and Adam's two moments, float32), and some to spare."""
 _TRAJECTORY_BYTES = 18
@@ -64,8 +65,14 @@ def check_run(run: Path, policies: Sequence[PolicySpec], *, versions_to_come: in
         tokens: at most so many will be in the trajectories that are sampled.
 
     Raises:
-        UserError: a model is incomplete, or the disk has no room for the next version.
+        UserError: a model is incomplete, the run would not outlive its job, or the disk has no room for the next
+            version.
     """
+    if _UPLOADS in (whole := run.absolute()).parts:
+        raise UserError(
+            f"--run {run} is {whole} here, in the upload of this job, which Ray removes afterwards; give an absolute "
+            "path on a file system that all nodes share"
+        )
     check_models(spec.model.path for spec in policies)
     _check_disk(run, policies, versions_to_come, tokens)
 
@@ -100,7 +107,8 @@ def _check_sockets(environment: Mapping[str, str], starts_ray: bool) -> None:
 
 def _check_packages(cwd: Path) -> None:
     """Ray puts the working directory in front of everything that its workers import."""
-    home = Path(pipeline.__file__).resolve().parents[1]
+    # Not `pipeline.__file__`: that may be theirs already, with ours found behind it.
+    home = Path(__file__).resolve().parents[2]
     if cwd.resolve() == home:
         return
     for name in ("pipeline", "actors", "retriever_service"):

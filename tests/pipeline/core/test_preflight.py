@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import pipeline
 from pipeline.core import preflight
 from pipeline.core.config import LearnerConfig, LoraConfig, ModelConfig, RolloutConfig
 from pipeline.core.errors import UserError
@@ -75,6 +76,15 @@ def test_a_working_directory_that_hides_our_packages_from_workers(
     with pytest.raises(
         UserError, match=f"has a {name} of its own .*; start the command in another directory"
     ):
+        check_machine(starts_ray=True, environment={}, cwd=tmp_path)
+
+
+def test_a_package_that_python_took_for_ours_already_is_refused_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pipeline").mkdir()
+    monkeypatch.setattr(pipeline, "__file__", str(tmp_path / "pipeline/__init__.py"))
+    with pytest.raises(UserError, match="has a pipeline of its own"):
         check_machine(starts_ray=True, environment={}, cwd=tmp_path)
 
 
@@ -296,6 +306,17 @@ def test_a_run_that_trains_nothing_more_needs_no_room(
 ) -> None:
     with_free(monkeypatch, 0)
     check_run(tmp_path, [policy(model)], versions_to_come=versions, tokens=0)
+
+
+def test_a_run_in_the_upload_of_a_job_is_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = tmp_path / "ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1"
+    upload.mkdir(parents=True)
+    monkeypatch.chdir(upload)
+    with pytest.raises(UserError, match=r"--run runs/a is .* in the upload of this job, which Ray removes"):
+        check_run(Path("runs/a"), [policy(model)], versions_to_come=1, tokens=0)
+    check_run(tmp_path / "runs/a", [policy(model)], versions_to_come=1, tokens=0)
 
 
 def test_weights_that_were_cut_off_are_refused(tmp_path: Path, model: Path) -> None:
