@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from actors.learner_files import (
+    candidates,
     commit_slot,
-    committed,
     facts_of,
     free_slot,
     local_directory,
@@ -20,7 +20,7 @@ from actors.learner_files import (
 from pipeline.core.errors import UserError
 from retriever_service.files import write_json
 
-FACTS = {"phase": "first", "step": 3, "num_ranks": 2, "zero_stage": 1}
+FACTS = {"phase": "first", "step": 3, "num_ranks": 2, "zero_stage": 1, "files": {}}
 
 
 def save(directory: Path, content: str) -> None:
@@ -31,7 +31,7 @@ def save(directory: Path, content: str) -> None:
 
 
 def load(directory: Path) -> str:
-    return (directory / committed(directory)["slot"] / "state").read_text()
+    return (directory / candidates(directory)[0]["slot"] / "state").read_text()
 
 
 def test_the_last_complete_save_counts_and_only_that_is_kept(tmp_path: Path) -> None:
@@ -54,13 +54,13 @@ def test_a_save_that_died_leaves_the_checkpoint_before_it(tmp_path: Path) -> Non
 def test_a_first_save_that_died_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / free_slot(tmp_path)).mkdir()
     with pytest.raises(UserError, match="no complete learner checkpoint"):
-        committed(tmp_path)
+        candidates(tmp_path)
     assert facts_of(tmp_path) == {}
 
 
 def test_what_a_checkpoint_is_of_can_be_known_without_opening_it(tmp_path: Path) -> None:
     save(tmp_path, "state")
-    assert facts_of(tmp_path) == {"slot": "a", **FACTS}
+    assert facts_of(tmp_path) == {"slot": "a", **FACTS, "before": None}
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_with_what_to_do(tmp_path:
     with pytest.raises(
         UserError, match=r"written by an earlier version.*start a new one from the exported model"
     ):
-        committed(tmp_path)
+        candidates(tmp_path)
 
 
 def test_a_model_directory_has_the_tokenizer_of_its_source_and_replaces_an_older_one(tmp_path: Path) -> None:
@@ -85,6 +85,7 @@ def test_a_model_directory_has_the_tokenizer_of_its_source_and_replaces_an_older
     assert load_file(path / "model.safetensors")["weight"].tolist() == [[2.0] * 3] * 2
     assert sorted(p.name for p in path.iterdir()) == [
         "chat_template.jinja",
+        "checksums.json",
         "config.json",
         "model.safetensors",
         "tokenizer.json",
