@@ -222,5 +222,6 @@ def _could_not_write(writing: _Writing, error: Exception) -> str:
     kept = f"that of step {before['step']} is still there" if before else "there is none before it"
     return (
         f"{writing.directory}: the checkpoint of optimiser step {writing.facts['step']} could not be written "
-        f"({error}); {kept}. Make room, or mend what else keeps the files from being written, and run the same command again"
+        f"({error}); {kept}. Make room, or mend what else keeps files from being written, and run the same "
+        "command again"
     )
