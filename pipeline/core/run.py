@@ -51,7 +51,7 @@ from retriever_service import files
 Json = dict[str, Any]
 logger = logging.getLogger(__name__)
 
-FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency", "rollout.timeout_s",
+FREE_TO_CHANGE = ("cluster", "storage", "tracking", "rollout.workers", "rollout.concurrency", "rollout.timeout_s",
                   "rollout.max_restarts", "rollout.min_workers", "rollout.gpu_memory_utilization",
                   "rollout.kv_cache_gib", "rollout.tensor_parallel_size", "rollout.enforce_eager", "retriever.url",
                   "retriever.replicas",
@@ -135,10 +135,22 @@ class RunFiles:
             if not path.name.startswith("_") and (result := read_json(path)) is not None
         }
 
+    def versions(self, policy: str) -> list[int]:
+        """The versions of a policy that this run has trained."""
+        return sorted(int(path.parts[-3]) for path in self.path.glob(f"iterations/*/{policy}/train.json"))
+
     def newest_version(self, policy: str, up_to: int | None = None) -> int:
         """The newest version of a policy, or the newest up to one, that this run trained; -1 if there is none."""
-        made = (int(path.parts[-3]) for path in self.path.glob(f"iterations/*/{policy}/train.json"))
+        made = self.versions(policy)
         return max((version for version in made if up_to is None or version <= up_to), default=-1)
+
+    def removed_models(self) -> dict[str, list[int]]:
+        """By policy, the versions whose exported model is not there any more (`storage.keep_last`)."""
+        return {
+            policy: gone
+            for policy in self.trained()
+            if (gone := [v for v in self.versions(policy) if not self.at(f"{v}/{policy}/model").is_dir()])
+        }
 
     def check_layout(self) -> None:
         """Refuse a directory that an earlier version laid out, without folders for policies.
@@ -215,11 +227,8 @@ class RunDirectory(RunFiles):
         self.at(f"{step}.json").unlink(missing_ok=True)
 
     def close_iteration(self, number: int) -> None:
-        """Mark an iteration as whole and drop the learner states that those of it replace."""
+        """Mark an iteration as whole."""
         write_atomically(self.iteration(number) / "DONE", "")
-        for learner in self.iteration(number).glob("*/learner"):
-            for older in range(number):
-                shutil.rmtree(self.at(f"{older}/{learner.parent.name}/learner"), ignore_errors=True)
 
     def fresh(self, step: str) -> Path:
         """`at(step)` as an empty directory: what an interrupted step left there is removed."""

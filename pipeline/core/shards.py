@@ -8,8 +8,8 @@ files, in the order in which they are written:
     rollouts/_000000.json             the side-car: which tasks these are, what was counted in each, its statistics;
                                       size and checksum of the other files
 
-A shard is complete exactly when all of them are there as they were written, and the side-car is of the tasks that belong
-there now.
+A shard is complete exactly when all of them are there as they were written, and the side-car is of the tasks that
+belong there now.
 """
 
 from __future__ import annotations
@@ -166,7 +166,9 @@ class Shards:
 
     def statistics(self) -> list[Mapping[str, Any]]:
         """Of every task, in the order of the tasks; all shards are complete."""
-        return [row["statistics"] for shard in range(len(self)) for row in self._read_side_car(shard)["tasks"]]
+        return [
+            row["statistics"] for shard in range(len(self)) for row in self._read_side_car(shard)["tasks"]
+        ]
 
     # ---------------------------------------------------------------- inside
 

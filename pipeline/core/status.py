@@ -51,6 +51,7 @@ def run_status(path: Path) -> Json:
         },
         "rates": _rates(iterations),
         "failures": _failures(iterations),
+        "removed_models": run.removed_models(),
         "starts": starts,
         "warnings": len(warnings),
         "last_warnings": warnings[-SHOWN_WARNINGS:],
