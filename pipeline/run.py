@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.evaluation import evaluate
 from pipeline.core.losses.loss import Loss
+from pipeline.core.mirror.mirror import Mirror
 from pipeline.core.models import check_export
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.preflight import check_run
@@ -58,8 +59,10 @@ def open_run(
         documents=config.agent.documents,
         timeout_s=config.cluster.start_timeout_s,
     )
+    mirror = Mirror(path, config.storage.url, display.status) if config.storage.url is not None else None
     with (
-        RunDirectory(path, config) as files,
+        RunDirectory(path, config, fill=mirror.begin if mirror is not None else None) as files,
+        mirror or nullcontext(),
         Tracker(files.path, config.tracking, files.path.name) as tracker,
         display.follow(files.path),
         ray_session(config.cluster),

@@ -64,6 +64,8 @@ FREE_TO_CHANGE = ("cluster", "storage", "tracking", "rollout.workers", "rollout.
 own `iterations` and `patience`."""
 
 
+MIRROR_FILE = "mirror.json"
+"""Of `core.mirror`: where the copy of the directory is, and how it stands."""
 _LOCK_FILE = "lock"
 _LOCK_WAIT_S = 1.0
 """A look at the lock (`is_worked_on`) holds it for an instant."""
@@ -173,24 +175,34 @@ class RunFiles:
 class RunDirectory(RunFiles):
     """Opens or creates the directory of one run, for one process.
 
+    Args:
+        fill: called under the lock: it may restore a run into an empty directory.
+
     Raises:
         UserError: it holds something else, a run with a configuration that computes something else, or a run that
             another process is working on.
     """
 
-    def __init__(self, path: Path, config: Config) -> None:
+    def __init__(self, path: Path, config: Config, fill: Callable[[], None] | None = None) -> None:
         super().__init__(path)
         stored = self.path / "config.yaml"
-        if stored.exists():
-            self.check_layout()
-            self._check_same(stored, config)
+        if had_run := stored.exists():
+            self._check(stored, config)
         elif path.exists() and not _is_empty(path):
             raise UserError(
                 f"{path} is not empty and holds no run (no config.yaml); choose another --run directory"
             )
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path / _LOCK_FILE)
-        write_atomically(stored, yaml.safe_dump(_with_absolute_paths(config), sort_keys=False))
+        try:
+            if fill is not None:
+                fill()
+            if not had_run and stored.exists():
+                self._check(stored, config)
+            write_atomically(stored, yaml.safe_dump(_with_absolute_paths(config), sort_keys=False))
+        except BaseException:
+            self._lock.close()
+            raise
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -237,6 +249,10 @@ class RunDirectory(RunFiles):
         path.mkdir(parents=True)
         return path
 
+    def _check(self, stored: Path, config: Config) -> None:
+        self.check_layout()
+        self._check_same(stored, config)
+
     @staticmethod
     def _check_same(stored: Path, config: Config) -> None:
         try:
@@ -265,9 +281,10 @@ class RunDirectory(RunFiles):
 
 
 def _is_empty(directory: Path) -> bool:
-    """True also if all there is is what a kill left of the very first write."""
-    return directory.is_dir() and all(
-        path.suffix == ".tmp" or path.name == _LOCK_FILE for path in directory.iterdir()
+    """True also if all there is is what a kill left of the very first write, or of a run that was being restored."""
+    return directory.is_dir() and (
+        (directory / MIRROR_FILE).exists()
+        or all(path.suffix == ".tmp" or path.name == _LOCK_FILE for path in directory.iterdir())
     )
 
 
