@@ -186,6 +186,7 @@ def _write(slot: Path, buckets: Iterable[learner_state.Bucket], state: bytes) ->
     Raises:
         OSError: the disk is full, or what else keeps a file from being written.
     """
+    learner_files.clear(slot, dist.get_rank(), dist.get_world_size())
     paths = learner_state.write(buckets, slot)
     paths.append(learner_files.write_bytes(slot / f"rank_{dist.get_rank()}.pt", state))
     return learner_files.recorded(paths)

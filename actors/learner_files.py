@@ -53,13 +53,16 @@ def local_directory(model_path: str | Path) -> Path:
 
 
 def free_slot(directory: Path) -> str:
-    """The slot that a save may overwrite, emptied."""
-    found = facts_of(directory)
-    slot = "b" if found.get("slot") == "a" else "a"
-    if found.get("before"):
-        files.write_json(directory / MARKER, {**found, "before": None})
-    shutil.rmtree(directory / slot, ignore_errors=True)
-    return slot
+    """The slot that the next save overwrites. The one before the complete one may be in it, and is no more."""
+    return "b" if facts_of(directory).get("slot") == "a" else "a"
+
+
+def clear(slot: Path, rank: int, num_ranks: int) -> None:
+    """Remove what `rank` of so many left in a slot, and rank 0 also what ranks left that there are no more."""
+    for path in slot.glob("rank_*"):
+        of = int(path.stem.split("_")[1])
+        if of == rank or (rank == 0 and of >= num_ranks):
+            path.unlink(missing_ok=True)
 
 
 def commit_slot(directory: Path, slot: str, facts: Mapping[str, Any], *, keeps_before: bool = False) -> None:
@@ -77,7 +80,7 @@ def commit_slot(directory: Path, slot: str, facts: Mapping[str, Any], *, keeps_b
 
 
 def candidates(directory: Path) -> list[dict[str, Any]]:
-    """The complete checkpoint, its slot and its facts; then the one before it, if it is still there.
+    """The complete checkpoint, its slot and its facts; then the one before it, of which something may be gone.
 
     Raises:
         UserError: there is none, or an earlier version wrote it.

@@ -10,6 +10,7 @@ import transformers
 
 from actors.learner_files import (
     candidates,
+    clear,
     commit_slot,
     facts_of,
     free_slot,
@@ -25,7 +26,7 @@ FACTS = {"phase": "first", "step": 3, "num_ranks": 2, "zero_stage": 1, "files": 
 
 def save(directory: Path, content: str) -> None:
     slot = free_slot(directory)
-    (directory / slot).mkdir(parents=True)
+    (directory / slot).mkdir(parents=True, exist_ok=True)
     (directory / slot / "state").write_text(content)
     commit_slot(directory, slot, FACTS)
 
@@ -49,6 +50,30 @@ def test_a_save_that_died_leaves_the_checkpoint_before_it(tmp_path: Path) -> Non
     assert load(tmp_path) == "complete"
     save(tmp_path, "next")
     assert load(tmp_path) == "next"
+
+
+def test_a_save_clears_its_slot_of_what_ranks_left_that_there_are_no_more(tmp_path: Path) -> None:
+    names = ["rank_0.pt", "rank_0_000.safetensors", "rank_1_001.safetensors", "rank_12.pt"]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    clear(tmp_path, 1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], names[1], names[3]]
+    clear(tmp_path, 0, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_one_before_stays_named_until_it_is_asked_for_no_more(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        commit_slot(tmp_path, made(tmp_path), {**FACTS, "step": step}, keeps_before=True)
+        assert [found["step"] for found in candidates(tmp_path)] == [step, step - 1][:step]
+    commit_slot(tmp_path, made(tmp_path), FACTS)
+    assert len(candidates(tmp_path)) == 1 and len(list(tmp_path.iterdir())) == 2
+
+
+def made(directory: Path) -> str:
+    slot = free_slot(directory)
+    (directory / slot).mkdir(exist_ok=True)
+    return slot
 
 
 def test_a_first_save_that_died_is_no_checkpoint(tmp_path: Path) -> None:
