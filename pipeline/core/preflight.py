@@ -18,6 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
+from pipeline.core.config import StorageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.models import check_model, local_snapshot, model_size
 from pipeline.core.policies import PolicySpec
@@ -56,11 +57,14 @@ def check_machine(
     _look_at_shared_memory(Path("/dev/shm"))
 
 
-def check_run(run: Path, policies: Sequence[PolicySpec], *, versions_to_come: int, tokens: int) -> None:
+def check_run(
+    run: Path, policies: Sequence[PolicySpec], storage: StorageConfig, *, versions_to_come: int, tokens: int
+) -> None:
     """What a run is about to read and write; also good for a run that goes on.
 
     Args:
         policies: of the run.
+        storage: which models and checkpoints stay.
         versions_to_come: trained ones, of each policy.
         tokens: at most so many will be in the trajectories that are sampled.
 
@@ -74,7 +78,7 @@ def check_run(run: Path, policies: Sequence[PolicySpec], *, versions_to_come: in
             "path on a file system that all nodes share"
         )
     check_models(spec.model.path for spec in policies)
-    _check_disk(run, policies, versions_to_come, tokens)
+    _check_disk(run, policies, storage, versions_to_come, tokens)
 
 
 def check_models(paths: Iterable[str]) -> None:
@@ -203,7 +207,9 @@ def _is_in_network(host: str, network: str) -> bool:
 # ---------------------------------------------------------------- disk
 
 
-def _check_disk(run: Path, policies: Sequence[PolicySpec], versions: int, tokens: int) -> None:
+def _check_disk(
+    run: Path, policies: Sequence[PolicySpec], storage: StorageConfig, versions: int, tokens: int
+) -> None:
     trained = [spec for spec in policies if spec.learner is not None]
     if versions <= 0 or not trained:
         return
@@ -228,11 +234,15 @@ def _check_disk(run: Path, policies: Sequence[PolicySpec], versions: int, tokens
             f"{run}: the disk has {_gb(free)} free, and a training step writes {_gb(exports + checkpoints)} "
             f"({figures}); make room or choose another --run directory"
         )
-    # While a checkpoint is written, the one before it is still there.
-    whole = versions * exports + 2 * checkpoints + tokens * _TRAJECTORY_BYTES
+    models = versions
+    if storage.keep_last is not None:  # beside these the one of iteration 0, and the one that is being made
+        models = min(versions, storage.keep_last + storage.keep_best + 2)
+    # A training has two of its own, in turn, beside those of the versions before.
+    states = min(versions + 1, storage.keep_states + 2)
+    whole = models * exports + states * checkpoints + tokens * _TRAJECTORY_BYTES
     if free < whole:
         logger.warning(
-            f"{run}: the disk has {_gb(free)} free, and the run may come to {_gb(whole)}: {versions} versions, two "
+            f"{run}: the disk has {_gb(free)} free, and the run may come to {_gb(whole)}: {models} models, {states} "
             f"checkpoints at a time ({figures}) and at most {_gb(tokens * _TRAJECTORY_BYTES)} of trajectories"
         )
 
