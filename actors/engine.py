@@ -485,7 +485,9 @@ def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
             "kv_cache_memory_bytes": int(options.kv_cache_gib * _GIB),
             # vLLM's CPU generator cannot continue a seeded request whose prompt was prefilled in several chunks.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": batched_tokens(options.max_model_len, options.max_num_seqs, on_cpu=True),
+            "max_num_batched_tokens": batched_tokens(
+                options.max_model_len, options.max_num_seqs, on_cpu=True
+            ),
         }
     return AsyncEngineArgs(
         model=options.model,

@@ -5,24 +5,31 @@ Nothing is started. What is computed of it is in `pipeline.core.plan`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+
+import ray
 
 from actors.engine import batched_tokens
 from actors.placement import Placement, PolicyPlacement, plan_placement
+from actors.preflight import cluster_address
+from actors.session import has_gpu_packages
 from pipeline.core.config import EXSEARCH, Config, LearnerConfig, RolloutConfig
 from pipeline.core.errors import UserError
 from pipeline.core.plan.assumptions import Assumptions
 from pipeline.core.plan.disk import disk_needs
 from pipeline.core.plan.engine import EngineLoad, EngineNeeds, engine_needs
 from pipeline.core.plan.learner import RankLoad, rank_memory, trained_parameters
-from pipeline.core.plan.machine import Node, Nodes
+from pipeline.core.plan.machine import Node, Nodes, this_machine
 from pipeline.core.plan.memory import ACCELERATOR_CONTEXT, BYTES, GIB, Dtype, Memory, number_format
 from pipeline.core.plan.needs import Layout, PolicyNeeds, Tenant
 from pipeline.core.plan.phases import phases_of
 from pipeline.core.plan.run_plan import RunPlan
-from pipeline.core.plan.shape import ModelShape, read_shape
+from pipeline.core.plan.shape import ModelShape, UnknownShape, read_shape
 from pipeline.core.plan.work import Trajectory, trajectory
 from pipeline.core.policies import PolicySpec
+
+logger = logging.getLogger(__name__)
 
 
 def plan_run(
@@ -53,11 +60,17 @@ def plan_run(
     layout = Layout(placement.device, _shares(placement), placement.take_turns, _on_nodes(placement, nodes))
     assumed = assumptions.settled(config.agent, placement.device, questions)
     one = trajectory(config.agent, assumed)
-    needs = tuple(_policy_needs(spec, placement, nodes[0], one) for spec in policies)
+    # Sentence encoders are other models than this knows, and small beside a language model.
+    known = [spec for spec in policies if spec.head != "embedding"]
+    needs = tuple(_policy_needs(spec, placement, nodes[0], one) for spec in known)
     iterations = config.of_recipe.iterations
     trained = [
-        (own.shape.parameters, trained_parameters(own.shape, _lora(spec.learner)), _format(spec.learner, placement))
-        for spec, own in zip(policies, needs, strict=True)
+        (
+            own.shape.parameters,
+            trained_parameters(own.shape, _lora(spec.learner)),
+            _format(spec.learner, placement),
+        )
+        for spec, own in zip(known, needs, strict=True)
         if spec.learner is not None
     ]
     starts_cold = config.cold_start.questions > 0 or config.cold_start.trajectories is not None
@@ -72,10 +85,30 @@ def plan_run(
             versions=iterations + starts_cold,
             tokens=iterations * (assumed.questions or 0) * config.rollout.samples * one.total,
         ),
-        phases=phases_of(config, needs[0], layout, nodes[0], assumed, one) if config.recipe == EXSEARCH else (),
+        phases=phases_of(config, needs[0], layout, nodes[0], assumed, one)
+        if config.recipe == EXSEARCH
+        else (),
         iterations=iterations,
         assumptions=assumed,
     )
+
+
+def check_memory(config: Config, policies: Sequence[PolicySpec]) -> None:
+    """This machine has the memory for the run, if it is to be the only one: with a local Ray, before that starts.
+
+    Raises:
+        UserError: it has not.
+    """
+    if ray.is_initialized() or cluster_address(config.cluster.address) is not None:
+        return
+    try:
+        plan = plan_run(config, policies, this_machine(), Assumptions(), {}, gpu_packages=has_gpu_packages())
+    except UnknownShape as error:
+        logger.warning(f"whether the memory is enough is not known: {error}")
+        return
+    plan.check()
+    for line in plan.warnings():
+        logger.warning(line)
 
 
 # ---------------------------------------------------------------- where
@@ -119,7 +152,7 @@ def _on_nodes(placement: Placement, nodes: Nodes) -> tuple[tuple[Tenant, ...], .
 def _policy_needs(spec: PolicySpec, placement: Placement, node: Node, one: Trajectory) -> PolicyNeeds:
     own, shape = placement.policies[spec.name], read_shape(spec.model.path)
     engine = _engine(spec, spec.rollout, shape, placement, own, node) if spec.rollout else None
-    rank = _rank(spec.learner, shape, placement, one) if spec.learner else None
+    rank = _rank(spec, spec.learner, shape, placement, one) if spec.learner else None
     weights = BYTES[_format(spec.learner, placement)] * shape.parameters
     pushes = spec.rollout is not None and spec.learner is not None
     on_rank = weights // spec.learner.num_ranks if spec.learner and spec.learner.zero_stage == 3 else weights
@@ -165,7 +198,10 @@ def _engine(
     )
 
 
-def _rank(learner: LearnerConfig, shape: ModelShape, placement: Placement, one: Trajectory) -> Memory:
+def _rank(
+    spec: PolicySpec, learner: LearnerConfig, shape: ModelShape, placement: Placement, one: Trajectory
+) -> Memory:
+    trained = learner.tokens_per_microbatch * one.trained_share
     return rank_memory(
         shape,
         RankLoad(
@@ -174,7 +210,7 @@ def _rank(learner: LearnerConfig, shape: ModelShape, placement: Placement, one: 
             ranks=learner.num_ranks,
             zero_stage=learner.zero_stage,
             row_tokens=learner.tokens_per_microbatch,
-            trained_tokens=round(learner.tokens_per_microbatch * one.trained_share),
+            trained_tokens=round(trained) if spec.head == "lm" else 0,  # others have no logits
             checkpointing=learner.gradient_checkpointing,
             offload_optimizer=learner.offload_optimizer,
             offload_parameters=learner.offload_parameters,

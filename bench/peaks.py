@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+_START = time.monotonic()
 SAMPLE_S = 0.005
 """Seconds between two looks at the processes."""
 
@@ -98,7 +99,14 @@ def rank(model: str, settings: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
     mask = np.arange(length) >= length - trained
     examples = [
-        Example(str(n), str(n), "policy", rng.integers(0, 256, length).astype(np.int32), mask, {"weight": np.ones(1)})
+        Example(
+            str(n),
+            str(n),
+            "policy",
+            rng.integers(0, 256, length).astype(np.int32),
+            mask,
+            {"weight": np.ones(1)},
+        )
         for n in range(rows)
     ]
     learner.train(examples, WeightedNll(), phase_seed=0, on_step=lambda metrics: _mark("a step"))
@@ -122,7 +130,10 @@ def engine(model: str, settings: dict[str, Any]) -> None:
         rng = np.random.default_rng(0)
         prompts = [rng.integers(0, 256, prompt).tolist() for _ in range(requests)]
         await asyncio.gather(
-            *(served.generate(p, Sampling(max_tokens=answer, seed=n)) for n, p in enumerate(prompts))
+            *(
+                served.generate(p, Sampling(max_tokens=answer, seed=n, temperature=1.0))
+                for n, p in enumerate(prompts)
+            )
         )
         _mark("generated")
         await asyncio.gather(*(served.score(p, prompt // 2) for p in prompts))
@@ -135,7 +146,12 @@ def engine(model: str, settings: dict[str, Any]) -> None:
 def _mark(what: str) -> None:
     """For who wants to know when memory grew."""
     if "PLAN_VERBOSE" in os.environ:
-        print({pid: f"{_anonymous(pid) / 1e6:,.0f}" for pid in _tree(os.getpid())}, what, file=sys.stderr)
+        print(
+            f"{time.monotonic() - _START:.1f}",
+            {pid: f"{_anonymous(pid) / 1e6:,.0f}" for pid in _tree(os.getpid())},
+            what,
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def plan(
     config: ConfigFile = None,
     overrides: Overrides = None,
     gpus: Annotated[
-        int | None, typer.Option(min=1, help="Plan for machines with so many GPUs each (default: this machine).")
+        int | None,
+        typer.Option(min=1, help="Plan for machines with so many GPUs each (default: this machine)."),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="So many of them.")] = 1,
     gpu_memory_gib: Annotated[

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import Cluster, plan
+from actors.planning import check_memory
 from actors.policy import Policy
-from actors.session import actor_logs, ray_session
+from actors.session import actor_logs, has_gpu_packages, ray_session
 from actors.weighting import Destination
 from pipeline.core.agents.program import Program, Sampling
 from pipeline.core.config import Config, Iterations
@@ -47,7 +48,14 @@ def open_run(
     """
     trained = [RunFiles(path).newest_version(spec.name) for spec in policies if spec.learner is not None]
     versions = config.of_recipe.iterations - min(trained, default=0)
-    check_run(path, policies, versions_to_come=versions, tokens=versions * _most_tokens(config, splits))
+    check_run(
+        path,
+        policies,
+        versions_to_come=versions,
+        tokens=versions * _most_tokens(config, splits),
+        device="gpu" if has_gpu_packages() else "cpu",
+    )
+    check_memory(config, policies)
     servers = await_servers(
         config.retriever,
         display,

@@ -18,7 +18,7 @@ from pipeline.core.data.questions import read_questions
 from pipeline.core.errors import UserError
 from pipeline.core.plan.assumptions import Assumptions
 from pipeline.core.plan.machine import Nodes, this_machine
-from pipeline.core.plan.memory import Memory, gib
+from pipeline.core.plan.memory import PLACES, Memory, Where, gib
 from pipeline.core.plan.needs import PolicyNeeds
 from pipeline.core.plan.run_plan import RunPlan
 
@@ -49,7 +49,9 @@ def _count(config: Config, split: str) -> int | None:
         return 0 if split == "test" else None
     limit = getattr(config.data, f"{split}_limit")
     try:
-        return len(read_questions(paths, root=config.data.root, limit=limit, seed=config.seed, hops=config.data.hops))
+        return len(
+            read_questions(paths, root=config.data.root, limit=limit, seed=config.seed, hops=config.data.hops)
+        )
     except UserError:
         return None
 
@@ -63,15 +65,15 @@ def print_plan(plan: RunPlan, console: Console) -> None:
     _work(plan, console)
     disk = plan.disk
     lines = [
-        f"disk: {disk.versions} versions of {gib(disk.export)}, checkpoints of {gib(disk.checkpoint)} (two while one is "
-        f"written), trajectories up to {gib(disk.shards)}; in all up to {gib(disk.whole_run)}",
+        f"disk: {disk.versions} versions of {gib(disk.export)}, checkpoints of {gib(disk.checkpoint)} (two while "
+        f"one is written), trajectories up to {gib(disk.shards)}; in all up to {gib(disk.whole_run)}",
         *(
             f"push of {policy.name}: {gib(policy.push_bytes)} to each of {policy.engines} engines by {policy.transport}"
             for policy in plan.policies
             if policy.push_bytes
         ),
-        f"a trajectory is taken to have {plan.trajectory.total:,.0f} tokens, {plan.trajectory.written:,.0f} of them the "
-        "model's own",
+        f"a trajectory is taken to have {plan.trajectory.total:,.0f} tokens, {plan.trajectory.written:,.0f} of them "
+        "the model's own",
         "assumed (--assume KEY=VALUE): "
         + ", ".join(f"{name} {value:g}" for name, value in plan.assumptions.model_dump().items()),
         *(f"warning: {line}" for line in plan.warnings()),
@@ -96,10 +98,13 @@ def _placement(plan: RunPlan, console: Console) -> None:
 
 
 def _memory(policy: PolicyNeeds, console: Console) -> None:
-    title = f"{policy.name}: {policy.model}, {policy.shape.parameters / 1e6:,.1f} million parameters; memory at the peak"
-    table = _table(title, ("of", "part", "where", "size"))
+    size = f"{policy.shape.parameters / 1e6:,.1f} million parameters"
+    table = _table(
+        f"{policy.name}: {policy.model}, {size}; memory at the peak", ("of", "part", "where", "size")
+    )
     if policy.engine is not None:
-        _add(table, "an engine" if policy.tensor_parallel == 1 else "a GPU of an engine", policy.engine.memory)
+        whose = "an engine" if policy.tensor_parallel == 1 else "a GPU of an engine"
+        _add(table, whose, policy.engine.memory)
         cache = policy.engine.cache
         table.caption = (
             f"KV cache: {cache.tokens:,} tokens, {cache.tokens // max(1, policy.concurrency):,} for each of "
@@ -113,7 +118,7 @@ def _memory(policy: PolicyNeeds, console: Console) -> None:
 def _add(table: Table, who: str, held: Memory) -> None:
     for number, part in enumerate(held.components):
         table.add_row(who if number == 0 else "", part.name, part.where, gib(part.bytes))
-    places = [where for where in ("gpu", "host") if held.on(where)]
+    places: list[Where] = [where for where in PLACES if held.on(where)]
     for where in places:
         table.add_row("", "together", where, gib(held.on(where)), end_section=where == places[-1])
 
@@ -140,7 +145,9 @@ def _work(plan: RunPlan, console: Console) -> None:
 def _table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     for column in columns:
-        table.add_column(column, justify="right" if column in ("size", "holds", "times", "tokens") else "left")
+        table.add_column(
+            column, justify="right" if column in ("size", "holds", "times", "tokens") else "left"
+        )
     return table
 
 

@@ -21,6 +21,8 @@ import httpx
 import pipeline
 from pipeline.core.errors import UserError
 from pipeline.core.models import check_model, local_snapshot, model_size
+from pipeline.core.plan.disk import CHECKPOINT_BYTES, disk_needs
+from pipeline.core.plan.memory import Device, number_format
 from pipeline.core.policies import PolicySpec
 
 logger = logging.getLogger(__name__)
@@ -33,10 +35,6 @@ SOCKET_PATH = 107
 """Longest name of a Unix socket, in bytes."""
 _RAYS_SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
 _VLLMS_SOCKET = len("/00000000-0000-0000-0000-000000000000")
-_OPTIMISER_BYTES = 16
-"""Room for a checkpoint, per trained parameter: its 12 (weight and Adam's two moments, float32), and some to spare."""
-_TRAJECTORY_BYTES = 18
-"""Per token of a trajectory and of its training example, before compression."""
 
 
 def check_machine(
@@ -55,19 +53,22 @@ def check_machine(
     _look_at_shared_memory(Path("/dev/shm"))
 
 
-def check_run(run: Path, policies: Sequence[PolicySpec], *, versions_to_come: int, tokens: int) -> None:
+def check_run(
+    run: Path, policies: Sequence[PolicySpec], *, versions_to_come: int, tokens: int, device: Device
+) -> None:
     """What a run is about to read and write; also good for a run that goes on.
 
     Args:
         policies: of the run.
         versions_to_come: trained ones, of each policy.
         tokens: at most so many will be in the trajectories that are sampled.
+        device: what it trains on.
 
     Raises:
         UserError: a model is incomplete, or the disk has no room for the next version.
     """
     check_models(spec.model.path for spec in policies)
-    _check_disk(run, policies, versions_to_come, tokens)
+    _check_disk(run, policies, versions_to_come, tokens, device)
 
 
 def check_models(paths: Iterable[str]) -> None:
@@ -195,37 +196,38 @@ def _is_in_network(host: str, network: str) -> bool:
 # ---------------------------------------------------------------- disk
 
 
-def _check_disk(run: Path, policies: Sequence[PolicySpec], versions: int, tokens: int) -> None:
-    trained = [spec for spec in policies if spec.learner is not None]
-    if versions <= 0 or not trained:
-        return
-    exports, checkpoints = 0, 0
-    for spec in trained:
-        assert spec.learner is not None
+def _check_disk(
+    run: Path, policies: Sequence[PolicySpec], versions: int, tokens: int, device: Device
+) -> None:
+    trained = []
+    for spec in policies:
+        if spec.learner is None:
+            continue
         if (directory := local_snapshot(spec.model.path)) is None:
             logger.warning(
                 f"{spec.model.path} is to be downloaded: whether the disk has room for it is not known"
             )
             return
-        size = model_size(directory)
-        exports += size.bytes
-        checkpoints += size.parameters * _OPTIMISER_BYTES if spec.learner.lora is None else 0
+        parameters = model_size(directory).parameters
+        # Adapters are small beside what is exported.
+        in_checkpoint = parameters if spec.learner.lora is None else 0
+        trained.append((parameters, in_checkpoint, number_format(spec.learner.dtype, device)))
+    if versions <= 0 or not trained:
+        return
+    needs = disk_needs(trained, versions=versions, tokens=tokens)
     where = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
     free = shutil.disk_usage(where).free
-    figures = (
-        f"exported {_gb(exports)}, checkpoint {_gb(checkpoints)} at {_OPTIMISER_BYTES} bytes a parameter"
-    )
-    if free < exports + checkpoints:
+    checkpoint = f"{_gb(needs.checkpoint)} at {CHECKPOINT_BYTES} bytes a parameter"
+    figures = f"exported {_gb(needs.export)}, checkpoint {checkpoint}"
+    if free < needs.next_version:
         raise UserError(
-            f"{run}: the disk has {_gb(free)} free, and a training step writes {_gb(exports + checkpoints)} "
+            f"{run}: the disk has {_gb(free)} free, and a training step writes {_gb(needs.next_version)} "
             f"({figures}); make room or choose another --run directory"
         )
-    # While a checkpoint is written, the one before it is still there.
-    whole = versions * exports + 2 * checkpoints + tokens * _TRAJECTORY_BYTES
-    if free < whole:
+    if free < needs.whole_run:
         logger.warning(
-            f"{run}: the disk has {_gb(free)} free, and the run may come to {_gb(whole)}: {versions} versions, two "
-            f"checkpoints at a time ({figures}) and at most {_gb(tokens * _TRAJECTORY_BYTES)} of trajectories"
+            f"{run}: the disk has {_gb(free)} free, and the run may come to {_gb(needs.whole_run)}: {versions} "
+            f"versions, two checkpoints at a time ({figures}) and at most {_gb(needs.shards)} of trajectories"
         )
 
 

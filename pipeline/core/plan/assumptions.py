@@ -79,7 +79,9 @@ def read_assumptions(pairs: Sequence[str]) -> Assumptions:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or key not in Assumptions.model_fields:
-            raise UserError(f"--assume {pair}: give KEY=VALUE; keys are {', '.join(Assumptions.model_fields)}")
+            raise UserError(
+                f"--assume {pair}: give KEY=VALUE; keys are {', '.join(Assumptions.model_fields)}"
+            )
         values[key] = yaml.safe_load(text)
     try:
         return Assumptions.model_validate(values)

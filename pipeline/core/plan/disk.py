@@ -38,9 +38,7 @@ class DiskNeeds:
         return self.versions * self.export + 2 * self.checkpoint + self.shards
 
 
-def disk_needs(
-    policies: list[tuple[int, int, Dtype]], *, versions: int, tokens: float
-) -> DiskNeeds:
+def disk_needs(policies: list[tuple[int, int, Dtype]], *, versions: int, tokens: float) -> DiskNeeds:
     """
     Args:
         policies: of each that is trained: its parameters, how many of them are trained, the learner's number format.

@@ -1,7 +1,7 @@
 """What an engine holds: weights, cache of keys and values, and what it computes with.
 
-On a GPU vLLM takes a share u of the memory: weights and its own needs first, and the rest for the cache. On a CPU the cache
-has the size that was asked for, and everything else comes on top of it.
+On a GPU vLLM takes a share u of the memory: weights and its own needs first, and the rest for the cache. On a CPU the
+cache has the size that was asked for, and everything else comes on top of it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pipeline.core.plan.shape import ModelShape
 GPU_OVERHEAD = 3 * GIB
 """CUDA's context, activations of a step and CUDA graphs, of each device of an engine. An estimate."""
 ENGINE_LIBRARIES = {"cpu": 1800 * 2**20, "gpu": 8 * GIB}
-"""Of an engine's processes on the host (actor, scheduler, worker): Python, torch, vLLM. Measured on CPUs (`bench.plan`); on GPUs an
-estimate."""
+"""Of an engine's processes on the host (actor, scheduler, worker): Python, torch, vLLM. Measured on CPUs
+(`bench.plan`); on GPUs an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,8 @@ def engine_needs(shape: ModelShape, load: EngineLoad) -> EngineNeeds:
 
 
 def _step(shape: ModelShape, load: EngineLoad) -> int:
-    """Of one layer without gradients: both halves of the feed-forward part and their product, and the residual stream twice."""
+    """Of one layer without gradients: both halves of the feed-forward part and their product, and the residual stream
+    twice."""
     return load.batched_tokens * BYTES[load.dtype] * (3 * shape.mlp + 2 * shape.hidden)
 
 

@@ -1,9 +1,9 @@
 """How many tokens an engine's cache of keys and values holds: vLLM's accounting, as arithmetic.
 
-The source is `vllm/v1/core/kv_cache_utils.py` of vLLM 0.32. The cache is a pool of blocks. A block holds `block_size` tokens
-of a *group* of layers. Layers that attend to everything are of one kind, layers with a sliding window of another; a
-model of both kinds has groups of equally many layers, the fewest of any kind (or the most, where that is less than half
-as much again). Each group takes blocks of its own from the pool, so all blocks are of one size.
+The source is `vllm/v1/core/kv_cache_utils.py` of vLLM 0.32. The cache is a pool of blocks. A block holds `block_size`
+tokens of a *group* of layers. Layers that attend to everything are of one kind, layers with a sliding window of
+another; a model of both kinds has groups of equally many layers, the fewest of any kind (or the most, where that is
+less than half as much again). Each group takes blocks of its own from the pool, so all blocks are of one size.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def kv_cache(
 ) -> KvCache:
     """The cache of one device.
 
-    Keys and values of a token in one layer are 2 x (KV heads of the device) x head size elements. Heads are divided among
-    `tensor_parallel` devices, and copied where there are fewer heads than devices.
+    Keys and values of a token in one layer are 2 x (KV heads of the device) x head size elements. Heads are divided
+    among `tensor_parallel` devices, and copied where there are fewer heads than devices.
 
     Args:
         size: bytes for keys and values, on each of the engine's devices.

@@ -1,7 +1,8 @@
 """What a learner rank holds at its peak: DeepSpeed's states, what a packed row needs, and buffers.
 
-P trained of F parameters on N ranks, b bytes an element, rows of T tokens of which M are trained. States, from the sources of
-DeepSpeed 0.19.8 (`runtime/zero/stage_1_and_2.py`, `stage3.py`), with float32 sums of gradients (`learner_setup`):
+P trained of F parameters on N ranks, b bytes an element, rows of T tokens of which M are trained. States, from the
+sources of DeepSpeed 0.19.8 (`runtime/zero/stage_1_and_2.py`, `stage3.py`), with float32 sums of gradients
+(`learner_setup`):
 
 | stage | weights | master copy and Adam | gradients | for the step | buckets |
 |---|---|---|---|---|---|
@@ -27,8 +28,8 @@ BUCKET_ELEMENTS = 500_000_000
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's `stage3_max_live_parameters`: parameters that stage 3 keeps whole at a time."""
 RANK_LIBRARIES = {"cpu": 400 * 2**20, "gpu": 4 * GIB}
-"""Of the rank's own process on the host: Python, torch, DeepSpeed, transformers. Measured on CPUs (`bench.plan`); on GPUs, where
-CUDA's libraries are loaded too, an estimate."""
+"""Of the rank's own process on the host: Python, torch, DeepSpeed, transformers. Measured on CPUs (`bench.plan`); on
+GPUs, where CUDA's libraries are loaded too, an estimate."""
 Part = tuple[str, float, Where]
 
 
@@ -59,9 +60,9 @@ class RankLoad:
 def rank_memory(shape: ModelShape, load: RankLoad) -> Memory:
     """The peak of one rank, by component.
 
-    Backward pass of the output layer, backward pass of a decoder layer, and optimiser step follow each other. On a CPU the largest
-    of them counts: the heap uses again what was freed. A GPU's caching allocator keeps blocks of other sizes, so
-    there they count together.
+    Backward pass of the output layer, backward pass of a decoder layer, and optimiser step follow each other. On a CPU
+    the largest of them counts: the heap uses again what was freed. A GPU's caching allocator keeps blocks of other
+    sizes, so there they count together.
     """
     device: Where = "host" if load.device == "cpu" else "gpu"
     lasting = [*_states(shape, load), *_lasting_activations(shape, load, device)]
@@ -123,9 +124,9 @@ def _device(load: RankLoad) -> Where:
 def saved_per_token(shape: ModelShape, dtype: Dtype) -> int:
     """Bytes that a decoder layer keeps of each token for its backward pass.
 
-    Two normalisations: input in float32, normalised, scaled (4 + 2b) h each. Attention: queries, keys, values and output,
-    once as the kernel gives it and once as the output projection reads it: (3a + 2k) b. Feed-forward: gate before and after its
-    non-linearity, the other factor, their product: 4f b.
+    Two normalisations: input in float32, normalised, scaled (4 + 2b) h each. Attention: queries, keys, values and
+    output, once as the kernel gives it and once as the output projection reads it: (3a + 2k) b. Feed-forward: gate
+    before and after its non-linearity, the other factor, their product: 4f b.
     """
     b = BYTES[dtype]
     norms = 2 * (4 + 2 * b) * shape.hidden

@@ -11,6 +11,7 @@ ACCELERATOR_CONTEXT = 2 * GIB
 """CUDA's context, libraries loaded into it, NCCL's buffers: of each process on a GPU. An estimate."""
 
 Where = Literal["gpu", "host"]
+PLACES: tuple[Where, ...] = ("gpu", "host")
 Device = Literal["cpu", "gpu"]
 Dtype = Literal["float32", "bfloat16"]
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}

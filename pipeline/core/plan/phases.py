@@ -20,8 +20,8 @@ def phases_of(
 ) -> tuple[PhaseWork, ...]:
     """Cold start, and E-step, M-step, push and dev of every iteration, and the tests.
 
-    The longest part of each is counted: sampling and training, no start, no encoding, no checkpoint. Where engines share
-    devices with ranks, each has all of its own; cores are divided among the processes of a node.
+    The longest part of each is counted: sampling and training, no start, no encoding, no checkpoint. Where engines
+    share devices with ranks, each has all of its own; cores are divided among the processes of a node.
     """
     assert searcher.engine is not None and searcher.rank is not None
     iterations, learner, rollout = config.em.iterations, config.learner, config.rollout
@@ -53,7 +53,9 @@ def phases_of(
         )
         return PhaseWork(name, tokens, seconds, times, trains=True)
 
-    train, dev, test = (count or 0 for count in (assumed.questions, assumed.dev_questions, assumed.test_questions))
+    train, dev, test = (
+        count or 0 for count in (assumed.questions, assumed.dev_questions, assumed.test_questions)
+    )
     samples = train * rollout.samples
     cold = config.cold_start
     starts_cold = cold.questions > 0 or cold.trajectories is not None

@@ -56,14 +56,22 @@ class RunPlan:
         return [
             *_of_caches(self.policies),
             *(line for use in self.gpus() for line in _of_gpu(use, self.nodes[0])),
-            *(line for use, node in zip(self.hosts(), self.nodes, strict=True) for line in _of_host(use, node)),
+            *(
+                line
+                for use, node in zip(self.hosts(), self.nodes, strict=True)
+                for line in _of_host(use, node)
+            ),
         ]
 
     def warnings(self) -> list[str]:
         """What will work badly."""
         return [
             *_of_small_caches(self.policies, self.trajectory),
-            *(line for use, node in zip(self.hosts(), self.nodes, strict=True) for line in _of_full_host(use, node)),
+            *(
+                line
+                for use, node in zip(self.hosts(), self.nodes, strict=True)
+                for line in _of_full_host(use, node)
+            ),
             *self._of_idle_devices(),
         ]
 
@@ -121,9 +129,9 @@ def _of_small_caches(policies: Sequence[PolicyNeeds], one: Trajectory) -> Iterat
         if tokens < policy.concurrency * one.mean_context:
             yield (
                 f"the KV cache of an engine of {policy.name} holds {tokens:,} tokens, "
-                f"{tokens // policy.concurrency:,} for each of rollout.concurrency={policy.concurrency} agents, which hold "
-                f"{one.mean_context:,.0f} on average and {one.total:,.0f} at their end: prefixes will be evicted between "
-                f"turns and computed again; rollout.concurrency={max(1, int(tokens / one.mean_context))} fits"
+                f"{tokens // policy.concurrency:,} for each of rollout.concurrency={policy.concurrency} agents, which "
+                f"hold {one.mean_context:,.0f} on average and {one.total:,.0f} at their end: prefixes will be evicted "
+                f"between turns and computed again; rollout.concurrency={max(1, int(tokens / one.mean_context))} fits"
             )
 
 

@@ -119,7 +119,7 @@ def _mlp_width(text: Any) -> int:
 
 def _windows(text: Any) -> tuple[int | None, ...]:
     """Of each layer. Old configurations name a window for all layers, and some switch it off by another key."""
-    window = getattr(text, "sliding_window", None)
+    window: int | None = getattr(text, "sliding_window", None)
     if window is None or not getattr(text, "use_sliding_window", True):
         return (None,) * text.num_hidden_layers
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers

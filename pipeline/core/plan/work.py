@@ -66,9 +66,9 @@ def sampling_seconds(
 ) -> float:
     """Of trajectories on engines of some devices (GPUs or cores) each, with every token computed once (prefix cache).
 
-    What others write is computed in bulk: 2F operations a token at `prefill_mfu`. What the model writes comes token by token:
-    a step of all agents in flight reads the weights, and keys and values of what each holds, or computes 2F operations for each
-    of them, whichever takes longer.
+    What others write is computed in bulk: 2F operations a token at `prefill_mfu`. What the model writes comes token by
+    token: a step of all agents in flight reads the weights, and keys and values of what each holds, or computes 2F
+    operations for each of them, whichever takes longer.
     """
     assert assumed.peak_tflops is not None and assumed.bandwidth_gb_s is not None
     per_engine = trajectories / engines
@@ -92,8 +92,8 @@ def training_seconds(
 ) -> float:
     """Of so many tokens on all devices (GPUs or cores) together.
 
-    Operations per parameter and token: 2 forward, 2 backward for the activations, 2 for the weights' gradients (none of frozen
-    weights), and 2 for a second forward pass under gradient checkpointing.
+    Operations per parameter and token: 2 forward, 2 backward for the activations, 2 for the weights' gradients (none
+    of frozen weights), and 2 for a second forward pass under gradient checkpointing.
     """
     assert assumed.peak_tflops is not None
     operations = 4 + (0 if adapters_only else 2) + (2 if checkpointing else 0)

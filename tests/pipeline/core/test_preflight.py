@@ -266,28 +266,28 @@ def test_a_model_is_measured_without_reading_its_weights(model: Path) -> None:
 def test_a_disk_too_small_for_the_next_version_is_refused(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_free(monkeypatch, 17 * GB)
+    with_free(monkeypatch, 15 * GB)
     with pytest.raises(
-        UserError, match=r"17.0 GB free, .* writes 18.0 GB .*checkpoint 16.0 GB at 16 bytes a par"
+        UserError, match=r"15.0 GB free, .* writes 16.0 GB .*checkpoint 12.0 GB at 12 bytes a par"
     ):
-        check_run(tmp_path / "runs" / "new", [policy(model)], versions_to_come=3, tokens=0)
+        check_run(tmp_path / "runs" / "new", [policy(model)], versions_to_come=3, tokens=0, device="cpu")
 
 
 def test_adapters_need_no_checkpoint_of_the_whole_model(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_free(monkeypatch, 17 * GB)
-    check_run(tmp_path, [policy(model, LoraConfig())], versions_to_come=3, tokens=0)
+    with_free(monkeypatch, 15 * GB)
+    check_run(tmp_path, [policy(model, LoraConfig())], versions_to_come=3, tokens=0, device="cpu")
 
 
 def test_a_disk_too_small_for_the_whole_run_is_warned_of(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with_free(monkeypatch, 39 * GB)
-    check_run(tmp_path, [policy(model)], versions_to_come=3, tokens=10**6)
+    with_free(monkeypatch, 37 * GB)
+    check_run(tmp_path, [policy(model)], versions_to_come=3, tokens=10**6, device="cpu")
     assert caplog.text == ""
-    check_run(tmp_path, [policy(model)], versions_to_come=3, tokens=10**8)
-    assert "39.0 GB free, and the run may come to 39.8 GB: 3 versions" in caplog.text
+    check_run(tmp_path, [policy(model)], versions_to_come=3, tokens=10**8, device="cpu")
+    assert "37.0 GB free, and the run may come to 37.8 GB: 3 versions" in caplog.text
 
 
 @pytest.mark.parametrize("versions", [0, -1])
@@ -295,10 +295,10 @@ def test_a_run_that_trains_nothing_more_needs_no_room(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, versions: int
 ) -> None:
     with_free(monkeypatch, 0)
-    check_run(tmp_path, [policy(model)], versions_to_come=versions, tokens=0)
+    check_run(tmp_path, [policy(model)], versions_to_come=versions, tokens=0, device="cpu")
 
 
 def test_weights_that_were_cut_off_are_refused(tmp_path: Path, model: Path) -> None:
     (model / "model.safetensors").write_bytes(b"\x10")
     with pytest.raises(UserError, match="is cut off or no safetensors file"):
-        check_run(tmp_path, [policy(model)], versions_to_come=1, tokens=0)
+        check_run(tmp_path, [policy(model)], versions_to_come=1, tokens=0, device="cpu")
