@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 _START = time.monotonic()
-SAMPLE_S = 0.005
+SAMPLE_S = 0.02
 """Seconds between two looks at the processes."""
 
 

@@ -1,0 +1,73 @@
+"""`exsearch plan`: what a user sees, and what a program gets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Qwen2Config
+
+from tests.pipeline.core.plan.shapes import QWEN_7B
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def qwen(folder: Path) -> list[str]:
+    """Arguments that plan for the shipped configuration of eight GPUs; of the model there is config.json alone."""
+    Qwen2Config(**QWEN_7B).save_pretrained(folder / "qwen")
+    return ["plan", "--config", str(ROOT / "configs" / "qwen2.5-7b-8gpu.yaml"), "model.path=qwen"]
+
+
+def test_a_person_sees_placement_memory_work_and_assumptions(run_command: Any, qwen: list[str]) -> None:
+    result = run_command(*qwen, "--gpus", 8, "--assume", "questions=50000")
+
+    assert result.exit_code == 0, result.output
+    for text in (
+        "engines and learner ranks share GPUs and take turns",
+        "7,615.6 million parameters",
+        "GPU while searcher is trained",
+        "M-step",
+        "push of searcher: 14.2 GiB to each of 8 engines by ipc",
+        "assumed (--assume KEY=VALUE): questions 50000",
+    ):
+        assert text in " ".join(result.stdout.split())
+
+
+def test_a_program_gets_one_json_object(run_command: Any, qwen: list[str]) -> None:
+    result = run_command(*qwen, "--gpus", 8, "--json")
+
+    told = json.loads(result.stdout)
+    assert (told["refusals"], told["layout"]["device"], told["assumptions"]["questions"]) == ([], "gpu", 3)
+
+
+def test_what_cannot_fit_ends_with_the_exit_code_of_a_mistake(run_command: Any, qwen: list[str]) -> None:
+    result = run_command(*qwen, "--gpus", 8, "--gpu-memory-gib", 24, "--json")
+
+    assert result.exit_code == 2
+    told = json.loads(result.stdout)["refusals"]
+    assert result.stderr.splitlines() == ["error: this run does not fit:", *(f"  {line}" for line in told)]
+    assert "GPU while searcher is trained: 34.3 GiB of 24.0 GiB" in result.stderr
+
+
+def test_too_few_gpus_are_refused(refused: Any, qwen: list[str]) -> None:
+    assert "need 8 GPUs even when engines and ranks share, but the cluster has 4" in refused(
+        *qwen, "--gpus", 4
+    )
+
+
+def test_an_assumption_that_is_none_is_refused(refused: Any, qwen: list[str]) -> None:
+    assert "--assume speed=2: give KEY=VALUE; keys are questions" in refused(*qwen, "--assume", "speed=2")
+
+
+def test_the_policies_of_other_recipes_are_planned_for(run_command: Any, folder: Path) -> None:
+    tiny = f"model.path={ROOT / 'models' / 'tiny-searcher'}"
+    result = run_command(
+        "plan", "--config", ROOT / "configs" / "dro-demo.yaml", tiny, "--json", "cluster.devices=cpu"
+    )
+
+    told = json.loads(result.stdout)
+    assert [policy["name"] for policy in told["policies"]] == ["selector", "generator"]
+    assert told["phases"] == []
