@@ -112,7 +112,7 @@ def _rank(name: str, what: str, path: Path, shape: ModelShape, load: RankLoad) -
         "dtype": load.dtype,
         "gradient_checkpointing": load.checkpointing,
     }
-    return _row(name, what, rank_memory(shape, load), measure("rank", path, settings))
+    return _row(name, what, rank_memory(shape, load), measure("rank", path, settings).together)
 
 
 def _engine(name: str, path: Path, shape: ModelShape) -> list[str]:
@@ -124,7 +124,9 @@ def _engine(name: str, path: Path, shape: ModelShape) -> list[str]:
         "max_num_seqs": CONCURRENCY,
         "kv_cache_gib": ENGINE.cache_bytes / GIB,
     }
-    return _row(name, "engine", engine_needs(shape, ENGINE).memory, measure("engine", path, settings))
+    return _row(
+        name, "engine", engine_needs(shape, ENGINE).memory, measure("engine", path, settings).together
+    )
 
 
 def _row(name: str, what: str, predicted: Memory, measured: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -21,6 +22,9 @@ from pipeline.core.plan.machine import Nodes, this_machine
 from pipeline.core.plan.memory import PLACES, Memory, Where, gib
 from pipeline.core.plan.needs import PolicyNeeds
 from pipeline.core.plan.run_plan import RunPlan
+from pipeline.core.plan.shape import UnknownShape
+
+logger = logging.getLogger(__name__)
 
 
 def make_plan(config: Config, nodes: Nodes | None, assumptions: Assumptions) -> RunPlan:
@@ -32,18 +36,24 @@ def make_plan(config: Config, nodes: Nodes | None, assumptions: Assumptions) -> 
     Raises:
         UserError: too few devices, a model's configuration that cannot be read, or a question file that is wrong.
     """
-    return plan_run(
-        config,
-        methods.policies(config),
-        nodes or this_machine(),
-        assumptions,
-        {split: _count(config, split) for split in ("train", "dev", "test")},
-        gpu_packages=has_gpu_packages() if nodes is None else True,
-    )
+    try:
+        return plan_run(
+            config,
+            methods.policies(config),
+            nodes or this_machine(),
+            assumptions,
+            {split: _count(config, split) for split in ("train", "dev", "test")},
+            gpu_packages=has_gpu_packages() if nodes is None else True,
+        )
+    except UnknownShape:
+        raise
+    except UserError as error:
+        where = "; to plan for other machines than this one, name their --gpus" if nodes is None else ""
+        raise UserError(f"{error}{where}") from error
 
 
 def _count(config: Config, split: str) -> int | None:
-    """Questions of a split; None where its files cannot be read here."""
+    """Questions of a split; None where its files cannot be read here, and a number is assumed."""
     paths = getattr(config.data, split)
     if not paths:
         return 0 if split == "test" else None
@@ -52,7 +62,8 @@ def _count(config: Config, split: str) -> int | None:
         return len(
             read_questions(paths, root=config.data.root, limit=limit, seed=config.seed, hops=config.data.hops)
         )
-    except UserError:
+    except UserError as error:
+        logger.warning(f"data.{split} is not read, and a number of questions assumed: {error}")
         return None
 
 
@@ -68,7 +79,7 @@ def print_plan(plan: RunPlan, console: Console) -> None:
         f"disk: {disk.versions} versions of {gib(disk.export)}, checkpoints of {gib(disk.checkpoint)} (two while "
         f"one is written), trajectories up to {gib(disk.shards)}; in all up to {gib(disk.whole_run)}",
         *(
-            f"push of {policy.name}: {gib(policy.push_bytes)} to each of {policy.engines} engines by {policy.transport}"
+            f"push of {policy.name}: {gib(policy.push_bytes)} to each engine ({policy.engines}) by {policy.transport}"
             for policy in plan.policies
             if policy.push_bytes
         ),

@@ -120,7 +120,8 @@ def _mlp_width(text: Any) -> int:
 def _windows(text: Any) -> tuple[int | None, ...]:
     """Of each layer. Old configurations name a window for all layers, and some switch it off by another key."""
     window: int | None = getattr(text, "sliding_window", None)
+    layers: int = text.num_hidden_layers
     if window is None or not getattr(text, "use_sliding_window", True):
-        return (None,) * text.num_hidden_layers
-    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+        return (None,) * layers
+    kinds: list[str] = getattr(text, "layer_types", None) or ["sliding_attention"] * layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

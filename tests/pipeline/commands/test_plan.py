@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from transformers import Qwen2Config
 
+from pipeline.core.plan.machine import Node
+from pipeline.core.plan.memory import GIB
 from tests.pipeline.core.plan.shapes import QWEN_7B
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -30,7 +32,7 @@ def test_a_person_sees_placement_memory_work_and_assumptions(run_command: Any, q
         "7,615.6 million parameters",
         "GPU while searcher is trained",
         "M-step",
-        "push of searcher: 14.2 GiB to each of 8 engines by ipc",
+        "push of searcher: 14.2 GiB to each engine (8) by ipc",
         "assumed (--assume KEY=VALUE): questions 50000",
     ):
         assert text in " ".join(result.stdout.split())
@@ -56,6 +58,28 @@ def test_too_few_gpus_are_refused(refused: Any, qwen: list[str]) -> None:
     assert "need 8 GPUs even when engines and ranks share, but the cluster has 4" in refused(
         *qwen, "--gpus", 4
     )
+
+
+def test_a_machine_that_is_too_small_is_refused_with_the_way_to_plan_for_others(
+    run_command: Any, qwen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = (Node(cpus=2, gpus=0, gpu_memory=0, memory=GIB),)
+    monkeypatch.setattr("pipeline.commands.plan.this_machine", lambda: machine)
+    monkeypatch.setattr("pipeline.commands.plan.has_gpu_packages", lambda: False)
+
+    result = run_command(*qwen, "data.train=nothing.jsonl")
+    assert result.exit_code == 2
+    assert "rollout.workers is 8, but the cluster has 2 CPUs" in result.stderr
+    assert result.stderr.endswith("to plan for other machines than this one, name their --gpus\n")
+
+
+def test_questions_that_cannot_be_read_are_assumed_and_it_says_so(
+    run_command: Any, qwen: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    result = run_command(*qwen, "--gpus", 8, "--json", "data.train=nothing.jsonl")
+
+    assert json.loads(result.stdout)["assumptions"]["questions"] == 100_000
+    assert "data.train is not read, and a number of questions assumed" in caplog.text
 
 
 def test_an_assumption_that_is_none_is_refused(refused: Any, qwen: list[str]) -> None:
