@@ -11,6 +11,7 @@ from transformers import Qwen2Config
 
 from pipeline.core.plan.machine import Node
 from pipeline.core.plan.memory import GIB
+from tests.pipeline.commands_support import TRAIN
 from tests.pipeline.core.plan.shapes import QWEN_7B
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,6 +72,20 @@ def test_a_machine_that_is_too_small_is_refused_with_the_way_to_plan_for_others(
     assert result.exit_code == 2
     assert "rollout.workers is 8, but the cluster has 2 CPUs" in result.stderr
     assert result.stderr.endswith("to plan for other machines than this one, name their --gpus\n")
+
+
+def test_a_training_that_this_machine_cannot_hold_is_refused_before_ray_starts(
+    refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ray.init` would fail the test, and so would a run directory."""
+    machine = (Node(cpus=2, gpus=0, gpu_memory=0, memory=GIB),)
+    monkeypatch.setattr("actors.planning.this_machine", lambda: machine)
+    monkeypatch.setattr("actors.planning.has_gpu_packages", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    message = refused(*TRAIN, f"model.path={ROOT / 'models' / 'tiny-searcher'}", "cold_start.questions=0")
+    assert "error: this run does not fit:\n  host 0: " in message
+    assert "of memory are needed, it has 1.0 GiB (1 x engine of searcher" in message
 
 
 def test_questions_that_cannot_be_read_are_assumed_and_it_says_so(
