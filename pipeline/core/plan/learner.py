@@ -61,21 +61,26 @@ def rank_memory(shape: ModelShape, load: RankLoad) -> Memory:
     """The peak of one rank, by component.
 
     Backward pass of the output layer, backward pass of a decoder layer, and optimiser step follow each other. On a CPU
-    the largest of them counts: the heap uses again what was freed. A GPU's caching allocator keeps blocks of other
-    sizes, so there they count together.
+    the largest of them counts: what was freed is used again. A GPU's caching allocator keeps blocks of other sizes, so
+    there they count together. Gradients count throughout: rows of a batch add to them one after the other.
     """
-    device: Where = "host" if load.device == "cpu" else "gpu"
-    lasting = [*_states(shape, load), *_lasting_activations(shape, load, device)]
+    device = _device(load)
+    lasting = _states(shape, load)
     if load.device == "gpu":
         lasting.append(("CUDA and NCCL", ACCELERATOR_CONTEXT, "gpu"))
         if load.rests and not load.offload_optimizer:
             moved = 16 * trained_parameters(shape, load.lora_rank) / load.ranks
             lasting.append(("training state at rest", moved, "host"))
     lasting.append(("libraries", RANK_LIBRARIES[load.device], "host"))
-    phases = [_output_layer(shape, load, device), _one_layer(shape, load, device), _step(shape, load, device)]
+    kept = _activations(shape, load, device)
+    phases = [
+        [kept, *_output_layer(shape, load, device)],
+        [kept, *_one_layer(shape, load, device)],
+        _step(shape, load, device),
+    ]
     if load.device == "cpu":
         phases = [max(phases, key=lambda parts: sum(size for _, size, _ in parts))]
-    return memory([*lasting, *(part for phase in phases for part in phase)])
+    return memory([*lasting, *dict.fromkeys(part for phase in phases for part in phase)])
 
 
 def model_states(shape: ModelShape, load: RankLoad) -> dict[Where, int]:
@@ -133,11 +138,11 @@ def saved_per_token(shape: ModelShape, dtype: Dtype) -> int:
     return norms + b * (3 * shape.attention + 2 * shape.key_value) + b * 4 * shape.mlp
 
 
-def _lasting_activations(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
+def _activations(shape: ModelShape, load: RankLoad, device: Where) -> Part:
+    """What all layers keep: under gradient checkpointing their inputs alone."""
     if load.checkpointing:
-        size = BYTES[load.dtype] * shape.layers * load.row_tokens * shape.hidden
-        return [("checkpoints", size, device)]
-    return [("activations", shape.layers * load.row_tokens * saved_per_token(shape, load.dtype), device)]
+        return ("checkpoints", BYTES[load.dtype] * shape.layers * load.row_tokens * shape.hidden, device)
+    return ("activations", shape.layers * load.row_tokens * saved_per_token(shape, load.dtype), device)
 
 
 def _output_layer(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
@@ -160,14 +165,19 @@ def _one_layer(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
 
 
 def _step(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
-    """Buckets, and the rank's share of the gradients as one tensor, which the optimiser steps with."""
+    """Buckets, and the rank's share of the gradients as one tensor, which the optimiser steps with.
+
+    On a GPU a bucket is there whole. The host gives a process only the pages that were written; under stage 1 gradients
+    move into it, and so it takes nothing beside them.
+    """
     stage, b = stage_of(load), BYTES[load.dtype]
     trained = trained_parameters(shape, load.lora_rank)
     if stage == 0:
         return []
-    # On a GPU it is there whole; the host gives a process only the pages of it that were written.
-    elements = BUCKET_ELEMENTS if load.device == "gpu" else min(BUCKET_ELEMENTS, trained)
-    bucket = ("buckets", elements * (4 if stage == 1 else b), device)
+    in_bucket = b * min(BUCKET_ELEMENTS, trained) if stage > 1 else 0
+    if load.device == "gpu":
+        in_bucket = BUCKET_ELEMENTS * (4 if stage == 1 else b)
+    bucket: Part = ("buckets", in_bucket, device)
     if stage == 3 or load.offload_optimizer:
         return [bucket]
     return [bucket, ("gradients for the step", 4 * trained / load.ranks, device)]

@@ -70,11 +70,20 @@ def test_more_ranks_and_higher_stages_need_less_of_each_rank() -> None:
 
 
 def test_checkpointing_lets_one_layer_at_a_time_be_kept() -> None:
-    whole = rank_memory(QWEN_SHAPE, LOAD)
-    checkpointed = rank_memory(QWEN_SHAPE, replace(LOAD, checkpointing=True))
+    whole, checkpointed = (
+        rank_memory(QWEN_SHAPE, replace(LOAD, ranks=64, zero_stage=3, checkpointing=checkpointing))
+        for checkpointing in (False, True)
+    )
 
     assert whole.of("activations") == 28 * 4_096 * saved_per_token(QWEN_SHAPE, "float32")
     assert (checkpointed.of("activations"), checkpointed.of("checkpoints")) == (0, 28 * 4_096 * 4 * 3_584)
+
+
+def test_on_a_cpu_the_step_takes_the_place_of_the_activations() -> None:
+    long, short = (rank_memory(QWEN_SHAPE, replace(LOAD, row_tokens=tokens)) for tokens in (16_384, 64))
+
+    assert (long.of("activations") > 0, long.of("gradients for the step")) == (True, 0)
+    assert (short.of("activations"), short.of("gradients for the step")) == (0, 4 * QWEN_SHAPE.parameters)
 
 
 def test_adapters_have_a_small_optimiser() -> None:
