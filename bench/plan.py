@@ -1,6 +1,6 @@
 """The plan's memory against real processes on CPUs.
 
-    python -m bench.plan [--directory DIR] [3M] [60M] [250M]
+    python -m bench.plan [--directory DIR] [--all] [3M] [60M] [250M]
 
 Qwen2-architecture models with random weights. A learner rank trains a few steps on full rows, an engine serves and
 scores more requests than it takes at once; both as in a run's actors, one after the other. Prints a Markdown table:
@@ -31,7 +31,7 @@ MODELS = {
     "250M": (64_000, 1_024, 4_096, 12, 16, 4),
 }
 """Vocabulary, hidden size, feed-forward size, layers, heads, KV heads."""
-ROW, TRAINED, STEPS = 2_048, 256, 3
+ROW, TRAINED, STEPS = 1_024, 128, 2
 RANK = RankLoad(
     device="cpu",
     dtype="float32",
@@ -43,10 +43,11 @@ RANK = RankLoad(
 )
 RANKS = {
     "rank": RANK,
+    "rank, ZeRO-0": replace(RANK, zero_stage=0),
     "rank, checkpointing": replace(RANK, checkpointing=True),
     "rank, bfloat16, ZeRO-2": replace(RANK, dtype="bfloat16", zero_stage=2),
 }
-PROMPT, ANSWER, REQUESTS, CONCURRENCY, LENGTH = 400, 100, 192, 64, 2_048
+PROMPT, ANSWER, REQUESTS, CONCURRENCY, LENGTH = 400, 40, 96, 32, 1_024
 ENGINE = EngineLoad(
     device="cpu",
     dtype="float32",
@@ -54,7 +55,7 @@ ENGINE = EngineLoad(
     concurrency=CONCURRENCY,
     batched_tokens=batched_tokens(LENGTH, CONCURRENCY, on_cpu=True),
     scored_tokens=PROMPT,
-    cache_bytes=GIB,
+    cache_bytes=GIB // 2,
 )
 
 
@@ -64,6 +65,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--directory", type=Path, help="where the models are kept; default: nowhere")
+    parser.add_argument("--all", action="store_true", help="also other settings of the rank")
     parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
     arguments = parser.parse_args()
     rows = []
@@ -72,7 +74,7 @@ def main() -> None:
             path = (arguments.directory or Path(scratch)) / name
             save_model(path, *MODELS[name])
             shape = read_shape(str(path))
-            for what, load in RANKS.items():
+            for what, load in RANKS.items() if arguments.all else [("rank", RANK)]:
                 status.update(f"{name}: {what}")
                 rows.append(_rank(name, what, path, shape, load))
             status.update(f"{name}: engine")

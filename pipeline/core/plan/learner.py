@@ -7,8 +7,8 @@ sources of DeepSpeed 0.19.8 (`runtime/zero/stage_1_and_2.py`, `stage3.py`), with
 | stage | weights | master copy and Adam | gradients | for the step | buckets |
 |---|---|---|---|---|---|
 | 0 | bF | 8P | 4P | | |
-| 1 | bF | 12P/N | 4P | 4P/N, twice in float32 | elements of gradients x 4 |
-| 2 | bF | 12P/N | 4P/N | 4P/N | elements of gradients x b |
+| 1 | bF | 12P/N | 4P | 4P/N, of float32 weights twice | elements of gradients x 4 |
+| 2 | bF | 12P/N | 4P/N | 4P/N, of float32 weights twice | elements of gradients x b |
 | 3 | bF/N | 12P/N | 4P/N | | elements of gradients x b |
 
 Stages 1 to 3 keep a float32 master copy even of float32 weights. Adam's two moments are 8 of the 12 bytes.
@@ -27,7 +27,7 @@ BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's `reduce_bucket_size`: gradients that are summed over the ranks at once."""
 LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's `stage3_max_live_parameters`: parameters that stage 3 keeps whole at a time."""
-RANK_LIBRARIES = {"cpu": 400 * 2**20, "gpu": 4 * GIB}
+RANK_LIBRARIES = {"cpu": 450 * 2**20, "gpu": 4 * GIB}
 """Of the rank's own process on the host: Python, torch, DeepSpeed, transformers. Measured on CPUs (`bench.plan`); on
 GPUs, where CUDA's libraries are loaded too, an estimate."""
 Part = tuple[str, float, Where]
@@ -60,27 +60,26 @@ class RankLoad:
 def rank_memory(shape: ModelShape, load: RankLoad) -> Memory:
     """The peak of one rank, by component.
 
-    Backward pass of the output layer, backward pass of a decoder layer, and optimiser step follow each other. On a CPU
-    the largest of them counts: what was freed is used again. A GPU's caching allocator keeps blocks of other sizes, so
-    there they count together. Gradients count throughout: rows of a batch add to them one after the other.
+    Parts that are not needed at the same time are added all the same, because memory that was freed is not there for
+    others: a GPU's caching allocator keeps blocks of other sizes, and on CPUs glibc is told to keep everything
+    (`actors.session.CPU_ENVIRONMENT`), with a heap of its own for autograd's thread.
     """
     device = _device(load)
-    lasting = _states(shape, load)
+    parts = [
+        *_states(shape, load),
+        *_activations(shape, load, device),
+        *_output_layer(shape, load, device),
+        *_step(shape, load, device),
+    ]
     if load.device == "gpu":
-        lasting.append(("CUDA and NCCL", ACCELERATOR_CONTEXT, "gpu"))
+        parts.append(("CUDA and NCCL", ACCELERATOR_CONTEXT, "gpu"))
         if load.rests and not load.offload_optimizer:
             moved = 16 * trained_parameters(shape, load.lora_rank) / load.ranks
-            lasting.append(("training state at rest", moved, "host"))
-    lasting.append(("libraries", RANK_LIBRARIES[load.device], "host"))
-    kept = _activations(shape, load, device)
-    phases = [
-        [kept, *_output_layer(shape, load, device)],
-        [kept, *_one_layer(shape, load, device)],
-        _step(shape, load, device),
-    ]
-    if load.device == "cpu":
-        phases = [max(phases, key=lambda parts: sum(size for _, size, _ in parts))]
-    return memory([*lasting, *dict.fromkeys(part for phase in phases for part in phase)])
+            parts.append(("training state at rest", moved, "host"))
+    elif stage_of(load) in (1, 2):
+        # DeepSpeed flattens what was read, and the copy is freed.
+        parts.append(("weights as they were read", BYTES[load.dtype] * shape.parameters, "host"))
+    return memory([*parts, ("libraries", RANK_LIBRARIES[load.device], "host")])
 
 
 def model_states(shape: ModelShape, load: RankLoad) -> dict[Where, int]:
@@ -138,11 +137,19 @@ def saved_per_token(shape: ModelShape, dtype: Dtype) -> int:
     return norms + b * (3 * shape.attention + 2 * shape.key_value) + b * 4 * shape.mlp
 
 
-def _activations(shape: ModelShape, load: RankLoad, device: Where) -> Part:
-    """What all layers keep: under gradient checkpointing their inputs alone."""
-    if load.checkpointing:
-        return ("checkpoints", BYTES[load.dtype] * shape.layers * load.row_tokens * shape.hidden, device)
-    return ("activations", shape.layers * load.row_tokens * saved_per_token(shape, load.dtype), device)
+def _activations(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
+    """Of all layers, or under gradient checkpointing their inputs and what one of them recomputes; and the gradients
+    inside a layer, 2f b and 2h b a token. Stage 3 gathers layers."""
+    b, tokens = BYTES[load.dtype], load.row_tokens
+    of_a_layer = tokens * saved_per_token(shape, load.dtype)
+    live = b * min(LIVE_PARAMETERS, shape.parameters) if stage_of(load) == 3 and load.ranks > 1 else 0
+    return [
+        ("activations", 0 if load.checkpointing else shape.layers * of_a_layer, device),
+        ("checkpoints", b * shape.layers * tokens * shape.hidden if load.checkpointing else 0, device),
+        ("one layer", of_a_layer if load.checkpointing else 0, device),
+        ("gradients inside a layer", tokens * b * (2 * shape.mlp + 2 * shape.hidden), device),
+        ("gathered layers", live, device),
+    ]
 
 
 def _output_layer(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
@@ -154,30 +161,19 @@ def _output_layer(shape: ModelShape, load: RankLoad, device: Where) -> list[Part
     ]
 
 
-def _one_layer(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
-    """What a layer recomputes under gradient checkpointing, and the gradients inside it: 2f b and 2h b a token."""
-    b, parts = BYTES[load.dtype], []
-    if load.checkpointing:
-        parts.append(("one layer", load.row_tokens * saved_per_token(shape, load.dtype), device))
-    inside = load.row_tokens * b * (2 * shape.mlp + 2 * shape.hidden)
-    live = b * min(LIVE_PARAMETERS, shape.parameters) if stage_of(load) == 3 and load.ranks > 1 else 0
-    return [*parts, ("gradients inside a layer", inside, device), ("gathered layers", live, device)]
-
-
 def _step(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
     """Buckets, and the rank's share of the gradients as one tensor, which the optimiser steps with.
 
-    On a GPU a bucket is there whole. The host gives a process only the pages that were written; under stage 1 gradients
-    move into it, and so it takes nothing beside them.
+    On a GPU a bucket is there whole; the host gives a process only the pages that were written. Gradients in float32
+    of float32 weights are copied twice on their way: into the rank's share, and into that tensor.
     """
     stage, b = stage_of(load), BYTES[load.dtype]
     trained = trained_parameters(shape, load.lora_rank)
     if stage == 0:
         return []
-    in_bucket = b * min(BUCKET_ELEMENTS, trained) if stage > 1 else 0
-    if load.device == "gpu":
-        in_bucket = BUCKET_ELEMENTS * (4 if stage == 1 else b)
-    bucket: Part = ("buckets", in_bucket, device)
+    elements = BUCKET_ELEMENTS if load.device == "gpu" else min(BUCKET_ELEMENTS, trained)
+    bucket: Part = ("buckets", elements * (4 if stage == 1 else b), device)
     if stage == 3 or load.offload_optimizer:
         return [bucket]
-    return [bucket, ("gradients for the step", 4 * trained / load.ranks, device)]
+    copies = 2 if load.dtype == "float32" else 1
+    return [bucket, ("gradients for the step", copies * 4 * trained / load.ranks, device)]

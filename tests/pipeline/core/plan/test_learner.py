@@ -79,13 +79,6 @@ def test_checkpointing_lets_one_layer_at_a_time_be_kept() -> None:
     assert (checkpointed.of("activations"), checkpointed.of("checkpoints")) == (0, 28 * 4_096 * 4 * 3_584)
 
 
-def test_on_a_cpu_the_step_takes_the_place_of_the_activations() -> None:
-    long, short = (rank_memory(QWEN_SHAPE, replace(LOAD, row_tokens=tokens)) for tokens in (16_384, 64))
-
-    assert (long.of("activations") > 0, long.of("gradients for the step")) == (True, 0)
-    assert (short.of("activations"), short.of("gradients for the step")) == (0, 4 * QWEN_SHAPE.parameters)
-
-
 def test_adapters_have_a_small_optimiser() -> None:
     trained = trained_parameters(QWEN_SHAPE, 16)
 
