@@ -15,27 +15,20 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_START = time.monotonic()
 SAMPLE_S = 0.02
 """Seconds between two looks at the processes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Peak:
-    """Most bytes of anonymous memory, of each process of a tree, the one that was started first."""
-
-    processes: list[int]
-    together: int
-
-
-def measure(what: str, model: Path, settings: dict[str, Any]) -> Peak:
+def measure(what: str, model: Path, settings: dict[str, Any]) -> int:
     """Start `python -m bench.peaks WHAT MODEL SETTINGS` with the environment of an actor on CPUs, and watch it.
+
+    Returns:
+        the most bytes of anonymous memory that it and its descendants had together.
 
     Raises:
         RuntimeError: it failed.
@@ -44,18 +37,14 @@ def measure(what: str, model: Path, settings: dict[str, Any]) -> Peak:
 
     environment = os.environ | CPU_ENVIRONMENT | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "bench.peaks", what, str(model), json.dumps(settings)]
-    peaks: dict[int, int] = {}
-    together = 0
+    most = 0
     with subprocess.Popen(command, env=environment) as process:
         while process.poll() is None:
-            now = {pid: _anonymous(pid) for pid in _tree(process.pid)}
-            together = max(together, sum(now.values()))
-            for pid, size in now.items():
-                peaks[pid] = max(peaks.get(pid, 0), size)
+            most = max(most, sum(map(_anonymous, _tree(process.pid))))
             time.sleep(SAMPLE_S)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
-    return Peak([peaks[pid] for pid in sorted(peaks)], together)
+    return most
 
 
 def _tree(pid: int) -> list[int]:
@@ -95,7 +84,6 @@ def rank(model: str, settings: dict[str, Any]) -> None:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     learner = Learner(config, model, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
-    _mark("model and optimiser are there")
     rng = np.random.default_rng(0)
     mask = np.arange(length) >= length - trained
     examples = [
@@ -109,11 +97,7 @@ def rank(model: str, settings: dict[str, Any]) -> None:
         )
         for n in range(rows)
     ]
-    learner.train(examples, WeightedNll(), phase_seed=0, on_step=lambda metrics: _mark("a step"))
-    if os.environ.get("PLAN_EXPORT"):
-        for _ in learner.named_weights():
-            pass
-        _mark("pushed")
+    learner.train(examples, WeightedNll(), phase_seed=0)
 
 
 def engine(model: str, settings: dict[str, Any]) -> None:
@@ -126,7 +110,6 @@ def engine(model: str, settings: dict[str, Any]) -> None:
     async def serve() -> None:
         served = VllmEngine(EngineOptions(model=model, enforce_eager=True, num_threads=2, **settings))
         await served.start()
-        _mark("started")
         rng = np.random.default_rng(0)
         prompts = [rng.integers(0, 256, prompt).tolist() for _ in range(requests)]
         await asyncio.gather(
@@ -135,23 +118,10 @@ def engine(model: str, settings: dict[str, Any]) -> None:
                 for n, p in enumerate(prompts)
             )
         )
-        _mark("generated")
         await asyncio.gather(*(served.score(p, prompt // 2) for p in prompts))
-        _mark("scored")
         served.shutdown()
 
     asyncio.run(serve())
-
-
-def _mark(what: str) -> None:
-    """For who wants to know when memory grew."""
-    if "PLAN_VERBOSE" in os.environ:
-        print(
-            f"{time.monotonic() - _START:.1f}",
-            {pid: f"{_anonymous(pid) / 1e6:,.0f}" for pid in _tree(os.getpid())},
-            what,
-            file=sys.stderr,
-        )
 
 
 if __name__ == "__main__":

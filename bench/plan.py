@@ -31,7 +31,7 @@ MODELS = {
     "250M": (64_000, 1_024, 4_096, 12, 16, 4),
 }
 """Vocabulary, hidden size, feed-forward size, layers, heads, KV heads."""
-ROW, TRAINED, STEPS = 1_024, 128, 2
+ROW, TRAINED, STEPS = 2_048, 256, 3
 RANK = RankLoad(
     device="cpu",
     dtype="float32",
@@ -114,7 +114,7 @@ def _rank(name: str, what: str, path: Path, shape: ModelShape, load: RankLoad) -
         "dtype": load.dtype,
         "gradient_checkpointing": load.checkpointing,
     }
-    return _row(name, what, rank_memory(shape, load), measure("rank", path, settings).together)
+    return _row(name, what, rank_memory(shape, load), measure("rank", path, settings))
 
 
 def _engine(name: str, path: Path, shape: ModelShape) -> list[str]:

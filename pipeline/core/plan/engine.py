@@ -20,7 +20,7 @@ from pipeline.core.plan.shape import ModelShape
 
 GPU_OVERHEAD = 3 * GIB
 """CUDA's context, activations of a step and CUDA graphs, of each device of an engine. An estimate."""
-ENGINE_LIBRARIES = {"cpu": 1800 * 2**20, "gpu": 8 * GIB}
+ENGINE_LIBRARIES = {"cpu": 1570 * 2**20, "gpu": 8 * GIB}
 """Of an engine's processes on the host (actor, scheduler, worker): Python, torch, vLLM. Measured on CPUs
 (`bench.plan`); on GPUs an estimate."""
 
