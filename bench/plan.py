@@ -126,9 +126,7 @@ def _engine(name: str, path: Path, shape: ModelShape) -> list[str]:
         "max_num_seqs": CONCURRENCY,
         "kv_cache_gib": ENGINE.cache_bytes / GIB,
     }
-    return _row(
-        name, "engine", engine_needs(shape, ENGINE).memory, measure("engine", path, settings).together
-    )
+    return _row(name, "engine", engine_needs(shape, ENGINE).memory, measure("engine", path, settings))
 
 
 def _row(name: str, what: str, predicted: Memory, measured: int) -> list[str]:
