@@ -337,8 +337,12 @@ def test_a_run_in_the_upload_of_a_job_is_refused(
     upload.mkdir(parents=True)
     monkeypatch.chdir(upload)
     with pytest.raises(UserError, match=r"--run runs/a is .* in the upload of this job, which Ray removes"):
-        check_run(Path("runs/a"), [policy(model)], versions_to_come=1, tokens=0, device="cpu")
-    check_run(tmp_path / "runs/a", [policy(model)], versions_to_come=1, tokens=0, device="cpu")
+        check_run(
+            Path("runs/a"), [policy(model)], StorageConfig(), versions_to_come=1, tokens=0, device="cpu"
+        )
+    check_run(
+        tmp_path / "runs/a", [policy(model)], StorageConfig(), versions_to_come=1, tokens=0, device="cpu"
+    )
 
 
 def test_weights_that_were_cut_off_are_refused(tmp_path: Path, model: Path) -> None:
