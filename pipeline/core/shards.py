@@ -18,7 +18,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,9 @@ class Counts:
     def exceed(self, max_failure_share: float) -> bool:
         """Whether a larger share of the episodes failed for infrastructure reasons."""
         return self.infrastructure_failures > max_failure_share * self.episodes
+
+
+_COUNTED = tuple(field.name for field in fields(Counts))
 
 
 class Shards:
@@ -187,7 +190,7 @@ class Shards:
         try:
             rows = self._read_rows(shard)
             names = [{key: row[key] for key in ("id", "digest")} for row in rows]
-            counts = [Counts(**{key: row[key] for key in asdict(Counts())}) for row in rows]
+            counts = [Counts(**{key: row[key] for key in _COUNTED}) for row in rows]
         except (ValueError, KeyError, TypeError) as error:
             problem = f"{side_car} cannot be read, or is of an earlier version ({error!r})"
         else:
