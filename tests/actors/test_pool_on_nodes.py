@@ -115,15 +115,13 @@ class Sampled:
         self.seeds: dict[str, int] = {}
         self.nodes: list[tuple[float, str]] = []
         self.joined = ""
+        # Ray's test clusters want the main thread, so the driver's loop stands still while something happens.
         self._first, self._then = first, then
         self._known = {receiver.node_id for receiver in pool.receivers()}
-        phase = Phase(None, 1, Sampling(1.0, seed=3), max_failure_share=0.0)  # type: ignore[arg-type]
-        asyncio.run(asyncio.wait_for(self._run(phase, pool), 240))
-
-    async def _run(self, phase: Phase, pool: EnginePool) -> None:
         self._may_go_on = asyncio.Event()
-        async with asyncio.TaskGroup() as self._events:
-            await run_phase(phase, Work(QUESTIONS), {"talker": pool}, self._keep, lambda done: None)
+        phase = Phase(None, 1, Sampling(1.0, seed=3), max_failure_share=0.0)  # type: ignore[arg-type]
+        work = run_phase(phase, Work(QUESTIONS), {"talker": pool}, self._keep, lambda done: None)
+        asyncio.run(asyncio.wait_for(work, 240))
 
     async def _keep(self, task: Task, counts: Counts, reference: Any) -> None:
         seed, node = await reference
@@ -131,18 +129,14 @@ class Sampled:
         self.seeds[task.id] = seed
         self.nodes.append((time.monotonic(), node))
         if len(self.seeds) == 10:
-            self._happens(self._first)
+            self._first()
         if node not in self._known:
             self.joined = node
-        if self.joined and self.per_node[self.joined] == 5 and not self._may_go_on.is_set():
-            self._happens(lambda: self._then(self.joined))
-            self._may_go_on.set()
-        if len(self.seeds) > 30 and node in self._known:
+            if self.per_node[node] == 5:
+                self._then(node)
+                self._may_go_on.set()
+        elif len(self.seeds) > 30:
             await self._may_go_on.wait()
-
-    def _happens(self, event: Callable[[], object]) -> None:
-        """As on other machines: not on this loop."""
-        self._events.create_task(asyncio.to_thread(event))
 
     @property
     def per_node(self) -> Counter[str]:
