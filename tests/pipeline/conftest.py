@@ -46,7 +46,7 @@ def run_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def expensive(*_: object, **__: object) -> None:
         raise AssertionError("something expensive was started")
 
-    monkeypatch.setattr("actors.cluster.ray.init", expensive)
+    monkeypatch.setattr("actors.reservation.ray.init", expensive)
     monkeypatch.setattr(
         "retriever_service.building.build.build_index", partial(build_index, load_encoder=load_hash_encoder)
     )
