@@ -125,7 +125,7 @@ class EnginePool:
         calls += [seat.worker.start.remote(snapshot.version) for seat in seats]
         answers = outcomes(calls, self.cluster.start_timeout_s)
         for seat, node in zip(seats, answers, strict=False):
-            seat.node = node
+            seat.node = str(node)
         starts = zip(seats, answers[len(seats) :], strict=True)
         failures = [(seat, answer) for seat, answer in starts if isinstance(answer, RayError)]
         if len(seats) - len(failures) < self.rollout.min_workers:

@@ -1,4 +1,4 @@
-"""Run all benchmarks, or those named: `python -m bench [learner] [checkpoint] [encode] [retrieval] [push]`."""
+"""Run all benchmarks, or those named: `python -m bench [learner] [checkpoint] [encode] [retrieval] [push] [scale]`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from bench import checkpoint, encode, learner, push, retrieval
+from bench import checkpoint, encode, learner, push, retrieval, scale
 from bench.measure import HEADER
 
 BENCHMARKS = {
@@ -16,6 +16,7 @@ BENCHMARKS = {
     "encode": encode.run,
     "retrieval": retrieval.run,
     "push": push.run,
+    "scale": scale.run,
 }
 
 

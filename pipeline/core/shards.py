@@ -21,7 +21,7 @@ import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,9 @@ class Counts:
     def exceed(self, max_failure_share: float) -> bool:
         """Whether a larger share of the episodes failed for infrastructure reasons."""
         return self.infrastructure_failures > max_failure_share * self.episodes
+
+
+_COUNTED = tuple(field.name for field in fields(Counts))
 
 
 class Shards:
@@ -213,7 +216,7 @@ class Shards:
             found = self._read_side_car(shard)
             rows, records = found["tasks"], files.records_from_json(found["files"])
             names = [{key: row[key] for key in ("id", "digest")} for row in rows]
-            counts = [Counts(**{key: row[key] for key in asdict(Counts())}) for row in rows]
+            counts = [Counts(**{key: row[key] for key in _COUNTED}) for row in rows]
             if names != [_name(task) for task in self.members(shard)]:
                 raise RetrieverError(f"{side_car} is of other tasks; {_MEND}")
             for name, path in self._tables(shard).items():

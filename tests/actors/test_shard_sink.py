@@ -75,18 +75,26 @@ class Worker:
 class Pool:
     """An engine pool of one worker that never fails."""
 
-    size = 1
-
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.rollout = RolloutConfig(concurrency=4)
+        self.is_hired = False
 
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
         yield
 
-    async def worker_for(self, slot: int) -> Worker:
+    async def hired(self) -> Worker:
+        if self.is_hired:
+            await asyncio.sleep(3600)
+        self.is_hired = True
         return self.worker
+
+    def employs(self, worker: Worker) -> bool:
+        return True
+
+    def let_go(self, worker: Worker) -> None:
+        pass
 
 
 def shards_at(at: Path) -> Shards:

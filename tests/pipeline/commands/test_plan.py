@@ -81,7 +81,7 @@ def test_a_training_that_this_machine_cannot_hold_is_refused_before_ray_starts(
     machine = (Node(cpus=2, gpus=0, gpu_memory=0, memory=GIB),)
     monkeypatch.setattr("actors.planning.this_machine", lambda: machine)
     monkeypatch.setattr("actors.planning.has_gpu_packages", lambda: False)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("actors.planning.cluster_address", lambda address: None)
 
     message = refused(*TRAIN, f"model.path={ROOT / 'models' / 'tiny-searcher'}", "cold_start.questions=0")
     assert "error: this run does not fit:\n  host 0: " in message

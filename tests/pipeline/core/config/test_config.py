@@ -95,6 +95,12 @@ def test_no_more_workers_can_be_demanded_than_there_are() -> None:
     assert config(rollout={"workers": 2, "min_workers": 2})
 
 
+def test_there_can_be_no_fewer_workers_at_most_than_at_the_start() -> None:
+    assert "max_workers (1) is less than workers (2)" in refusal(rollout={"workers": 2, "max_workers": 1})
+    assert config().rollout.most_workers == config().rollout.workers
+    assert config(rollout={"workers": 2, "max_workers": 3}).rollout.most_workers == 3
+
+
 URL = "http://127.0.0.1:8000"
 
 
