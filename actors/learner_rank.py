@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import ray
 
-from actors import learner_setup
+from actors import learner_setup, metrics
+from actors.actor_log import Identity, introduce, introduce_libraries
 from actors.learner import Learner
 from actors.weight_transfer import (
     EngineRef,
@@ -17,11 +23,59 @@ from actors.weight_transfer import (
     VllmSender,
     WeightSender,
 )
+from pipeline.core.training import TrainReport
+
+logger = logging.getLogger(__name__)
 
 
 @ray.remote(concurrency_groups={"progress": 1})
 class LearnerRank(Learner):
-    """`Learner` as a Ray actor; `progress` has a thread of its own and answers while `train` runs."""
+    """`Learner` as a Ray actor; `progress` has a thread of its own and answers while `train` runs.
+
+    Args:
+        identity: under which it logs; rank 0 counts.
+        arguments, options: those of `Learner`.
+    """
+
+    def __init__(self, *arguments: Any, identity: Identity | None = None, **options: Any) -> None:
+        introduce(identity)
+        super().__init__(*arguments, **options)
+        introduce_libraries()
+
+    def train(self, *arguments: Any, **options: Any) -> TrainReport:
+        self._last_step = time.perf_counter()
+        report = super().train(*arguments, **options, on_step=self._note_step)
+        logger.info(
+            f"trained {report.steps} steps in {report.seconds:.1f} s, from step {report.resumed_at} on"
+        )
+        return report
+
+    def save(self, path: str | Path) -> None:
+        began = time.perf_counter()
+        super().save(path)
+        seconds = time.perf_counter() - began
+        logger.info(f"wrote the checkpoint {path} in {seconds:.1f} s")
+        if self.rank == 0:
+            metrics.CHECKPOINT_SECONDS.observe(seconds)
+
+    def _note_step(self, step: dict[str, float]) -> None:
+        if self.rank:
+            return
+        now = time.perf_counter()
+        metrics.STEP_SECONDS.observe(now - self._last_step)
+        self._last_step = now
+        metrics.STEPS.add()
+        if math.isfinite(step["grad_norm"]):
+            metrics.TRAINED_TOKENS.add(step["tokens"])
+            metrics.LOSS.set(step["loss"])
+            metrics.GRADIENT_NORM.set(step["grad_norm"])
+        else:
+            metrics.SKIPPED.add()
+        done, total = self._progress["step"], self._progress["num_steps"]
+        metrics.TRAINING_DONE.set(done / total)
+        logger.info(
+            f"step {done:.0f} of {total:.0f}: loss {step['loss']:.4g}, gradient {step['grad_norm']:.4g}"
+        )
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> dict[str, float]:

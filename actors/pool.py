@@ -25,6 +25,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from actors import heartbeat
 from actors.engine import EngineOptions
 from actors.heartbeat import Silent, in_words
+from actors.observer import Observer
 from actors.placement import PolicyPlacement
 from actors.retriever import RetrieverClient
 from actors.rollout import Peer, RolloutActor
@@ -93,6 +94,7 @@ class EnginePool:
         placement: the bundle of each worker, and the GPUs that it takes of it.
         bundle_options: Ray options for an actor in a bundle.
         retriever: what programs retrieve with.
+        observer: of the run.
     """
 
     def __init__(
@@ -104,13 +106,14 @@ class EnginePool:
         placement: PolicyPlacement,
         bundle_options: BundleOptions,
         retriever: RetrieverClient,
+        observer: Observer | None = None,
     ) -> None:
         self.name, self.options, self.rollout, self.cluster = name, options, rollout, cluster
         self.serving: int | None = None
         """The version that every engine serves; None while they sleep, or after a push that failed."""
         self._seats: list[_Seat] = []
         self._placement, self._bundle_options = placement, bundle_options
-        self._retriever = retriever
+        self._retriever, self._observer = retriever, observer or Observer()
         self._model = options.model
         self._version = 0
         self._backoff = Backoff(RESTART_PAUSE_S)
@@ -206,6 +209,7 @@ class EnginePool:
                 # Ray kills a process that does not react; its engine's processes end with it (vllm_plugin).
                 ray.kill(worker)
                 seat.worker = None
+                self._observer.lost("rollout", self.name)
                 if self._tasks is not None:
                     self._failures += 1
                     self._bring(index, cause)
@@ -308,6 +312,7 @@ class EnginePool:
                     ray.kill(worker)
             if seat.worker is worker:
                 logger.warning(f"rollout worker {index} of {self.name} is back, with version {self._version}")
+                self._observer.restarted("rollout", self.name)
                 self._arrival.set()
                 return
             self._failures += 1
@@ -332,7 +337,10 @@ class EnginePool:
     def _new_worker(self, index: int) -> Any:
         bundle = self._bundle_options(self._placement.engine_bundles[index], self._placement.engine_gpus)
         return RolloutActor.options(**bundle, max_concurrency=10_000).remote(
-            replace(self.options, model=self._model), self._retriever, concurrency=self.rollout.concurrency
+            replace(self.options, model=self._model),
+            self._retriever,
+            concurrency=self.rollout.concurrency,
+            identity=self._observer.identity("rollout", self.name, index),
         )
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import Cluster, SampleReport, plan
+from actors.observer import LOGS, Observer
 from actors.policy import Policy
 from actors.session import actor_logs, ray_session
 from pipeline.core.agents.program import GREEDY, Program, Sampling
@@ -61,7 +62,7 @@ def open_run(
         display.follow(files.path),
         ray_session(config.cluster),
     ):
-        logger.info(f"logs of the actors: {actor_logs()}")
+        logger.info(f"logs of the actors: {files.path / LOGS}; what they and libraries print: {actor_logs()}")
         plan(policies, config.cluster, config.retriever)
         searched = servers or prepare_index(config.retriever, config.data, files.path / "index", display)
         files.keep_to(
@@ -110,6 +111,7 @@ class Run:
                 self.searched,
                 serving=newest,
                 status=self.display.status,
+                observer=Observer(self.files.path, self.display.restarted),
             )
         return self.cluster
 
@@ -146,17 +148,17 @@ class Run:
         """Do a step ("3/selector/train", "test/best") unless it is finished, and record its figures once."""
         if (finished := self.files.finished(step)) is not None:
             return finished
-        head, _, name = step.partition("/")
-        if head.isdecimal():
-            self.tracker.rollback(int(head), name)
+        t, name = _in_iteration(step)
+        if t is not None:
+            self.tracker.rollback(t, name)
 
         def recorded() -> Json:
             logger.info(f"{step} begins")
             result = work()
             logger.info(f"{step}: {scalars(result)}")
             # Before the step counts as finished: a kill in between has it repeated, and no figure is missing.
-            if head.isdecimal():
-                self.tracker.log(scalars(result), iteration=int(head), phase=name)
+            if t is not None:
+                self.tracker.log(scalars(result), iteration=t, phase=name)
             return result
 
         return self.files.once(step, recorded)
@@ -190,7 +192,7 @@ class Run:
                 self.config.rollout.questions_per_shard,
             )
             policies, title = self._at(roles), f"iteration {t}: sampling"
-            report = self._sample(shards, title, program, policies, weigh, samples, sampling)
+            report = self._sample(shards, "sample", title, program, policies, weigh, samples, sampling)
             counts = {"trajectories": report.trajectories, "generated_tokens": report.generated_tokens}
             return {**report.statistics, **counts}
 
@@ -307,6 +309,7 @@ class Run:
     def _sample(
         self,
         shards: Shards,
+        name: str,
         title: str,
         program: Program[Any],
         policies: Mapping[str, Policy],
@@ -325,6 +328,7 @@ class Run:
                 policies,
                 samples=samples,
                 sampling=sampling,
+                name=name,
                 on_progress=lambda done: advance.to(done, total),
             )
 
@@ -352,8 +356,14 @@ class Run:
         parts = self._parts(step) / versions
         shards = Shards(questions, parts, {}, self.config.rollout.questions_per_shard)
         policies = {role: self.cluster.policy(role) for role in roles}
-        self._sample(shards, title, program, policies, NothingToTrainOn(), 1, GREEDY)
+        self._sample(shards, _in_iteration(step)[1], title, program, policies, NothingToTrainOn(), 1, GREEDY)
         trajectories = [episode.turn(answers) for episode in shards.episodes()]
         write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))
         evaluation = self.config.evaluation
         return evaluate(questions, trajectories, evaluation.bootstrap_samples, self.config.seed)
+
+
+def _in_iteration(step: str) -> tuple[int | None, str]:
+    """ "3/selector/train" is "selector/train" of iteration 3, "test/best" is of none."""
+    head, _, name = step.partition("/")
+    return (int(head), name) if head.isdecimal() else (None, step)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import yaml
 from pipeline.core.config import EXSEARCH
 from pipeline.core.display import LOG_FILE, STARTED
 from pipeline.core.errors import UserError
-from pipeline.core.progress import PROGRESS_FILE
+from pipeline.core.progress import PROGRESS_FILE, restarts_of
 from pipeline.core.records import StopReason
 from pipeline.core.run import Json, RunFiles, is_worked_on, read_json
 
@@ -50,7 +50,8 @@ def run_status(path: Path) -> Json:
             f"{t}/{name}": step.get("seconds") for t in iterations for name, step in iterations[t].items()
         },
         "rates": _rates(iterations),
-        "failures": _failures(iterations),
+        "failures": _failures(run, iterations),
+        "restarts": restarts_of(process),
         "starts": starts,
         "warnings": len(warnings),
         "last_warnings": warnings[-SHOWN_WARNINGS:],
@@ -123,12 +124,28 @@ def _rates(iterations: dict[int, dict[str, Json]]) -> Json:
     return rates
 
 
-def _failures(iterations: dict[int, dict[str, Json]]) -> Json:
-    """Trajectories that were lost to infrastructure, and those that were excluded for any reason; of all samplings."""
+def _failures(run: RunFiles, iterations: dict[int, dict[str, Json]]) -> Json:
+    """Trajectories that were lost to infrastructure, and those that were excluded for any reason; of all samplings, and
+    of the complete shards of one that is not finished."""
     samplings = [step for steps in iterations.values() for step in steps.values() if "stop_reasons" in step]
+    begun = [
+        _of_task(row) for t, steps in iterations.items() if "sample" not in steps for row in _tasks(run, t)
+    ]
     lost = [reason.value for reason in StopReason if reason.is_infrastructure]
-    counts = {name: sum(int(s["stop_reasons"].get(name, 0)) for s in samplings) for name in lost}
-    return counts | {"excluded": sum(int(s.get("excluded", 0)) for s in samplings)}
+    counts = {name: sum(int(s["stop_reasons"].get(name, 0)) for s in (*samplings, *begun)) for name in lost}
+    return counts | {"excluded": sum(int(s.get("excluded", 0)) for s in (*samplings, *begun))}
+
+
+def _tasks(run: RunFiles, t: int) -> Iterator[Json]:
+    """What the side-cars of the shards of a sampling say of each task (pipeline.core.shards)."""
+    for path in sorted(run.at(f"{t}/rollouts").glob("_*.json")):
+        yield from (read_json(path) or {}).get("tasks", [])
+
+
+def _of_task(row: Json) -> Json:
+    statistics = row["statistics"]
+    excluded = row["infrastructure_failures"] + statistics.get("too_long_to_score", 0)
+    return {"stop_reasons": statistics.get("stop_reasons", {}), "excluded": excluded}
 
 
 def _log(path: Path) -> tuple[int, list[str]]:
