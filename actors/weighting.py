@@ -134,7 +134,7 @@ class ShardSink:
         self._observer = observer or Observer()
         self._start_timeout_s = cluster.start_timeout_s
         self._heartbeat_timeout_s = cluster.heartbeat_timeout_s
-        self._actor = self._new_actor()
+        self._actor = _new_actor(self._observer)
 
     def close(self) -> None:
         """End the actor."""
@@ -236,7 +236,7 @@ class ShardSink:
                         f"{self._max_restarts}); last: {cause}"
                     )
                 await self._queue_lost(cause)
-                new = self._new_actor()
+                new = _new_actor(self._observer)
                 try:
                     await self._begin(new)
                 except RayActorError as error:
@@ -245,9 +245,6 @@ class ShardSink:
                     continue
                 self._actor = new
                 self._observer.restarted("weighting")
-
-    def _new_actor(self) -> Any:
-        return WeightingActor.options(num_cpus=0).remote(self._observer.identity("weighting"))
 
     async def _queue_lost(self, cause: str) -> None:
         await asyncio.to_thread(self._shards.resume)
@@ -263,6 +260,10 @@ class ShardSink:
             f"the weighting actor is lost and replaced ({cause}); {len(self._shards.complete)} of {len(self._shards)} "
             f"shards are complete, {len(lost)} tasks of others are sampled again"
         )
+
+
+def _new_actor(observer: Observer) -> Any:
+    return WeightingActor.options(num_cpus=0).remote(observer.identity("weighting"))
 
 
 async def _within(call: Awaitable[T], seconds: float, what: str) -> T:

@@ -48,7 +48,9 @@ def test_a_line_says_what_happened_and_to_whom(tmp_path: Path) -> None:
         LOGGER.exception("it failed: %s", 'a "quoted"\nword')
     begins, failed = lines(tmp_path / "logs" / "rollout-searcher-3.jsonl")
     assert begins["message"] == "begins"
-    assert {key: failed[key] for key in ("actor", "kind", "policy", "number", "level", "logger", "message")} == {
+    assert {
+        key: failed[key] for key in ("actor", "kind", "policy", "number", "level", "logger", "message")
+    } == {
         "actor": "rollout-searcher-3",
         "kind": "rollout",
         "policy": "searcher",
@@ -135,10 +137,14 @@ def test_logs_that_do_not_arrive_are_said_once_and_nothing_else_happens(
         introduce(observer.identity("rollout", "searcher", 0))
         observer.check_logs()
     said = [record.message for record in caplog.records if record.name == "actors.observer"]
-    assert len(said) == 1 and "no log arrives of rollout-searcher-0; their nodes cannot write there" in said[0]
+    assert (
+        len(said) == 1 and "no log arrives of rollout-searcher-0; their nodes cannot write there" in said[0]
+    )
 
 
-def test_logs_that_arrive_are_no_reason_for_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_that_arrive_are_no_reason_for_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     observer = Observer(tmp_path)
     introduce(observer.identity("weighting"))
     observer.check_logs()
