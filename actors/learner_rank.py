@@ -43,7 +43,6 @@ class LearnerRank(Learner):
         introduce_libraries()
 
     def train(self, *arguments: Any, **options: Any) -> TrainReport:
-        self._last_step = time.perf_counter()
         report = super().train(*arguments, **options, on_step=self._note_step)
         logger.info(
             f"trained {report.steps} steps in {report.seconds:.1f} s, from step {report.resumed_at} on"
@@ -56,14 +55,12 @@ class LearnerRank(Learner):
         seconds = time.perf_counter() - began
         logger.info(f"wrote the checkpoint {path} in {seconds:.1f} s")
         if self.rank == 0:
-            metrics.CHECKPOINT_SECONDS.observe(seconds)
+            metrics.CHECKPOINTS.add()
+            metrics.CHECKPOINT_SECONDS.add(seconds)
 
     def _note_step(self, step: dict[str, float]) -> None:
         if self.rank:
             return
-        now = time.perf_counter()
-        metrics.STEP_SECONDS.observe(now - self._last_step)
-        self._last_step = now
         metrics.STEPS.add()
         if math.isfinite(step["grad_norm"]):
             metrics.TRAINED_TOKENS.add(step["tokens"])

@@ -75,7 +75,7 @@ class Gauge(Metric[ray_metrics.Gauge]):
 
 
 class Histogram(Metric[ray_metrics.Histogram]):
-    """How large things are."""
+    """How large things are. Ray passes on in which bucket each value fell: `_sum` is as exact as that."""
 
     exposed_as = ("_bucket", "_sum", "_count")
 
@@ -115,7 +115,9 @@ PUSHES = Counter(
     "way",
 )
 PUSH_MISSED = Counter("push_missed", "Engines that missed a push.", "policy")
-PUSH_SECONDS = Histogram("push_seconds", "A push by the learner, from its first to its last word.", "policy")
+PUSH_SECONDS = Counter(
+    "push_seconds", "Of pushes by the learner, from their first to their last word.", "policy"
+)
 PUSH_BYTES = Counter("push_bytes", "Weights sent to each engine, in bytes.", "policy")
 
 # ---------------------------------------------------------------- rollout workers
@@ -144,6 +146,7 @@ VERSION = Gauge(
 
 # ---------------------------------------------------------------- retriever replicas, named as those of a server are
 
+QUERIES = Counter("queries", "Queries that were searched for.", "actor")
 QUEUE = Gauge("queue_queries", "Queries that waited for the next batch when the last one was done.", "actor")
 BATCH_QUERIES = Histogram("batch_queries", "Queries per batch.", "actor", bounds=_QUERIES)
 BATCH_SECONDS = Histogram("batch_seconds", "The whole search of a batch.", "actor")
@@ -156,7 +159,8 @@ EXCLUDED = Counter(
     "Episodes that nothing is trained on: infrastructure failed, or too long to score.",
     "reason",
 )
-SHARD_SECONDS = Histogram("shard_seconds", "Writing a complete shard; its count is that of the shards.")
+SHARDS = Counter("shards", "Shards that were written.")
+SHARD_SECONDS = Counter("shard_seconds", "For which they were written.")
 
 # ---------------------------------------------------------------- the learner's rank 0
 
@@ -166,5 +170,5 @@ TRAINED_TOKENS = Counter("trained_tokens", "Tokens that the loss of these steps 
 TRAINING_DONE = Gauge("training_done", "Share of the optimiser steps of the phase that are done.", "policy")
 LOSS = Gauge("loss", "Of the last optimiser step.", "policy")
 GRADIENT_NORM = Gauge("gradient_norm", "Of the last optimiser step, before clipping.", "policy")
-STEP_SECONDS = Histogram("step_seconds", "From one optimiser step to the next.", "policy")
-CHECKPOINT_SECONDS = Histogram("checkpoint_seconds", "For which a checkpoint holds up the learner.", "policy")
+CHECKPOINTS = Counter("checkpoints", "Checkpoints that were written.", "policy")
+CHECKPOINT_SECONDS = Counter("checkpoint_seconds", "For which they held up the learner.", "policy")

@@ -178,7 +178,7 @@ class Policy:
 
     def _count(self, report: PushReport) -> None:
         metrics.PUSHES.add(policy=self.name, way="sent")
-        metrics.PUSH_SECONDS.observe(report.seconds, policy=self.name)
+        metrics.PUSH_SECONDS.add(report.seconds, policy=self.name)
         metrics.PUSH_BYTES.add(report.nbytes, policy=self.name)
         metrics.PUSH_MISSED.add(len(report.missed), policy=self.name)
 

@@ -103,6 +103,7 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         return Health(self._process, (await self.stats()).in_hand_s)
 
     def _note_batch(self, num_queries: int, seconds: float) -> None:
+        metrics.QUERIES.add(num_queries)
         metrics.QUEUE.set(self.waiting)
         metrics.BATCH_QUERIES.observe(num_queries)
         metrics.BATCH_SECONDS.observe(seconds)

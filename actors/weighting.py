@@ -103,7 +103,8 @@ class Weighting:
         began = time.perf_counter()
         self._shards.write(shard, [self._waiting[member] for member in members])
         seconds = time.perf_counter() - began
-        metrics.SHARD_SECONDS.observe(seconds)
+        metrics.SHARDS.add()
+        metrics.SHARD_SECONDS.add(seconds)
         logger.info(f"wrote shard {shard} of {len(self._shards)}, {len(members)} tasks, in {seconds:.2f} s")
         self._complete.add(shard)
         for member in members:

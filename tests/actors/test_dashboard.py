@@ -42,7 +42,7 @@ def test_an_expression_uses_metrics_that_exist_and_labels_that_they_have(express
     used = set(re.findall(r"ray_\w+", expression))
     assert used and used <= exposed_names()
     for name, matchers in re.findall(r"(ray_\w+)\{([^}]*)\}", expression):
-        assert set(re.findall(r"(\w+)=~", matchers)) <= labels_of(name)
+        assert set(re.findall(r"(\w+)=~?\"", matchers)) <= labels_of(name)
     for by, name in re.findall(r"by \(([^)]*)\) \((?:rate\()?(ray_\w+)", expression):
         assert set(by.split(", ")) <= labels_of(name)
     assert expression.count("(") == expression.count(")")

@@ -44,7 +44,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorded]:
 def test_a_process_of_no_run_records_nothing(recorded: Recorded) -> None:
     metrics.STEPS.add()
     metrics.LOSS.set(1.0)
-    metrics.STEP_SECONDS.observe(1.0)
+    metrics.SEARCH_SECONDS.observe(1.0)
     assert recorded == {}
 
 

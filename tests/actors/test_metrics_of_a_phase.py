@@ -95,10 +95,10 @@ def test_a_phase_is_seen_in_what_ray_exports_and_in_the_logs(
     assert value(found, "optimizer_steps_total", policy=SEARCHER) == trained.steps
     assert value(found, "weight_version", actor=f"rollout-{SEARCHER}-0") == 1
     assert value(found, "tasks", state="done") == 4 and value(found, "tasks", state="in_flight") == 0
-    assert value(found, "shard_seconds_count") == 2
+    assert value(found, "shards_total") == 2
     assert value(found, "searches_total", outcome="found") == value(found, "search_seconds_count") > 0
     assert value(found, "pushes_total", way="sent") == 1 and value(found, "push_bytes_total") > 0
-    assert [target for group in discovered() for target in group["targets"]] == [address()]
+    assert address() in [target for group in discovered() for target in group["targets"]]
 
     logs = {path.stem: messages(path) for path in (run / "logs").iterdir()}
     names = {f"rollout-{SEARCHER}-0", "retriever-0", "weighting-0", f"learner-{SEARCHER}-0"}
