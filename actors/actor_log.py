@@ -66,7 +66,7 @@ def introduce(identity: Identity | None) -> None:
     """Called by an actor first of all: from now on its process logs and counts under this name.
 
     None: it belongs to no run, and nothing is logged or counted. Where the file cannot be written the actor works all
-    the same; the driver says so (`Observer.check_logs`).
+    the same; the driver says so (`Observer.is_up`).
     """
     if identity is None:
         return

@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors.observer import Observer
-from actors.placement import Placement, plan_placement
 from actors.policy import Policy, Turns
 from actors.pool import EnginePool, engine_options, engines_per_node
+from actors.reservation import reserve
 from actors.retrievers import Retrievers
 from actors.sampling import OnProgress, Phase, Work, run_phase
-from actors.session import CPU_ENVIRONMENT, ClusterError, has_gpu_packages, resources_in_words
+from actors.session import CPU_ENVIRONMENT
 from actors.weighting import ShardSink
 from pipeline.core.agents.program import GREEDY, Program, Sampling, Task
 from pipeline.core.config import ClusterConfig, RetrieverConfig
@@ -70,9 +69,8 @@ class Cluster:
         observer: Observer | None = None,
     ) -> None:
         self.config, self._observer = cluster, observer or Observer()
-        self.placement = plan(policies, cluster, retriever)
+        policies, self.placement, self._group = reserve(policies, cluster, retriever)
         self._runtime_env = {"env_vars": CPU_ENVIRONMENT} if self.placement.device == "cpu" else {}
-        self._group = self._reserve()
         self._retrievers = Retrievers(
             retriever,
             searched,
@@ -208,17 +206,6 @@ class Cluster:
 
     # ---------------------------------------------------------------- starting
 
-    def _reserve(self) -> PlacementGroup:
-        bundles, seconds = self.placement.bundles, self.config.start_timeout_s
-        group = placement_group(bundles, strategy="PACK" if self.placement.device == "gpu" else "SPREAD")
-        if not group.wait(seconds):
-            remove_placement_group(group)
-            raise ClusterError(
-                f"the cluster did not free {bundles} within {seconds:.0f} s (cluster.start_timeout_s); it has "
-                f"{resources_in_words()}"
-            )
-        return group
-
     def _new_policy(self, spec: PolicySpec, start: Snapshot, turns: Turns, status: Status) -> Policy:
         placement, pool = self.placement.policies[spec.name], None
         if spec.rollout is not None:
@@ -236,7 +223,7 @@ class Cluster:
                 spec.rollout,
                 self.config,
                 placement,
-                self._bundle,
+                self._room,
                 self._retrievers.client,
                 self._observer,
             )
@@ -245,7 +232,7 @@ class Cluster:
             start,
             pool,
             placement=placement,
-            rank_options=[self._bundle(b, placement.rank_gpus) for b in placement.rank_bundles],
+            rank_options=[self._room(b, placement.rank_gpus) for b in placement.rank_bundles],
             turns=turns,
             push_timeout_s=self.config.push_timeout_s,
             status=status,
@@ -258,20 +245,11 @@ class Cluster:
             if policy.pool is not None:
                 policy.pool.start(policy.current)
         self._retrievers.wait()
-        self._observer.check_logs()
 
-    def _bundle(self, index: int, gpus: float) -> dict[str, Any]:
-        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        return {
-            "num_cpus": 0,
-            "num_gpus": gpus,
-            "scheduling_strategy": strategy,
-            "runtime_env": self._runtime_env,
-        }
-
-
-def plan(policies: Sequence[PolicySpec], cluster: ClusterConfig, retriever: RetrieverConfig) -> Placement:
-    """The layout on the connected cluster, with the packages that are installed here; see `plan_placement`."""
-    return plan_placement(
-        policies, cluster, retriever, ray.cluster_resources(), gpu_packages=has_gpu_packages()
-    )
+    def _room(self, bundle: int | None, gpus: float) -> dict[str, Any]:
+        """Ray options of an actor in a bundle, or of one that is in none."""
+        options = {"num_gpus": gpus, "runtime_env": self._runtime_env}
+        if bundle is None:
+            return options | {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
+        return options | {"num_cpus": 0, "scheduling_strategy": strategy}

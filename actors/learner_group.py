@@ -251,7 +251,8 @@ class LearnerGroup:
         ]
         try:
             ray.get([rank.progress.remote() for rank in self.ranks], timeout=self.config.start_timeout_s)
-            self._observer.check_logs()
+            for rank in range(len(self.ranks)):
+                self._observer.is_up("learner", self._name, rank)
         except GetTimeoutError as error:
             self.close()
             raise LearnerError(

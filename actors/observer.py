@@ -29,7 +29,7 @@ class Observer:
     ) -> None:
         self._run, self._on_restart = run, on_restart
         self._unseen: dict[Identity, tuple[int, int]] = {}
-        """Actors that were begun, and their files as they were before."""
+        """Actors that are about to be started, and their files as they were before."""
         self._has_warned = False
         if run is not None:
             metrics.belongs_to(run=run.name)
@@ -42,17 +42,17 @@ class Observer:
         self._unseen[identity] = _stamp(identity.path)
         return identity
 
-    def check_logs(self) -> None:
-        """Once those that were begun are up: warn, once, of logs that do not arrive."""
-        silent = [
-            identity.name for identity, before in self._unseen.items() if _stamp(identity.path) == before
-        ]
-        self._unseen.clear()
-        if silent and self._run is not None and not self._has_warned:
+    def is_up(self, kind: ActorKind, policy: str = "", number: int = 0) -> None:
+        """An actor that `identity` was asked for answers: warn, once in a run, if its log does not arrive."""
+        if self._run is None:
+            return
+        identity = Identity(self._run.name, str(self._run / LOGS), kind, policy, number)
+        before = self._unseen.pop(identity, None)
+        if before == _stamp(identity.path) and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                f"{self._run / LOGS}: no log arrives of {', '.join(silent)}; their nodes cannot write there, or have "
-                "another file system under that path. What they print is in Ray's logs on those nodes"
+                f"{self._run / LOGS}: no log arrives of {identity.name}; its node cannot write there, or has another "
+                "file system under that path. What its process prints is in Ray's logs on that node"
             )
 
     def lost(self, kind: ActorKind, policy: str = "") -> None:

@@ -36,6 +36,8 @@ class PolicyPlacement:
     rank_gpus: float
     gpu_memory_utilization: float
     """Share of a GPU's memory that an engine takes."""
+    joiner_gpus: float = 0.0
+    """Of an engine that joins later and has no bundle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,7 @@ def _sharing(policies: Sequence[PolicySpec], cluster: ClusterConfig, ranks: int)
                 engine_gpus=1.0 / tenants,
                 rank_gpus=1.0 / tenants,
                 gpu_memory_utilization=_utilization(policy, memory / max(1, sampled)),
+                joiner_gpus=1.0,
             )
             for policy in policies
         },
@@ -208,6 +211,7 @@ def _apart(policies: Sequence[PolicySpec], cluster: ClusterConfig, ranks: int) -
                 engine_gpus=float(_tensor_parallel(policy)),
                 rank_gpus=1.0 / max(1, trained),
                 gpu_memory_utilization=_utilization(policy, GPU_MEMORY_UTILIZATION),
+                joiner_gpus=float(_tensor_parallel(policy)),
             )
             for policy in policies
         },
@@ -221,7 +225,8 @@ def _utilization(policy: PolicySpec, default: float) -> float:
 
 def _transport(policy: PolicySpec, cluster: ClusterConfig, *, shares: bool) -> Transport:
     """The transport that was asked for, or the fastest one of the layout."""
-    asked, paired = cluster.transport, _ranks(policy) == _workers(policy)
+    grows = policy.rollout is not None and policy.rollout.most_workers > policy.rollout.workers
+    asked, paired = cluster.transport, _ranks(policy) == _workers(policy) and not grows
     if asked == "auto" or _ranks(policy) == 0 or _workers(policy) == 0:
         return ("ipc" if paired else "shared_memory") if shares else "nccl"
     if (asked == "ipc" and not shares) or (asked == "nccl" and shares):
@@ -232,6 +237,7 @@ def _transport(policy: PolicySpec, cluster: ClusterConfig, *, shares: bool) -> T
     if asked == "ipc" and not paired:
         raise UserError(
             f"cluster.transport: ipc needs a learner rank on the GPU of every engine and the other way round, but "
-            f"rollout.workers is {_workers(policy)} and learner.num_ranks {_ranks(policy)}; make them equal or use auto"
+            f"rollout.workers is {_workers(policy)}{' and may grow (rollout.max_workers)' if grows else ''} and "
+            f"learner.num_ranks {_ranks(policy)}; make them equal or use auto"
         )
     return asked

@@ -1,48 +1,48 @@
 """The engines of one policy: rollout workers that are started, watched, replaced, put to sleep and reloaded.
 
+A pool starts with `rollout.workers`, in bundles that are held for them, and grows to `rollout.max_workers`. Those
+beyond the bundles are pending Ray actors until there is room: Ray's autoscaler takes that as a reason to add nodes.
+
 Guarantees:
 
 - A worker that died, hangs or missed a version is ended, and never serves again. At work it is replaced by one that
   loads the current version from its model directory, and that gets work only then.
+- A worker on a node that is to leave gets no more work, and ends when it has done what it has.
 - The others go on meanwhile, and to the end where it cannot be replaced: as long as `rollout.min_workers` are left.
-- Every wait has a bound and says what it waited for.
+- Every wait that work depends on has a bound and says what it waited for.
 """
 
 from __future__ import annotations
 
-import asyncio
-import itertools
 import logging
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 
-from actors import heartbeat
 from actors.engine import EngineOptions
-from actors.heartbeat import Silent, in_words
+from actors.heartbeat import in_words
 from actors.observer import Observer
 from actors.placement import PolicyPlacement
 from actors.retriever import RetrieverClient
 from actors.rollout import Peer, RolloutActor
-from actors.session import ClusterError, wait_for
+from actors.seats import Newcomer, Seat
+from actors.session import ClusterError, outcomes, resources_in_words
+from actors.shift import Shift
 from actors.weight_transfer import EngineRef
 from pipeline.core.config import ClusterConfig, RolloutConfig
 from pipeline.core.policies import PolicySpec, Snapshot
-from retriever_service.backoff import Backoff
 from retriever_service.machine import available_cores
 
 logger = logging.getLogger(__name__)
 
-RESTART_PAUSE_S = 2.0
-"""Mean pause before a worker whose replacement did not start is replaced a second time, in seconds; it doubles."""
-
-BundleOptions = Callable[[int, float], dict[str, Any]]
-"""(number of a bundle, share of its GPUs) -> options of an actor that is to live there."""
+Room = Callable[[int | None, float], dict[str, Any]]
+"""(number of a bundle, share of its GPUs) -> Ray options of an actor that is to live there; without a number (None) it
+lives wherever so many GPUs are free."""
 
 
 def engine_options(
@@ -76,14 +76,6 @@ def engine_options(
     )
 
 
-@dataclass
-class _Seat:
-    """The place of one worker. While it is away (None) the others do its work."""
-
-    worker: Any
-    node: str = ""
-
-
 class EnginePool:
     """One rollout worker per engine.
 
@@ -92,7 +84,7 @@ class EnginePool:
         options: of every engine; the model is that of `start`'s snapshot.
         rollout, cluster: sections of the configuration.
         placement: the bundle of each worker, and the GPUs that it takes of it.
-        bundle_options: Ray options for an actor in a bundle.
+        room: Ray options for an actor in a bundle, or in none.
         retriever: what programs retrieve with.
         observer: of the run.
     """
@@ -104,94 +96,115 @@ class EnginePool:
         rollout: RolloutConfig,
         cluster: ClusterConfig,
         placement: PolicyPlacement,
-        bundle_options: BundleOptions,
+        room: Room,
         retriever: RetrieverClient,
         observer: Observer | None = None,
     ) -> None:
         self.name, self.options, self.rollout, self.cluster = name, options, rollout, cluster
         self.serving: int | None = None
         """The version that every engine serves; None while they sleep, or after a push that failed."""
-        self._seats: list[_Seat] = []
-        self._placement, self._bundle_options = placement, bundle_options
+        self._seats: list[Seat] = []
+        self._placement, self._room = placement, room
         self._retriever, self._observer = retriever, observer or Observer()
+        self._missing = 0
+        """Workers that were lost and in whose place none has come yet."""
         self._model = options.model
         self._version = 0
-        self._backoff = Backoff(RESTART_PAUSE_S)
-        self._tasks: asyncio.TaskGroup | None = None
-        """Of heartbeats and replacements; None while the pool is not at work."""
-
-    @property
-    def size(self) -> int:
-        """Number of workers, those that are away included."""
-        return len(self._seats)
+        self._shift: Shift | None = None
+        """None while the pool is not at work."""
 
     # ---------------------------------------------------------------- up and down
 
     def start(self, snapshot: Snapshot) -> None:
-        """Bring all workers up; they serve `snapshot`.
+        """Bring `rollout.workers` up; they serve `snapshot`. Those that fail to start come later, at work.
 
         Raises:
-            ClusterError: they did not come up within `cluster.start_timeout_s`.
+            ClusterError, RayError: fewer than `rollout.min_workers` came up within `cluster.start_timeout_s`.
         """
         self._model, self._version = snapshot.model, snapshot.version
-        self._seats = [_Seat(self._new_worker(index)) for index in range(self.rollout.workers)]
-        nodes = wait_for(
-            [seat.worker.start.remote(snapshot.version) for seat in self._seats],
-            self.cluster.start_timeout_s,
-            f"the vLLM engines of {self.name} to start (cluster.start_timeout_s)",
-        )
-        for seat, node in zip(self._seats, nodes, strict=True):
+        self._seats = [Seat(index) for index in range(self.rollout.most_workers)]
+        seats = self._seats[: len(self._placement.engine_bundles)]
+        for seat in seats:
+            seat.worker = self._new_worker(seat.index)
+        calls = [seat.worker.where.remote() for seat in seats]
+        calls += [seat.worker.start.remote(snapshot.version) for seat in seats]
+        answers = outcomes(calls, self.cluster.start_timeout_s)
+        for seat, node in zip(seats, answers, strict=False):
             seat.node = node
+        starts = zip(seats, answers[len(seats) :], strict=True)
+        failures = [(seat, answer) for seat, answer in starts if isinstance(answer, RayError)]
+        if len(seats) - len(failures) < self.rollout.min_workers:
+            self._give_up_the_start([failure for _, failure in failures])
+        for seat, failure in failures:
+            self.lost(seat.worker, f"its engine did not start: {in_words(failure)}")
+        for seat in self._present():
+            self._observer.is_up("rollout", self.name, seat.index)
         self.serving = snapshot.version
+
+    def _give_up_the_start(self, failures: Sequence[RayError]) -> None:
+        for failure in failures:
+            if not isinstance(failure, GetTimeoutError):
+                raise failure  # it says more than that the others were waited for
+        raise ClusterError(
+            f"waited {self.cluster.start_timeout_s:.0f} s for the vLLM engines of {self.name} to start "
+            f"(cluster.start_timeout_s); the cluster has {resources_in_words()}"
+        )
 
     def close(self) -> None:
         """End all workers and their engines."""
         workers = [seat.worker for seat in self._present()]
-        try:
-            ray.get([worker.shutdown.remote() for worker in workers], timeout=30)
-        except (RayActorError, GetTimeoutError) as error:
-            logger.warning(f"an engine of {self.name} did not shut down by itself: {error}")
+        for failure in outcomes([worker.shutdown.remote() for worker in workers], 30):
+            if isinstance(failure, RayError):
+                logger.warning(f"an engine of {self.name} did not shut down by itself: {in_words(failure)}")
         for worker in workers:
             ray.kill(worker)
+        for seat in self._seats:
+            seat.send_away()
         self._seats, self.serving = [], None
 
     # ---------------------------------------------------------------- at work
 
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
-        """Workers are watched meanwhile, and those that are away, or go away, are replaced while the others go on.
+        """Workers are watched meanwhile. Those that are away, or go away, are replaced while the others go on.
 
-        Failures are counted from here. A replacement that is not up when the work ends is given up: the next one starts
-        another.
+        Failures are counted from here. A worker that is not up when the work ends is waited for the next time; where a
+        learner needs the memory until then it is ended, and the next time starts another.
 
         Raises:
-            ClusterError: fewer than `rollout.min_workers` are left, after more than `rollout.max_restarts` failures.
+            ClusterError: fewer than `rollout.min_workers` are left, after more than `rollout.max_restarts` failures or
+                without room for others.
         """
-        self._failures, self._arrival = 0, asyncio.Event()
-        self._replacements: set[asyncio.Task[None]] = set()
+        self._shift = Shift(
+            self.name, self.rollout, self.cluster, self._seats, self._ask_for, self._bring_up, self.lost
+        )
         try:
-            async with asyncio.TaskGroup() as self._tasks:
-                watches = [self._tasks.create_task(self._watch(seat)) for seat in self._seats]
-                for index, seat in enumerate(self._seats):
-                    if seat.worker is None:
-                        self._bring(index, "it was lost before this phase")
+            async with self._shift.on():
                 yield
-                for task in (*watches, *self._replacements):
-                    task.cancel()
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from failures
         finally:
-            self._tasks = None
+            self._shift = None
+            if self.options.sleeps:
+                for seat in self._seats:
+                    seat.send_away()
 
-    async def worker_for(self, slot: int) -> Any:
-        """The worker of a slot: one and the same, unless that one is away. Waits while all are."""
-        while True:
-            if (own := self._seats[slot % self.size].worker) is not None:
-                return own
-            if present := self._present():
-                return present[slot // self.size % len(present)].worker
-            self._arrival.clear()
-            await self._arrival.wait()
+    async def hired(self) -> Any:
+        """The next worker that may be given work: each one once, those that are there first. Waits for those to come.
+
+        Of this and the next three: while the pool is at work only.
+        """
+        return await self._at_work.hired()
+
+    async def worker_for(self, number: int) -> Any:
+        """One of the workers; numbers are spread over them. Waits while all are away."""
+        return await self._at_work.worker_for(number)
+
+    def employs(self, worker: Any) -> bool:
+        """Whether it may be given work: it is neither lost nor about to leave."""
+        return self._at_work.employs(worker)
+
+    def let_go(self, worker: Any) -> None:
+        """It has nothing in hand any more: where it is about to leave it ends, which makes its node free to go."""
+        self._at_work.let_go(worker)
 
     def peer(self, worker: Any) -> Peer:
         """One of the workers, for a program that runs on another policy's."""
@@ -202,17 +215,21 @@ class EnginePool:
 
         Whoever notices first says so; later calls do nothing.
         """
-        for index, seat in enumerate(self._seats):
+        for seat in self._present():
             if seat.worker is worker:
-                logger.warning(f"rollout worker {index} of {self.name} is lost and will be replaced: {cause}")
+                logger.warning(
+                    f"rollout worker {seat.index} of {self.name} is lost and will be replaced: {cause}"
+                )
                 # Also where it only hangs or is out of reach: it must not answer later, and its memory is needed.
                 # Ray kills a process that does not react; its engine's processes end with it (vllm_plugin).
                 ray.kill(worker)
                 seat.worker = None
                 self._observer.lost("rollout", self.name)
-                if self._tasks is not None:
-                    self._failures += 1
-                    self._bring(index, cause)
+                self._missing += 1
+                if self._shift is not None:
+                    self._shift.replace(seat, cause)
+        if self._shift is not None:
+            self._shift.let_go(worker)
 
     # ---------------------------------------------------------------- what they serve
 
@@ -251,92 +268,41 @@ class EnginePool:
 
     # ---------------------------------------------------------------- inside
 
-    def _present(self) -> list[_Seat]:
+    def _present(self) -> list[Seat]:
         return [seat for seat in self._seats if seat.worker is not None]
 
     def _all(self, method: str, *arguments: Any, timeout_s: float) -> None:
         """Call every worker, and lose those that fail or do not answer in time."""
-        calls = {getattr(seat.worker, method).remote(*arguments): seat.worker for seat in self._present()}
-        if not calls:
-            return
-        _, silent = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
-        for call, worker in calls.items():
-            if call in silent:
+        workers = [seat.worker for seat in self._present()]
+        calls = [getattr(worker, method).remote(*arguments) for worker in workers]
+        for worker, outcome in zip(workers, outcomes(calls, timeout_s), strict=True):
+            if isinstance(outcome, GetTimeoutError):
                 self.lost(worker, f"it did not end {method} within {timeout_s:g} s")
-                continue
-            try:
-                ray.get(call)
-            except RayError as error:
-                self.lost(worker, f"{method} failed: {in_words(error)}")
+            elif isinstance(outcome, RayError):
+                self.lost(worker, f"{method} failed: {in_words(outcome)}")
 
-    async def _watch(self, seat: _Seat) -> None:
-        """Lose whoever sits there and does not answer a ping within `cluster.heartbeat_timeout_s`."""
-        limit = self.cluster.heartbeat_timeout_s
-        while True:
-            await asyncio.sleep(limit / 4)
-            worker = seat.worker
-            if worker is None:
-                continue
-            try:
-                await heartbeat.answer(worker.ping.remote(), limit, "cluster.heartbeat_timeout_s")
-            except (Silent, RayError) as error:
-                self.lost(worker, in_words(error))
+    @property
+    def _at_work(self) -> Shift:
+        assert self._shift is not None, "the pool is not at work"
+        return self._shift
 
-    def _bring(self, index: int, cause: str) -> None:
-        assert self._tasks is not None
-        task = self._tasks.create_task(self._replace(index, cause))
-        self._replacements.add(task)
-        task.add_done_callback(self._replacements.discard)
+    def _ask_for(self, index: int) -> Newcomer:
+        return Newcomer(self._new_worker(index), self._retriever)
 
-    async def _replace(self, index: int, cause: str) -> None:
-        """Put a new worker that serves the current version onto an empty seat, or go on without.
-
-        Raises:
-            ClusterError: too many failures, and too few workers are left.
-        """
-        seat, seconds = self._seats[index], self.cluster.start_timeout_s
-        for attempt in itertools.count():
-            if self._failures > self.rollout.max_restarts:
-                break
-            await asyncio.sleep(self._backoff.pause_s(attempt))
-            worker = self._new_worker(index)
-            try:
-                seat.node = await asyncio.wait_for(worker.start.remote(self._version), seconds)
-                seat.worker = worker
-            except TimeoutError:
-                cause = f"a new engine did not start within {seconds:g} s (cluster.start_timeout_s)"
-            except RayError as error:
-                cause = f"a new engine did not start: {in_words(error)}"
-            finally:
-                if seat.worker is not worker:
-                    ray.kill(worker)
-            if seat.worker is worker:
-                logger.warning(f"rollout worker {index} of {self.name} is back, with version {self._version}")
-                self._observer.restarted("rollout", self.name)
-                self._arrival.set()
-                return
-            self._failures += 1
-            logger.warning(f"rollout worker {index} of {self.name}: {cause}")
-        self._go_on_without(index, cause)
-
-    def _go_on_without(self, index: int, cause: str) -> None:
-        left = len(self._present()) + len(self._replacements) - 1
-        what = (
-            f"rollout workers of {self.name} failed {self._failures} times in one phase (rollout.max_restarts: "
-            f"{self.rollout.max_restarts})"
-        )
-        if left < self.rollout.min_workers:
-            raise ClusterError(
-                f"{what}; {left} of {self.size} are left (rollout.min_workers: {self.rollout.min_workers}); "
-                f"last: {cause}"
-            )
-        logger.warning(
-            f"{what}; the phase goes on without worker {index}, with {left} of {self.size}; last: {cause}"
-        )
+    async def _bring_up(self, newcomer: Newcomer) -> None:
+        await newcomer.serves(self._model, self._version, self._retriever, self.cluster.start_timeout_s)
+        if self._missing:
+            self._missing -= 1
+            self._observer.restarted("rollout", self.name)
 
     def _new_worker(self, index: int) -> Any:
-        bundle = self._bundle_options(self._placement.engine_bundles[index], self._placement.engine_gpus)
-        return RolloutActor.options(**bundle, max_concurrency=10_000).remote(
+        """In its bundle; beyond those, wherever there is room."""
+        where, bundles = self._placement, self._placement.engine_bundles
+        if index < len(bundles):
+            options = self._room(bundles[index], where.engine_gpus)
+        else:
+            options = self._room(None, where.joiner_gpus)
+        return RolloutActor.options(**options, max_concurrency=10_000).remote(
             replace(self.options, model=self._model),
             self._retriever,
             concurrency=self.rollout.concurrency,

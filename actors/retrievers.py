@@ -67,6 +67,8 @@ class Retrievers:
         wait_for([actor.ready.remote() for actor in self._actors], self._start_timeout_s, what)
         found = wait_for([actor.health.remote() for actor in self._actors], self._start_timeout_s, what)
         self._processes = {number: health.process for number, health in enumerate(found)}
+        for number in self._processes:
+            self._observer.is_up("retriever", number=number)
 
     def reindex(
         self,

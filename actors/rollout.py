@@ -120,17 +120,16 @@ class RolloutWorker:
         self.engine = VllmEngine(options)
         self._slots = asyncio.Semaphore(concurrency)
 
-    async def start(self, version: int) -> str:
-        """Bring the engine up with the weights in `options.model`, which are policy version `version`.
+    async def where(self) -> str:
+        """The id of this worker's node. Answers before there is an engine: as soon as Ray has found room."""
+        return str(ray.get_runtime_context().get_node_id())
 
-        Returns:
-            the id of this worker's node.
-        """
+    async def start(self, version: int) -> None:
+        """Bring the engine up with the weights in `options.model`, which are policy version `version`."""
         began = time.perf_counter()
         await self.engine.start(version)
         logger.info(f"the engine is up after {time.perf_counter() - began:.1f} s, with {self.options.model}")
         self._say_version()
-        return str(ray.get_runtime_context().get_node_id())
 
     async def ping(self) -> None:
         """Answers if this process and its engine's do."""

@@ -1,12 +1,14 @@
 """One phase of sampling: every task served exactly once, whatever dies meanwhile.
 
-The driver moves references and small summaries, never episodes. If a worker dies or hangs, what it had in hand is
-sampled again, by its replacement or by another worker while there is none. So it is if the worker of another role does.
+The driver moves references and small summaries, never episodes. A worker that joins takes tasks at once, one that is
+to leave takes no more. If one dies or hangs, what it had in hand is sampled again by whoever is free; so it is if the
+worker of another role does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
@@ -87,6 +89,18 @@ class Work:
         if not self._in_hand:
             self._news.set()
 
+    def give_back(self, task: Task) -> None:
+        """A task that was taken is not done: somebody else must take it."""
+        self._in_hand -= 1
+        self._queue.appendleft(task)
+        self._news.set()
+
+    async def all_done(self) -> None:
+        """Waits until nothing is to do or in hand."""
+        while self._queue or self._in_hand:
+            self._news.clear()
+            await self._news.wait()
+
     def again(self, lost: Sequence[tuple[Task, Counts]]) -> None:
         """These were done, and are to do again."""
         for task, counts in reversed(lost):
@@ -113,6 +127,14 @@ async def run_phase(
         await _Run(phase, work, pools, sink, on_progress).to_the_end()
 
 
+@dataclass
+class _Crew:
+    """A worker, and how many still take tasks for it."""
+
+    worker: Any
+    slots: int
+
+
 class _Run:
     def __init__(
         self, phase: Phase, work: Work, pools: Mapping[str, EnginePool], sink: Sink, on_progress: OnProgress
@@ -122,32 +144,45 @@ class _Run:
         self.home = next(iter(pools.values()))
 
     async def to_the_end(self) -> None:
-        slots = math.ceil(self.home.rollout.concurrency / self.phase.samples) + 1
         try:
             async with asyncio.TaskGroup() as tasks:
-                for index in range(self.home.size):
-                    for number in range(slots):
-                        tasks.create_task(self._slot(index + number * self.home.size))
+                hiring = tasks.create_task(self._hire(tasks))
+                await self.work.all_done()
+                hiring.cancel()
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
         self._check_failures()
 
-    async def _slot(self, number: int) -> None:
-        while (task := await self.work.take()) is not None:
-            while (counts := await self._serve(task, number)) is None:
-                pass
+    async def _hire(self, tasks: asyncio.TaskGroup) -> None:
+        """Every worker, as it comes, takes so many tasks at once that its engine is never short of episodes."""
+        at_once = math.ceil(self.home.rollout.concurrency / self.phase.samples) + 1
+        numbers = itertools.count()
+        while True:
+            crew = _Crew(await self.home.hired(), at_once)
+            for _ in range(at_once):
+                tasks.create_task(self._slot(crew, next(numbers)))
+
+    async def _slot(self, crew: _Crew, number: int) -> None:
+        while self.home.employs(crew.worker) and (task := await self.work.take()) is not None:
+            # While it waited for work, its worker may have gone.
+            counts = await self._serve(task, crew.worker, number) if self.home.employs(crew.worker) else None
+            if counts is None:
+                self.work.give_back(task)
+                continue
             self.work.finish(counts)
             self._check_failures(at_least=MIN_FOR_FAILURE_SHARE)
             self.on_progress(self.work.done)
             self._count_tasks()
+        crew.slots -= 1
+        if not crew.slots:
+            self.home.let_go(crew.worker)
 
     def _count_tasks(self) -> None:
         for state, number in self.work.states().items():
             metrics.TASKS.set(number, phase=self.phase.name, state=state)
 
-    async def _serve(self, task: Task, slot: int) -> Counts | None:
+    async def _serve(self, task: Task, worker: Any, slot: int) -> Counts | None:
         """One task, sampled and in the sink; None where a worker was lost on the way, and nothing is in the sink."""
-        worker = await self.home.worker_for(slot)
         peers = {role: await pool.worker_for(slot) for role, pool in self._others().items()}
         try:
             return await self._sample(task, worker, peers)

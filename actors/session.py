@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 
 from actors.preflight import check_address, check_nodes, cluster_address
 from pipeline.core.config import ClusterConfig
@@ -102,6 +102,20 @@ def wait_for(references: Sequence[Any], timeout_s: float, what: str) -> list[Any
         raise ClusterError(
             f"waited {timeout_s:.0f} s for {what}; the cluster has {resources_in_words()}"
         ) from error
+
+
+def outcomes(calls: Sequence[Any], timeout_s: float) -> list[Any]:
+    """What came of each call: its result, or the `RayError` in its place (`GetTimeoutError`: not ended in time)."""
+    if calls:
+        ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
+    return [_outcome(call) for call in calls]
+
+
+def _outcome(call: Any) -> Any:
+    try:
+        return ray.get(call, timeout=0)
+    except RayError as error:
+        return error
 
 
 def resources_in_words() -> str:

@@ -222,6 +222,7 @@ class ShardSink:
     async def _begin(self, actor: Any) -> None:
         call = actor.begin.remote(self._shards, self._weigh, set(self._shards.complete))
         await _within(call, self._start_timeout_s, "to begin (cluster.start_timeout_s)")
+        self._observer.is_up("weighting")
 
     async def _replace(self, dead: Any, cause: str) -> None:
         """Put a new actor in the place of a lost one; once, whoever notices first."""

@@ -14,9 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from actors.cluster import Cluster, SampleReport, plan
+from actors.cluster import Cluster, SampleReport
 from actors.observer import LOGS, Observer
 from actors.policy import Policy
+from actors.reservation import plan
 from actors.session import actor_logs, ray_session
 from pipeline.core.agents.program import GREEDY, Program, Sampling
 from pipeline.core.config import Config, Iterations
@@ -175,7 +176,8 @@ class Run:
     ) -> Json:
         """Step "t/sample": episodes of all training questions, and the examples made of them for each policy.
 
-        A step that was cut off keeps its complete shards; their questions are not sampled again.
+        A step that was cut off keeps its complete shards; their questions are not sampled again. One that is finished
+        is done again as far as shards are missing now, unless all that was to be trained on them is trained.
 
         Args:
             roles: the version of each policy that plays a role of its own name.
@@ -184,13 +186,16 @@ class Run:
             sampling: its seed is that of run and iteration.
         """
 
+        shards = Shards(
+            self.splits.train,
+            self.at(f"{t}/rollouts"),
+            {name: self.at(f"{t}/{name}/examples") for name in weigh.outputs},
+            self.config.rollout.questions_per_shard,
+        )
+        if not all(self.files.finished(f"{t}/{name}/train") for name in weigh.outputs):
+            self._forget_if_incomplete(f"{t}/sample", shards)
+
         def work() -> Json:
-            shards = Shards(
-                self.splits.train,
-                self.at(f"{t}/rollouts"),
-                {name: self.at(f"{t}/{name}/examples") for name in weigh.outputs},
-                self.config.rollout.questions_per_shard,
-            )
             policies, title = self._at(roles), f"iteration {t}: sampling"
             report = self._sample(shards, "sample", title, program, policies, weigh, samples, sampling)
             counts = {"trajectories": report.trajectories, "generated_tokens": report.generated_tokens}
@@ -305,6 +310,16 @@ class Run:
         for name, policy in policies.items():
             policy.restore(self.snapshot(name, versions[name]))
         return policies
+
+    def _forget_if_incomplete(self, step: str, shards: Shards) -> None:
+        if self.files.finished(step) is None:
+            return
+        shards.resume()
+        if lacking := len(shards) - len(shards.complete):
+            logger.warning(
+                f"{step} was finished, but {lacking} of its {len(shards)} shards are missing: made again"
+            )
+            self.files.forget(step)
 
     def _sample(
         self,

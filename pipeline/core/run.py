@@ -52,8 +52,9 @@ Json = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency", "rollout.timeout_s",
-                  "rollout.max_restarts", "rollout.min_workers", "rollout.gpu_memory_utilization",
-                  "rollout.kv_cache_gib", "rollout.tensor_parallel_size", "rollout.enforce_eager", "retriever.url",
+                  "rollout.max_restarts", "rollout.min_workers", "rollout.max_workers",
+                  "rollout.gpu_memory_utilization", "rollout.kv_cache_gib", "rollout.tensor_parallel_size",
+                  "rollout.enforce_eager", "retriever.url",
                   "retriever.replicas",
                   "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
                   "retriever.max_attempts", "rollout.max_failure_share", "em.iterations", "em.patience",

@@ -135,11 +135,9 @@ def test_logs_that_do_not_arrive_are_said_once_and_nothing_else_happens(
     observer = Observer(tmp_path)
     for _ in range(2):
         introduce(observer.identity("rollout", "searcher", 0))
-        observer.check_logs()
+        observer.is_up("rollout", "searcher", 0)
     said = [record.message for record in caplog.records if record.name == "actors.observer"]
-    assert (
-        len(said) == 1 and "no log arrives of rollout-searcher-0; their nodes cannot write there" in said[0]
-    )
+    assert len(said) == 1 and "no log arrives of rollout-searcher-0; its node cannot write there" in said[0]
 
 
 def test_logs_that_arrive_are_no_reason_for_a_warning(
@@ -147,5 +145,5 @@ def test_logs_that_arrive_are_no_reason_for_a_warning(
 ) -> None:
     observer = Observer(tmp_path)
     introduce(observer.identity("weighting"))
-    observer.check_logs()
+    observer.is_up("weighting")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

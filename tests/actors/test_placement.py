@@ -313,3 +313,16 @@ def test_too_few_gpus_for_several_policies_are_refused_by_name() -> None:
         UserError, match=r"selector: rollout\.workers \(3\).*; generator: rollout\.workers \(1\)"
     ):
         plan_of(policy("selector", 3, 1), policy("generator", 1, 1), gpus=2)
+
+
+def test_engines_that_join_later_have_gpus_of_their_own() -> None:
+    apart = Plan(plan_of(policy(workers=1, tensor_parallel=2, max_workers=4), gpus=3))
+    assert (apart.transport, apart.joiner_gpus, apart.engine_bundles) == ("nccl", 2.0, [0])
+    shared = Plan(plan_of(policy(workers=1, max_workers=4), gpus=1))
+    assert (shared.transport, shared.joiner_gpus, shared.engine_gpus) == ("shared_memory", 1.0, 0.5)
+    assert Plan(plan_of(policy(workers=1, max_workers=4))).joiner_gpus == 0.0
+
+
+def test_ipc_is_refused_where_engines_may_join_later() -> None:
+    with pytest.raises(UserError, match=r"workers is 1 and may grow \(rollout\.max_workers\)"):
+        plan_of(policy(workers=1, max_workers=2), gpus=1, transport="ipc")

@@ -1,79 +1,29 @@
-"""How a pool replaces workers that fail to start, hang or are lost for good. Workers are stand-ins; no Ray cluster."""
+"""How a pool replaces workers that fail to start, hang or are lost for good."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError
 
-from actors import pool as module
-from actors.engine import EngineOptions
-from actors.placement import PolicyPlacement
-from actors.pool import EnginePool
 from actors.session import ClusterError
-from pipeline.core.agents.program import EngineError
-from pipeline.core.config import ClusterConfig, RolloutConfig
-from pipeline.core.policies import Snapshot
-
-PLACEMENT = PolicyPlacement("shared_memory", [0, 1, 2], [], 0.0, 0.0, 0.0)
-HEARTBEAT_S = 0.2
-NEVER = 3600.0
-
-
-class Worker:
-    """An actor's handle. `start` and `ping` are what comes of these calls: an error, or seconds until they answer."""
-
-    def __init__(self, start: Exception | float = 0.0, ping: Exception | float = 0.0) -> None:
-        self.start = SimpleNamespace(remote=lambda version: self._answer(start, version))
-        self.ping = SimpleNamespace(remote=lambda: self._answer(ping, self.version))
-        self.version: int | None = None
-        self.killed = False
-
-    async def _answer(self, outcome: Exception | float, version: int | None) -> str:
-        if isinstance(outcome, Exception):
-            raise outcome
-        await asyncio.sleep(outcome)
-        self.version = version
-        return "node"
+from tests.actors.pools import (
+    ENGINE_ERROR,
+    HEARTBEAT_S,
+    NEVER,
+    Worker,
+    present,
+    started,
+    until_present,
+    without_ray,
+)
 
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "kill", lambda worker: setattr(worker, "killed", True))
-    monkeypatch.setattr(module, "RESTART_PAUSE_S", 0.01)
-    monkeypatch.setattr(
-        module, "wait_for", lambda calls, seconds, what: [asyncio.run(call) for call in calls]
-    )
-
-
-def started(*workers: Worker, size: int = 1, start_s: float = 30.0, **settings: Any) -> EnginePool:
-    """A pool of the first `size` workers that serves version 7; the others are their replacements, in this order."""
-    cluster = ClusterConfig(start_timeout_s=start_s, heartbeat_timeout_s=HEARTBEAT_S)
-    rollout = RolloutConfig(workers=size, **settings)
-    made = EnginePool("a", EngineOptions("model"), rollout, cluster, PLACEMENT, dict, None)  # type: ignore[arg-type]
-    spare = iter(workers)
-    made._new_worker = lambda index: next(spare)  # type: ignore[method-assign]
-    made.start(Snapshot(7, "model-7"))
-    return made
-
-
-def present(pool: EnginePool) -> list[Any]:
-    return [receiver.handle for receiver in pool.receivers()]
-
-
-async def until_present(pool: EnginePool, number: int) -> list[Any]:
-    async with asyncio.timeout(10):
-        while len(present(pool)) < number:
-            await asyncio.sleep(0.01)
-    return present(pool)
-
-
-ENGINE_ERROR = RayTaskError("start", "a traceback", EngineError("no memory"))
+    without_ray(monkeypatch)
 
 
 @pytest.mark.parametrize("start", [ENGINE_ERROR, RayActorError(), NEVER])
@@ -139,16 +89,16 @@ def test_a_slow_start_is_no_missed_heartbeat() -> None:
     asyncio.run(work())
 
 
-def test_while_a_worker_is_away_its_slots_are_spread_over_the_others_and_then_come_back() -> None:
+def test_calls_are_spread_over_the_workers_that_are_there() -> None:
     dead, second, third, replacement = Worker(), Worker(), Worker(), Worker(start=0.1)
     pool = started(dead, second, third, replacement, size=3)
 
     async def work() -> None:
         async with pool.at_work():
-            assert [await pool.worker_for(slot) for slot in range(6)] == [dead, second, third] * 2
+            assert [await pool.worker_for(number) for number in range(6)] == [dead, second, third] * 2
             pool.lost(dead, "it died")
             pool.lost(dead, "somebody else noticed too")
-            assert [await pool.worker_for(slot) for slot in (0, 3, 6)] == [second, third, second]
+            assert [await pool.worker_for(number) for number in range(4)] == [second, third] * 2
             await until_present(pool, 3)
             assert await pool.worker_for(3) is replacement
 
@@ -190,9 +140,12 @@ def test_below_the_least_number_of_workers_the_work_ends() -> None:
         asyncio.run(work())
 
 
-def test_a_replacement_that_is_not_up_when_the_work_ends_is_ended() -> None:
+@pytest.mark.parametrize("sleeps", [True, False])
+def test_a_replacement_that_is_not_up_when_the_work_ends_stays_unless_a_learner_needs_the_memory(
+    sleeps: bool,
+) -> None:
     dead, other, slow = Worker(), Worker(), Worker(start=NEVER)
-    pool = started(dead, other, slow, size=2)
+    pool = started(dead, other, slow, size=2, sleeps=sleeps)
 
     async def work() -> None:
         async with pool.at_work():
@@ -200,7 +153,7 @@ def test_a_replacement_that_is_not_up_when_the_work_ends_is_ended() -> None:
             await asyncio.sleep(0.05)
 
     asyncio.run(work())
-    assert slow.killed
+    assert slow.killed == sleeps
     assert present(pool) == [other]
 
 

@@ -11,12 +11,13 @@ import pytest
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
-from actors import pool as module
+from actors import shift as module
 from actors.engine import EngineOptions
 from actors.placement import PolicyPlacement
-from actors.pool import EnginePool, _Seat
+from actors.pool import EnginePool
 from actors.rollout import Peer, PeerDied, RolloutRequest
 from actors.sampling import Phase, Work, run_phase
+from actors.seats import Seat
 from actors.session import ClusterError
 from pipeline.core.agents.program import GREEDY, Task
 from pipeline.core.config import ClusterConfig, RolloutConfig
@@ -35,6 +36,7 @@ class Worker:
         self.starts = starts
         self.started_with: int | None = None
         self.rollout = SimpleNamespace(remote=self._rollout)
+        self.where = SimpleNamespace(remote=self._where)
         self.start = SimpleNamespace(remote=self._start)
 
     def _rollout(self, request: RolloutRequest) -> tuple[Any, Any]:
@@ -50,11 +52,13 @@ class Worker:
                 raise RayTaskError("rollout", "traceback", PeerDied(role))
         return Counts(1, 10, self.failures, "down" if self.failures else "")
 
-    async def _start(self, version: int) -> str:
+    async def _where(self) -> str:
+        return "node"
+
+    async def _start(self, version: int) -> None:
         self.started_with = version
         if not self.starts:
             raise RayActorError()
-        return "node"
 
 
 PLACEMENT = PolicyPlacement("shared_memory", [0, 1], [], 0.0, 0.0, 0.0)
@@ -66,6 +70,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
     workers: list[Worker] = []
     monkeypatch.setattr(ray, "kill", workers.append)
     monkeypatch.setattr(module, "RESTART_PAUSE_S", 0.01)
+    monkeypatch.setattr(module, "alive_nodes", lambda: {"node"})
     return workers
 
 
@@ -73,7 +78,7 @@ def pool(*workers: Worker, size: int = 1, **settings: Any) -> EnginePool:
     """The first `size` are at work; the others are their replacements, in this order."""
     rollout = RolloutConfig(workers=size, concurrency=1, **settings)
     made = EnginePool("a", EngineOptions("model"), rollout, ClusterConfig(), PLACEMENT, dict, None)  # type: ignore[arg-type]
-    made._seats = [_Seat(worker) for worker in workers[:size]]
+    made._seats = [Seat(index, worker, "node") for index, worker in enumerate(workers[:size])]
     spare = iter(workers[size:])
     made._new_worker = lambda index: next(spare)  # type: ignore[method-assign]
     return made
@@ -227,3 +232,41 @@ def test_counts_of_a_phase_take_no_longer_the_longer_it_lasts(monkeypatch: pytes
     monkeypatch.setattr(Counts, "__add__", lambda self, other: sums.append(other) or add(self, other))
     assert run(pool(Worker()), 300) == 300
     assert len(sums) == 300
+
+
+def test_a_worker_that_joins_takes_tasks_at_once_and_one_that_is_to_leave_takes_no_more(
+    monkeypatch: pytest.MonkeyPatch, killed: list[Worker]
+) -> None:
+    first, second, homeless = Worker(), Worker(), Worker()
+    draining: set[str] = set()
+    monkeypatch.setattr(module, "draining_nodes", lambda: draining)
+    monkeypatch.setattr(module, "NODES_EVERY_S", 0.001)
+    growing = pool(first, second, homeless, max_workers=2)
+    growing._seats.append(Seat(1))
+    second.where = in_room_after(0.05, "another node")
+    homeless.where = in_room_after(3600, "no node")
+
+    class Slow(Sink):
+        """So that there is time to join."""
+
+        async def __call__(self, task: Task, counts: Counts, reference: Any) -> None:
+            await asyncio.sleep(0.01)
+            await super().__call__(task, counts, reference)
+            if second.requests == 5:
+                draining.add("node")
+
+    sink = Slow()
+    assert run(growing, 60, sink) == 60
+    assert sorted(sink.taken) == sorted(f"q{i}" for i in range(60))
+    assert first in killed and second not in killed
+    assert second.requests > first.requests
+
+
+def in_room_after(seconds: float, node: str) -> Any:
+    """The `where` of such a worker."""
+
+    async def where() -> str:
+        await asyncio.sleep(seconds)
+        return node
+
+    return SimpleNamespace(remote=where)

@@ -165,6 +165,37 @@ def test_a_sampling_that_was_cut_off_goes_on_behind_its_complete_shards(tmp_path
     assert (result["trajectories"], result["generated_tokens"], result["bound"]) == (5, 50, -1.0)
 
 
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_shard_that_was_deleted_behind_the_step_is_made_again_as_long_as_it_is_needed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_trained: bool
+) -> None:
+    questions = [Question(f"q{number}", "Who?", ("A",)) for number in range(5)]
+    seen: list[list[str]] = []
+
+    def sample(run: Run) -> Json:
+        def on_cluster(program: Any, shards: Shards, *_: object, **__: object) -> SampleReport:
+            seen.append([task.id for task in shards.to_do()])
+            for number in range(len(shards)):
+                if number not in shards.complete:
+                    made = [(list[Any](), Weighted({"selector": []}, {})) for _ in shards.members(number)]
+                    shards.write(number, made)
+            return SampleReport(5, 50, {})
+
+        cast(Any, run.cluster).sample = on_cluster
+        weigh = cast(Any, SimpleNamespace(outputs=["selector"]))
+        return run.sample(1, cast(Any, None), {}, weigh, samples=1, sampling=cast(Any, None))
+
+    with opened(tmp_path, train=questions, questions_per_shard=2) as run:
+        sample(run)
+        if is_trained:
+            train(run, 1, "selector")
+        run.shards(1, "selector")[1].unlink()
+    with opened(tmp_path, train=questions, questions_per_shard=2) as run:
+        sample(run)
+    assert seen[1:] == ([] if is_trained else [["q2", "q3"]])
+    assert ("1 of its 3 shards are missing" in caplog.text) != is_trained
+
+
 def test_training_starts_from_the_version_before_on_the_shards_of_the_iteration(tmp_path: Path) -> None:
     with opened(tmp_path) as run:
         for t in (1, 2):

@@ -14,6 +14,8 @@ from tests.retriever_service.server_process import index_server
 
 MODEL_LENGTH = 1024
 TOKEN = "open-sesame"
+SEARCHER = Path(__file__).parents[2] / "models" / "tiny-searcher"
+"""A model that searches, for where it matters what becomes of its searches."""
 
 
 @pytest.fixture(scope="session")

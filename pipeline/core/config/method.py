@@ -15,7 +15,9 @@ Weighting = Literal["likelihood", "posterior", "length_normalised", "reward", "u
 
 class RolloutConfig(Section):
     workers: int = Field(1, ge=1)
-    """vLLM engines; spread over the nodes."""
+    """vLLM engines that a run starts with; spread over the nodes."""
+    max_workers: int | None = Field(None, ge=1)
+    """Engines that a run may grow to, as nodes bring room: each takes part as soon as it is up. Null: `workers`."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs per engine."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -45,15 +47,28 @@ class RolloutConfig(Section):
     """How often workers of a policy may die, hang or fail to start in one phase and are replaced; then it goes on
     without those that fail. So often the weighting actor may die too; then the run stops."""
     min_workers: int = Field(1, ge=1)
-    """With fewer, and none that can be replaced, the run stops. Lost ones are tried again in the next phase."""
-    max_failure_share: float = Field(0.02, ge=0, le=1)
-    """A phase stops with an error when more than this share of trajectories fails for infrastructure reasons."""
+    """With fewer, and none that can be replaced, the run stops. Lost ones are tried again in the next phase. So many
+    are enough to start with where the others found no room within `cluster.start_timeout_s`."""
+    max_failure_share: float = Field(0.1, ge=0, le=1)
+    """A phase stops with an error when more than this share of trajectories fails for infrastructure reasons. Of a
+    retriever that gives one senseless answer in fifty, a trajectory of five searches meets one in ten times."""
 
     @model_validator(mode="after")
     def _can_have_so_many(self) -> RolloutConfig:
         if self.min_workers > self.workers:
             raise ValueError(f"min_workers ({self.min_workers}) is more than workers ({self.workers})")
+        if self.most_workers < self.workers:
+            raise ValueError(f"max_workers ({self.max_workers}) is less than workers ({self.workers})")
         return self
+
+    @property
+    def most_workers(self) -> int:
+        """The most that there may ever be."""
+        return self.workers if self.max_workers is None else self.max_workers
+
+    def with_fewest(self) -> RolloutConfig:
+        """Start with `min_workers`; the others may come later."""
+        return self.model_copy(update={"workers": self.min_workers, "max_workers": self.most_workers})
 
 
 class WeightingConfig(Section):
