@@ -7,6 +7,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from pipeline.core.errors import UserError
+from retriever_service.errors import RetrieverError
+
 T = TypeVar("T")
 
 
@@ -17,28 +20,19 @@ def gathered(mine: T) -> list[T]:
     return everyone
 
 
+_OURS = (OSError, UserError, RetrieverError)
+
+
 def on_rank_zero(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0; all ranks get its result, or its OSError: a full disk leaves nobody waiting."""
+    """Run `work` on rank 0; all ranks get its result, or its error: a full disk leaves nobody waiting."""
     outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
             outcome = [work()]
-        except OSError as error:
+        except _OURS as error:
             outcome = [error]
     dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], OSError):
+    if isinstance(outcome[0], _OURS):
         raise outcome[0]
     result: T = outcome[0]
     return result
-
-
-def on_every_rank(work: Callable[[], None]) -> None:
-    """Run `work` on each rank; the OSError of one is raised on all."""
-    mine: OSError | None = None
-    try:
-        work()
-    except OSError as error:
-        mine = error
-    for failure in gathered(mine):
-        if failure is not None:
-            raise failure

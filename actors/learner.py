@@ -17,18 +17,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from actors import learner_files, learner_setup, learner_state, learner_weights
-from actors.collectives import gathered, on_every_rank, on_rank_zero
+from actors.checkpointer import Checkpointer
+from actors.collectives import gathered, on_rank_zero
 from actors.learner_outputs import ModelOutputs, Sums, check_streams, read_examples, rows_of
 from actors.weight_transfer import Bucket
 from pipeline.core.config import LearnerConfig
+from pipeline.core.errors import UserError
 from pipeline.core.losses.loss import Loss, Outputs, Prepared, Terms
 from pipeline.core.packing import (
     OptimizerStep,
@@ -107,6 +110,7 @@ class Learner:
             model=self.model, optimizer=optimizer, model_parameters=trainable, config=ds_config
         )
         self.outputs = ModelOutputs(self.engine, self.model, self.device)
+        self._checkpoints = Checkpointer(self.device)
         learner_setup.seed_everything(seed + rank)
 
     # ---------------------------------------------------------------- training
@@ -134,13 +138,14 @@ class Learner:
             loss: what is minimised.
             phase_seed: seed of the order of the examples.
             learning_rate, epochs: in place of the configured ones.
-            checkpoints: where one is written every `learner.checkpoint_minutes`; one of another phase there is
-                overwritten.
+            checkpoints: where one is written every `learner.checkpoint_minutes`, while training goes on; one of another
+                phase there is overwritten. The last one may not count yet when this returns: see `save`.
             start: a checkpoint to load first, unless `checkpoints` has one of this phase.
             on_step: called on each rank after each optimiser step, with that step's metrics.
 
         Raises:
-            UserError: a unit does not fit the token budget, or an example has not the streams that the loss needs.
+            UserError: a unit does not fit the token budget, an example has not the streams that the loss needs, or a
+                checkpoint could not be written.
             FloatingPointError: the loss or the gradient of more than `learner.max_skipped_steps` steps is not finite.
                 No weight has changed by it.
         """
@@ -171,13 +176,15 @@ class Learner:
             phase.seconds += time.perf_counter() - started
             self._progress = {"step": len(phase.history), "num_steps": len(plan), **phase.history[-1]}
             if phase.skipped > self.config.max_skipped_steps:
+                self.finish_checkpoint()
                 raise FloatingPointError(
                     self._too_many_skipped(phase, len(plan), [records[k].id for k in step.examples])
                 )
             if on_step is not None:
                 on_step(phase.history[-1])
+            self._checkpoints.settle()
             if checkpoints and len(phase.history) < len(plan) and self._checkpoint_is_due(last_checkpoint):
-                self.save(checkpoints)
+                self.checkpoint(checkpoints)
                 last_checkpoint = time.monotonic()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # an engine on the same GPU may need what this phase does not use any more
@@ -191,6 +198,7 @@ class Learner:
             steps=len(phase.history),
             skipped_steps=phase.skipped,
             resumed_at=phase.resumed_at,
+            damaged_checkpoints=phase.problems,
             averages=phase.averages(),
             trained_tokens=sum(records[k].num_targets for k in computed),
             total_tokens=sum(lengths[k] for k in computed),
@@ -242,19 +250,23 @@ class Learner:
         ]
 
     def _enter_phase(self, key: str, checkpoints: str | Path | None, start: str | Path | None) -> Phase:
-        """The M-step `key`: as far as a checkpoint has it, or from its beginning."""
+        """The M-step `key`: as far as a checkpoint has it that is whole, or from its beginning."""
+        problems: list[str] = []
+        found = None
         if (
             checkpoints
             and on_rank_zero(lambda: learner_files.facts_of(Path(checkpoints))).get("phase") == key
         ):
-            self.load(checkpoints)
+            found, problems = self._checkpoints.whole(Path(checkpoints), key)
+        if checkpoints and found is not None:
+            self._load(Path(checkpoints), found)
         elif start is not None:
             self.load(start)
         resumed, self._resume = self._resume, None
         if resumed is not None and resumed.key == key:
-            self._phase = replace(resumed, resumed_at=len(resumed.history))
+            self._phase = replace(resumed, resumed_at=len(resumed.history), problems=problems)
         else:
-            self._phase = Phase(key)
+            self._phase = Phase(key, problems=problems)
         return self._phase
 
     def _checkpoint_is_due(self, last: float) -> bool:
@@ -343,38 +355,55 @@ class Learner:
 
     # ------------------------------------------------------------- checkpoints
 
-    def save(self, path: str | Path) -> None:
-        """Write all that is needed to go on to directory `path`, replacing a checkpoint there atomically.
+    def checkpoint(self, path: str | Path) -> None:
+        """Begin a checkpoint in directory `path` of what the learner is now; training goes on while it is written.
 
         Weights and moments (`learner_state`), the random number generators of every rank and the position in the
-        M-step. `path` must be on a file system that all ranks share.
+        M-step. `path` must be on a file system that all ranks share. It counts, and replaces the one that is there, at
+        the end of a later step, or with `save`.
 
         Raises:
             FloatingPointError: a weight is not finite.
-            OSError: a rank could not write; the checkpoint before is still there.
+            UserError: the checkpoint that was begun before could not be written.
         """
+        self._begin_checkpoint(Path(path), keeps_before=True)
+
+    def save(self, path: str | Path, model: str | Path | None = None) -> None:
+        """As `checkpoint`, and wait until it counts; with `model`, the model is exported there meanwhile.
+
+        Raises:
+            FloatingPointError: a weight is not finite.
+            UserError: a rank could not write; the checkpoint before is still there.
+        """
+        self._begin_checkpoint(Path(path), keeps_before=False)
+        if model is not None:
+            self.export(model)
+        self.finish_checkpoint()
+
+    def finish_checkpoint(self) -> None:
+        """Wait until the checkpoint that was begun counts.
+
+        Raises:
+            UserError: a rank could not write; the checkpoint before is still there.
+        """
+        self._checkpoints.finish()
+
+    def _begin_checkpoint(self, directory: Path, *, keeps_before: bool) -> None:
         self._end_rest()
         self._check_weights()
-        directory = Path(path)
-        slot = on_rank_zero(lambda: learner_files.free_slot(directory))
-        on_every_rank(lambda: self._write(directory / slot))
         phase = self._phase or Phase("")
+        state = {
+            "phase": self._phase and asdict(self._phase),
+            "adam_steps": learner_state.adam_steps(self.engine),
+            "rng": learner_setup.rng_state(),
+        }
         facts = {
             "phase": phase.key,
             "step": len(phase.history),
             "num_ranks": self.world_size,
             "zero_stage": self.config.zero_stage,
         }
-        on_rank_zero(lambda: learner_files.commit_slot(directory, slot, facts))
-
-    def _write(self, slot: Path) -> None:
-        learner_state.write(self.engine, slot)
-        state = {
-            "phase": self._phase and asdict(self._phase),
-            "adam_steps": learner_state.adam_steps(self.engine),
-            "rng": learner_setup.rng_state(),
-        }
-        torch.save(state, slot / f"rank_{self.rank}.pt")
+        self._checkpoints.begin(directory, self.engine, state, facts, keeps_before=keeps_before)
 
     def load(self, path: str | Path) -> None:
         """Go on from a checkpoint that `save` wrote, on any number of ranks and at any ZeRO stage.
@@ -382,10 +411,18 @@ class Learner:
         A rank that the checkpoint does not know keeps its own random number generators.
 
         Raises:
-            UserError: no complete checkpoint there, or one of a model with other trained parameters.
+            UserError: no complete checkpoint there, a damaged one, or one of a model with other trained parameters.
         """
-        committed = learner_files.committed(Path(path))
-        slot, is_known = Path(path) / committed["slot"], self.rank < committed["num_ranks"]
+        found, problems = self._checkpoints.whole(Path(path))
+        if found is None:
+            raise UserError(
+                f"{path}: {problems[0]}. Copy the directory back from where it is whole; without one, start another "
+                "run from the exported model beside it"
+            )
+        self._load(Path(path), found)
+
+    def _load(self, directory: Path, facts: Mapping[str, Any]) -> None:
+        slot, is_known = directory / facts["slot"], self.rank < facts["num_ranks"]
         state = torch.load(slot / f"rank_{self.rank if is_known else 0}.pt", weights_only=False)
         learner_state.read(self.engine, slot, state["adam_steps"])
         self._resume = self._phase = Phase(**state["phase"]) if state["phase"] else None
@@ -452,6 +489,7 @@ class Learner:
             )
 
     def shutdown(self) -> None:
-        """Leave the process group."""
+        """Finish the checkpoint that is being written, and leave the process group."""
+        self._checkpoints.close()
         self.engine.destroy()
         dist.destroy_process_group()

@@ -1,8 +1,9 @@
 """What the learner reads from and writes to disk, besides DeepSpeed's own files. No collectives, no engine.
 
-A checkpoint directory has two slots, `a` and `b`. `checkpoint.json` names the complete one and is replaced
-as the last act of a save, so at every instant there is a complete checkpoint once the first has been
-written. An exported model appears under its final name only when it is complete.
+A checkpoint directory has two slots, `a` and `b`. `checkpoint.json` names the complete one and its files, and is
+replaced as the last act of a save, so at every instant there is a complete checkpoint once the first has been
+written. It may name the one before as well. An exported model appears under its final name only when it is complete,
+with the sizes and checksums of its files beside them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pipeline.core.errors import UserError
+from pipeline.core.models import write_checksums
 from retriever_service import files
 
 if TYPE_CHECKING:
@@ -51,26 +53,34 @@ def local_directory(model_path: str | Path) -> Path:
 
 
 def free_slot(directory: Path) -> str:
-    """The slot that a save may overwrite, emptied."""
-    slot = "b" if facts_of(directory).get("slot") == "a" else "a"
-    shutil.rmtree(directory / slot, ignore_errors=True)
-    return slot
+    """The slot that the next save overwrites. The one before the complete one may be in it, and is no more."""
+    return "b" if facts_of(directory).get("slot") == "a" else "a"
 
 
-def commit_slot(directory: Path, slot: str, facts: Mapping[str, Any]) -> None:
-    """Make `slot` the checkpoint and remove the one before it.
+def clear(slot: Path, rank: int, num_ranks: int) -> None:
+    """Remove what `rank` of so many left in a slot, and rank 0 also what ranks left that there are no more."""
+    for path in slot.glob("rank_*"):
+        of = int(path.stem.split("_")[1])
+        if of == rank or (rank == 0 and of >= num_ranks):
+            path.unlink(missing_ok=True)
+
+
+def commit_slot(directory: Path, slot: str, facts: Mapping[str, Any], *, keeps_before: bool = False) -> None:
+    """Make `slot`, whose files are on the disk, the checkpoint.
 
     Args:
-        facts: what to say of it without opening it: `phase`, `step`, `num_ranks`, `zero_stage`.
+        facts: what to say of it without opening it: `phase`, `step`, `num_ranks`, `zero_stage`, `files`.
+        keeps_before: name the one before as well, else remove it.
     """
-    for file in (directory / slot).rglob("*"):
-        files.fsync(file)
-    files.write_json(directory / MARKER, {"slot": slot, **facts})
-    shutil.rmtree(directory / ("a" if slot == "b" else "b"), ignore_errors=True)
+    files.fsync(directory / slot)
+    before = {name: fact for name, fact in facts_of(directory).items() if keeps_before and name != "before"}
+    files.write_json(directory / MARKER, {"slot": slot, **facts, "before": before or None})
+    if not before:
+        shutil.rmtree(directory / ("a" if slot == "b" else "b"), ignore_errors=True)
 
 
-def committed(directory: Path) -> dict[str, Any]:
-    """The complete checkpoint: its slot and its facts.
+def candidates(directory: Path) -> list[dict[str, Any]]:
+    """The complete checkpoint, its slot and its facts; then the one before it, of which something may be gone.
 
     Raises:
         UserError: there is none, or an earlier version wrote it.
@@ -78,12 +88,27 @@ def committed(directory: Path) -> dict[str, Any]:
     found = facts_of(directory)
     if not found:
         raise UserError(f"{directory} has no complete learner checkpoint (no {MARKER})")
-    if "layout" in found:
+    if "files" not in found:
         raise UserError(
             f"the learner checkpoint {directory} was written by an earlier version, in another form; finish the "
             "run with that version, or start a new one from the exported model beside it"
         )
-    return found
+    return [found] if found["before"] is None else [found, found["before"]]
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Write a file as it is, and return its path."""
+    path.write_bytes(content)
+    return path
+
+
+def recorded(paths: Iterable[Path]) -> dict[str, files.FileRecord]:
+    """Size and checksum of each file, by its name; they are on the disk afterwards."""
+    records = {}
+    for path in paths:
+        files.fsync(path)
+        records[path.name] = files.record_file(path)
+    return records
 
 
 def write_model(
@@ -100,12 +125,13 @@ def write_model(
 
 
 def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """A directory that `write` fills, at `path` whole or not at all."""
+    """A model directory that `write` fills, with its checksums, at `path` whole or not at all."""
     temporary, replaced = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     write(temporary)
+    write_checksums(temporary)
     for file in temporary.rglob("*"):
         files.fsync(file)
     if path.exists():
@@ -116,9 +142,19 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def facts_of(directory: Path) -> dict[str, Any]:
-    """What was said of the complete checkpoint; empty without one."""
+    """What was said of the complete checkpoint; empty without one.
+
+    Raises:
+        UserError: its marker is damaged.
+    """
+    marker = directory / MARKER
     try:
-        committed: dict[str, Any] = json.loads((directory / MARKER).read_text())
+        found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    return committed
+    except ValueError as error:
+        raise UserError(
+            f"{marker} is damaged ({error}): which checkpoint is there is not known. Copy it back, or remove it to "
+            "have this training done again from its start"
+        ) from error
+    return found

@@ -33,7 +33,7 @@ T = TypeVar("T")
 MAX_RESTARTS = 2
 """Times in a row that a dead group is started again without an optimiser step further in between."""
 COLLECTIVE_TIMEOUT_S = 3600.0
-"""Longest wait for all ranks to save, load or export, in seconds."""
+"""Longest wait for all ranks to save or load, in seconds."""
 POLL_S = 0.5
 """Seconds between two looks at the progress of the ranks."""
 PING_TIMEOUT_S = 30.0
@@ -113,20 +113,21 @@ class LearnerGroup:
 
         Raises:
             LearnerError: ranks died too often without getting further in between.
-            UserError: more steps than may be skipped have a gradient that is not finite.
+            UserError: more steps than may be skipped have a gradient that is not finite, or a checkpoint cannot be
+                written.
         """
         settings = {"phase_seed": phase_seed, "learning_rate": learning_rate, "epochs": epochs}
         self._phase = phase = _Phase(list(shards), loss, settings, checkpoints)
         return self._whatever_dies("train", lambda: self._train(phase, on_progress))
 
-    def save(self, path: Path) -> None:
-        """Write everything needed to go on; later restarts begin there."""
-        self._whatever_dies("save", lambda: self._all("save", path))
-        self._state, self._phase = path, None
+    def save(self, state: Path, model: Path) -> None:
+        """Write everything needed to go on, where later restarts begin, and a Hugging Face model directory.
 
-    def export(self, path: Path) -> None:
-        """Write a Hugging Face model directory."""
-        self._whatever_dies("export", lambda: self._all("export", path))
+        Raises:
+            UserError: the disk is full, or a weight is not finite.
+        """
+        self._whatever_dies("save", lambda: self._all("save", state, model))
+        self._state, self._phase = state, None
 
     def rest(self) -> None:
         """Move what only training needs out of the GPUs' memory, until the next `train`."""
@@ -211,6 +212,10 @@ class LearnerGroup:
             on_progress=on_progress,
         )
         self._holds_state = True
+        for problem in reports[0].damaged_checkpoints:
+            logger.warning(
+                f"{phase.checkpoints}: {problem}; training went on behind step {reports[0].resumed_at}"
+            )
         if skipped := reports[0].skipped_steps:
             logger.warning(
                 f"{skipped} of {reports[0].steps} optimiser steps were left out: no finite gradient"
@@ -277,7 +282,7 @@ class LearnerGroup:
         except RayTaskError as error:
             # Where a rank died, its peers' broken connections may be heard of first.
             self._ask_for_signs_of_life()
-            if isinstance(error.cause, FloatingPointError):
+            if isinstance(error.cause, FloatingPointError | UserError):
                 raise UserError(str(error.cause)) from error
             raise
         return list(ray.get(calls))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,20 @@ class LearnerRank(Learner):
         )
         return report
 
-    def save(self, path: str | Path) -> None:
+    def checkpoint(self, path: str | Path) -> None:
+        with self._counted_checkpoint(path):
+            super().checkpoint(path)
+
+    def save(self, path: str | Path, model: str | Path | None = None) -> None:
+        with self._counted_checkpoint(path):
+            super().save(path, model)
+
+    @contextmanager
+    def _counted_checkpoint(self, path: str | Path) -> Iterator[None]:
         began = time.perf_counter()
-        super().save(path)
+        yield
         seconds = time.perf_counter() - began
-        logger.info(f"wrote the checkpoint {path} in {seconds:.1f} s")
+        logger.info(f"checkpoint {path}: held up for {seconds:.1f} s")
         if self.rank == 0:
             metrics.CHECKPOINTS.add()
             metrics.CHECKPOINT_SECONDS.add(seconds)

@@ -9,7 +9,7 @@ Frozen parameters are not in it: they are those of the model that the learner st
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ from pipeline.core.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 1 << 30
-"""A rank copies this much to the host's memory at a time, and writes it as one file."""
+"""About this much goes into one file."""
+Bucket = dict[str, torch.Tensor]
+"""Tensors by kind (weight or moment), start in the parameter, and parameter."""
 
 
 @dataclass(frozen=True)
@@ -41,27 +43,43 @@ class _Range:
         return tensor.detach().view(-1)[self.offset : self.offset + self.size]
 
 
-def write(engine: Any, directory: Path) -> None:
-    """Write this rank's share into a directory. No collective.
-
-    Raises:
-        OSError: the disk is full, or what else keeps a file from being written.
-    """
-    optimizer, rank, world_size = engine.basic_optimizer, dist.get_rank(), dist.get_world_size()
-    directory.mkdir(parents=True, exist_ok=True)
-    bucket: dict[str, torch.Tensor] = {}
-    size = count = 0
-    for number, part in enumerate(_ranges(engine)):
-        if engine.zero_optimization_stage() == 0 and number % world_size != rank:
-            continue  # every rank holds everything: they share the writing
+def buckets(engine: Any) -> Iterator[Bucket]:
+    """Copies of this rank's share in the host's memory, at most about `FILE_BYTES` at a time. No collective."""
+    optimizer = engine.basic_optimizer
+    bucket: Bucket = {}
+    size = 0
+    for part in _shares(engine):
         state = optimizer.state.get(part.flat, {})
         for kind, tensor in {"weight": part.flat, **{k: state[k] for k in MOMENTS if k in state}}.items():
             bucket[f"{kind}/{part.start}/{part.name}"] = part.of(tensor).to("cpu", copy=True)
             size += 4 * part.size
         if size >= FILE_BYTES:
-            _save(bucket, directory / f"rank_{rank}_{count:03d}.safetensors")
-            bucket, size, count = {}, 0, count + 1
-    _save(bucket, directory / f"rank_{rank}_{count:03d}.safetensors")
+            yield bucket
+            bucket, size = {}, 0
+    yield bucket
+
+
+def share_bytes(engine: Any) -> int:
+    """Most bytes that all `buckets` take together."""
+    return sum(4 * part.size * (1 + len(MOMENTS)) for part in _shares(engine))
+
+
+def write(buckets: Iterable[Bucket], directory: Path) -> list[Path]:
+    """Write this rank's share into a directory, a file per bucket. No collective.
+
+    Raises:
+        OSError: the disk is full, or what else keeps a file from being written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for count, bucket in enumerate(buckets):
+        path = directory / f"rank_{dist.get_rank()}_{count:03d}.safetensors"
+        try:
+            save_file(bucket, path)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
+        paths.append(path)
+    return paths
 
 
 def read(engine: Any, directory: Path, adam_steps: int) -> None:
@@ -115,6 +133,14 @@ def _ranges(engine: Any) -> Iterator[_Range]:
             yield _Range(name, of_parameter.start, of_flat.numel, flat, of_flat.start)
 
 
+def _shares(engine: Any) -> Iterator[_Range]:
+    """What this rank writes: what it updates, but where all ranks hold everything they share the writing."""
+    is_shared = engine.zero_optimization_stage() == 0
+    for number, part in enumerate(_ranges(engine)):
+        if not is_shared or number % dist.get_world_size() == dist.get_rank():
+            yield part
+
+
 def _moments(optimizer: torch.optim.Optimizer, flat: torch.Tensor, steps: int) -> dict[str, torch.Tensor]:
     """The optimiser's state of a tensor that may not have been stepped yet."""
     state: dict[str, torch.Tensor] = optimizer.state[flat]
@@ -142,13 +168,6 @@ def _refresh_model(engine: Any) -> None:
 
 _Piece = tuple[int, int, Any, str]
 """Start in the parameter, size, open file, name in it."""
-
-
-def _save(bucket: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(bucket, path)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _pieces(directory: Path, files: contextlib.ExitStack) -> dict[tuple[str, str], list[_Piece]]:

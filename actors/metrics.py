@@ -171,4 +171,6 @@ TRAINING_DONE = Gauge("training_done", "Share of the optimiser steps of the phas
 LOSS = Gauge("loss", "Of the last optimiser step.", "policy")
 GRADIENT_NORM = Gauge("gradient_norm", "Of the last optimiser step, before clipping.", "policy")
 CHECKPOINTS = Counter("checkpoints", "Checkpoints that were written.", "policy")
-CHECKPOINT_SECONDS = Counter("checkpoint_seconds", "For which they held up the learner.", "policy")
+CHECKPOINT_SECONDS = Counter(
+    "checkpoint_seconds", "For which they, and models with them, held up the learner.", "policy"
+)

@@ -118,8 +118,7 @@ class Policy:
             state, model: directories on a file system that all ranks share.
         """
         learner = self._learner_or_error("saved")
-        learner.save(state)
-        learner.export(model)
+        learner.save(state, model)
         self._learner_holds = version
         self.current = Snapshot(version, str(model), state)
         return self.current

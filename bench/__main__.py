@@ -1,4 +1,4 @@
-"""Run all benchmarks, or those named: `python -m bench [learner] [encode] [retrieval] [push]`."""
+"""Run all benchmarks, or those named: `python -m bench [learner] [checkpoint] [encode] [retrieval] [push]`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from bench import encode, learner, push, retrieval
+from bench import checkpoint, encode, learner, push, retrieval
 from bench.measure import HEADER
 
 BENCHMARKS = {
     "learner": learner.run,
+    "checkpoint": checkpoint.run,
     "encode": encode.run,
     "retrieval": retrieval.run,
     "push": push.run,

@@ -6,6 +6,7 @@ import socket
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from pipeline.core.config import LearnerConfig
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.records import Example
 
+if TYPE_CHECKING:
+    from actors.learner import Learner
+
 NUM_EXAMPLES, BATCH = 96, 32
 PADDED_MICROBATCH = 8
 
@@ -23,21 +27,22 @@ def run() -> list[Ratio]:
     """One rank with all cores, float32, the size of the demo's model and trajectories."""
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
-        _save_model(model)
-        examples = _examples()
+        save_model(model)
+        examples = make_examples()
         ours, limit = in_turn(_packed(model, examples), _padded(model, examples))
     return [Ratio("M-step, 1 rank", "plain torch loop, padded", "tokens", ours, limit, goal=1.3)]
 
 
-def _save_model(path: Path) -> None:
+def save_model(path: Path, hidden: int = 256, layers: int = 4) -> None:
+    """A random model of this size, with a tokenizer of one word."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
     config = Qwen2Config(
         vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=True,
@@ -48,7 +53,7 @@ def _save_model(path: Path) -> None:
     ).save_pretrained(path)
 
 
-def _examples() -> list[Example]:
+def make_examples() -> list[Example]:
     """Lengths from 200 to 500 tokens, a third of them trained."""
     rng = np.random.default_rng(0)
     examples = []
@@ -61,14 +66,19 @@ def _examples() -> list[Example]:
     return examples
 
 
-def _packed(model: Path, examples: list[Example]):  # type: ignore[no-untyped-def]
+def make_learner(model: Path) -> Learner:
+    """One rank in this process."""
     from actors.learner import Learner
 
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     config = LearnerConfig(batch_size=BATCH, dtype="float32", zero_stage=0, tokens_per_microbatch=4096)
-    learner = Learner(config, model, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
+    return Learner(config, model, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
+
+
+def _packed(model: Path, examples: list[Example]):  # type: ignore[no-untyped-def]
+    learner = make_learner(model)
     return lambda: learner.train(examples, WeightedNll(), phase_seed=0).total_tokens_per_s
 
 

@@ -142,14 +142,14 @@ def evaluate(
 
 @app.command()
 def status(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    run: Annotated[str, typer.Argument(help="Run directory, or the URL of its copy (storage.url).")],
     as_json: AsJson = False,
 ) -> None:
     """How a run stands, live or ended: phase, progress, time left, failures. Reads files only."""
     from pipeline.commands.status import in_words
-    from pipeline.core.status import run_status
+    from pipeline.core.status import status_of
 
-    found = run_status(run)
+    found = status_of(run)
     typer.echo(json.dumps(found, ensure_ascii=False) if as_json else "\n".join(in_words(found)))
 
 

@@ -93,7 +93,7 @@ class ExpectationMaximisation:
             self.e_step(t)
             self.m_step(t)
             self.dev(t)
-            self.run.files.close_iteration(t)
+            self.run.end_iteration(t, em)
             self.report()
             if should_stop(self.run.files, t, em):
                 logger.info(f"stopped early: no better dev {em.select_by} for {em.patience}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,16 @@ from pipeline.core.agents.program import GREEDY, Program, Sampling
 from pipeline.core.config import Config, Iterations
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
+from pipeline.core.errors import UserError
 from pipeline.core.evaluation import evaluate
 from pipeline.core.losses.loss import Loss
+from pipeline.core.mirror.mirror import Mirror
+from pipeline.core.models import check_export
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.preflight import check_run
 from pipeline.core.records import Example, Question, examples_to_table, trajectories_to_table
 from pipeline.core.report import scalars, should_stop, step_report
+from pipeline.core.retention import remove_what_need_not_stay
 from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
 from pipeline.core.run import Json, RunDirectory, RunFiles, write_json, write_table
 from pipeline.core.shards import Shards
@@ -50,15 +54,18 @@ def open_run(
     """
     trained = [RunFiles(path).newest_version(spec.name) for spec in policies if spec.learner is not None]
     versions = config.of_recipe.iterations - min(trained, default=0)
-    check_run(path, policies, versions_to_come=versions, tokens=versions * _most_tokens(config, splits))
+    tokens = versions * _most_tokens(config, splits)
+    check_run(path, policies, config.storage, versions_to_come=versions, tokens=tokens)
     servers = await_servers(
         config.retriever,
         display,
         documents=config.agent.documents,
         timeout_s=config.cluster.start_timeout_s,
     )
+    mirror = Mirror(path, config.storage.url, display.status) if config.storage.url is not None else None
     with (
-        RunDirectory(path, config) as files,
+        RunDirectory(path, config, fill=mirror.begin if mirror is not None else None) as files,
+        mirror or nullcontext(),
         Tracker(files.path, config.tracking, files.path.name) as tracker,
         display.follow(files.path),
         ray_session(config.cluster),
@@ -100,10 +107,12 @@ class Run:
         self.tracker, self.display = tracker, display
         self._specs = {spec.name: spec for spec in policies}
         self._frozen: dict[str, Snapshot] = {}
+        self._whole: set[Path] = set()
+        """Models that this process has exported, or has read through."""
 
     def start_cluster(self) -> Cluster:
         """Engines start with the newest version of each policy, which spares a resumed run one load."""
-        newest = {name: self.snapshot(name, self.files.newest_version(name)) for name in self._specs}
+        newest = {name: self._newest_model(name) for name in self._specs}
         with self.display.status("starting the retriever and the vLLM engines"):
             self.cluster = Cluster(
                 list(self._specs.values()),
@@ -192,8 +201,10 @@ class Run:
             {name: self.at(f"{t}/{name}/examples") for name in weigh.outputs},
             self.config.rollout.questions_per_shard,
         )
-        if not all(self.files.finished(f"{t}/{name}/train") for name in weigh.outputs):
-            self._forget_if_incomplete(f"{t}/sample", shards)
+        if self.files.finished(f"{t}/sample") is not None and self._are_still_to_be_read(t, weigh.outputs):
+            shards.resume()
+            if shards.to_do():  # `resume` has said why
+                self.files.forget(f"{t}/sample")
 
         def work() -> Json:
             policies, title = self._at(roles), f"iteration {t}: sampling"
@@ -228,7 +239,8 @@ class Run:
         """
 
         def work() -> Json:
-            (policy,) = self._at({name: t - 1}).values()
+            policy = self.cluster.policy(name)
+            policy.restore(self.snapshot(name, t - 1))
             shards = self.shards(t, name)
             with self.display.progress(f"iteration {t}: training {name}", None, "steps") as advance:
                 report = policy.train(
@@ -241,6 +253,7 @@ class Run:
                     on_progress=advance.to,
                 )
             policy.save(t, state=self.at(f"{t}/{name}/learner"), model=self.at(f"{t}/{name}/model"))
+            self._whole.add(self.at(f"{t}/{name}/model"))
             for number, step in enumerate(report.history, start=1):
                 self.tracker.log(step, iteration=t, phase=f"{name}/train", step=number)
             return report.figures()
@@ -290,9 +303,14 @@ class Run:
 
         return self._once_evaluated(step, work)
 
-    def close_iteration(self, t: int, iterations: Iterations) -> bool:
-        """Mark iteration t as whole and write the report so far. True if training is to stop (`patience`)."""
+    def end_iteration(self, t: int, iterations: Iterations) -> None:
+        """Mark iteration t as whole, and remove the models and checkpoints that need not stay."""
         self.files.close_iteration(t)
+        remove_what_need_not_stay(self.files, t, iterations, self.config.storage)
+
+    def close_iteration(self, t: int, iterations: Iterations) -> bool:
+        """`end_iteration`, and write the report so far. True if training is to stop (`patience`)."""
+        self.end_iteration(t, iterations)
         self.report(iterations)
         return should_stop(self.files, t, iterations)
 
@@ -304,22 +322,17 @@ class Run:
 
     # ---------------------------------------------------------------- inside
 
+    def _are_still_to_be_read(self, t: int, policies: Sequence[str]) -> bool:
+        """Whether training of iteration t has yet to read what was sampled for it."""
+        is_over = (self.files.iteration(t) / "DONE").exists()
+        return not is_over and any(self.files.finished(f"{t}/{name}/train") is None for name in policies)
+
     def _at(self, versions: Mapping[str, int]) -> dict[str, Policy]:
-        """The policies, from now on at these versions."""
+        """The policies, from now on at these versions, and to be sampled from."""
         policies = {name: self.cluster.policy(name) for name in versions}
         for name, policy in policies.items():
-            policy.restore(self.snapshot(name, versions[name]))
+            policy.restore(self._checked(name, self.snapshot(name, versions[name])))
         return policies
-
-    def _forget_if_incomplete(self, step: str, shards: Shards) -> None:
-        if self.files.finished(step) is None:
-            return
-        shards.resume()
-        if lacking := len(shards) - len(shards.complete):
-            logger.warning(
-                f"{step} was finished, but {lacking} of its {len(shards)} shards are missing: made again"
-            )
-            self.files.forget(step)
 
     def _sample(
         self,
@@ -355,6 +368,30 @@ class Run:
     def _parts(self, step: str) -> Path:
         """Where the shards of an evaluation are until it is finished."""
         return self.at(f"{step}.parts")
+
+    def _newest_model(self, name: str) -> Snapshot:
+        """The newest version of a policy whose model is there."""
+        removed = self.files.removed_models().get(name, [])
+        there = [version for version in self.files.versions(name) if version not in removed]
+        return self._checked(name, self.snapshot(name, max(there, default=-1)))
+
+    def _checked(self, name: str, snapshot: Snapshot) -> Snapshot:
+        """A version whose model, if this run exported it, is as it was written. Each is read once.
+
+        Raises:
+            UserError: it is damaged, or was removed.
+        """
+        model = Path(snapshot.model)
+        if snapshot.state is None or model in self._whole:
+            return snapshot
+        if snapshot.version in self.files.removed_models().get(name, []):
+            raise UserError(
+                f"version {snapshot.version} of {name} is needed, and its model {model} is not there any more: it was "
+                "removed (storage.keep_last, storage.keep_best) or by hand. Copy it back, or start another run"
+            )
+        check_export(model)
+        self._whole.add(model)
+        return snapshot
 
     def _scores(
         self,

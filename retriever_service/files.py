@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,22 @@ def record_file(path: Path) -> FileRecord:
     """Read `path` once and describe it."""
     with open(path, "rb") as file:
         return FileRecord(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def record_directory(directory: Path) -> dict[str, FileRecord]:
+    """All files below `directory`, by their path from there."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): record_file(path) for path in paths}
+
+
+def records_as_json(records: Mapping[str, FileRecord]) -> dict[str, dict[str, Any]]:
+    """Records by name, for a JSON file; `records_from_json` reads them."""
+    return {name: asdict(record) for name, record in records.items()}
+
+
+def records_from_json(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, FileRecord]:
+    """What `records_as_json` gave."""
+    return {name: FileRecord(**fields) for name, fields in tree.items()}
 
 
 def check_size(path: Path, record: FileRecord, mend: str) -> None:

@@ -75,7 +75,7 @@ def test_relative_links_lead_to_files_and_headings_that_exist(page: Path) -> Non
 
 @each_page
 def test_files_that_are_named_exist(page: Path) -> None:
-    folders = "actors|bench|configs|docs|models|pipeline|retriever_service|scripts|tests"
+    folders = "actors|bench|configs|deploy|docs|models|pipeline|retriever_service|scripts|tests"
     named = re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text(encoding="utf-8"))
     assert [name for name in named if not (ROOT / name).exists()] == []
 

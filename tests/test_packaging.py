@@ -26,7 +26,7 @@ print(sorted(set(sys.modules) & {"actors", "deepspeed", "ray", "vllm"}))
 """
 
 
-def _locked(device: str) -> dict[str, str]:
+def locked_versions(device: str) -> dict[str, str]:
     """Package name -> version of one lock file; every line that is not a comment pins one version."""
     lines = (ROOT / "requirements" / f"{device}.txt").read_text().splitlines()
     pins = [line.split("==") for line in lines if line and not line.startswith("#")]
@@ -36,7 +36,7 @@ def _locked(device: str) -> dict[str, str]:
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_lock_file_holds_a_fitting_version_of_every_dependency(device: str) -> None:
     extras = PROJECT["optional-dependencies"]
-    locked = _locked(device)
+    locked = locked_versions(device)
     for requirement in map(Requirement, PROJECT["dependencies"] + extras[device] + extras["dev"]):
         version = locked.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} is not in requirements/{device}.txt: run `make lock`"
@@ -44,7 +44,7 @@ def test_lock_file_holds_a_fitting_version_of_every_dependency(device: str) -> N
 
 
 def test_both_devices_run_the_same_versions_of_the_platform() -> None:
-    cpu, gpu = _locked("cpu"), _locked("gpu")
+    cpu, gpu = locked_versions("cpu"), locked_versions("gpu")
     for name in (
         "datasets",
         "deepspeed",
@@ -62,7 +62,7 @@ def test_both_devices_run_the_same_versions_of_the_platform() -> None:
 
 
 def test_cpu_lock_leaves_out_builds_that_do_not_load_beside_the_cpu_torch() -> None:
-    assert not {"torchvision", "torchaudio", "torchcodec"} & set(_locked("cpu"))
+    assert not {"torchvision", "torchaudio", "torchcodec"} & set(locked_versions("cpu"))
 
 
 @pytest.mark.parametrize("group", ["console_scripts", "vllm.general_plugins"])

@@ -29,6 +29,14 @@ def in_words(status: Json) -> Iterator[str]:
     yield f"trajectories lost: {counts}"
     restarts = ", ".join(f"{kind} {count}" for kind, count in status["restarts"].items())
     yield f"actors restarted: {restarts}"
+    if (mirror := status["mirror"]) is not None:
+        error = f"; the last attempt failed: {mirror['last_error']}" if mirror["last_error"] else ""
+        yield (
+            f"copy: {mirror['url']}, {mirror['files']} files, {mirror['bytes'] / 1e6:,.1f} MB, as of "
+            f"{mirror['updated']}, {mirror['behind']} behind, {mirror['failures']} failed attempts{error}"
+        )
+    for policy, versions in status["removed_models"].items():
+        yield f"models of {policy} that did not stay: {', '.join(map(str, versions))}"
     yield f"warnings: {status['warnings']}" + (", the last:" if status["warnings"] else "")
     yield from (f"  {line}" for line in status["last_warnings"])
 

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import UserError
+from retriever_service import files
+from retriever_service.errors import RetrieverError
 
 
 def check_model(path: str) -> None:
@@ -118,6 +120,41 @@ def _tensor_sizes(file: Path) -> Iterator[int]:
             f"model.path: {file} is cut off or no safetensors file; copy or download it again"
         ) from error
     yield from (prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+CHECKSUMS = "checksums.json"
+"""In a model directory that a run exported: size and SHA-256 of its other files."""
+
+
+def write_checksums(directory: Path) -> None:
+    """Note what the files of an exported model are known by."""
+    files.write_json(directory / CHECKSUMS, files.records_as_json(files.record_directory(directory)))
+
+
+def check_export(directory: Path) -> None:
+    """Refuse a model that a run exported and that is not what was written; reads all of it.
+
+    Raises:
+        UserError: a file is missing, cut short or changed.
+    """
+    try:
+        written = json.loads((directory / CHECKSUMS).read_text(encoding="utf-8"))
+        records = files.records_from_json(written)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{directory} is no whole model: {CHECKSUMS} cannot be read ({error}); {_MEND}"
+        ) from error
+    try:
+        for name, record in records.items():
+            files.check_contents(directory / name, record, _MEND)
+    except RetrieverError as error:
+        raise UserError(str(error)) from error
+
+
+_MEND = (
+    "copy the directory back from where it is whole. Without one, remove train.json beside it and run the same "
+    "command: the model is exported again from the learner's checkpoint there, or trained again"
+)
 
 
 def load_tokenizer(path: str) -> Any:

@@ -18,7 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import httpx
 
-import pipeline
+from pipeline.core.config import StorageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.models import check_model, local_snapshot, model_size
 from pipeline.core.policies import PolicySpec
@@ -33,6 +33,8 @@ SOCKET_PATH = 107
 """Longest name of a Unix socket, in bytes."""
 _RAYS_SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store")
 _VLLMS_SOCKET = len("/00000000-0000-0000-0000-000000000000")
+_UPLOADS = "working_dir_files"
+"""The folder in which Ray unpacks the working directories of jobs."""
 _OPTIMISER_BYTES = 16
 """Room for a checkpoint, per trained parameter: its 12 (weight and Adam's two moments, float32), and some to spare."""
 _TRAJECTORY_BYTES = 18
@@ -55,19 +57,28 @@ def check_machine(
     _look_at_shared_memory(Path("/dev/shm"))
 
 
-def check_run(run: Path, policies: Sequence[PolicySpec], *, versions_to_come: int, tokens: int) -> None:
+def check_run(
+    run: Path, policies: Sequence[PolicySpec], storage: StorageConfig, *, versions_to_come: int, tokens: int
+) -> None:
     """What a run is about to read and write; also good for a run that goes on.
 
     Args:
         policies: of the run.
+        storage: which models and checkpoints stay.
         versions_to_come: trained ones, of each policy.
         tokens: at most so many will be in the trajectories that are sampled.
 
     Raises:
-        UserError: a model is incomplete, or the disk has no room for the next version.
+        UserError: a model is incomplete, the run would not outlive its job, or the disk has no room for the next
+            version.
     """
+    if _UPLOADS in (whole := run.absolute()).parts:
+        raise UserError(
+            f"--run {run} is {whole} here, in the upload of this job, which Ray removes afterwards; give an absolute "
+            "path on a file system that all nodes share"
+        )
     check_models(spec.model.path for spec in policies)
-    _check_disk(run, policies, versions_to_come, tokens)
+    _check_disk(run, policies, storage, versions_to_come, tokens)
 
 
 def check_models(paths: Iterable[str]) -> None:
@@ -100,7 +111,8 @@ def _check_sockets(environment: Mapping[str, str], starts_ray: bool) -> None:
 
 def _check_packages(cwd: Path) -> None:
     """Ray puts the working directory in front of everything that its workers import."""
-    home = Path(pipeline.__file__).resolve().parents[1]
+    # Not `pipeline.__file__`: that may be theirs already, with ours found behind it.
+    home = Path(__file__).resolve().parents[2]
     if cwd.resolve() == home:
         return
     for name in ("pipeline", "actors", "retriever_service"):
@@ -195,7 +207,9 @@ def _is_in_network(host: str, network: str) -> bool:
 # ---------------------------------------------------------------- disk
 
 
-def _check_disk(run: Path, policies: Sequence[PolicySpec], versions: int, tokens: int) -> None:
+def _check_disk(
+    run: Path, policies: Sequence[PolicySpec], storage: StorageConfig, versions: int, tokens: int
+) -> None:
     trained = [spec for spec in policies if spec.learner is not None]
     if versions <= 0 or not trained:
         return
@@ -220,11 +234,15 @@ def _check_disk(run: Path, policies: Sequence[PolicySpec], versions: int, tokens
             f"{run}: the disk has {_gb(free)} free, and a training step writes {_gb(exports + checkpoints)} "
             f"({figures}); make room or choose another --run directory"
         )
-    # While a checkpoint is written, the one before it is still there.
-    whole = versions * exports + 2 * checkpoints + tokens * _TRAJECTORY_BYTES
+    models = versions
+    if storage.keep_last is not None:  # beside these the one of iteration 0, and the one that is being made
+        models = min(versions, storage.keep_last + storage.keep_best + 2)
+    # A training has two of its own, in turn, beside those of the versions before.
+    states = min(versions + 1, storage.keep_states + 2)
+    whole = models * exports + states * checkpoints + tokens * _TRAJECTORY_BYTES
     if free < whole:
         logger.warning(
-            f"{run}: the disk has {_gb(free)} free, and the run may come to {_gb(whole)}: {versions} versions, two "
+            f"{run}: the disk has {_gb(free)} free, and the run may come to {_gb(whole)}: {models} models, {states} "
             f"checkpoints at a time ({figures}) and at most {_gb(tokens * _TRAJECTORY_BYTES)} of trajectories"
         )
 

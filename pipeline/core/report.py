@@ -64,7 +64,8 @@ def report_of(
 ) -> Json:
     """What every report has, around its rows; that of iteration 0 stands by itself, under the key `start`.
 
-    `models` are the model directories of the best iteration, by policy, as seen from the run directory.
+    `models` are the model directories of the best iteration, by policy, as seen from the run directory;
+    `removed_models` the versions whose model did not stay.
     """
     best = best_iteration(run, iterations)
     return {
@@ -75,6 +76,7 @@ def report_of(
         "best_iteration": best,
         "select_by": iterations.select_by,
         "models": {name: str(path.relative_to(run.path)) for name, path in models_of(run, best).items()},
+        "removed_models": run.removed_models(),
         start: next((row for row in rows if row["iteration"] == 0), None),
         "test": run.test_results(),
     }
@@ -88,9 +90,14 @@ def models_of(run: RunFiles, iteration: int) -> dict[str, Path]:
 
 def best_iteration(run: RunFiles, iterations: Iterations) -> int:
     """The iteration with the highest dev score; the earliest of equals; 0 if there are none."""
+    return next(iter(best_iterations(run, iterations)), 0)
+
+
+def best_iterations(run: RunFiles, iterations: Iterations) -> list[int]:
+    """Those with a dev score, the best first; of equals the earliest."""
     scores = {t: _dev_score(run, t, iterations) for t in range(iterations.iterations + 1)}
     known = {t: score for t, score in scores.items() if score is not None}
-    return max(known, key=lambda t: (known[t], -t), default=0)
+    return sorted(known, key=lambda t: (-known[t], t))
 
 
 def should_stop(run: RunFiles, t: int, iterations: Iterations) -> bool:

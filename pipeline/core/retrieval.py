@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import faiss
 import httpx
 import torch
 
@@ -19,6 +20,7 @@ from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import Encoder, EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.index.store import check_encoder, open_index, read_manifest
+from retriever_service.machine import available_cores
 from retriever_service.passages.corpus import Passage, read_corpus
 from retriever_service.service.client import RetrieverHttpClient
 from retriever_service.service.settings import TOKEN_VARIABLE
@@ -174,6 +176,8 @@ def build_run_index(
     Raises:
         RetrieverError: a mistake in the corpus or the encoder.
     """
+    # In a job of Ray's, OMP_NUM_THREADS is 1.
+    faiss.omp_set_num_threads(available_cores())
     build_index(
         corpus,
         at,

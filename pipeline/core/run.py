@@ -51,7 +51,7 @@ from retriever_service import files
 Json = dict[str, Any]
 logger = logging.getLogger(__name__)
 
-FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency", "rollout.timeout_s",
+FREE_TO_CHANGE = ("cluster", "storage", "tracking", "rollout.workers", "rollout.concurrency", "rollout.timeout_s",
                   "rollout.max_restarts", "rollout.min_workers", "rollout.max_workers",
                   "rollout.gpu_memory_utilization", "rollout.kv_cache_gib", "rollout.tensor_parallel_size",
                   "rollout.enforce_eager", "retriever.url",
@@ -65,6 +65,8 @@ FREE_TO_CHANGE = ("cluster", "tracking", "rollout.workers", "rollout.concurrency
 own `iterations` and `patience`."""
 
 
+MIRROR_FILE = "mirror.json"
+"""Of `core.mirror`: where the copy of the directory is, and how it stands."""
 _LOCK_FILE = "lock"
 _LOCK_WAIT_S = 1.0
 """A look at the lock (`is_worked_on`) holds it for an instant."""
@@ -136,10 +138,22 @@ class RunFiles:
             if not path.name.startswith("_") and (result := read_json(path)) is not None
         }
 
+    def versions(self, policy: str) -> list[int]:
+        """The versions of a policy that this run has trained."""
+        return sorted(int(path.parts[-3]) for path in self.path.glob(f"iterations/*/{policy}/train.json"))
+
     def newest_version(self, policy: str, up_to: int | None = None) -> int:
         """The newest version of a policy, or the newest up to one, that this run trained; -1 if there is none."""
-        made = (int(path.parts[-3]) for path in self.path.glob(f"iterations/*/{policy}/train.json"))
+        made = self.versions(policy)
         return max((version for version in made if up_to is None or version <= up_to), default=-1)
+
+    def removed_models(self) -> dict[str, list[int]]:
+        """By policy, the versions whose exported model is not there any more (`storage.keep_last`)."""
+        return {
+            policy: gone
+            for policy in self.trained()
+            if (gone := [v for v in self.versions(policy) if not self.at(f"{v}/{policy}/model").is_dir()])
+        }
 
     def check_layout(self) -> None:
         """Refuse a directory that an earlier version laid out, without folders for policies.
@@ -162,24 +176,34 @@ class RunFiles:
 class RunDirectory(RunFiles):
     """Opens or creates the directory of one run, for one process.
 
+    Args:
+        fill: called under the lock: it may restore a run into an empty directory.
+
     Raises:
         UserError: it holds something else, a run with a configuration that computes something else, or a run that
             another process is working on.
     """
 
-    def __init__(self, path: Path, config: Config) -> None:
+    def __init__(self, path: Path, config: Config, fill: Callable[[], None] | None = None) -> None:
         super().__init__(path)
         stored = self.path / "config.yaml"
-        if stored.exists():
-            self.check_layout()
-            self._check_same(stored, config)
+        if had_run := stored.exists():
+            self._check(stored, config)
         elif path.exists() and not _is_empty(path):
             raise UserError(
                 f"{path} is not empty and holds no run (no config.yaml); choose another --run directory"
             )
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path / _LOCK_FILE)
-        write_atomically(stored, yaml.safe_dump(_with_absolute_paths(config), sort_keys=False))
+        try:
+            if fill is not None:
+                fill()
+            if not had_run and stored.exists():
+                self._check(stored, config)
+            write_atomically(stored, yaml.safe_dump(_with_absolute_paths(config), sort_keys=False))
+        except BaseException:
+            self._lock.close()
+            raise
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -216,11 +240,8 @@ class RunDirectory(RunFiles):
         self.at(f"{step}.json").unlink(missing_ok=True)
 
     def close_iteration(self, number: int) -> None:
-        """Mark an iteration as whole and drop the learner states that those of it replace."""
+        """Mark an iteration as whole."""
         write_atomically(self.iteration(number) / "DONE", "")
-        for learner in self.iteration(number).glob("*/learner"):
-            for older in range(number):
-                shutil.rmtree(self.at(f"{older}/{learner.parent.name}/learner"), ignore_errors=True)
 
     def fresh(self, step: str) -> Path:
         """`at(step)` as an empty directory: what an interrupted step left there is removed."""
@@ -228,6 +249,10 @@ class RunDirectory(RunFiles):
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
         return path
+
+    def _check(self, stored: Path, config: Config) -> None:
+        self.check_layout()
+        self._check_same(stored, config)
 
     @staticmethod
     def _check_same(stored: Path, config: Config) -> None:
@@ -257,9 +282,10 @@ class RunDirectory(RunFiles):
 
 
 def _is_empty(directory: Path) -> bool:
-    """True also if all there is is what a kill left of the very first write."""
-    return directory.is_dir() and all(
-        path.suffix == ".tmp" or path.name == _LOCK_FILE for path in directory.iterdir()
+    """True also if all there is is what a kill left of the very first write, or of a run that was being restored."""
+    return directory.is_dir() and (
+        (directory / MIRROR_FILE).exists()
+        or all(path.suffix == ".tmp" or path.name == _LOCK_FILE for path in directory.iterdir())
     )
 
 

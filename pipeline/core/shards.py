@@ -5,9 +5,11 @@ files, in the order in which they are written:
 
     POLICY/examples/000000.parquet    for each policy that gets examples
     rollouts/000000.parquet
-    rollouts/_000000.json             the side-car: which tasks these are, what was counted in each, its statistics
+    rollouts/_000000.json             the side-car: which tasks these are, what was counted in each, its statistics;
+                                      size and checksum of the other files
 
-A shard is complete exactly when all of them are there and the side-car is of the tasks that belong there now.
+A shard is complete exactly when all of them are there as they were written, and the side-car is of the tasks that
+belong there now.
 """
 
 from __future__ import annotations
@@ -31,8 +33,11 @@ from pipeline.core.records import Episode, examples_to_table, trajectories_from_
 from pipeline.core.run import write_json, write_table
 from pipeline.core.weighing import Weighted
 from retriever_service import files
+from retriever_service.errors import RetrieverError
 
 logger = logging.getLogger(__name__)
+
+_MEND = "this shard is made again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +164,14 @@ class Shards:
             _name(task) | asdict(Counts.of(episodes)) | {"statistics": dict(weighted.statistics)}
             for task, (episodes, weighted) in zip(self.members(shard), done, strict=True)
         ]
-        write_json(self._side_car(shard), {"tasks": rows})
+        records = {name: files.record_file(path) for name, path in self._tables(shard).items()}
+        write_json(self._side_car(shard), {"files": files.records_as_json(records), "tasks": rows})
 
     def statistics(self) -> list[Mapping[str, Any]]:
         """Of every task, in the order of the tasks; all shards are complete."""
-        return [row["statistics"] for shard in range(len(self)) for row in self._read_rows(shard)]
+        return [
+            row["statistics"] for shard in range(len(self)) for row in self._read_side_car(shard)["tasks"]
+        ]
 
     def episodes(self) -> list[Episode]:
         """Of every task, in the order of the tasks, without their `scores`; all shards are complete."""
@@ -184,13 +192,17 @@ class Shards:
         # Readers of Parquet directories pass over names that begin with an underscore.
         return self.rollouts / f"_{shard:06d}.json"
 
-    def _files(self, shard: int) -> list[Path]:
-        tables = [directory / f"{shard:06d}.parquet" for directory in self._directories()]
-        return [*tables, self._side_car(shard)]
+    def _tables(self, shard: int) -> dict[str, Path]:
+        """The Parquet files of a shard, by the name that the side-car has for each."""
+        directories = {"rollouts": self.rollouts, **{f"{n}/examples": at for n, at in self.examples.items()}}
+        return {name: directory / f"{shard:06d}.parquet" for name, directory in directories.items()}
 
-    def _read_rows(self, shard: int) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = json.loads(self._side_car(shard).read_text(encoding="utf-8"))["tasks"]
-        return rows
+    def _files(self, shard: int) -> list[Path]:
+        return [*self._tables(shard).values(), self._side_car(shard)]
+
+    def _read_side_car(self, shard: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._side_car(shard).read_text(encoding="utf-8"))
+        return found
 
     def _read_counts(self, shard: int) -> Counts | None:
         """What was counted in a complete shard; None, and a word in the log, if it is not complete."""
@@ -198,17 +210,20 @@ class Shards:
         if not side_car.exists():
             return None
         try:
-            rows = self._read_rows(shard)
+            found = self._read_side_car(shard)
+            rows, records = found["tasks"], files.records_from_json(found["files"])
             names = [{key: row[key] for key in ("id", "digest")} for row in rows]
             counts = [Counts(**{key: row[key] for key in asdict(Counts())}) for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
-            problem = f"{side_car} cannot be read, or is of an earlier version ({error!r})"
+            if names != [_name(task) for task in self.members(shard)]:
+                raise RetrieverError(f"{side_car} is of other tasks; {_MEND}")
+            for name, path in self._tables(shard).items():
+                files.check_contents(path, records[name], _MEND)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning(f"{side_car} cannot be read, or is of an earlier version ({error!r}); {_MEND}")
+        except RetrieverError as error:
+            logger.warning(str(error))
         else:
-            missing = [str(path) for path in self._files(shard) if not path.exists()]
-            if not missing and names == [_name(task) for task in self.members(shard)]:
-                return sum(counts, Counts())
-            problem = f"{', '.join(missing)} is missing" if missing else f"{side_car} is of other tasks"
-        logger.warning(f"{problem}; this shard is made again")
+            return sum(counts, Counts())
         return None
 
     def _remove_the_rest(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,15 +13,32 @@ import yaml
 from pipeline.core.config import EXSEARCH
 from pipeline.core.display import LOG_FILE, STARTED
 from pipeline.core.errors import UserError
+from pipeline.core.mirror.restore import fetch_small_files
 from pipeline.core.progress import PROGRESS_FILE, restarts_of
 from pipeline.core.records import StopReason
-from pipeline.core.run import Json, RunFiles, is_worked_on, read_json
+from pipeline.core.run import MIRROR_FILE, Json, RunFiles, is_worked_on, read_json
 
 SHOWN_WARNINGS = 5
 
 
-def run_status(path: Path) -> Json:
+def status_of(run: str) -> Json:
+    """`run_status` of a run directory, or of the copy of one at a URL (`storage.url`).
+
+    Raises:
+        UserError: no run is there, or one of an earlier version; the store is out of reach.
+    """
+    if "://" not in run:
+        return run_status(Path(run))
+    with tempfile.TemporaryDirectory() as folder:
+        alive = fetch_small_files(run, Path(folder))
+        return {**run_status(Path(folder), alive=alive), "run": run}
+
+
+def run_status(path: Path, *, alive: bool | None = None) -> Json:
     """What `exsearch status` knows; its keys are in docs/formats.md.
+
+    Args:
+        alive: whether a process works on it; None: its lock tells.
 
     Raises:
         UserError: no run directory, or one of an earlier version.
@@ -32,7 +50,7 @@ def run_status(path: Path) -> Json:
     config = yaml.safe_load(stored.read_text(encoding="utf-8"))
     settings = config.get("em" if config.get("recipe", EXSEARCH) == EXSEARCH else config["recipe"], {})
     process = read_json(run.path / PROGRESS_FILE) or {}
-    alive = is_worked_on(run.path)
+    alive = is_worked_on(run.path) if alive is None else alive
     iterations = _iterations(run)
     finished = sum((run.iteration(number) / "DONE").exists() for number in iterations)
     phase = _phase(process, alive)
@@ -52,6 +70,8 @@ def run_status(path: Path) -> Json:
         "rates": _rates(iterations),
         "failures": _failures(run, iterations),
         "restarts": restarts_of(process),
+        "removed_models": run.removed_models(),
+        "mirror": read_json(run.path / MIRROR_FILE),
         "starts": starts,
         "warnings": len(warnings),
         "last_warnings": warnings[-SHOWN_WARNINGS:],

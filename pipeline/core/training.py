@@ -17,6 +17,7 @@ class TrainReport:
         steps: optimiser steps.
         skipped_steps: of them those whose gradient was not finite: they changed nothing.
         resumed_at: steps that came out of a checkpoint when the phase was last begun; 0 if it ran through.
+        damaged_checkpoints: what was wrong with newer ones, which it did not come out of.
         averages: over the steps that were not skipped: loss and the loss's own metrics (by what each step's normaliser
             counts), grad_norm. NaN without steps.
         trained_tokens, total_tokens: of all steps of the phase.
@@ -33,6 +34,7 @@ class TrainReport:
     steps: int
     skipped_steps: int
     resumed_at: int
+    damaged_checkpoints: Sequence[str]
     averages: Mapping[str, float]
     trained_tokens: int
     total_tokens: int
@@ -58,6 +60,7 @@ class TrainReport:
             "steps": self.steps,
             "skipped_steps": self.skipped_steps,
             "resumed_at": self.resumed_at,
+            "damaged_checkpoints": list(self.damaged_checkpoints),
             **self.averages,
             "trained_tokens": self.trained_tokens,
             "total_tokens": self.total_tokens,

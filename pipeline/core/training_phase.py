@@ -22,12 +22,14 @@ class Phase:
         history: one dictionary of metrics per step. A step that was skipped has a `grad_norm` that is not finite.
         seconds: that the steps of the history took, whichever processes ran them.
         resumed_at: steps that came out of a checkpoint.
+        problems: what was wrong with checkpoints that were passed over then.
     """
 
     key: str
     history: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     resumed_at: int = 0
+    problems: list[str] = field(default_factory=list)
 
     @property
     def applied(self) -> list[dict[str, float]]:

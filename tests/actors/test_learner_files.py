@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from actors.learner_files import (
+    candidates,
+    clear,
     commit_slot,
-    committed,
     facts_of,
     free_slot,
     local_directory,
@@ -20,18 +21,18 @@ from actors.learner_files import (
 from pipeline.core.errors import UserError
 from retriever_service.files import write_json
 
-FACTS = {"phase": "first", "step": 3, "num_ranks": 2, "zero_stage": 1}
+FACTS = {"phase": "first", "step": 3, "num_ranks": 2, "zero_stage": 1, "files": {}}
 
 
 def save(directory: Path, content: str) -> None:
     slot = free_slot(directory)
-    (directory / slot).mkdir(parents=True)
+    (directory / slot).mkdir(parents=True, exist_ok=True)
     (directory / slot / "state").write_text(content)
     commit_slot(directory, slot, FACTS)
 
 
 def load(directory: Path) -> str:
-    return (directory / committed(directory)["slot"] / "state").read_text()
+    return (directory / candidates(directory)[0]["slot"] / "state").read_text()
 
 
 def test_the_last_complete_save_counts_and_only_that_is_kept(tmp_path: Path) -> None:
@@ -51,16 +52,40 @@ def test_a_save_that_died_leaves_the_checkpoint_before_it(tmp_path: Path) -> Non
     assert load(tmp_path) == "next"
 
 
+def test_a_save_clears_its_slot_of_what_ranks_left_that_there_are_no_more(tmp_path: Path) -> None:
+    names = ["rank_0.pt", "rank_0_000.safetensors", "rank_1_001.safetensors", "rank_12.pt"]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    clear(tmp_path, 1, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [names[0], names[1], names[3]]
+    clear(tmp_path, 0, 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_one_before_stays_named_until_it_is_asked_for_no_more(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        commit_slot(tmp_path, made(tmp_path), {**FACTS, "step": step}, keeps_before=True)
+        assert [found["step"] for found in candidates(tmp_path)] == [step, step - 1][:step]
+    commit_slot(tmp_path, made(tmp_path), FACTS)
+    assert len(candidates(tmp_path)) == 1 and len(list(tmp_path.iterdir())) == 2
+
+
+def made(directory: Path) -> str:
+    slot = free_slot(directory)
+    (directory / slot).mkdir(exist_ok=True)
+    return slot
+
+
 def test_a_first_save_that_died_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / free_slot(tmp_path)).mkdir()
     with pytest.raises(UserError, match="no complete learner checkpoint"):
-        committed(tmp_path)
+        candidates(tmp_path)
     assert facts_of(tmp_path) == {}
 
 
 def test_what_a_checkpoint_is_of_can_be_known_without_opening_it(tmp_path: Path) -> None:
     save(tmp_path, "state")
-    assert facts_of(tmp_path) == {"slot": "a", **FACTS}
+    assert facts_of(tmp_path) == {"slot": "a", **FACTS, "before": None}
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
@@ -68,7 +93,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_with_what_to_do(tmp_path:
     with pytest.raises(
         UserError, match=r"written by an earlier version.*start a new one from the exported model"
     ):
-        committed(tmp_path)
+        candidates(tmp_path)
 
 
 def test_a_model_directory_has_the_tokenizer_of_its_source_and_replaces_an_older_one(tmp_path: Path) -> None:
@@ -85,6 +110,7 @@ def test_a_model_directory_has_the_tokenizer_of_its_source_and_replaces_an_older
     assert load_file(path / "model.safetensors")["weight"].tolist() == [[2.0] * 3] * 2
     assert sorted(p.name for p in path.iterdir()) == [
         "chat_template.jinja",
+        "checksums.json",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

@@ -114,9 +114,7 @@ def test_a_rank_that_dies_or_hangs_in_any_verb_is_replaced_and_nothing_is_differ
         os.kill(saboteur.pids[group.ranks[0]], signal.SIGKILL)
 
     kill_one()
-    group.save(checkpoints)
-    kill_one()
-    group.export(tmp_path / "model")
+    group.save(checkpoints, tmp_path / "model")
     assert_same_weights(load_file(tmp_path / "model" / "model.safetensors"), weights, atol=0)
     kill_one()
     engine = EngineRef(Engine.remote(), ray.get_runtime_context().get_node_id(), 1)  # type: ignore[attr-defined]

@@ -83,11 +83,8 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
             calls.append("train")
             return "report"
 
-        def save(self, path: Path) -> None:
-            calls.append(f"save {path}")
-
-        def export(self, path: Path) -> None:
-            calls.append(f"export {path}")
+        def save(self, state: Path, model: Path) -> None:
+            calls.append(f"save {state} {model}")
 
         def push(self, receivers: Any, transport: Any, version: int, **options: Any) -> Any:
             calls.append(f"push {version} to {[receiver.handle for receiver in receivers]}")
@@ -151,7 +148,7 @@ def test_what_the_learner_holds_is_pushed_and_anything_else_is_loaded(log: Log) 
     assert report is not None and report.version == 1
     policy.restore(SECOND)
     assert policy.push() is None
-    assert log[-4:] == ["save state-1", "export model-1", "push 1 to ['a']", "a loads model-2"]
+    assert log[-3:] == ["save state-1 model-1", "push 1 to ['a']", "a loads model-2"]
 
 
 def pushes(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> None:

@@ -50,10 +50,8 @@ class Learner:
         self.weights += f" {next(self.world.steps)}"
         return self.weights
 
-    def save(self, path: Path) -> None:
-        self.world.disk[str(path)] = self.weights
-
-    export = save
+    def save(self, state: Path, model: Path) -> None:
+        self.world.disk[str(state)] = self.world.disk[str(model)] = self.weights
 
     def push(
         self, receivers: Sequence[EngineRef], transport: Any, version: int, **options: Any

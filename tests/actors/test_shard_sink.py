@@ -75,15 +75,26 @@ class Worker:
 class Pool:
     """An engine pool of one worker that never fails."""
 
-    size = 1
-
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.rollout = RolloutConfig(concurrency=4)
 
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
+        self.is_hired = False
         yield
+
+    async def hired(self) -> Worker:
+        if self.is_hired:
+            await asyncio.Event().wait()  # there is no other
+        self.is_hired = True
+        return self.worker
+
+    def employs(self, worker: Worker) -> bool:
+        return True
+
+    def let_go(self, worker: Worker) -> None:
+        pass
 
     async def worker_for(self, slot: int) -> Worker:
         return self.worker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,9 @@ from pipeline.core.agents.transcript import Transcript
 from pipeline.core.config import Config, LearnerConfig, RolloutConfig, TrackingConfig
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
+from pipeline.core.errors import UserError
 from pipeline.core.losses.likelihood import WeightedNll
+from pipeline.core.models import write_checksums
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Episode, Question, StopReason, trajectories_from_table
 from pipeline.core.run import Json, RunDirectory, write_json
@@ -165,35 +168,62 @@ def test_a_sampling_that_was_cut_off_goes_on_behind_its_complete_shards(tmp_path
     assert (result["trajectories"], result["generated_tokens"], result["bound"]) == (5, 50, -1.0)
 
 
-@pytest.mark.parametrize("is_trained", [False, True])
-def test_a_shard_that_was_deleted_behind_the_step_is_made_again_as_long_as_it_is_needed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_trained: bool
-) -> None:
+def test_a_shard_that_is_lost_before_training_has_read_it_is_sampled_again(tmp_path: Path) -> None:
     questions = [Question(f"q{number}", "Who?", ("A",)) for number in range(5)]
-    seen: list[list[str]] = []
+    sampled: list[list[str]] = []
 
     def sample(run: Run) -> Json:
         def on_cluster(program: Any, shards: Shards, *_: object, **__: object) -> SampleReport:
-            seen.append([task.id for task in shards.to_do()])
-            for number in range(len(shards)):
-                if number not in shards.complete:
-                    made = [(list[Any](), Weighted({"selector": []}, {})) for _ in shards.members(number)]
-                    shards.write(number, made)
-            return SampleReport(5, 50, {})
+            sampled.append([task.id for task in shards.to_do()])
+            for number in {shards.shard_of(task) for task in shards.to_do()}:
+                members = shards.members(number)
+                shards.write(number, [([], Weighted({"selector": []}, {"id": t.id})) for t in members])
+            return SampleReport(5, 50, {"bound": -1.0})
 
         cast(Any, run.cluster).sample = on_cluster
         weigh = cast(Any, SimpleNamespace(outputs=["selector"]))
         return run.sample(1, cast(Any, None), {}, weigh, samples=1, sampling=cast(Any, None))
 
+    for lost in ("selector/examples/000001.parquet", "rollouts/000000.parquet", None):
+        with opened(tmp_path, train=questions, questions_per_shard=2) as run:
+            sample(run)
+            if lost is not None:
+                run.at(f"1/{lost}").unlink()
+    assert sampled == [["q0", "q1", "q2", "q3", "q4"], ["q2", "q3"], ["q0", "q1"]]
     with opened(tmp_path, train=questions, questions_per_shard=2) as run:
+        train(run, 1, "selector")
+        run.at("1/selector/examples/000001.parquet").unlink()
         sample(run)
-        if is_trained:
-            train(run, 1, "selector")
-        run.shards(1, "selector")[1].unlink()
-    with opened(tmp_path, train=questions, questions_per_shard=2) as run:
-        sample(run)
-    assert seen[1:] == ([] if is_trained else [["q2", "q3"]])
-    assert ("1 of its 3 shards are missing" in caplog.text) != is_trained
+    assert len(sampled) == 3
+
+
+@pytest.mark.parametrize(
+    ("keeps", "message"), [(True, "was changed since it was written"), (False, "not there any")]
+)
+def test_a_model_that_was_damaged_or_removed_is_refused_where_it_is_to_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keeps: bool, message: str
+) -> None:
+    def write(self: StandInPolicy, version: int, *, state: Path, model: Path) -> None:
+        state.mkdir(parents=True)
+        model.mkdir(parents=True)
+        (model / "weights").write_text(f"{version}")
+        write_checksums(model)
+
+    monkeypatch.setattr(StandInPolicy, "save", write)
+    monkeypatch.setattr(Run, "_scores", lambda self, *_: {"em": 1.0})
+    question = [Question("q", "Who?", ("A",))]
+    with opened(tmp_path, test=question) as run:
+        train(run, 1, "selector")
+        train(run, 2, "selector")
+    model = tmp_path / "iterations/0001/selector/model"
+    if keeps:
+        (model / "weights").write_text("x")
+    else:
+        shutil.rmtree(model)
+    with opened(tmp_path, test=question) as run:
+        assert run.test("best", cast(Any, None), {"selector": 2}, answers="selector")["em"] == 1.0
+        with pytest.raises(UserError, match=message):
+            run.test("start", cast(Any, None), {"selector": 1}, answers="selector")
 
 
 def test_training_starts_from_the_version_before_on_the_shards_of_the_iteration(tmp_path: Path) -> None:

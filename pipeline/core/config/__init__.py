@@ -22,6 +22,7 @@ from pipeline.core.config.method import (
     WeightingConfig,
 )
 from pipeline.core.config.section import OnDisk, Section, as_method
+from pipeline.core.config.storage import StorageConfig
 from pipeline.core.config.task import WITH_SERVER, AgentConfig, DataConfig, ModelConfig, RetrieverConfig, Tags
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "RetrieverConfig",
     "RolloutConfig",
     "Section",
+    "StorageConfig",
     "Tags",
     "TrackingConfig",
     "WeightingConfig",
@@ -69,6 +71,7 @@ class Config(Section):
     em: EmConfig = EmConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
+    storage: StorageConfig = StorageConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @property

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+import pipeline
 from pipeline.core import preflight
-from pipeline.core.config import LearnerConfig, LoraConfig, ModelConfig, RolloutConfig
+from pipeline.core.config import LearnerConfig, LoraConfig, ModelConfig, RolloutConfig, StorageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.models import model_size
 from pipeline.core.policies import PolicySpec
@@ -75,6 +76,15 @@ def test_a_working_directory_that_hides_our_packages_from_workers(
     with pytest.raises(
         UserError, match=f"has a {name} of its own .*; start the command in another directory"
     ):
+        check_machine(starts_ray=True, environment={}, cwd=tmp_path)
+
+
+def test_a_package_that_python_took_for_ours_already_is_refused_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pipeline").mkdir()
+    monkeypatch.setattr(pipeline, "__file__", str(tmp_path / "pipeline/__init__.py"))
+    with pytest.raises(UserError, match="has a pipeline of its own"):
         check_machine(starts_ray=True, environment={}, cwd=tmp_path)
 
 
@@ -270,24 +280,35 @@ def test_a_disk_too_small_for_the_next_version_is_refused(
     with pytest.raises(
         UserError, match=r"17.0 GB free, .* writes 18.0 GB .*checkpoint 16.0 GB at 16 bytes a par"
     ):
-        check_run(tmp_path / "runs" / "new", [policy(model)], versions_to_come=3, tokens=0)
+        check_run(tmp_path / "runs" / "new", [policy(model)], StorageConfig(), versions_to_come=3, tokens=0)
 
 
 def test_adapters_need_no_checkpoint_of_the_whole_model(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_free(monkeypatch, 17 * GB)
-    check_run(tmp_path, [policy(model, LoraConfig())], versions_to_come=3, tokens=0)
+    check_run(tmp_path, [policy(model, LoraConfig())], StorageConfig(), versions_to_come=3, tokens=0)
 
 
 def test_a_disk_too_small_for_the_whole_run_is_warned_of(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with_free(monkeypatch, 39 * GB)
-    check_run(tmp_path, [policy(model)], versions_to_come=3, tokens=10**6)
+    with_free(monkeypatch, 55 * GB)
+    check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=3, tokens=10**6)
     assert caplog.text == ""
-    check_run(tmp_path, [policy(model)], versions_to_come=3, tokens=10**8)
-    assert "39.0 GB free, and the run may come to 39.8 GB: 3 versions" in caplog.text
+    check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=3, tokens=10**8)
+    assert "55.0 GB free, and the run may come to 55.8 GB: 3 models, 3 checkpoints" in caplog.text
+
+
+def test_models_and_checkpoints_count_as_many_as_stay(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_free(monkeypatch, 60 * GB)
+    storage = StorageConfig(keep_last=1, keep_states=1)
+    check_run(tmp_path, [policy(model)], storage, versions_to_come=50, tokens=0)
+    assert caplog.text == ""
+    check_run(tmp_path, [policy(model)], StorageConfig(keep_states=2), versions_to_come=50, tokens=0)
+    assert "may come to 164.0 GB: 50 models, 4 checkpoints" in caplog.text
 
 
 @pytest.mark.parametrize("versions", [0, -1])
@@ -295,10 +316,21 @@ def test_a_run_that_trains_nothing_more_needs_no_room(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, versions: int
 ) -> None:
     with_free(monkeypatch, 0)
-    check_run(tmp_path, [policy(model)], versions_to_come=versions, tokens=0)
+    check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=versions, tokens=0)
+
+
+def test_a_run_in_the_upload_of_a_job_is_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = tmp_path / "ray/session_1/runtime_resources/working_dir_files/_ray_pkg_1"
+    upload.mkdir(parents=True)
+    monkeypatch.chdir(upload)
+    with pytest.raises(UserError, match=r"--run runs/a is .* in the upload of this job, which Ray removes"):
+        check_run(Path("runs/a"), [policy(model)], versions_to_come=1, tokens=0)
+    check_run(tmp_path / "runs/a", [policy(model)], versions_to_come=1, tokens=0)
 
 
 def test_weights_that_were_cut_off_are_refused(tmp_path: Path, model: Path) -> None:
     (model / "model.safetensors").write_bytes(b"\x10")
     with pytest.raises(UserError, match="is cut off or no safetensors file"):
-        check_run(tmp_path, [policy(model)], versions_to_come=1, tokens=0)
+        check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=1, tokens=0)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import faiss
 import pytest
 from rich.console import Console
 
@@ -22,6 +23,7 @@ from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
 from retriever_service.index.store import read_manifest
+from retriever_service.machine import available_cores
 from tests.retriever_service.fake_engine import FakeEngine
 from tests.retriever_service.scripted_server import ScriptedServer
 from tests.retriever_service.support import HashEncoder
@@ -60,6 +62,14 @@ def prepare(tmp_path: Path, *overrides: str) -> Path:
     return prepare_index(
         config.retriever, config.data, tmp_path / "run" / "index", Display(Console(file=io.StringIO()))
     )
+
+
+def test_an_index_is_built_on_all_cores_also_where_the_environment_says_one(
+    corpus: Path, tmp_path: Path
+) -> None:
+    faiss.omp_set_num_threads(1)  # as OMP_NUM_THREADS of a job of Ray's does
+    prepare(tmp_path, "data.corpus=corpus.jsonl")
+    assert faiss.omp_get_max_threads() == available_cores()
 
 
 def test_corpus_files_lie_below_the_root_and_data_sets_of_the_hub_do_not() -> None:

@@ -20,7 +20,6 @@ from pipeline.core.run import (
     RunFiles,
     flatten,
     is_worked_on,
-    write_atomically,
     write_json,
 )
 from pipeline.methods import load
@@ -396,66 +395,6 @@ def test_a_fresh_directory_is_empty_whatever_was_there(run: RunDirectory) -> Non
         assert list(path.iterdir()) == []
         (path / "deeper").mkdir()
         (path / "deeper" / "file").write_text("x")
-
-
-# ---------------------------------------------------------------- the end of an iteration
-
-
-def with_learner(run: RunDirectory, number: int) -> Path:
-    state = run.at(f"{number}/searcher/learner/rank0.pt")
-    write_atomically(state, f"state {number}")
-    return state
-
-
-def test_the_learner_state_of_the_previous_iteration_goes_when_the_iteration_is_done(
-    run: RunDirectory,
-) -> None:
-    states = [with_learner(run, t) for t in range(3)]
-    write_atomically(run.at("1/searcher/model/model.safetensors"), "weights")
-    run.close_iteration(1)
-    assert (run.iteration(1) / "DONE").is_file()
-    assert [state.exists() for state in states] == [False, True, True]
-    run.close_iteration(2)
-    assert [state.exists() for state in states] == [False, False, True]
-    assert (run.at("1/searcher/model/model.safetensors")).is_file()
-
-
-def test_the_previous_learner_state_is_kept_until_the_mark_is_written(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    states = [with_learner(run, t) for t in range(2)]
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", kill)
-        with pytest.raises(Killed):
-            run.close_iteration(1)
-    assert not (run.iteration(1) / "DONE").exists()
-    assert all(state.exists() for state in states)
-
-
-def test_closing_an_iteration_again_finishes_what_a_kill_left(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    states = [with_learner(run, t) for t in range(2)]
-    with monkeypatch.context() as patched:
-        patched.setattr("pipeline.core.run.shutil.rmtree", kill)
-        with pytest.raises(Killed):
-            run.close_iteration(1)
-    assert (run.iteration(1) / "DONE").exists()
-    run.close_iteration(1)
-    assert [state.exists() for state in states] == [False, True]
-
-
-def test_the_learner_state_of_a_policy_that_was_not_trained_since_is_kept(run: RunDirectory) -> None:
-    state = with_learner(run, 1)
-    write_atomically(run.at("2/critic/learner/rank0.pt"), "state")
-    run.close_iteration(2)
-    assert state.exists()
-
-
-def test_closing_the_cold_start_removes_nothing(run: RunDirectory) -> None:
-    state = with_learner(run, 0)
-    run.close_iteration(0)
-    assert state.exists()
 
 
 def test_nested_settings_become_dotted_keys() -> None:

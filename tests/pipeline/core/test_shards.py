@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,8 +128,24 @@ def test_a_shard_without_one_of_its_files_is_made_again(
     (tmp_path / name).unlink()
     resumed = opened(tmp_path)
     assert sorted(resumed.complete) == [0, 2]
-    assert f"{tmp_path / name} is missing; this shard is made again" in caplog.text
+    assert f"{tmp_path / name} is missing" in caplog.text and "this shard is made again" in caplog.text
     assert not any(is_of(name, [1]) for name in contents(tmp_path))
+    make(resumed, [1])
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("name", ["rollouts/000001.parquet", "second/000001.parquet"])
+@pytest.mark.parametrize("damaged", [lambda content: content[:-1], lambda content: b"x" + content[1:]])
+def test_a_shard_with_a_file_that_was_cut_or_changed_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damaged: Callable[[bytes], bytes]
+) -> None:
+    make(opened(tmp_path), range(3))
+    whole = contents(tmp_path)
+    (tmp_path / name).write_bytes(damaged(whole[name]))
+    resumed = opened(tmp_path)
+    assert sorted(resumed.complete) == [0, 2]
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert str(tmp_path / name) in line and line.endswith("this shard is made again")
     make(resumed, [1])
     assert contents(tmp_path) == whole
 

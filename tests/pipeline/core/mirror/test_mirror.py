@@ -1,0 +1,377 @@
+"""A run and its copy elsewhere: what is there is whole, an empty directory goes on from it, failures are survived."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.commands.status import in_words
+from pipeline.core.config import Config, StorageConfig
+from pipeline.core.errors import UserError
+from pipeline.core.mirror import mirror as module
+from pipeline.core.mirror.manifest import read_manifest
+from pipeline.core.mirror.mirror import Mirror
+from pipeline.core.mirror.store import Store, StoreError
+from pipeline.core.run import RunDirectory, write_atomically, write_json
+from pipeline.core.status import run_status, status_of
+
+LARGE = bytes(range(256)) * 8192
+"""More than is read at once."""
+NOT_COPIED = {"lock", "mirror.json"}
+
+
+class Killed(BaseException):
+    """Stands in for the end of the process: nothing in the program catches it."""
+
+
+@pytest.fixture(autouse=True)
+def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PERIOD_S", 0.05)
+    monkeypatch.setattr(module, "MOST_PAUSE_S", 0.05)
+    monkeypatch.setattr("pipeline.core.mirror.lease.LEASE_S", 0.3)
+    monkeypatch.setattr("pipeline.core.mirror.lease.POLL_S", 0.05)
+
+
+def config(url: str) -> Config:
+    return Config(storage=StorageConfig(url=url))
+
+
+class Process:
+    """One start of a command on a run directory; `end` or `die` as processes do."""
+
+    def __init__(self, path: Path, url: str) -> None:
+        self.mirror = Mirror(path, url)
+        self.files = RunDirectory(path, config(url), fill=self.mirror.begin)
+        self.mirror.__enter__()
+
+    def end(self) -> None:
+        self.mirror.__exit__(None)
+        self.files.__exit__()
+
+    def die(self) -> None:
+        self.mirror._stop.set()
+        self.mirror._is_left.set()
+        self.mirror._thread.join(10)
+        self.files.__exit__()
+
+
+def do_work(run: RunDirectory, t: int) -> None:
+    """An iteration, as its files."""
+    write_atomically(run.at(f"{t}/rollouts/000000.parquet"), f"shard {t}")
+    write_json(run.at(f"{t}/rollouts/_000000.json"), {"tasks": []})
+    run.once(f"{t}/sample", dict)
+    model = run.at(f"{t}/searcher/model")
+    model.mkdir(parents=True)
+    (model / "model.safetensors").write_bytes(LARGE + str(t).encode())
+    (model / "config.json").write_text("{}")
+    checkpoint(run, t, "a")
+    run.once(f"{t}/searcher/train", dict)
+    write_atomically(run.path / "report.json", json.dumps({"iterations": t}))
+
+
+def checkpoint(run: RunDirectory, t: int, slot: str) -> None:
+    write_atomically(run.at(f"{t}/searcher/learner/{slot}/rank_0.pt"), f"state {t} {slot}")
+    write_json(run.at(f"{t}/searcher/learner/checkpoint.json"), {"slot": slot, "before": None})
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """All files but hidden ones and those that stay where they are."""
+    names = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
+    return {
+        str(name): (run / name).read_bytes()
+        for name in names
+        if str(name) not in NOT_COPIED and not any(part.startswith(".") for part in name.parts)
+    }
+
+
+def copied(url: str) -> dict[str, bytes]:
+    """The files of the copy, as its manifest has them."""
+    store = Store(url)
+    manifest = read_manifest(store)
+    return {name: store.read(entry.key) or b"" for name, entry in manifest.files.items()} if manifest else {}
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# ---------------------------------------------------------------- there and back
+
+
+def test_a_run_goes_on_in_an_empty_directory_on_another_machine(tmp_path: Path, url: str) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    first = Process(here, url)
+    for t in range(2):
+        do_work(first.files, t)
+    first.end()
+    assert copied(url) == contents(here)
+
+    second = Process(there, url)
+    assert contents(there) == contents(here)
+    assert second.files.finished("1/searcher/train") is not None
+    do_work(second.files, 2)
+    second.end()
+    assert copied(url) == contents(there)
+    with pytest.raises(UserError, match=r"went on in another directory than .*here"):
+        Process(here, url)
+
+
+def test_what_is_complete_is_uploaded_while_the_run_goes_on_and_what_is_not_stays_here(
+    tmp_path: Path, url: str
+) -> None:
+    process = Process(tmp_path / "run", url)
+    do_work(process.files, 0)
+    half = process.files.at("1/searcher/learner/a/rank_0.pt")
+    write_atomically(half, "half a checkpoint: no marker names it")
+    (process.files.path / ".hidden.tmp").write_text("x")
+    until(lambda: "iterations/0000/searcher/train.json" in copied(url))
+    assert "iterations/0001/searcher/learner/a/rank_0.pt" not in copied(url)
+    checkpoint(process.files, 1, "a")
+    until(lambda: copied(url).get("iterations/0001/searcher/learner/a/rank_0.pt") == b"state 1 a")
+    checkpoint(process.files, 1, "b")
+    until(lambda: "iterations/0001/searcher/learner/b/rank_0.pt" in copied(url))
+    names = copied(url)
+    assert "iterations/0001/searcher/learner/a/rank_0.pt" not in names and ".hidden.tmp" not in names
+    process.end()
+
+
+def test_what_the_run_removes_goes_from_the_copy_and_files_that_do_not_change_lie_under_their_names(
+    tmp_path: Path, s3: str
+) -> None:
+    process = Process(tmp_path / "run", s3)
+    do_work(process.files, 0)
+    until(lambda: "report.json" in copied(s3))
+    for number in range(3):
+        write_atomically(process.files.path / "report.json", json.dumps({"iterations": number + 7}))
+        until(lambda number=number: str(number + 7).encode() in copied(s3)["report.json"])  # type: ignore[misc]
+    process.files.at("0/rollouts/000000.parquet").unlink()
+    process.end()
+    store = Store(s3)
+    manifest = read_manifest(store)
+    assert manifest is not None
+    model = "iterations/0000/searcher/model/model.safetensors"
+    assert manifest.files[model].key == model  # for whoever looks into the bucket
+    found = {name.split("/", 3)[-1] for name in store._fs.find(store._root)}
+    assert found == manifest.keys | {"manifest.json"}
+
+
+# ---------------------------------------------------------------- kills
+
+
+def test_a_run_killed_at_any_upload_is_restored_as_it_once_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was last written there: markers speak only of what is there too, and every file is one of the run's."""
+    real = Store.write
+    for number in range(0, 30, 3):
+        url, run = f"memory://killed-{number}", tmp_path / f"run-{number}"
+        left = number
+
+        def write(self: Store, name: str, content: bytes) -> None:
+            nonlocal left
+            if not name.startswith("lease"):
+                left -= 1
+                if left < 0:
+                    raise StoreError("out of reach")
+            real(self, name, content)
+
+        with monkeypatch.context() as patched:
+            process = Process(run, url)
+            patched.setattr(Store, "write", write)
+            for t in range(2):
+                do_work(process.files, t)
+                checkpoint(process.files, t, "b")
+                time.sleep(0.1)
+            process.die()
+        again = tmp_path / f"again-{number}"
+        restored = Process(again, url)
+        assert contents(again).items() <= contents(run).items() | dict(restored_configuration(again)).items()
+        for marker in again.glob("iterations/*/sample.json"):
+            assert (marker.parent / "rollouts/000000.parquet").exists()
+        for marker in again.glob("iterations/*/searcher/learner/checkpoint.json"):
+            slot = json.loads(marker.read_text())["slot"]
+            assert (marker.parent / slot / "rank_0.pt").exists()
+        restored.end()
+
+
+def restored_configuration(run: Path) -> Iterator[tuple[str, bytes]]:
+    """Report and checkpoint change with time: an earlier one may be in the copy."""
+    for name, content in contents(run).items():
+        if name.endswith(("report.json", "checkpoint.json", "config.yaml")) or "/learner/" in name:
+            yield name, content
+
+
+def test_a_restore_that_was_killed_goes_on(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Process(tmp_path / "here", url)
+    do_work(first.files, 0)
+    first.end()
+    replace, renamed = os.replace, []
+
+    def die(source: Any, target: Any) -> None:
+        if ".restored" in str(source):
+            renamed.append(target)
+            if len(renamed) == 4:
+                raise Killed
+        replace(source, target)
+
+    there = tmp_path / "there"
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", die)
+        with pytest.raises(Killed):
+            Process(there, url)
+    Process(there, url).end()
+    assert contents(there) == contents(tmp_path / "here")
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"x" + content[1:]])
+def test_an_object_that_is_damaged_is_not_restored_and_said(
+    tmp_path: Path, url: str, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Process(tmp_path / "here", url)
+    do_work(first.files, 0)
+    first.end()
+    store, name = Store(url), "iterations/0000/rollouts/000000.parquet"
+    store.write(name, damage(store.read(name) or b""))
+    Process(tmp_path / "there", url).end()
+    assert contents(tmp_path / "here").keys() - contents(tmp_path / "there").keys() == {name}
+    assert f"{name}: " in caplog.text and "it is not restored" in caplog.text
+
+
+def test_a_damaged_manifest_is_refused(tmp_path: Path, url: str) -> None:
+    Process(tmp_path / "here", url).end()
+    Store(url).write("manifest.json", b'{"writer": ')
+    with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+        Process(tmp_path / "there", url)
+
+
+# ---------------------------------------------------------------- failures
+
+
+def test_a_store_that_fails_for_a_while_disturbs_nothing_and_is_shown(
+    tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = Process(tmp_path / "run", s3)
+    real = Store.write
+
+    def fail(self: Store, name: str, content: bytes) -> None:
+        raise StoreError(f"{name}: 503 slow down")
+
+    monkeypatch.setattr(Store, "write", fail)
+    do_work(process.files, 0)
+    until(lambda: process.mirror.state.failures >= 3)
+    state = json.loads((process.files.path / "mirror.json").read_text())
+    assert state["behind"] > 0 and "503 slow down" in state["last_error"]
+    assert caplog.text.count("is behind") == 1
+    monkeypatch.setattr(Store, "write", real)
+    until(lambda: process.mirror.state.last_error is None)
+    process.end()
+    assert copied(s3) == contents(tmp_path / "run")
+
+
+def test_a_copy_that_is_not_whole_at_the_end_is_an_error_that_the_same_command_mends(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "END_S", 0.3)
+    process = Process(tmp_path / "run", url)
+    until(lambda: bool(copied(url)))
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "upload", lambda *_: (_ for _ in ()).throw(StoreError("out of reach")))
+        do_work(process.files, 0)
+        with pytest.raises(
+            UserError, match=r"is not whole, \d+ files are missing .*out of reach.* the same command"
+        ):
+            process.end()
+    process.files.__exit__()
+    Process(tmp_path / "run", url).end()
+    assert copied(url) == contents(tmp_path / "run")
+
+
+def test_a_store_that_is_out_of_reach_or_not_there_is_refused_at_the_start(
+    tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"storage\.url cannot be used: .*Look at the address, the bucket"):
+        Process(tmp_path / "one", "s3://no-such-bucket/run")
+    with pytest.raises(UserError, match=r"nosuchprotocol://x cannot be used"):
+        Process(tmp_path / "two", "nosuchprotocol://x")
+
+
+# ---------------------------------------------------------------- two processes
+
+
+def test_two_processes_do_not_write_to_one_url(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BEAT_S", 0.05)
+    first = Process(tmp_path / "here", url)
+    with pytest.raises(
+        UserError, match=r"belongs to another process .*wait for it, or choose another storage\.url"
+    ):
+        Process(tmp_path / "there", url)
+    first.end()
+
+
+def test_what_a_killed_process_left_is_taken_over(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Process(tmp_path / "here", url)
+    until(lambda: bool(copied(url)))
+    first.die()
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.core.mirror.lease.LEASE_S", 1000.0)
+        again = Process(tmp_path / "here", url)  # by the same directory at once
+    again.die()
+    Process(tmp_path / "there", url).end()  # by another one when it gives no sign of life
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_a_process_that_was_taken_for_dead_does_not_write_any_more(tmp_path: Path, url: str) -> None:
+    first = Process(tmp_path / "here", url)
+    until(lambda: bool(copied(url)))
+    second = Process(tmp_path / "there", url)
+    do_work(second.files, 0)
+    second.end()
+    whole = copied(url)
+    do_work(first.files, 5)
+    with pytest.raises(UserError, match="taken over by another process"):
+        first.end()
+    first.files.__exit__()
+    assert copied(url) == whole
+
+
+# ---------------------------------------------------------------- seen from elsewhere
+
+
+def test_how_a_run_stands_can_be_seen_from_its_copy(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.core.mirror.lease.LEASE_S", 60.0)
+    with pytest.raises(UserError, match="holds no copy of a run"):
+        status_of(url)
+    process = Process(tmp_path / "run", url)
+    for t in range(2):
+        do_work(process.files, t)
+        process.files.close_iteration(t)
+    write_json(
+        process.files.path / "progress.json", {"state": "running", "updated": "2026-03-01T12:00:00+00:00"}
+    )
+    until(lambda: "progress.json" in copied(url))
+    found = status_of(url)
+    assert (found["run"], found["state"], found["removed_models"]) == (url, "running", {})
+    assert next(iter(found["steps"])) == "0/sample"
+    process.end()
+    assert status_of(url)["state"] == "killed"
+    local = run_status(process.files.path)
+    assert (local["mirror"]["url"], local["mirror"]["behind"]) == (url, 0)
+    assert any(line.startswith(f"copy: {url}, ") for line in in_words(local))
