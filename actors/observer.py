@@ -9,11 +9,9 @@ from pathlib import Path
 from actors import metrics
 from actors.actor_log import Identity
 from pipeline.core.progress import ActorKind
+from pipeline.core.run import ACTOR_LOGS
 
 logger = logging.getLogger(__name__)
-
-LOGS = "logs"
-"""Of the actors, in the run directory."""
 
 
 class Observer:
@@ -38,7 +36,7 @@ class Observer:
         """For an actor that is about to be started."""
         if self._run is None:
             return None
-        identity = Identity(self._run.name, str(self._run / LOGS), kind, policy, number)
+        identity = Identity(self._run.name, str(self._run / ACTOR_LOGS), kind, policy, number)
         self._unseen[identity] = _stamp(identity.path)
         return identity
 
@@ -46,13 +44,13 @@ class Observer:
         """An actor that `identity` was asked for answers: warn, once in a run, if its log does not arrive."""
         if self._run is None:
             return
-        identity = Identity(self._run.name, str(self._run / LOGS), kind, policy, number)
+        identity = Identity(self._run.name, str(self._run / ACTOR_LOGS), kind, policy, number)
         before = self._unseen.pop(identity, None)
         if before == _stamp(identity.path) and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                f"{self._run / LOGS}: no log arrives of {identity.name}; its node cannot write there, or has another "
-                "file system under that path. What its process prints is in Ray's logs on that node"
+                f"{self._run / ACTOR_LOGS}: no log arrives of {identity.name}; its node cannot write there, or has "
+                "another file system under that path. What its process prints is in Ray's logs on that node"
             )
 
     def lost(self, kind: ActorKind, policy: str = "") -> None:

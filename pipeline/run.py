@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import Cluster, SampleReport
-from actors.observer import LOGS, Observer
+from actors.observer import Observer
 from actors.policy import Policy
 from actors.reservation import plan
 from actors.session import actor_logs, ray_session
@@ -34,7 +34,7 @@ from pipeline.core.records import Example, Question, examples_to_table, trajecto
 from pipeline.core.report import scalars, should_stop, step_report
 from pipeline.core.retention import remove_what_need_not_stay
 from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
-from pipeline.core.run import Json, RunDirectory, RunFiles, write_json, write_table
+from pipeline.core.run import ACTOR_LOGS, Json, RunDirectory, RunFiles, write_json, write_table
 from pipeline.core.shards import Shards
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import NothingToTrainOn, Weigh
@@ -70,7 +70,9 @@ def open_run(
         display.follow(files.path),
         ray_session(config.cluster),
     ):
-        logger.info(f"logs of the actors: {files.path / LOGS}; what they and libraries print: {actor_logs()}")
+        logger.info(
+            f"logs of the actors: {files.path / ACTOR_LOGS}; what they and libraries print: {actor_logs()}"
+        )
         plan(policies, config.cluster, config.retriever)
         searched = servers or prepare_index(config.retriever, config.data, files.path / "index", display)
         files.keep_to(
