@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 _GIB = 2**30
 _SHUTDOWN_S = 1.0
 GPU_BATCHED_TOKENS = 8_192
-"""Tokens that an engine on GPUs computes in one step, prompts and continuations together."""
+CPU_BATCHED_TOKENS = 4_096
+"""Tokens that an engine computes in one step, prompts and continuations together; see `batched_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,6 +464,14 @@ def _set_environment(options: EngineOptions) -> None:
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
 
 
+def batched_tokens(max_model_len: int, max_num_seqs: int, *, on_cpu: bool) -> int:
+    """Most tokens of one step. On CPUs the longest prompt must fit; on GPUs a prompt may take several steps."""
+    if on_cpu:
+        return max(max_model_len, max_num_seqs, CPU_BATCHED_TOKENS)
+    # Most of an agent's tokens are prompt; vLLM's default here is 2,048.
+    return max(GPU_BATCHED_TOKENS, max_num_seqs)
+
+
 def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -471,15 +480,16 @@ def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
     device: dict[str, Any] = {
         "gpu_memory_utilization": options.gpu_memory_utilization,
         "enable_sleep_mode": options.sleeps,
-        # Most of an agent's tokens are prompt; vLLM's default here is 2,048.
-        "max_num_batched_tokens": max(GPU_BATCHED_TOKENS, options.max_num_seqs),
+        "max_num_batched_tokens": batched_tokens(options.max_model_len, options.max_num_seqs, on_cpu=False),
     }
     if on_cpu:
         device = {
             "kv_cache_memory_bytes": int(options.kv_cache_gib * _GIB),
             # vLLM's CPU generator cannot continue a seeded request whose prompt was prefilled in several chunks.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(options.max_model_len, options.max_num_seqs, 4096),
+            "max_num_batched_tokens": batched_tokens(
+                options.max_model_len, options.max_num_seqs, on_cpu=True
+            ),
         }
     return AsyncEngineArgs(
         model=options.model,

@@ -70,6 +70,46 @@ def train(config: ConfigFile = None, run: RunOption = None, overrides: Overrides
 
 
 @app.command()
+def plan(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=1, help="Plan for machines with so many GPUs each (default: this machine)."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="So many of them.")] = 1,
+    gpu_memory_gib: Annotated[
+        float, typer.Option(min=0.1, help="Memory of each GPU; 79.6 is that of an 80 GB card.")
+    ] = 79.6,
+    memory_gib: Annotated[
+        float | None, typer.Option(min=0.1, help="Memory of each machine (default: not looked at).")
+    ] = None,
+    assume: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Another assumption of the estimate.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a run will need: placement, memory by part, disk, tokens, time. Starts nothing; refuses what cannot fit.
+
+    Example: exsearch plan --config configs/qwen2.5-7b-8gpu.yaml --gpus 8
+    """
+    from rich.console import Console
+
+    from pipeline.commands.plan import make_plan, print_plan
+    from pipeline.core.plan.assumptions import read_assumptions
+    from pipeline.core.plan.machine import gpu_nodes
+    from pipeline.methods import load
+
+    machines = None if gpus is None else gpu_nodes(nodes, gpus, gpu_memory_gib, memory_gib)
+    made = make_plan(load(config, overrides or []), machines, read_assumptions(assume or []))
+    if as_json:
+        typer.echo(json.dumps(made.as_json(), ensure_ascii=False))
+    else:
+        print_plan(made, Console())
+    made.check()
+
+
+@app.command()
 def demo(
     run: Annotated[Path, typer.Option("--run", help="Run directory. Resumes what it holds.")] = Path(
         "runs/demo"

@@ -18,6 +18,7 @@ from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import EXSEARCH, AgentConfig, Config
 from pipeline.core.config.loading import load_config
 from pipeline.core.display import Display
+from pipeline.core.policies import PolicySpec
 from pipeline.core.report import Outcome
 
 
@@ -41,6 +42,14 @@ def answering(config: Config) -> Answering:
 def searching(agent: AgentConfig, model: str) -> Answering:
     """The search agent by itself, with one model."""
     return Answering(SearchProgram(agent), {SEARCHER: model}, SEARCHER)
+
+
+def policies(config: Config) -> list[PolicySpec]:
+    """The recipe's policies: `policies` of its module, else one searcher that is trained."""
+    of_recipe: Callable[[Config], list[PolicySpec]] | None = getattr(_module(config.recipe), "policies", None)
+    if of_recipe is not None:
+        return of_recipe(config)
+    return [PolicySpec(SEARCHER, config.model, config.rollout, config.learner)]
 
 
 def names() -> list[str]:

@@ -16,9 +16,10 @@ from typing import Any
 
 from actors.cluster import Cluster, SampleReport
 from actors.observer import Observer
+from actors.planning import check_memory
 from actors.policy import Policy
 from actors.reservation import plan
-from actors.session import actor_logs, ray_session
+from actors.session import actor_logs, has_gpu_packages, ray_session
 from pipeline.core.agents.program import GREEDY, Program, Sampling
 from pipeline.core.config import Config, Iterations
 from pipeline.core.data.splits import Splits
@@ -54,8 +55,15 @@ def open_run(
     """
     trained = [RunFiles(path).newest_version(spec.name) for spec in policies if spec.learner is not None]
     versions = config.of_recipe.iterations - min(trained, default=0)
-    tokens = versions * _most_tokens(config, splits)
-    check_run(path, policies, config.storage, versions_to_come=versions, tokens=tokens)
+    check_run(
+        path,
+        policies,
+        config.storage,
+        versions_to_come=versions,
+        tokens=versions * _most_tokens(config, splits),
+        device="gpu" if has_gpu_packages() else "cpu",
+    )
+    check_memory(config, policies)
     servers = await_servers(
         config.retriever,
         display,

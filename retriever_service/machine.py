@@ -10,6 +10,17 @@ from pathlib import Path
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+def total_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int:
+    """Bytes of memory that there are: of the machine, or of the container if that has less."""
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    total = int(fields["MemTotal"].split()[0]) * 1024
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+    except OSError:  # no container, or one of the first version of control groups
+        return total
+    return total if limit == "max" else min(total, int(limit))
+
+
 def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int:
     """Bytes of memory that can be taken without swapping: of the machine, or of the container if that has less."""
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())

@@ -16,9 +16,12 @@ import typer.main
 from typer.core import TyperGroup
 
 from pipeline.cli import app
+from pipeline.commands.plan import make_plan
 from pipeline.core.config import Config
 from pipeline.core.config.loading import all_keys, load_config
 from pipeline.core.evaluation import evaluate
+from pipeline.core.plan.assumptions import Assumptions
+from pipeline.core.plan.machine import gpu_nodes
 from pipeline.core.records import EXAMPLE_SCHEMA, TRAJECTORY_SCHEMA, Question, StopReason
 from pipeline.core.run import RunDirectory
 from pipeline.core.status import run_status
@@ -158,6 +161,18 @@ def test_the_documented_status_is_that_of_a_run(tmp_path: Path) -> None:
     assert list(found) == list(documented)
     for part in ("process", "iterations", "rates", "failures"):
         assert list(found[part]) == list(documented[part])
+
+
+def test_the_documented_plan_is_that_of_a_run() -> None:
+    config = load_config(ROOT / "configs" / "demo.yaml", [f"model.path={ROOT / 'models' / 'tiny-searcher'}"])
+    documented = re.search(
+        r"`exsearch plan --json`.*?\n\n(.*?)\n\n", section("output-for-programs"), re.DOTALL
+    )
+    assert documented is not None
+    made = make_plan(config, gpu_nodes(1, 2, 79.6, None), Assumptions())
+    told = json.dumps(made.as_json())
+    assert all(f'"{name}"' in told for name in re.findall(r'"(\w+)"', documented[1]))
+    assert all(f'"{name}"' in documented[1] for name in made.as_json())
 
 
 def test_the_documented_manifest_is_that_of_an_index() -> None:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from actors.planning import check_memory
 from actors.session import count_devices, ray_session
+from pipeline import methods
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.config import Config
 from pipeline.core.config.loading import load_config
@@ -33,7 +35,9 @@ def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
         UserError: bad overrides, or a run directory that holds something else.
     """
     world = run.with_name(f"{run.name}-world")
-    with ray_session(demo_config(world, overrides).cluster):
+    config = demo_config(world, overrides)
+    check_memory(config, methods.policies(config))
+    with ray_session(config.cluster):
         config = demo_config(world, overrides, count_devices())
         make_world(world, seed=0, size="small", display=display)
         outcome = train(config, run, display)

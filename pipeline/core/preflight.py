@@ -21,6 +21,8 @@ import httpx
 from pipeline.core.config import StorageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.models import check_model, local_snapshot, model_size
+from pipeline.core.plan.disk import CHECKPOINT_BYTES, disk_needs
+from pipeline.core.plan.memory import Device, number_format
 from pipeline.core.policies import PolicySpec
 
 logger = logging.getLogger(__name__)
@@ -35,10 +37,6 @@ _RAYS_SOCKET = len("/ray/session_2026-01-01_00-00-00_000000_0000000/sockets/plas
 _VLLMS_SOCKET = len("/00000000-0000-0000-0000-000000000000")
 _UPLOADS = "working_dir_files"
 """The folder in which Ray unpacks the working directories of jobs."""
-_OPTIMISER_BYTES = 16
-"""Room for a checkpoint, per trained parameter: its 12 (weight and Adam's two moments, float32), and some to spare."""
-_TRAJECTORY_BYTES = 18
-"""Per token of a trajectory and of its training example, before compression."""
 
 
 def check_machine(
@@ -58,7 +56,13 @@ def check_machine(
 
 
 def check_run(
-    run: Path, policies: Sequence[PolicySpec], storage: StorageConfig, *, versions_to_come: int, tokens: int
+    run: Path,
+    policies: Sequence[PolicySpec],
+    storage: StorageConfig,
+    *,
+    versions_to_come: int,
+    tokens: int,
+    device: Device,
 ) -> None:
     """What a run is about to read and write; also good for a run that goes on.
 
@@ -67,6 +71,7 @@ def check_run(
         storage: which models and checkpoints stay.
         versions_to_come: trained ones, of each policy.
         tokens: at most so many will be in the trajectories that are sampled.
+        device: what it trains on.
 
     Raises:
         UserError: a model is incomplete, the run would not outlive its job, or the disk has no room for the next
@@ -78,7 +83,7 @@ def check_run(
             "path on a file system that all nodes share"
         )
     check_models(spec.model.path for spec in policies)
-    _check_disk(run, policies, storage, versions_to_come, tokens)
+    _check_disk(run, policies, storage, versions_to_come, tokens, device)
 
 
 def check_models(paths: Iterable[str]) -> None:
@@ -208,42 +213,42 @@ def _is_in_network(host: str, network: str) -> bool:
 
 
 def _check_disk(
-    run: Path, policies: Sequence[PolicySpec], storage: StorageConfig, versions: int, tokens: int
+    run: Path,
+    policies: Sequence[PolicySpec],
+    storage: StorageConfig,
+    versions: int,
+    tokens: int,
+    device: Device,
 ) -> None:
-    trained = [spec for spec in policies if spec.learner is not None]
-    if versions <= 0 or not trained:
-        return
-    exports, checkpoints = 0, 0
-    for spec in trained:
-        assert spec.learner is not None
+    trained = []
+    for spec in policies:
+        if spec.learner is None:
+            continue
         if (directory := local_snapshot(spec.model.path)) is None:
             logger.warning(
                 f"{spec.model.path} is to be downloaded: whether the disk has room for it is not known"
             )
             return
-        size = model_size(directory)
-        exports += size.bytes
-        checkpoints += size.parameters * _OPTIMISER_BYTES if spec.learner.lora is None else 0
+        parameters = model_size(directory).parameters
+        # Adapters are small beside what is exported.
+        in_checkpoint = parameters if spec.learner.lora is None else 0
+        trained.append((parameters, in_checkpoint, number_format(spec.learner.dtype, device)))
+    if versions <= 0 or not trained:
+        return
+    needs = disk_needs(trained, storage, versions=versions, tokens=tokens)
     where = next(folder for folder in (run, *run.resolve().parents) if folder.exists())
     free = shutil.disk_usage(where).free
-    figures = (
-        f"exported {_gb(exports)}, checkpoint {_gb(checkpoints)} at {_OPTIMISER_BYTES} bytes a parameter"
-    )
-    if free < exports + checkpoints:
+    checkpoint = f"{_gb(needs.checkpoint)} at {CHECKPOINT_BYTES} bytes a parameter"
+    figures = f"exported {_gb(needs.export)}, checkpoint {checkpoint}"
+    if free < needs.next_version:
         raise UserError(
-            f"{run}: the disk has {_gb(free)} free, and a training step writes {_gb(exports + checkpoints)} "
+            f"{run}: the disk has {_gb(free)} free, and a training step writes {_gb(needs.next_version)} "
             f"({figures}); make room or choose another --run directory"
         )
-    models = versions
-    if storage.keep_last is not None:  # beside these the one of iteration 0, and the one that is being made
-        models = min(versions, storage.keep_last + storage.keep_best + 2)
-    # A training has two of its own, in turn, beside those of the versions before.
-    states = min(versions + 1, storage.keep_states + 2)
-    whole = models * exports + states * checkpoints + tokens * _TRAJECTORY_BYTES
-    if free < whole:
+    if free < needs.whole_run:
         logger.warning(
-            f"{run}: the disk has {_gb(free)} free, and the run may come to {_gb(whole)}: {models} models, {states} "
-            f"checkpoints at a time ({figures}) and at most {_gb(tokens * _TRAJECTORY_BYTES)} of trajectories"
+            f"{run}: the disk has {_gb(free)} free, and the run may come to {_gb(needs.whole_run)}: {needs.models} "
+            f"models, {needs.states} checkpoints at a time ({figures}) and at most {_gb(needs.shards)} of trajectories"
         )
 
 

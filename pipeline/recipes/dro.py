@@ -129,18 +129,22 @@ def answering(config: Config) -> Answering:
     return Answering(SelectThenAnswer(config.agent, own.candidates, own.chosen), models, GENERATOR)
 
 
+def policies(config: Config) -> list[PolicySpec]:
+    """Selector and generator."""
+    return [
+        PolicySpec(name, config.model.at(path), config.rollout, config.learner, seed=config.seed)
+        for name, path in answering(config).models.items()
+    ]
+
+
 def train(config: Config, run_path: Path, display: Display) -> Outcome:
     """Run, or go on with, one run."""
     settings: Settings = config.of_recipe
     program = SelectThenAnswer(config.agent, settings.candidates, settings.chosen)
     models = answering(config).models
-    policies = [
-        PolicySpec(name, config.model.at(path), config.rollout, config.learner, seed=config.seed)
-        for name, path in models.items()
-    ]
     splits = load_splits(config.data, config.seed, required=("train", "dev"))
     loss, rollout = WeightedNll(config.learner.negligible_weight), config.rollout
-    with open_run(config, run_path, display, splits, policies) as run:
+    with open_run(config, run_path, display, splits, policies(config)) as run:
 
         def roles(t: int) -> dict[str, int]:
             return dict.fromkeys(models, t)

@@ -158,18 +158,23 @@ class Pairs:
         return {"log_likelihood": float(np.mean(means)), "pairs": pairs, "stop_reasons": dict(stops)}
 
 
+def policies(config: Config) -> list[PolicySpec]:
+    """The searcher, and the reference with an engine that scores."""
+    rollout = config.rollout
+    return [
+        PolicySpec(SEARCHER, config.model, rollout, config.learner, seed=config.seed),
+        PolicySpec(REFERENCE, config.model, rollout.model_copy(update={"workers": 1})),
+    ]
+
+
 def train(config: Config, run_path: Path, display: Display) -> Outcome:
     """Run, or go on with, one run."""
     settings: Settings = config.of_recipe
     rollout = config.rollout
     splits = load_splits(config.data, config.seed, required=("train", "dev"), apart=config.cold_start.sources)
     cold_start = ColdStart(config, splits)
-    policies = [
-        PolicySpec(SEARCHER, config.model, rollout, config.learner, seed=config.seed),
-        PolicySpec(REFERENCE, config.model, rollout.model_copy(update={"workers": 1})),
-    ]
     program = SearchProgram(config.agent)
-    with open_run(config, run_path, display, splits, policies) as run:
+    with open_run(config, run_path, display, splits, policies(config)) as run:
         cold_start(run)
         run.freeze(REFERENCE, run.snapshot(SEARCHER, 0))
         run.evaluate(0, program, {SEARCHER: 0}, answers=SEARCHER)

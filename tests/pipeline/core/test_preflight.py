@@ -276,28 +276,37 @@ def test_a_model_is_measured_without_reading_its_weights(model: Path) -> None:
 def test_a_disk_too_small_for_the_next_version_is_refused(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with_free(monkeypatch, 17 * GB)
+    with_free(monkeypatch, 15 * GB)
     with pytest.raises(
-        UserError, match=r"17.0 GB free, .* writes 18.0 GB .*checkpoint 16.0 GB at 16 bytes a par"
+        UserError, match=r"15.0 GB free, .* writes 16.0 GB .*checkpoint 12.0 GB at 12 bytes a par"
     ):
-        check_run(tmp_path / "runs" / "new", [policy(model)], StorageConfig(), versions_to_come=3, tokens=0)
+        check_run(
+            tmp_path / "runs" / "new",
+            [policy(model)],
+            StorageConfig(),
+            versions_to_come=3,
+            tokens=0,
+            device="cpu",
+        )
 
 
 def test_adapters_need_no_checkpoint_of_the_whole_model(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_free(monkeypatch, 17 * GB)
-    check_run(tmp_path, [policy(model, LoraConfig())], StorageConfig(), versions_to_come=3, tokens=0)
+    check_run(
+        tmp_path, [policy(model, LoraConfig())], StorageConfig(), versions_to_come=3, tokens=0, device="cpu"
+    )
 
 
 def test_a_disk_too_small_for_the_whole_run_is_warned_of(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with_free(monkeypatch, 55 * GB)
-    check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=3, tokens=10**6)
+    with_free(monkeypatch, 49 * GB)
+    check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=3, tokens=10**6, device="cpu")
     assert caplog.text == ""
-    check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=3, tokens=10**8)
-    assert "55.0 GB free, and the run may come to 55.8 GB: 3 models, 3 checkpoints" in caplog.text
+    check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=3, tokens=10**8, device="cpu")
+    assert "49.0 GB free, and the run may come to 49.8 GB: 3 models, 3 checkpoints" in caplog.text
 
 
 def test_models_and_checkpoints_count_as_many_as_stay(
@@ -305,10 +314,12 @@ def test_models_and_checkpoints_count_as_many_as_stay(
 ) -> None:
     with_free(monkeypatch, 60 * GB)
     storage = StorageConfig(keep_last=1, keep_states=1)
-    check_run(tmp_path, [policy(model)], storage, versions_to_come=50, tokens=0)
+    check_run(tmp_path, [policy(model)], storage, versions_to_come=50, tokens=0, device="cpu")
     assert caplog.text == ""
-    check_run(tmp_path, [policy(model)], StorageConfig(keep_states=2), versions_to_come=50, tokens=0)
-    assert "may come to 164.0 GB: 50 models, 4 checkpoints" in caplog.text
+    check_run(
+        tmp_path, [policy(model)], StorageConfig(keep_states=2), versions_to_come=50, tokens=0, device="cpu"
+    )
+    assert "may come to 248.0 GB: 50 models, 4 checkpoints" in caplog.text
 
 
 @pytest.mark.parametrize("versions", [0, -1])
@@ -316,7 +327,7 @@ def test_a_run_that_trains_nothing_more_needs_no_room(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, versions: int
 ) -> None:
     with_free(monkeypatch, 0)
-    check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=versions, tokens=0)
+    check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=versions, tokens=0, device="cpu")
 
 
 def test_a_run_in_the_upload_of_a_job_is_refused(
@@ -326,11 +337,11 @@ def test_a_run_in_the_upload_of_a_job_is_refused(
     upload.mkdir(parents=True)
     monkeypatch.chdir(upload)
     with pytest.raises(UserError, match=r"--run runs/a is .* in the upload of this job, which Ray removes"):
-        check_run(Path("runs/a"), [policy(model)], versions_to_come=1, tokens=0)
-    check_run(tmp_path / "runs/a", [policy(model)], versions_to_come=1, tokens=0)
+        check_run(Path("runs/a"), [policy(model)], versions_to_come=1, tokens=0, device="cpu")
+    check_run(tmp_path / "runs/a", [policy(model)], versions_to_come=1, tokens=0, device="cpu")
 
 
 def test_weights_that_were_cut_off_are_refused(tmp_path: Path, model: Path) -> None:
     (model / "model.safetensors").write_bytes(b"\x10")
     with pytest.raises(UserError, match="is cut off or no safetensors file"):
-        check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=1, tokens=0)
+        check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=1, tokens=0, device="cpu")

@@ -1,0 +1,128 @@
+"""Peak memory of an engine and of a learner rank, each in processes of their own, as the run's actors have them.
+
+    python -m bench.peaks engine MODEL '{"kv_cache_gib": 0.5, ...}'      (what `bench.plan` starts)
+
+What is measured is anonymous resident memory (RssAnon): what the process itself holds. Pages of files, such as those of
+libraries and of memory-mapped weights, are left out: processes share them, and the kernel takes them back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SAMPLE_S = 0.02
+"""Seconds between two looks at the processes."""
+
+
+def measure(what: str, model: Path, settings: dict[str, Any]) -> int:
+    """Start `python -m bench.peaks WHAT MODEL SETTINGS` with the environment of an actor on CPUs, and watch it.
+
+    Returns:
+        the most bytes of anonymous memory that it and its descendants had together.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    from actors.session import CPU_ENVIRONMENT
+
+    environment = os.environ | CPU_ENVIRONMENT | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "bench.peaks", what, str(model), json.dumps(settings)]
+    most = 0
+    with subprocess.Popen(command, env=environment) as process:
+        while process.poll() is None:
+            most = max(most, sum(map(_anonymous, _tree(process.pid))))
+            time.sleep(SAMPLE_S)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
+    return most
+
+
+def _tree(pid: int) -> list[int]:
+    """A process and its descendants, as far as they live."""
+    try:
+        children = [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+    except OSError:
+        return []
+    return [pid, *(one for child in children for one in _tree(child))]
+
+
+def _anonymous(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+# ---------------------------------------------------------------- what is measured
+
+
+def rank(model: str, settings: dict[str, Any]) -> None:
+    """One learner rank that takes some optimiser steps over full rows."""
+    from actors.learner import Learner
+    from pipeline.core.config import LearnerConfig
+    from pipeline.core.losses.likelihood import WeightedNll
+    from pipeline.core.records import Example
+
+    length, trained, rows = settings.pop("length"), settings.pop("trained"), settings.pop("rows")
+    config = LearnerConfig(**settings)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    learner = Learner(config, model, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
+    rng = np.random.default_rng(0)
+    mask = np.arange(length) >= length - trained
+    examples = [
+        Example(
+            str(n),
+            str(n),
+            "policy",
+            rng.integers(0, 256, length).astype(np.int32),
+            mask,
+            {"weight": np.ones(1)},
+        )
+        for n in range(rows)
+    ]
+    learner.train(examples, WeightedNll(), phase_seed=0)
+
+
+def engine(model: str, settings: dict[str, Any]) -> None:
+    """One engine that serves as many requests as it takes at once, until its cache of keys and values is full."""
+    from actors.engine import EngineOptions, VllmEngine
+    from pipeline.core.agents.program import Sampling
+
+    prompt, answer, requests = settings.pop("prompt"), settings.pop("answer"), settings.pop("requests")
+
+    async def serve() -> None:
+        served = VllmEngine(EngineOptions(model=model, enforce_eager=True, num_threads=2, **settings))
+        await served.start()
+        rng = np.random.default_rng(0)
+        prompts = [rng.integers(0, 256, prompt).tolist() for _ in range(requests)]
+        await asyncio.gather(
+            *(
+                served.generate(p, Sampling(max_tokens=answer, seed=n, temperature=1.0))
+                for n, p in enumerate(prompts)
+            )
+        )
+        await asyncio.gather(*(served.score(p, prompt // 2) for p in prompts))
+        served.shutdown()
+
+    asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    {"engine": engine, "rank": rank}[sys.argv[1]](sys.argv[2], json.loads(sys.argv[3]))

@@ -1,0 +1,105 @@
+"""What an engine holds: weights, cache of keys and values, and what it computes with.
+
+On a GPU vLLM takes a share u of the memory: weights and its own needs first, and the rest for the cache. On a CPU the
+cache has the size that was asked for, and everything else comes on top of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.core.plan.kv_cache import (
+    CONCURRENT_BATCHES,
+    CPU_BLOCK,
+    GPU_BLOCK,
+    KvCache,
+    kv_cache,
+)
+from pipeline.core.plan.memory import BYTES, GIB, Device, Dtype, Memory, memory
+from pipeline.core.plan.shape import ModelShape
+
+GPU_OVERHEAD = 3 * GIB
+"""CUDA's context, activations of a step and CUDA graphs, of each device of an engine. An estimate."""
+ENGINE_LIBRARIES = {"cpu": 1570 * 2**20, "gpu": 8 * GIB}
+"""Of an engine's processes on the host (actor, scheduler, worker): Python, torch, vLLM. Measured on CPUs
+(`bench.plan`); on GPUs an estimate."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What decides how much an engine holds, beside the model.
+
+    Attributes:
+        gpu_memory: bytes of a GPU; 0 on CPUs.
+        gpu_share: u of them that the engine may take.
+        cache_bytes: for keys and values on a CPU.
+        batched_tokens: most that are computed in one step.
+        scored_tokens: most of one prompt whose log-probabilities are asked for.
+    """
+
+    device: Device
+    dtype: Dtype
+    max_length: int
+    concurrency: int
+    batched_tokens: int
+    scored_tokens: int
+    gpu_memory: int = 0
+    gpu_share: float = 0.0
+    cache_bytes: int = 0
+    tensor_parallel: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class EngineNeeds:
+    """Memory of an engine on each of its devices, and the cache in it."""
+
+    memory: Memory
+    cache: KvCache
+
+
+def engine_needs(shape: ModelShape, load: EngineLoad) -> EngineNeeds:
+    """The peak of one engine, by component."""
+    weights = BYTES[load.dtype] * shape.parameters // load.tensor_parallel
+    on_gpu = load.device == "gpu"
+    room = int(load.gpu_share * load.gpu_memory) - weights - GPU_OVERHEAD if on_gpu else load.cache_bytes
+    cache = kv_cache(
+        shape,
+        room,
+        max_length=load.max_length,
+        element_bytes=BYTES[load.dtype],
+        block_size=GPU_BLOCK if on_gpu else CPU_BLOCK,
+        in_flight_tokens=load.batched_tokens * (CONCURRENT_BATCHES if on_gpu else 1),
+        tensor_parallel=load.tensor_parallel,
+    )
+    if on_gpu:
+        parts = memory(
+            [
+                ("weights", weights, "gpu"),
+                ("KV cache", cache.bytes, "gpu"),
+                ("context, activations, graphs", GPU_OVERHEAD, "gpu"),
+                ("libraries", ENGINE_LIBRARIES["gpu"], "host"),
+            ]
+        )
+    else:
+        parts = memory(
+            [
+                ("weights", weights, "host"),
+                ("KV cache", cache.bytes, "host"),
+                ("a step's activations", _step(shape, load), "host"),
+                ("log-probabilities", _log_probabilities(shape, load), "host"),
+                ("libraries", ENGINE_LIBRARIES["cpu"], "host"),
+            ]
+        )
+    return EngineNeeds(parts, cache)
+
+
+def _step(shape: ModelShape, load: EngineLoad) -> int:
+    """Of one layer without gradients: both halves of the feed-forward part and their product, and the residual stream
+    twice."""
+    return load.batched_tokens * BYTES[load.dtype] * (3 * shape.mlp + 2 * shape.hidden)
+
+
+def _log_probabilities(shape: ModelShape, load: EngineLoad) -> int:
+    """Logits and their normalised form in float32, of the tokens that are sampled or those of a scored prompt."""
+    rows = max(load.concurrency, load.scored_tokens)
+    return rows * shape.vocabulary * (BYTES[load.dtype] + 4)

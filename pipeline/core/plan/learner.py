@@ -1,0 +1,179 @@
+"""What a learner rank holds at its peak: DeepSpeed's states, what a packed row needs, and buffers.
+
+P trained of F parameters on N ranks, b bytes an element, rows of T tokens of which M are trained. States, from the
+sources of DeepSpeed 0.19.8 (`runtime/zero/stage_1_and_2.py`, `stage3.py`), with float32 sums of gradients
+(`learner_setup`):
+
+| stage | weights | master copy and Adam | gradients | for the step | buckets |
+|---|---|---|---|---|---|
+| 0 | bF | 8P | 4P | | |
+| 1 | bF | 12P/N | 4P | 4P/N, of float32 weights twice | elements of gradients x 4 |
+| 2 | bF | 12P/N | 4P/N | 4P/N, of float32 weights twice | elements of gradients x b |
+| 3 | bF/N | 12P/N | 4P/N | | elements of gradients x b |
+
+Stages 1 to 3 keep a float32 master copy even of float32 weights. Adam's two moments are 8 of the 12 bytes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from pipeline.core.losses.token_logprobs import LOGIT_CHUNK_BYTES
+from pipeline.core.plan.memory import ACCELERATOR_CONTEXT, BYTES, GIB, Device, Dtype, Memory, Where, memory
+from pipeline.core.plan.shape import ModelShape
+
+BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's `reduce_bucket_size`: gradients that are summed over the ranks at once."""
+LIVE_PARAMETERS = 1_000_000_000
+"""DeepSpeed's `stage3_max_live_parameters`: parameters that stage 3 keeps whole at a time."""
+RANK_LIBRARIES = {"cpu": 450 * 2**20, "gpu": 4 * GIB}
+"""Of the rank's own process on the host: Python, torch, DeepSpeed, transformers. Measured on CPUs (`bench.plan`); on
+GPUs, where CUDA's libraries are loaded too, an estimate."""
+Part = tuple[str, float, Where]
+
+
+@dataclass(frozen=True, slots=True)
+class RankLoad:
+    """What decides how much a rank holds, beside the model.
+
+    Attributes:
+        row_tokens: T, the token budget of a row.
+        trained_tokens: M of them that are trained.
+        lora_rank: of adapters; None where all parameters are trained.
+        rests: the rank leaves the GPU to an engine between two trainings.
+    """
+
+    device: Device
+    dtype: Dtype
+    ranks: int
+    zero_stage: int
+    row_tokens: int
+    trained_tokens: int
+    checkpointing: bool
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    lora_rank: int | None = None
+    rests: bool = False
+
+
+def rank_memory(shape: ModelShape, load: RankLoad) -> Memory:
+    """The peak of one rank, by component.
+
+    Parts that are not needed at the same time are added all the same, because memory that was freed is not there for
+    others: a GPU's caching allocator keeps blocks of other sizes, and on CPUs glibc is told to keep everything
+    (`actors.session.CPU_ENVIRONMENT`), with a heap of its own for autograd's thread.
+    """
+    device = _device(load)
+    parts = [
+        *_states(shape, load),
+        *_activations(shape, load, device),
+        *_output_layer(shape, load, device),
+        *_step(shape, load, device),
+    ]
+    if load.device == "gpu":
+        parts.append(("CUDA and NCCL", ACCELERATOR_CONTEXT, "gpu"))
+        if load.rests and not load.offload_optimizer:
+            moved = 16 * trained_parameters(shape, load.lora_rank) / load.ranks
+            parts.append(("training state at rest", moved, "host"))
+    elif stage_of(load) in (1, 2):
+        # DeepSpeed flattens what was read, and the copy is freed.
+        parts.append(("weights as they were read", BYTES[load.dtype] * shape.parameters, "host"))
+    return memory([*parts, ("libraries", RANK_LIBRARIES[load.device], "host")])
+
+
+def model_states(shape: ModelShape, load: RankLoad) -> dict[Where, int]:
+    """Weights, gradients and optimiser of one rank: what DeepSpeed's estimators call model states."""
+    totals: dict[Where, int] = defaultdict(int)
+    for _, size, where in _states(shape, load):
+        totals[where] += round(size)
+    return totals
+
+
+def trained_parameters(shape: ModelShape, lora_rank: int | None) -> int:
+    """P. Adapters of all linear modules of a layer take rank x (inputs + outputs) each."""
+    if lora_rank is None:
+        return shape.parameters
+    h, f, a, k = shape.hidden, shape.mlp, shape.attention, shape.key_value
+    return shape.layers * lora_rank * (2 * (h + a) + 2 * (h + k) + 3 * (h + f))
+
+
+def stage_of(load: RankLoad) -> int:
+    """The stage that runs: bfloat16 needs at least 1 (`learner_setup.deepspeed_config`)."""
+    return max(load.zero_stage, 1) if load.dtype == "bfloat16" else load.zero_stage
+
+
+def _states(shape: ModelShape, load: RankLoad) -> list[Part]:
+    stage, device = stage_of(load), _device(load)
+    trained = trained_parameters(shape, load.lora_rank)
+    weights = BYTES[load.dtype] * shape.parameters / (load.ranks if stage == 3 else 1)
+    share = trained / (load.ranks if stage > 0 else 1)
+    optimiser: Where = "host" if load.offload_optimizer else device
+    gradients = share if stage >= 2 or load.offload_optimizer else trained
+    return [
+        ("weights", weights, "host" if load.offload_parameters else device),
+        ("master copy", 4 * share if stage > 0 else 0, optimiser),
+        ("Adam", 8 * share, optimiser),
+        ("gradients", 4 * gradients, optimiser),
+    ]
+
+
+def _device(load: RankLoad) -> Where:
+    return "host" if load.device == "cpu" else "gpu"
+
+
+# ---------------------------------------------------------------- activations
+
+
+def saved_per_token(shape: ModelShape, dtype: Dtype) -> int:
+    """Bytes that a decoder layer keeps of each token for its backward pass.
+
+    Two normalisations: input in float32, normalised, scaled (4 + 2b) h each. Attention: queries, keys, values and
+    output, once as the kernel gives it and once as the output projection reads it: (3a + 2k) b. Feed-forward: gate
+    before and after its non-linearity, the other factor, their product: 4f b.
+    """
+    b = BYTES[dtype]
+    norms = 2 * (4 + 2 * b) * shape.hidden
+    return norms + b * (3 * shape.attention + 2 * shape.key_value) + b * 4 * shape.mlp
+
+
+def _activations(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
+    """Of all layers, or under gradient checkpointing their inputs and what one of them recomputes; and the gradients
+    inside a layer, 2f b and 2h b a token. Stage 3 gathers layers."""
+    b, tokens = BYTES[load.dtype], load.row_tokens
+    of_a_layer = tokens * saved_per_token(shape, load.dtype)
+    live = b * min(LIVE_PARAMETERS, shape.parameters) if stage_of(load) == 3 and load.ranks > 1 else 0
+    return [
+        ("activations", 0 if load.checkpointing else shape.layers * of_a_layer, device),
+        ("checkpoints", b * shape.layers * tokens * shape.hidden if load.checkpointing else 0, device),
+        ("one layer", of_a_layer if load.checkpointing else 0, device),
+        ("gradients inside a layer", tokens * b * (2 * shape.mlp + 2 * shape.hidden), device),
+        ("gathered layers", live, device),
+    ]
+
+
+def _output_layer(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
+    """Logits of the trained tokens and their gradient: 2bMV; float32 pieces of them (`token_logprobs`)."""
+    b, logits = BYTES[load.dtype], load.trained_tokens * shape.vocabulary
+    return [
+        ("logits", 2 * b * logits + min(LOGIT_CHUNK_BYTES, 4 * logits), device),
+        ("gathered output layer", 2 * b * shape.largest_tensor if stage_of(load) == 3 else 0, device),
+    ]
+
+
+def _step(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
+    """Buckets, and the rank's share of the gradients as one tensor, which the optimiser steps with.
+
+    On a GPU a bucket is there whole; the host gives a process only the pages that were written. Gradients in float32
+    of float32 weights are copied twice on their way: into the rank's share, and into that tensor.
+    """
+    stage, b = stage_of(load), BYTES[load.dtype]
+    trained = trained_parameters(shape, load.lora_rank)
+    if stage == 0:
+        return []
+    elements = BUCKET_ELEMENTS if load.device == "gpu" else min(BUCKET_ELEMENTS, trained)
+    bucket: Part = ("buckets", elements * (4 if stage == 1 else b), device)
+    if stage == 3 or load.offload_optimizer:
+        return [bucket]
+    copies = 2 if load.dtype == "float32" else 1
+    return [bucket, ("gradients for the step", copies * 4 * trained / load.ranks, device)]
