@@ -15,6 +15,7 @@ from typing import Any
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.observer import Observer
 from actors.policy import Policy, Turns
 from actors.pool import EnginePool, engine_options, engines_per_node
 from actors.reservation import reserve
@@ -53,6 +54,7 @@ class Cluster:
         searched: a built index, for retriever actors of the cluster's own; or servers, and there are no such actors.
         serving: the versions that policies start as; those that are not named start as version 0, their own model.
         status: shows a person what is being waited for.
+        observer: of the run that this is for.
     """
 
     def __init__(
@@ -64,19 +66,24 @@ class Cluster:
         *,
         serving: Mapping[str, Snapshot] | None = None,
         status: Status = lambda text: nullcontext(),
+        observer: Observer | None = None,
     ) -> None:
-        self.config = cluster
+        self.config, self._observer = cluster, observer or Observer()
         policies, self.placement, self._group = reserve(policies, cluster, retriever)
         self._runtime_env = {"env_vars": CPU_ENVIRONMENT} if self.placement.device == "cpu" else {}
         self._retrievers = Retrievers(
-            retriever, searched, runtime_env=self._runtime_env, start_timeout_s=cluster.start_timeout_s
+            retriever,
+            searched,
+            runtime_env=self._runtime_env,
+            start_timeout_s=cluster.start_timeout_s,
+            observer=self._observer,
         )
         turns = Turns(take_turns=self.placement.take_turns, park_on_disk=cluster.park_learners == "disk")
         start = {spec.name: Snapshot(0, spec.model.path) for spec in policies} | dict(serving or {})
         self._policies = {
             spec.name: self._new_policy(spec, start[spec.name], turns, status) for spec in policies
         }
-        self._shard_sink = ShardSink(cluster)
+        self._shard_sink = ShardSink(cluster, self._observer)
         self._start_engines()
 
     def __enter__(self) -> Cluster:
@@ -92,6 +99,7 @@ class Cluster:
         self._retrievers.close()
         self._shard_sink.close()
         remove_placement_group(self._group)
+        self._observer.close()
 
     def policy(self, name: str) -> Policy:
         """One of the policies."""
@@ -108,6 +116,7 @@ class Cluster:
         *,
         samples: int,
         sampling: Sampling,
+        name: str = "",
         on_progress: OnProgress = lambda done: None,
     ) -> SampleReport:
         """Run `program` `samples` times on every task whose shard is not complete; make the missing shards.
@@ -117,6 +126,7 @@ class Cluster:
             weigh: makes the examples.
             roles: who plays each role of the program, at its current version. The program runs beside the first.
             sampling: its seed is that of the run and the phase.
+            name: of the phase, for metrics.
 
         Returns:
             the report of all shards, those that were complete included.
@@ -131,7 +141,7 @@ class Cluster:
         rollout = next(iter(pools.values())).rollout
 
         async def whole_phase() -> Mapping[str, Any]:
-            phase = Phase(program, samples, sampling, rollout.max_failure_share)
+            phase = Phase(program, samples, sampling, rollout.max_failure_share, name)
             async with (
                 self._retrievers.at_work(),
                 sink.at_work(shards, weigh, work, max_restarts=rollout.max_restarts),
@@ -215,6 +225,7 @@ class Cluster:
                 placement,
                 self._room,
                 self._retrievers.client,
+                self._observer,
             )
         return Policy(
             spec,
@@ -225,6 +236,7 @@ class Cluster:
             turns=turns,
             push_timeout_s=self.config.push_timeout_s,
             status=status,
+            observer=self._observer,
         )
 
     def _start_engines(self) -> None:

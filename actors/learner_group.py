@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors import learner_files, learner_setup
 from actors.learner_rank import LearnerRank
+from actors.observer import Observer
 from actors.weight_transfer import EngineRef, PushReport, Transport
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
@@ -67,6 +68,8 @@ class LearnerGroup:
         options: Ray actor options of each rank.
         seed: of adapters and dropout.
         head: what the model computes.
+        name: of the policy.
+        observer: of the run.
     """
 
     def __init__(
@@ -78,8 +81,11 @@ class LearnerGroup:
         options: Sequence[dict[str, Any]],
         seed: int,
         head: Head = "lm",
+        name: str = "",
+        observer: Observer | None = None,
     ) -> None:
         self.config, self.head = config, head
+        self._name, self._observer = name, observer or Observer()
         self._model, self._state = model, state
         self._options = options
         self._seed = seed
@@ -161,11 +167,14 @@ class LearnerGroup:
             try:
                 if not self.ranks:
                     self._start()
+                    if deaths:
+                        self._observer.restarted("learner", self._name)
                 if not self._holds_state and what != "train":
                     self._catch_up()
                 return work()
             except (RayActorError, _Stalled) as error:
                 self.close()
+                self._observer.lost("learner", self._name)
                 if isinstance(error, RayActorError) and error.actor_init_failed:
                     raise  # it would fail again
                 deaths = deaths + 1 if self._step <= furthest else 1
@@ -241,11 +250,14 @@ class LearnerGroup:
                 master_port=port,
                 seed=self._seed,
                 head=self.head,
+                identity=self._observer.identity("learner", self._name, rank),
             )
             for rank, options in enumerate(self._options)
         ]
         try:
             ray.get([rank.progress.remote() for rank in self.ranks], timeout=self.config.start_timeout_s)
+            for rank in range(len(self.ranks)):
+                self._observer.is_up("learner", self._name, rank)
         except GetTimeoutError as error:
             self.close()
             raise LearnerError(

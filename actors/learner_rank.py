@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import ray
 
-from actors import learner_setup
+from actors import learner_setup, metrics
+from actors.actor_log import Identity, introduce, introduce_libraries
 from actors.learner import Learner
 from actors.weight_transfer import (
     EngineRef,
@@ -17,11 +24,65 @@ from actors.weight_transfer import (
     VllmSender,
     WeightSender,
 )
+from pipeline.core.training import TrainReport
+
+logger = logging.getLogger(__name__)
 
 
 @ray.remote(concurrency_groups={"progress": 1})
 class LearnerRank(Learner):
-    """`Learner` as a Ray actor; `progress` has a thread of its own and answers while `train` runs."""
+    """`Learner` as a Ray actor; `progress` has a thread of its own and answers while `train` runs.
+
+    Args:
+        identity: under which it logs; rank 0 counts.
+        arguments, options: those of `Learner`.
+    """
+
+    def __init__(self, *arguments: Any, identity: Identity | None = None, **options: Any) -> None:
+        introduce(identity)
+        super().__init__(*arguments, **options)
+        introduce_libraries()
+
+    def train(self, *arguments: Any, **options: Any) -> TrainReport:
+        report = super().train(*arguments, **options, on_step=self._note_step)
+        logger.info(
+            f"trained {report.steps} steps in {report.seconds:.1f} s, from step {report.resumed_at} on"
+        )
+        return report
+
+    def checkpoint(self, path: str | Path) -> None:
+        with self._counted_checkpoint(path):
+            super().checkpoint(path)
+
+    def save(self, path: str | Path, model: str | Path | None = None) -> None:
+        with self._counted_checkpoint(path):
+            super().save(path, model)
+
+    @contextmanager
+    def _counted_checkpoint(self, path: str | Path) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        logger.info(f"checkpoint {path}: held up for {seconds:.1f} s")
+        if self.rank == 0:
+            metrics.CHECKPOINTS.add()
+            metrics.CHECKPOINT_SECONDS.add(seconds)
+
+    def _note_step(self, step: dict[str, float]) -> None:
+        if self.rank:
+            return
+        metrics.STEPS.add()
+        if math.isfinite(step["grad_norm"]):
+            metrics.TRAINED_TOKENS.add(step["tokens"])
+            metrics.LOSS.set(step["loss"])
+            metrics.GRADIENT_NORM.set(step["grad_norm"])
+        else:
+            metrics.SKIPPED.add()
+        done, total = self._progress["step"], self._progress["num_steps"]
+        metrics.TRAINING_DONE.set(done / total)
+        logger.info(
+            f"step {done:.0f} of {total:.0f}: loss {step['loss']:.4g}, gradient {step['grad_norm']:.4g}"
+        )
 
     @ray.method(concurrency_group="progress")
     def progress(self) -> dict[str, float]:

@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from ray.exceptions import GetTimeoutError, RayActorError
 
+from actors import metrics
 from actors.learner_group import LearnerError, LearnerGroup
+from actors.observer import Observer
 from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
 from actors.session import ClusterError
@@ -76,6 +78,7 @@ class Policy:
         turns: shared by all policies of the run.
         push_timeout_s: deadline of a push, in seconds.
         status: shows a person what is being waited for.
+        observer: of the run.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Policy:
         turns: Turns,
         push_timeout_s: float,
         status: Callable[[str], AbstractContextManager[None]] = lambda text: nullcontext(),
+        observer: Observer | None = None,
     ) -> None:
         self.spec, self.name, self.pool = spec, spec.name, pool
         self.current = start
@@ -98,6 +102,7 @@ class Policy:
         """Version of the learner's weights; None if they belong to no version: no learner, or trained and not saved."""
         self._placement, self._rank_options, self._turns = placement, rank_options, turns
         self._push_timeout_s, self._status = push_timeout_s, status
+        self._observer = observer or Observer()
         turns.policies.append(self)
 
     # ---------------------------------------------------------------- versions
@@ -139,8 +144,10 @@ class Policy:
         report = self._push_from_learner(pool)
         if report is None:
             pool.reload(self.current)
+            metrics.PUSHES.add(policy=self.name, way="from_disk")
         else:
             pool.now_serves(self.current)
+            self._count(report)
         return report
 
     def _push_from_learner(self, pool: EnginePool) -> PushReport | None:
@@ -162,10 +169,17 @@ class Policy:
             if transport != "shared_memory" or not isinstance(error, WeightTransferError):
                 self._close_learner()
             pool.lose_silent()
+            metrics.PUSHES.add(policy=self.name, way="failed")
             return None
         for number, cause in report.missed.items():
             pool.lost(receivers[number].handle, f"it missed version {report.version}: {cause}")
         return report
+
+    def _count(self, report: PushReport) -> None:
+        metrics.PUSHES.add(policy=self.name, way="sent")
+        metrics.PUSH_SECONDS.add(report.seconds, policy=self.name)
+        metrics.PUSH_BYTES.add(report.nbytes, policy=self.name)
+        metrics.PUSH_MISSED.add(len(report.missed), policy=self.name)
 
     # ---------------------------------------------------------------- verbs
 
@@ -279,6 +293,8 @@ class Policy:
                 options=self._rank_options,
                 seed=self.spec.seed,
                 head=self.spec.head,
+                name=self.name,
+                observer=self._observer,
             )
         self._learner_holds = self.current.version
         return self._learner

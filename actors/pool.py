@@ -26,6 +26,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from actors.engine import EngineOptions
 from actors.heartbeat import in_words
+from actors.observer import Observer
 from actors.placement import PolicyPlacement
 from actors.retriever import RetrieverClient
 from actors.rollout import Peer, RolloutActor
@@ -85,6 +86,7 @@ class EnginePool:
         placement: the bundle of each worker, and the GPUs that it takes of it.
         room: Ray options for an actor in a bundle, or in none.
         retriever: what programs retrieve with.
+        observer: of the run.
     """
 
     def __init__(
@@ -96,13 +98,16 @@ class EnginePool:
         placement: PolicyPlacement,
         room: Room,
         retriever: RetrieverClient,
+        observer: Observer | None = None,
     ) -> None:
         self.name, self.options, self.rollout, self.cluster = name, options, rollout, cluster
         self.serving: int | None = None
         """The version that every engine serves; None while they sleep, or after a push that failed."""
         self._seats: list[Seat] = []
         self._placement, self._room = placement, room
-        self._retriever = retriever
+        self._retriever, self._observer = retriever, observer or Observer()
+        self._missing = 0
+        """Workers that were lost and in whose place none has come yet."""
         self._model = options.model
         self._version = 0
         self._shift: Shift | None = None
@@ -132,6 +137,8 @@ class EnginePool:
             self._give_up_the_start([failure for _, failure in failures])
         for seat, failure in failures:
             self.lost(seat.worker, f"its engine did not start: {in_words(failure)}")
+        for seat in self._present():
+            self._observer.is_up("rollout", self.name, seat.index)
         self.serving = snapshot.version
 
     def _give_up_the_start(self, failures: Sequence[RayError]) -> None:
@@ -217,6 +224,8 @@ class EnginePool:
                 # Ray kills a process that does not react; its engine's processes end with it (vllm_plugin).
                 ray.kill(worker)
                 seat.worker = None
+                self._observer.lost("rollout", self.name)
+                self._missing += 1
                 if self._shift is not None:
                     self._shift.replace(seat, cause)
         if self._shift is not None:
@@ -282,6 +291,9 @@ class EnginePool:
 
     async def _bring_up(self, newcomer: Newcomer) -> None:
         await newcomer.serves(self._model, self._version, self._retriever, self.cluster.start_timeout_s)
+        if self._missing:
+            self._missing -= 1
+            self._observer.restarted("rollout", self.name)
 
     def _new_worker(self, index: int) -> Any:
         """In its bundle; beyond those, wherever there is room."""
@@ -291,7 +303,10 @@ class EnginePool:
         else:
             options = self._room(None, where.joiner_gpus)
         return RolloutActor.options(**options, max_concurrency=10_000).remote(
-            replace(self.options, model=self._model), self._retriever, concurrency=self.rollout.concurrency
+            replace(self.options, model=self._model),
+            self._retriever,
+            concurrency=self.rollout.concurrency,
+            identity=self._observer.identity("rollout", self.name, index),
         )
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ray
 import ray.exceptions
 
+from actors import metrics
+from actors.actor_log import Identity, introduce
 from pipeline.core.agents.program import Retrieve
 from pipeline.core.config import RetrieverConfig
 from retriever_service.backoff import Backoff
@@ -42,6 +46,14 @@ MAX_CONCURRENT_CALLS = 100_000
 MAX_QUERY_CHARS = Limits().max_query_chars
 
 
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Which process a replica is, and for how many seconds it has searched for one and the same batch."""
+
+    process: str
+    in_hand_s: float
+
+
 @ray.remote(max_concurrency=MAX_CONCURRENT_CALLS)
 class RetrieverActor(BatchingSearcher[SearchEngine]):
     """A replica of the retriever. It loads in the background; await `ready` before use.
@@ -51,6 +63,7 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         encoder, device, search_parameters, cached_queries: see `SearchEngine.open`.
         num_threads: the same; None on CPUs: all that the actor's node gives it.
         max_batch, max_waiting: see `BatchingSearcher`.
+        identity: under which it logs and counts.
     """
 
     def __init__(
@@ -64,11 +77,14 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         cached_queries: int = CACHED_QUERIES,
         max_batch: int = 128,
         max_waiting: int = 65_536,
+        identity: Identity | None = None,
     ) -> None:
+        introduce(identity)
+        self._process = uuid.uuid4().hex
         if num_threads is None and device == "cpu":
             num_threads = available_cores()  # Ray has told OpenMP to use one, as the actor reserves none
         load = partial(
-            SearchEngine.open,
+            _open,
             index_dir,
             encoder=encoder,
             device=device,
@@ -76,11 +92,28 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
             search_parameters=search_parameters,
             cached_queries=cached_queries,
         )
-        super().__init__(load, max_batch=max_batch, max_waiting=max_waiting)
+        super().__init__(load, max_batch=max_batch, max_waiting=max_waiting, on_batch=self._note_batch)
 
     async def info(self) -> dict[str, Any]:
         """What is being served."""
         return await self.run(lambda engine: engine.info())
+
+    async def health(self) -> Health:
+        """Answers as long as this process does, whatever its owner thread is busy with."""
+        return Health(self._process, (await self.stats()).in_hand_s)
+
+    def _note_batch(self, num_queries: int, seconds: float) -> None:
+        metrics.QUERIES.add(num_queries)
+        metrics.QUEUE.set(self.waiting)
+        metrics.BATCH_QUERIES.observe(num_queries)
+        metrics.BATCH_SECONDS.observe(seconds)
+
+
+def _open(index_dir: str | Path, **options: Any) -> SearchEngine:
+    began = time.perf_counter()
+    engine = SearchEngine.open(index_dir, **options)
+    logger.info(f"opened {index_dir} in {time.perf_counter() - began:.1f} s: {engine.fingerprint}")
+    return engine
 
 
 class Replica(Protocol):

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 
 from actors import heartbeat
 from actors.heartbeat import Silent
+from actors.observer import Observer
 from actors.retriever import ActorReplica, HttpReplica, RetrieverActor, RetrieverClient, client_of
 from actors.session import wait_for
 from pipeline.core.config import RetrieverConfig
@@ -35,6 +36,7 @@ class Retrievers:
         searched: a built index, for actors of the run's own; or servers, and there are no such actors.
         runtime_env: Ray environment of the actors.
         start_timeout_s: longest wait for an index to be opened, in seconds.
+        observer: of the run.
     """
 
     def __init__(
@@ -44,10 +46,13 @@ class Retrievers:
         *,
         runtime_env: dict[str, Any],
         start_timeout_s: float,
+        observer: Observer | None = None,
     ) -> None:
-        self.config = config
+        self.config, self._observer = config, observer or Observer()
         self._runtime_env, self._start_timeout_s = runtime_env, start_timeout_s
         self._actors: list[Any] = []
+        self._processes: dict[int, str] = {}
+        """Of each replica, as it was seen last."""
         if isinstance(searched, Path):
             self._start(searched)
         else:
@@ -60,6 +65,10 @@ class Retrievers:
         """Until every replica answers."""
         what = "retrievers to open their index (cluster.start_timeout_s)"
         wait_for([actor.ready.remote() for actor in self._actors], self._start_timeout_s, what)
+        found = wait_for([actor.health.remote() for actor in self._actors], self._start_timeout_s, what)
+        self._processes = {number: health.process for number, health in enumerate(found)}
+        for number in self._processes:
+            self._observer.is_up("retriever", number=number)
 
     def reindex(
         self,
@@ -102,17 +111,26 @@ class Retrievers:
         while True:
             await asyncio.sleep(limit / 4)
             try:
-                stats = await heartbeat.answer(actor.stats.remote(), limit, "retriever.timeout_s")
+                health = await heartbeat.answer(actor.health.remote(), limit, "retriever.timeout_s")
             except RayError:
                 continue  # it died, and Ray starts it again
             except Silent as silent:
                 cause = str(silent)
             else:
-                if stats.in_hand_s <= limit:
+                self._note_process(number, health.process)
+                if health.in_hand_s <= limit:
                     continue
-                cause = f"it has searched for one batch for {stats.in_hand_s:.0f} s (retriever.timeout_s: {limit:g})"
+                cause = f"it has searched for one batch for {health.in_hand_s:.0f} s (retriever.timeout_s: {limit:g})"
             logger.warning(f"retriever replica {number} is started again: {cause}")
             ray.kill(actor, no_restart=False)
+
+    def _note_process(self, number: int, process: str) -> None:
+        """Ray starts dead replicas again without a word: it is seen by their being another process."""
+        if self._processes.setdefault(number, process) != process:
+            self._processes[number] = process
+            logger.warning(f"retriever replica {number} is a new process: the one before was lost")
+            self._observer.lost("retriever")
+            self._observer.restarted("retriever")
 
     def close(self) -> None:
         """End the actors."""
@@ -121,10 +139,10 @@ class Retrievers:
         self._actors = []
 
     def _start(self, index: Path) -> None:
-        self._actors = [self._new_actor(index) for _ in range(self.config.replicas)]
+        self._actors = [self._new_actor(index, number) for number in range(self.config.replicas)]
         self.client = client_of([ActorReplica(actor) for actor in self._actors], self.config)
 
-    def _new_actor(self, index: Path) -> Any:
+    def _new_actor(self, index: Path, number: int) -> Any:
         config = self.config
         return RetrieverActor.options(  # type: ignore[attr-defined]
             num_cpus=0,
@@ -137,4 +155,5 @@ class Retrievers:
             device=config.torch_device,
             max_batch=config.max_batch,
             search_parameters=config.search_parameters,
+            identity=self._observer.identity("retriever", number=number),
         )

@@ -11,15 +11,20 @@ workers' `generate` and `token_logprobs`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from actors import metrics
+from actors.actor_log import Identity, introduce
 from actors.engine import EngineOptions, VllmEngine, WeightState
 from actors.retriever import RetrieverClient
 from pipeline.core.agents.program import (
@@ -34,6 +39,10 @@ from pipeline.core.agents.program import (
 from pipeline.core.models import load_tokenizer
 from pipeline.core.records import Episode, ScoreRequest
 from pipeline.core.shards import Counts
+from retriever_service.errors import RetrieverError, RetrieverUnavailable
+from retriever_service.passages.hits import Hit
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -71,6 +80,7 @@ class RolloutRequest:
             its own.
         roles: the roles that this worker's own engine plays.
         peers: the other roles.
+        phase: what is being sampled for, for metrics.
     """
 
     task: Task
@@ -79,6 +89,7 @@ class RolloutRequest:
     sampling: Sampling
     roles: tuple[str, ...]
     peers: Mapping[str, Peer] = field(default_factory=dict)
+    phase: str = ""
 
 
 class RolloutWorker:
@@ -90,9 +101,20 @@ class RolloutWorker:
         options: of the vLLM engine.
         retriever: client of the retriever replicas.
         concurrency: episodes in flight.
+        identity: under which it logs and counts.
     """
 
-    def __init__(self, options: EngineOptions, retriever: RetrieverClient, *, concurrency: int) -> None:
+    _in_flight = 0
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        retriever: RetrieverClient,
+        *,
+        concurrency: int,
+        identity: Identity | None = None,
+    ) -> None:
+        introduce(identity)
         self.options = options
         self.retriever = retriever
         self.engine = VllmEngine(options)
@@ -104,7 +126,10 @@ class RolloutWorker:
 
     async def start(self, version: int) -> None:
         """Bring the engine up with the weights in `options.model`, which are policy version `version`."""
+        began = time.perf_counter()
         await self.engine.start(version)
+        logger.info(f"the engine is up after {time.perf_counter() - began:.1f} s, with {self.options.model}")
+        self._say_version()
 
     async def ping(self) -> None:
         """Answers if this process and its engine's do."""
@@ -167,35 +192,82 @@ class RolloutWorker:
         await self.engine.update_weights(update_info, payload)
 
     async def finish_weight_update(self, version: int, digest: str) -> WeightState:
-        return await self.engine.finish_weight_update(version, digest)
+        state = await self.engine.finish_weight_update(version, digest)
+        self._say_version()
+        return state
 
     async def reload(self, model: str, version: int, timeout_s: float) -> None:
         await self.engine.reload(model, version, timeout_s)
+        self._say_version()
 
     async def sleep(self, timeout_s: float) -> None:
         await self.engine.sleep(timeout_s)
+        self._say_version()
+
+    def _say_version(self) -> None:
+        weights = self.engine.weights
+        logger.info(weights.refusal or f"serves version {weights.version}")
+        metrics.VERSION.set(-1 if weights.refusal else weights.version)
 
     async def shutdown(self) -> None:
         """End the engine process."""
         self.engine.shutdown()
 
     async def _episode(self, request: RolloutRequest, sample: int) -> Episode:
-        sampling = replace(request.sampling, seed=derive_seed(request.sampling.seed, request.task.id, sample))
         async with self._slots:
-            for _ in range(INFRASTRUCTURE_ATTEMPTS):
-                peers = {name: RemoteModel(name, peer) for name, peer in request.peers.items()}
-                own = LocalModel(self.engine)
-                roles: dict[str, Model] = {**dict.fromkeys(request.roles, own), **peers}
-                episode = await request.program(
-                    request.task, roles, self.retriever.search, sampling=sampling, sample=sample
-                )
-                if episode.failure is None:
-                    break
-                self._exit_if_dead()
-                for name, peer in peers.items():
-                    if peer.is_dead:
-                        raise PeerDied(name)
+            with self._counted():
+                episode = await self._attempts(request, sample)
+        _count(episode, request.phase)
         return episode
+
+    async def _attempts(self, request: RolloutRequest, sample: int) -> Episode:
+        sampling = replace(request.sampling, seed=derive_seed(request.sampling.seed, request.task.id, sample))
+        for _ in range(INFRASTRUCTURE_ATTEMPTS):
+            peers = {name: RemoteModel(name, peer) for name, peer in request.peers.items()}
+            own = LocalModel(self.engine)
+            roles: dict[str, Model] = {**dict.fromkeys(request.roles, own), **peers}
+            episode = await request.program(
+                request.task, roles, partial(self._search, request.phase), sampling=sampling, sample=sample
+            )
+            if episode.failure is None:
+                break
+            self._exit_if_dead()
+            for name, peer in peers.items():
+                if peer.is_dead:
+                    raise PeerDied(name)
+        return episode
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """An episode in flight."""
+        self._in_flight += 1
+        metrics.IN_FLIGHT.set(self._in_flight)
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            metrics.IN_FLIGHT.set(self._in_flight)
+
+    async def _search(self, phase: str, query: str, k: int) -> Sequence[Hit]:
+        """What programs retrieve with."""
+        began, outcome = time.perf_counter(), "cancelled"
+        try:
+            hits = await self.retriever.search(query, k)
+            outcome = "found"
+            return hits
+        except (RetrieverError, RetrieverUnavailable) as error:
+            outcome = "unavailable" if isinstance(error, RetrieverUnavailable) else "bad_answer"
+            logger.warning(f"a search failed: {error}")
+            raise
+        finally:
+            metrics.SEARCHES.add(phase=phase, outcome=outcome)
+            metrics.SEARCH_SECONDS.observe(time.perf_counter() - began)
+
+
+def _count(episode: Episode, phase: str) -> None:
+    last = episode.failure or episode.turns[-1]
+    metrics.EPISODES.add(phase=phase, reason=last.stop_reason.value)
+    metrics.GENERATED_TOKENS.add(sum(int(turn.loss_mask.sum()) for turn in episode.turns), phase=phase)
 
 
 class LocalModel:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
+from actors import metrics
 from actors.pool import EnginePool
 from actors.rollout import PeerDied, RolloutRequest
 from actors.session import ClusterError
@@ -42,12 +43,14 @@ class Phase:
         sampling: its seed is that of the run and the phase.
         max_failure_share: the phase ends with an error when a larger share of episodes fails for infrastructure
             reasons.
+        name: what it is called in metrics.
     """
 
     program: Program[Any]
     samples: int
     sampling: Sampling
     max_failure_share: float
+    name: str = ""
 
 
 class Work:
@@ -63,6 +66,10 @@ class Work:
         self._in_hand = 0
         self._news = asyncio.Event()
         self.done, self.counts = done, counts or Counts()
+
+    def states(self) -> dict[str, int]:
+        """How many tasks wait, are in flight and are done."""
+        return {"waiting": len(self._queue), "in_flight": self._in_hand, "done": self.done}
 
     async def take(self) -> Task | None:
         """The next task; None when all are done. Waits while those in hand may still send others back."""
@@ -165,9 +172,14 @@ class _Run:
             self.work.finish(counts)
             self._check_failures(at_least=MIN_FOR_FAILURE_SHARE)
             self.on_progress(self.work.done)
+            self._count_tasks()
         crew.slots -= 1
         if not crew.slots:
             self.home.let_go(crew.worker)
+
+    def _count_tasks(self) -> None:
+        for state, number in self.work.states().items():
+            metrics.TASKS.set(number, phase=self.phase.name, state=state)
 
     async def _serve(self, task: Task, worker: Any, slot: int) -> Counts | None:
         """One task, sampled and in the sink; None where a worker was lost on the way, and nothing is in the sink."""
@@ -194,6 +206,7 @@ class _Run:
             sampling=self.phase.sampling,
             roles=tuple(role for role, pool in self.pools.items() if pool is self.home),
             peers={role: self.pools[role].peer(peer) for role, peer in peers.items()},
+            phase=self.phase.name,
         )
         counts_ref, episodes_ref = worker.rollout.remote(request)
         try:

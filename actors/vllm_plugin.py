@@ -1,7 +1,8 @@
 """What runs first in every vLLM process: the entry point of the group `vllm.general_plugins`.
 
-It makes our weight receivers known, and ties the engine's processes to the process that started them: vLLM's own engine
-process would outlive a killed rollout actor and keep its memory (on a GPU: all of it) from the actor's replacement.
+It makes our weight receivers known, and has vLLM's lines also go to the log of the worker that the engine belongs to.
+And it ties the engine's processes to the process that started them: vLLM's own engine process would outlive a killed
+rollout actor and keep its memory (on a GPU: all of it) from the actor's replacement.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import signal
 
 from actors import weight_transfer
+from actors.actor_log import introduce_libraries
 
 _PR_SET_PDEATHSIG = 1
 
@@ -20,6 +22,7 @@ def load() -> None:
     """May be called more than once in a process."""
     weight_transfer.register()
     end_with_parent()
+    introduce_libraries()
 
 
 def end_with_parent() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
@@ -17,8 +18,10 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayActorError, RayError
 
-from actors import heartbeat
+from actors import heartbeat, metrics
+from actors.actor_log import Identity, introduce
 from actors.heartbeat import Silent, in_words
+from actors.observer import Observer
 from actors.sampling import Work
 from actors.session import ClusterError
 from pipeline.core.agents.program import Task
@@ -35,7 +38,14 @@ FINISH_TIMEOUT_S = 300.0
 
 
 class Weighting:
-    """The actor class."""
+    """The actor class.
+
+    Args:
+        identity: under which it logs and counts.
+    """
+
+    def __init__(self, identity: Identity | None = None) -> None:
+        introduce(identity)
 
     async def ping(self) -> None:
         """Answers between two tasks."""
@@ -55,6 +65,7 @@ class Weighting:
         self._shards, self._weigh, self._complete = shards, weigh, set(complete)
         self._tasks = {task.id: task for task in shards.tasks}
         self._waiting: dict[str, tuple[Sequence[Episode], Weighted]] = {}
+        logger.info(f"{shards.rollouts}: {len(complete)} of {len(shards)} shards are complete")
 
     async def add(self, episodes: Sequence[Episode]) -> bool:
         """One task's episodes. Either all of it is kept or, on failure, nothing.
@@ -65,7 +76,9 @@ class Weighting:
         task = self._tasks[episodes[0].task_id]
         shard = self._shards.shard_of(task)
         if shard not in self._complete:
-            self._waiting[task.id] = (episodes, self._weigh(task, episodes))
+            weighted = self._weigh(task, episodes)
+            self._waiting[task.id] = (episodes, weighted)
+            _count(episodes, weighted)
             self._write_if_complete(shard)
         return shard in self._complete
 
@@ -87,10 +100,21 @@ class Weighting:
         members = [task.id for task in self._shards.members(shard)]
         if not all(member in self._waiting for member in members):
             return
+        began = time.perf_counter()
         self._shards.write(shard, [self._waiting[member] for member in members])
+        seconds = time.perf_counter() - began
+        metrics.SHARDS.add()
+        metrics.SHARD_SECONDS.add(seconds)
+        logger.info(f"wrote shard {shard} of {len(self._shards)}, {len(members)} tasks, in {seconds:.2f} s")
         self._complete.add(shard)
         for member in members:
             del self._waiting[member]
+
+
+def _count(episodes: Sequence[Episode], weighted: Weighted) -> None:
+    metrics.WEIGHED.add(len(episodes))
+    metrics.EXCLUDED.add(sum(e.failure is not None for e in episodes), reason="infrastructure")
+    metrics.EXCLUDED.add(weighted.statistics.get("too_long_to_score", 0), reason="too_long_to_score")
 
 
 WeightingActor = ray.remote(Weighting)
@@ -104,12 +128,14 @@ class ShardSink:
 
     Args:
         cluster: how long to wait for an actor to begin a phase, and for a sign of life.
+        observer: of the run.
     """
 
-    def __init__(self, cluster: ClusterConfig) -> None:
+    def __init__(self, cluster: ClusterConfig, observer: Observer | None = None) -> None:
+        self._observer = observer or Observer()
         self._start_timeout_s = cluster.start_timeout_s
         self._heartbeat_timeout_s = cluster.heartbeat_timeout_s
-        self._actor = _new_actor()
+        self._actor = _new_actor(self._observer)
 
     def close(self) -> None:
         """End the actor."""
@@ -196,6 +222,7 @@ class ShardSink:
     async def _begin(self, actor: Any) -> None:
         call = actor.begin.remote(self._shards, self._weigh, set(self._shards.complete))
         await _within(call, self._start_timeout_s, "to begin (cluster.start_timeout_s)")
+        self._observer.is_up("weighting")
 
     async def _replace(self, dead: Any, cause: str) -> None:
         """Put a new actor in the place of a lost one; once, whoever notices first."""
@@ -204,13 +231,14 @@ class ShardSink:
                 self._deaths += 1
                 # Also where it hangs or is only out of reach: it must not write any more.
                 ray.kill(dead)
+                self._observer.lost("weighting")
                 if self._deaths > self._max_restarts:
                     raise ClusterError(
                         f"the weighting actor was lost {self._deaths} times in one phase (rollout.max_restarts: "
                         f"{self._max_restarts}); last: {cause}"
                     )
                 await self._queue_lost(cause)
-                new = _new_actor()
+                new = _new_actor(self._observer)
                 try:
                     await self._begin(new)
                 except RayActorError as error:
@@ -218,6 +246,7 @@ class ShardSink:
                     ray.kill(new)
                     continue
                 self._actor = new
+                self._observer.restarted("weighting")
 
     async def _queue_lost(self, cause: str) -> None:
         await asyncio.to_thread(self._shards.resume)
@@ -235,8 +264,8 @@ class ShardSink:
         )
 
 
-def _new_actor() -> Any:
-    return WeightingActor.options(num_cpus=0).remote()
+def _new_actor(observer: Observer) -> Any:
+    return WeightingActor.options(num_cpus=0).remote(observer.identity("weighting"))
 
 
 async def _within(call: Awaitable[T], seconds: float, what: str) -> T:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.cluster import Cluster, SampleReport
+from actors.observer import Observer
 from actors.planning import check_memory
 from actors.policy import Policy
 from actors.reservation import plan
@@ -34,7 +35,7 @@ from pipeline.core.records import Example, Question, examples_to_table, trajecto
 from pipeline.core.report import scalars, should_stop, step_report
 from pipeline.core.retention import remove_what_need_not_stay
 from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
-from pipeline.core.run import Json, RunDirectory, RunFiles, write_json, write_table
+from pipeline.core.run import ACTOR_LOGS, Json, RunDirectory, RunFiles, write_json, write_table
 from pipeline.core.shards import Shards
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import NothingToTrainOn, Weigh
@@ -77,7 +78,9 @@ def open_run(
         display.follow(files.path),
         ray_session(config.cluster),
     ):
-        logger.info(f"logs of the actors: {actor_logs()}")
+        logger.info(
+            f"logs of the actors: {files.path / ACTOR_LOGS}; what they and libraries print: {actor_logs()}"
+        )
         plan(policies, config.cluster, config.retriever)
         searched = servers or prepare_index(config.retriever, config.data, files.path / "index", display)
         files.keep_to(
@@ -128,6 +131,7 @@ class Run:
                 self.searched,
                 serving=newest,
                 status=self.display.status,
+                observer=Observer(self.files.path, self.display.restarted),
             )
         return self.cluster
 
@@ -164,17 +168,17 @@ class Run:
         """Do a step ("3/selector/train", "test/best") unless it is finished, and record its figures once."""
         if (finished := self.files.finished(step)) is not None:
             return finished
-        head, _, name = step.partition("/")
-        if head.isdecimal():
-            self.tracker.rollback(int(head), name)
+        t, name = _in_iteration(step)
+        if t is not None:
+            self.tracker.rollback(t, name)
 
         def recorded() -> Json:
             logger.info(f"{step} begins")
             result = work()
             logger.info(f"{step}: {scalars(result)}")
             # Before the step counts as finished: a kill in between has it repeated, and no figure is missing.
-            if head.isdecimal():
-                self.tracker.log(scalars(result), iteration=int(head), phase=name)
+            if t is not None:
+                self.tracker.log(scalars(result), iteration=t, phase=name)
             return result
 
         return self.files.once(step, recorded)
@@ -214,7 +218,7 @@ class Run:
 
         def work() -> Json:
             policies, title = self._at(roles), f"iteration {t}: sampling"
-            report = self._sample(shards, title, program, policies, weigh, samples, sampling)
+            report = self._sample(shards, "sample", title, program, policies, weigh, samples, sampling)
             counts = {"trajectories": report.trajectories, "generated_tokens": report.generated_tokens}
             return {**report.statistics, **counts}
 
@@ -343,6 +347,7 @@ class Run:
     def _sample(
         self,
         shards: Shards,
+        name: str,
         title: str,
         program: Program[Any],
         policies: Mapping[str, Policy],
@@ -361,6 +366,7 @@ class Run:
                 policies,
                 samples=samples,
                 sampling=sampling,
+                name=name,
                 on_progress=lambda done: advance.to(done, total),
             )
 
@@ -412,8 +418,14 @@ class Run:
         parts = self._parts(step) / versions
         shards = Shards(questions, parts, {}, self.config.rollout.questions_per_shard)
         policies = {role: self.cluster.policy(role) for role in roles}
-        self._sample(shards, title, program, policies, NothingToTrainOn(), 1, GREEDY)
+        self._sample(shards, _in_iteration(step)[1], title, program, policies, NothingToTrainOn(), 1, GREEDY)
         trajectories = [episode.turn(answers) for episode in shards.episodes()]
         write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))
         evaluation = self.config.evaluation
         return evaluate(questions, trajectories, evaluation.bootstrap_samples, self.config.seed)
+
+
+def _in_iteration(step: str) -> tuple[int | None, str]:
+    """ "3/selector/train" is "selector/train" of iteration 3, "test/best" is of none."""
+    head, _, name = step.partition("/")
+    return (int(head), name) if head.isdecimal() else (None, step)

@@ -27,6 +27,8 @@ def in_words(status: Json) -> Iterator[str]:
             yield f"{name.removesuffix('_per_s').replace('_', ' ')}: {rate:,.0f}/s"
     counts = ", ".join(f"{name} {count}" for name, count in status["failures"].items())
     yield f"trajectories lost: {counts}"
+    restarts = ", ".join(f"{kind} {count}" for kind, count in status["restarts"].items())
+    yield f"actors restarted: {restarts}"
     if (mirror := status["mirror"]) is not None:
         error = f"; the last attempt failed: {mirror['last_error']}" if mirror["last_error"] else ""
         yield (

@@ -24,7 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from pipeline.core.progress import PROGRESS_FILE, ProgressFile
+from pipeline.core.progress import PROGRESS_FILE, ActorKind, ProgressFile
 from pipeline.core.report import Column, Outcome
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,11 @@ class Display:
             return
         with self._progress_file.phase(description, total, unit, done):
             yield self._progress_file.move
+
+    def restarted(self, kind: ActorKind) -> None:
+        """An actor took the place of a lost one: for the run's progress file alone, the log has said why."""
+        if self._progress_file is not None:
+            self._progress_file.restarted(kind)
 
     def line(self, text: str) -> None:
         """Print text as it is; the terminal wraps it, so that paths and commands can be copied. Logged too."""

@@ -10,15 +10,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal, get_args
 
-from pipeline.core.run import Json, write_json
+from pipeline.core.run import Json, read_json, write_json
 from retriever_service.errors import RetrieverError
 
 logger = logging.getLogger(__name__)
 
 PROGRESS_FILE = "progress.json"
+ActorKind = Literal["rollout", "retriever", "weighting", "learner"]
+"""Of the actors of a run; ranks of a learner are replaced together."""
 PERIOD_S = 1.0
 """Least time between two writes within a phase, in seconds."""
+
+
+def restarts_of(progress: Json | None) -> dict[str, int]:
+    """How many actors of each kind took the place of a lost one, in all processes that worked on the run."""
+    return dict.fromkeys(get_args(ActorKind), 0) | ((progress or {}).get("restarts") or {})
 
 
 def now() -> str:
@@ -37,6 +45,7 @@ class ProgressFile:
             "host": socket.gethostname(),
             "started": now(),
         }
+        self._restarts = restarts_of(read_json(path))
         self._phases: list[Json] = []
         self._last_phase: Json | None = None
         self._due, self._works = 0.0, True
@@ -61,6 +70,11 @@ class ProgressFile:
         if time.monotonic() >= self._due:
             self._write()
 
+    def restarted(self, kind: ActorKind) -> None:
+        """An actor took the place of a lost one."""
+        self._restarts[kind] += 1
+        self._write()
+
     def end(self, state: str, reason: str | None) -> None:
         """The last word: finished, failed or interrupted. The phase stays that was the last one."""
         self._process.update(state=state, reason=reason)
@@ -70,7 +84,9 @@ class ProgressFile:
         phase = self._phases[-1] if self._phases else self._last_phase
         self._due = time.monotonic() + PERIOD_S
         try:
-            write_json(self._path, {**self._process, "updated": now(), "phase": phase})
+            write_json(
+                self._path, {**self._process, "updated": now(), "phase": phase, "restarts": self._restarts}
+            )
         except (OSError, RetrieverError) as error:
             # A run does not end because nobody can be told of it: what matters on a full disk fails by itself.
             if self._works:

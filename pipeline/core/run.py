@@ -65,6 +65,8 @@ FREE_TO_CHANGE = ("cluster", "storage", "tracking", "rollout.workers", "rollout.
 own `iterations` and `patience`."""
 
 
+ACTOR_LOGS = "logs"
+"""Of the actors' logs. Nothing that a run goes on from is there."""
 MIRROR_FILE = "mirror.json"
 """Of `core.mirror`: where the copy of the directory is, and how it stands."""
 _LOCK_FILE = "lock"

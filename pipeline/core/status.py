@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pipeline.core.config import EXSEARCH
 from pipeline.core.display import LOG_FILE, STARTED
 from pipeline.core.errors import UserError
 from pipeline.core.mirror.restore import fetch_small_files
-from pipeline.core.progress import PROGRESS_FILE
+from pipeline.core.progress import PROGRESS_FILE, restarts_of
 from pipeline.core.records import StopReason
 from pipeline.core.run import MIRROR_FILE, Json, RunFiles, is_worked_on, read_json
 
@@ -68,7 +68,8 @@ def run_status(path: Path, *, alive: bool | None = None) -> Json:
             f"{t}/{name}": step.get("seconds") for t in iterations for name, step in iterations[t].items()
         },
         "rates": _rates(iterations),
-        "failures": _failures(iterations),
+        "failures": _failures(run, iterations),
+        "restarts": restarts_of(process),
         "removed_models": run.removed_models(),
         "mirror": read_json(run.path / MIRROR_FILE),
         "starts": starts,
@@ -143,12 +144,28 @@ def _rates(iterations: dict[int, dict[str, Json]]) -> Json:
     return rates
 
 
-def _failures(iterations: dict[int, dict[str, Json]]) -> Json:
-    """Trajectories that were lost to infrastructure, and those that were excluded for any reason; of all samplings."""
+def _failures(run: RunFiles, iterations: dict[int, dict[str, Json]]) -> Json:
+    """Trajectories that were lost to infrastructure, and those that were excluded for any reason; of all samplings, and
+    of the complete shards of one that is not finished."""
     samplings = [step for steps in iterations.values() for step in steps.values() if "stop_reasons" in step]
+    begun = [
+        _of_task(row) for t, steps in iterations.items() if "sample" not in steps for row in _tasks(run, t)
+    ]
     lost = [reason.value for reason in StopReason if reason.is_infrastructure]
-    counts = {name: sum(int(s["stop_reasons"].get(name, 0)) for s in samplings) for name in lost}
-    return counts | {"excluded": sum(int(s.get("excluded", 0)) for s in samplings)}
+    counts = {name: sum(int(s["stop_reasons"].get(name, 0)) for s in (*samplings, *begun)) for name in lost}
+    return counts | {"excluded": sum(int(s.get("excluded", 0)) for s in (*samplings, *begun))}
+
+
+def _tasks(run: RunFiles, t: int) -> Iterator[Json]:
+    """What the side-cars of the shards of a sampling say of each task (pipeline.core.shards)."""
+    for path in sorted(run.at(f"{t}/rollouts").glob("_*.json")):
+        yield from (read_json(path) or {}).get("tasks", [])
+
+
+def _of_task(row: Json) -> Json:
+    statistics = row["statistics"]
+    excluded = row["infrastructure_failures"] + statistics.get("too_long_to_score", 0)
+    return {"stop_reasons": statistics.get("stop_reasons", {}), "excluded": excluded}
 
 
 def _log(path: Path) -> tuple[int, list[str]]:

@@ -88,7 +88,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
 
         def push(self, receivers: Any, transport: Any, version: int, **options: Any) -> Any:
             calls.append(f"push {version} to {[receiver.handle for receiver in receivers]}")
-            return SimpleNamespace(version=version, missed={})
+            return PushReport(version, "digest", nbytes=1, tensors=1, seconds=0.1)
 
         def rest(self) -> None:
             calls.append("learner rests")

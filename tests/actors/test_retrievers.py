@@ -11,6 +11,7 @@ import psutil
 import pytest
 import ray
 
+from actors.observer import Observer
 from actors.retrievers import Retrievers
 from pipeline.core.config import RetrieverConfig
 from pipeline.core.errors import UserError
@@ -74,8 +75,11 @@ def test_a_replica_that_hangs_is_started_again_while_the_other_answers(
 ) -> None:
     write_jsonl(tmp_path / "corpus.jsonl", [{"id": t, "title": "", "text": t} for t in TOWNS])
     build_index([str(tmp_path / "corpus.jsonl")], tmp_path / "index", spec(trained_encoder))
-    config = RetrieverConfig(timeout_s=4, replicas=2)
-    retrievers = Retrievers(config, tmp_path / "index", runtime_env={}, start_timeout_s=120)
+    config, restarted = RetrieverConfig(timeout_s=4, replicas=2), list[str]()
+    observer = Observer(on_restart=restarted.append)
+    retrievers = Retrievers(
+        config, tmp_path / "index", runtime_env={}, start_timeout_s=120, observer=observer
+    )
     retrievers.wait()
     frozen, other = replicas()
     frozen.suspend()
@@ -85,9 +89,12 @@ def test_a_replica_that_hangs_is_started_again_while_the_other_answers(
             while {p.pid for p in replicas()} <= {frozen.pid, other.pid}:
                 for person, town in zip(PEOPLE, TOWNS, strict=True):
                     assert (await retrievers.client.search(person, 1))[0].passage.text == town
+            while not restarted:
+                await asyncio.sleep(0.1)
             await asyncio.to_thread(retrievers.wait)
 
     asyncio.run(search_until_it_is_replaced())
+    assert restarted == ["retriever"]
     assert not frozen.is_running()
     assert len(replicas()) == 2
     assert found(retrievers) == list(TOWNS)

@@ -82,6 +82,7 @@ class Pool:
 
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
+        self.is_hired = False
         yield
 
     async def hired(self) -> Worker:
@@ -169,7 +170,7 @@ class Mortal:
 def sink_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ShardSink]:
     def made(*actors: Mortal) -> ShardSink:
         spare = iter(actors)
-        monkeypatch.setattr(module, "_new_actor", lambda: next(spare))
+        monkeypatch.setattr(module, "_new_actor", lambda observer: next(spare))
         monkeypatch.setattr(ray, "kill", lambda actor: setattr(actor, "is_dead", True))
         return ShardSink(ClusterConfig(start_timeout_s=30))
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core.run import MIRROR_FILE
+from pipeline.core.run import ACTOR_LOGS, MIRROR_FILE
 
-_LEFT_OUT = ("lock", MIRROR_FILE, "tensorboard")
-"""At the top. TensorBoard's events are made anew from the metrics at every start."""
+_LEFT_OUT = ("lock", MIRROR_FILE, "tensorboard", ACTOR_LOGS)
+"""At the top. TensorBoard's events are made anew from the metrics at every start; logs of actors are of use where they
+are."""
 _RUNNING = ("progress.json", "run.log", "metrics.jsonl")
 """They change all the time: no reason by themselves to copy at once."""
 _TOLD = (".json", ".jsonl", ".log", ".yaml", "")

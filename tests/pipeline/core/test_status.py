@@ -150,6 +150,29 @@ def test_steps_rates_failures_and_time_left_come_from_the_steps(run: RunDirector
     assert (found["iterations"], found["seconds_left"]) == ({"finished": 1, "of": 3}, 40.0)
 
 
+def test_what_the_complete_shards_of_a_sampling_have_lost_is_counted_before_it_is_finished(
+    run: RunDirectory,
+) -> None:
+    finish(run, "1/sample", 10.0, **SAMPLED)
+    done = {"infrastructure_failures": 1, "statistics": {"stop_reasons": {"engine_error": 1, "answered": 3}}}
+    other = {"infrastructure_failures": 0, "statistics": {"too_long_to_score": 2}}
+    for t, tasks in ((1, [done]), (2, [done, other])):
+        finish(run, f"{t}/rollouts/_000000", 0.0, tasks=tasks)
+    lost = {"retriever_unavailable": 2, "retriever_bad_answer": 0, "engine_error": 2}
+    assert status(run)["failures"] == {**lost, "excluded": 6}
+
+
+def test_restarts_are_those_of_all_processes(run: RunDirectory, display: Display) -> None:
+    nothing = {"rollout": 0, "retriever": 0, "weighting": 0, "learner": 0}
+    assert status(run)["restarts"] == nothing
+    for _ in range(2):
+        with display.follow(run.path):
+            display.restarted("rollout")
+            display.restarted("learner")
+    assert status(run)["restarts"] == {**nothing, "rollout": 2, "learner": 2}
+    assert "actors restarted: rollout 2, retriever 0, weighting 0, learner 2" in in_words(status(run))
+
+
 def test_warnings_are_counted_and_the_last_are_shown(run: RunDirectory) -> None:
     lines = [f"2026-03-01 12:00:0{n},000 WARNING actors.pool: worker {n} died" for n in range(7)]
     (run.path / "run.log").write_text(

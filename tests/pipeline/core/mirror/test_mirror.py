@@ -17,6 +17,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.mirror import mirror as module
 from pipeline.core.mirror.manifest import read_manifest
 from pipeline.core.mirror.mirror import Mirror
+from pipeline.core.mirror.scan import complete_files
 from pipeline.core.mirror.store import Store, StoreError
 from pipeline.core.run import RunDirectory, write_atomically, write_json
 from pipeline.core.status import run_status, status_of
@@ -375,3 +376,9 @@ def test_how_a_run_stands_can_be_seen_from_its_copy(
     local = run_status(process.files.path)
     assert (local["mirror"]["url"], local["mirror"]["behind"]) == (url, 0)
     assert any(line.startswith(f"copy: {url}, ") for line in in_words(local))
+
+
+def test_the_logs_of_actors_stay_where_they_are(tmp_path: Path) -> None:
+    for name in ("logs/weighting-0.jsonl", "logs/weighting-0.jsonl.1", "run.log"):
+        write_atomically(tmp_path / name, "a line\n")
+    assert complete_files(tmp_path, {}).keys() == {"run.log"}
