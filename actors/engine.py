@@ -10,7 +10,7 @@ Guarantees:
   never outlive the weights they were computed with.
 - Every wait is bounded; what goes wrong inside vLLM comes out as `EngineError` or `WeightTransferError`.
 
-CPU and GPU share this code. What differs is in `_engine_args` and `_set_environment`.
+CPU and GPU share this code. What differs is in `actors.engine_options`.
 """
 
 from __future__ import annotations
@@ -18,68 +18,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
-from actors import engine_memory
+from actors.engine_options import EngineOptions, create_llm, set_environment
 from actors.weight_bucket import Segment
-from actors.weight_transfer import Transport, WeightTransferError, backend_name
+from actors.weight_transfer import WeightTransferError
 from pipeline.core.agents.program import Completion, EngineError, Sampling
 
 if TYPE_CHECKING:
-    from vllm import AsyncEngineArgs, RequestOutput, SamplingParams
+    from vllm import RequestOutput, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 logger = logging.getLogger(__name__)
 
-_GIB = 2**30
 _SHUTDOWN_S = 1.0
-GPU_BATCHED_TOKENS = 8_192
-CPU_BATCHED_TOKENS = 4_096
-"""Tokens that an engine computes in one step, prompts and continuations together; see `batched_tokens`."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """How an engine is built."""
-
-    model: str
-    """Model directory or hub name; also holds the tokenizer."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format. `auto`: bfloat16 on GPUs, float32 on CPUs (reproducible)."""
-    tensor_parallel_size: int = 1
-    """Workers (GPUs) that share one copy of the model."""
-    max_model_len: int = 4096
-    """Longest context in tokens, prompt and completion together."""
-    max_num_seqs: int = 256
-    """Sequences generated at once; more wait in the engine's queue."""
-    gpu_memory_utilization: float = 0.9
-    """Share of each GPU's memory that the engine takes. Not used on CPUs."""
-    kv_cache_gib: float = 1.0
-    """Memory for cached keys and values on CPUs, in GiB. Not used on GPUs."""
-    seed: int = 0
-    """Seed of requests that bring none; ours always do."""
-    enforce_eager: bool = False
-    """Skip compilation and CUDA graphs: quick start, slower generation."""
-    num_threads: int | None = None
-    """Threads on CPUs, not bound to cores, so that other processes may share them. Null: vLLM binds one thread to each
-    core it may use."""
-    weight_transport: Transport = "shared_memory"
-    """How pushed weights arrive (actors.weight_transfer)."""
-    start_timeout_s: float = 900.0
-    """Longest start, in seconds: loading, compiling, measuring memory."""
-    record_proposal: bool = False
-    """Completions carry log-probabilities of the distribution that was sampled from, after temperature and truncation,
-    instead of the model's own."""
-    sleeps: bool = False
-    """The engine can `sleep`: it then holds its GPU memory in a form that it can give back. Not on CPUs."""
-    request_timeout_s: float = 600.0
-    """Longest that one request may take, waiting in the engine's queue included, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +77,10 @@ class VllmEngine:
         Raises:
             EngineError: vLLM could not start (the cause is in its log and in `__cause__`) or took too long.
         """
-        _set_environment(self.options)
+        set_environment(self.options)
         # The engine process and its workers check VLLM_ENGINE_READY_TIMEOUT_S themselves: the thread below ends.
         try:
-            llm = await asyncio.to_thread(_create_llm, self.options)
+            llm = await asyncio.to_thread(create_llm, self.options)
             async with asyncio.timeout(self.options.start_timeout_s):
                 await llm.update_weight_version(str(version))
         except (RuntimeError, ValueError, OSError) as error:
@@ -438,73 +393,4 @@ def _scoring_params(*, skip_cache: bool) -> SamplingParams:
         skip_reading_prefix_cache=skip_cache,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _create_llm(options: EngineOptions) -> AsyncLLM:
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    llm = AsyncLLM.from_engine_args(_engine_args(options))
-    engine_memory.remove_names()
-    return llm
-
-
-def _set_environment(options: EngineOptions) -> None:
-    """What vLLM reads from the environment only; its processes inherit it."""
-    os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(options.start_timeout_s))
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if torch.version.cuda is not None:
-        # A fork of a process that has so much as counted its GPUs cannot use them.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    if options.num_threads is not None:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        os.environ["OMP_NUM_THREADS"] = str(options.num_threads)
-    if options.weight_transport == "ipc":
-        # CUDA memory handles can only be pickled; they come from our own learner.
-        os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-
-
-def batched_tokens(max_model_len: int, max_num_seqs: int, *, on_cpu: bool) -> int:
-    """Most tokens of one step. On CPUs the longest prompt must fit; on GPUs a prompt may take several steps."""
-    if on_cpu:
-        return max(max_model_len, max_num_seqs, CPU_BATCHED_TOKENS)
-    # Most of an agent's tokens are prompt; vLLM's default here is 2,048.
-    return max(GPU_BATCHED_TOKENS, max_num_seqs)
-
-
-def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
-    from vllm import AsyncEngineArgs
-    from vllm.platforms import current_platform
-
-    on_cpu = current_platform.is_cpu()
-    device: dict[str, Any] = {
-        "gpu_memory_utilization": options.gpu_memory_utilization,
-        "enable_sleep_mode": options.sleeps,
-        "max_num_batched_tokens": batched_tokens(options.max_model_len, options.max_num_seqs, on_cpu=False),
-    }
-    if on_cpu:
-        device = {
-            "kv_cache_memory_bytes": int(options.kv_cache_gib * _GIB),
-            # vLLM's CPU generator cannot continue a seeded request whose prompt was prefilled in several chunks.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": batched_tokens(
-                options.max_model_len, options.max_num_seqs, on_cpu=True
-            ),
-        }
-    return AsyncEngineArgs(
-        model=options.model,
-        dtype=("float32" if on_cpu else "bfloat16") if options.dtype == "auto" else options.dtype,
-        tensor_parallel_size=options.tensor_parallel_size,
-        # Inside a placement group vLLM would take Ray, which refuses a bundle of several GPUs. All are in reach here.
-        distributed_executor_backend="mp" if options.tensor_parallel_size > 1 else None,
-        max_model_len=options.max_model_len,
-        max_num_seqs=options.max_num_seqs,
-        seed=options.seed,
-        enforce_eager=options.enforce_eager,
-        enable_prefix_caching=True,
-        logprobs_mode="processed_logprobs" if options.record_proposal else "raw_logprobs",
-        disable_log_stats=True,
-        weight_transfer_config={"backend": backend_name(options.weight_transport)},
-        worker_extension_cls="actors.weight_receiver.WeightReceipts",
-        **device,
     )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import ray
 
-from actors.engine import batched_tokens
+from actors.engine_options import batched_tokens
 from actors.placement import Placement, PolicyPlacement, plan_placement
 from actors.preflight import cluster_address
 from actors.session import has_gpu_packages

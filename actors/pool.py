@@ -24,7 +24,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
-from actors.engine import EngineOptions
+from actors.engine_options import EngineOptions
 from actors.heartbeat import in_words
 from actors.observer import Observer
 from actors.placement import PolicyPlacement

@@ -25,7 +25,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from actors import metrics
 from actors.actor_log import Identity, introduce
-from actors.engine import EngineOptions, VllmEngine, WeightState
+from actors.engine import VllmEngine, WeightState
+from actors.engine_options import EngineOptions
 from actors.retriever import RetrieverClient
 from pipeline.core.agents.program import (
     Completion,

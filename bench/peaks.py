@@ -102,7 +102,8 @@ def rank(model: str, settings: dict[str, Any]) -> None:
 
 def engine(model: str, settings: dict[str, Any]) -> None:
     """One engine that serves as many requests as it takes at once, until its cache of keys and values is full."""
-    from actors.engine import EngineOptions, VllmEngine
+    from actors.engine import VllmEngine
+    from actors.engine_options import EngineOptions
     from pipeline.core.agents.program import Sampling
 
     prompt, answer, requests = settings.pop("prompt"), settings.pop("answer"), settings.pop("requests")

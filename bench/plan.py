@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.engine import batched_tokens
+from actors.engine_options import batched_tokens
 from bench.measure import print_table
 from bench.peaks import measure
 from pipeline.core.plan.engine import EngineLoad, engine_needs

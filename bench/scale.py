@@ -27,7 +27,7 @@ import psutil
 import ray
 from rich.console import Console
 
-from actors.engine import EngineOptions
+from actors.engine_options import EngineOptions
 from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
 from actors.sampling import Phase, Work, run_phase

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from actors.engine import EngineOptions, VllmEngine
+from actors.engine import VllmEngine
+from actors.engine_options import EngineOptions
 from actors.weight_bucket import Segment
 
 T = TypeVar("T")

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.engine import EngineOptions, VllmEngine
+from actors.engine import VllmEngine
+from actors.engine_options import EngineOptions
 from tests.actors.support import EngineFixture, HfModel, build_model
 
 

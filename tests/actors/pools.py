@@ -13,7 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from actors import pool as pool_module
 from actors import shift as shift_module
-from actors.engine import EngineOptions
+from actors.engine_options import EngineOptions
 from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
 from pipeline.core.agents.program import EngineError

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import ray
 
-from actors.engine import EngineOptions
+from actors.engine_options import EngineOptions
 from actors.placement import PolicyPlacement
 from actors.policy import Policy, Turns
 from actors.pool import EnginePool

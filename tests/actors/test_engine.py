@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from actors.engine import EngineOptions, VllmEngine
+from actors.engine import VllmEngine
+from actors.engine_options import EngineOptions
 from pipeline.core.agents.program import Completion, EngineError, Sampling
 from tests.actors.support import EngineFixture, HfModel
 

@@ -15,7 +15,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from actors import policy as module
-from actors.engine import EngineOptions
+from actors.engine_options import EngineOptions
 from actors.learner_group import LearnerError
 from actors.placement import PolicyPlacement
 from actors.policy import Policy, Turns

@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from actors import pool as module
-from actors.engine import EngineOptions
+from actors.engine_options import EngineOptions
 from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
 from actors.rollout import RolloutRequest

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.engine import EngineOptions, VllmEngine
+from actors.engine import VllmEngine
+from actors.engine_options import EngineOptions
 from actors.weight_bucket import Bucket, Digest, Segment, write_bucket
 from actors.weight_transfer import (
     SharedMemorySender,

@@ -14,7 +14,7 @@ import pytest
 from ray.exceptions import RayActorError, RayTaskError
 
 from actors import rollout
-from actors.engine import EngineOptions
+from actors.engine_options import EngineOptions
 from actors.rollout import Peer, PeerDied, RemoteModel, RolloutRequest, RolloutWorker
 from pipeline.core.agents.program import GREEDY, Completion, EngineError, Model, Retrieve, Sampling
 from pipeline.core.agents.transcript import Transcript

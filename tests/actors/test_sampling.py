@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors import shift as module
-from actors.engine import EngineOptions
+from actors.engine_options import EngineOptions
 from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
 from actors.rollout import Peer, PeerDied, RolloutRequest
