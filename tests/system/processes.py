@@ -15,8 +15,11 @@ import psutil
 
 DEADLINE_S = 420
 CLI = ("-m", "pipeline.cli")
-OF_ITS_OWN = {**os.environ, "RAY_ADDRESS": "local"}
-"""The environment of a command that starts a cluster for itself, also where another one runs on this machine."""
+
+
+def of_its_own() -> dict[str, str]:
+    """The environment of a command that starts a cluster for itself, also where another one runs on this machine."""
+    return {**os.environ, "RAY_ADDRESS": "local"}
 
 
 def command(name: str, run: Path, settings: list[str], program: Sequence[str]) -> list[str]:
@@ -27,7 +30,7 @@ def finish(run: Path, settings: list[str], program: Sequence[str] = CLI, name: s
     """Run the command to its end."""
     result = subprocess.run(
         command(name, run, settings, program),
-        env=OF_ITS_OWN,
+        env=of_its_own(),
         capture_output=True,
         text=True,
         timeout=DEADLINE_S,
@@ -42,7 +45,7 @@ def kill_when(
     """Start the command and SIGKILL the driver, without warning, as soon as `reached` says so."""
     process = subprocess.Popen(
         command("train", run, settings, program),
-        env=OF_ITS_OWN,
+        env=of_its_own(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -60,7 +63,7 @@ def stop_when(
     """
     with subprocess.Popen(
         command("train", run, settings, CLI),
-        env=OF_ITS_OWN,
+        env=of_its_own(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -21,7 +21,7 @@ import pytest
 
 from pipeline.core.run import read_json
 from tests.system.machines import kill, tree
-from tests.system.processes import OF_ITS_OWN
+from tests.system.processes import of_its_own
 
 pytestmark = [pytest.mark.system, pytest.mark.chaos, pytest.mark.timeout(6 * 3600)]
 
@@ -52,7 +52,7 @@ class Standing:
 def start(run: Path) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", "demo", "--run", str(run), *SETTINGS],
-        env=OF_ITS_OWN,
+        env=of_its_own(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

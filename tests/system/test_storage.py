@@ -17,8 +17,6 @@ from tests.system.processes import finish, kill_when
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
 
-pytest_plugins = ["tests.pipeline.core.mirror.conftest"]
-
 
 def test_a_run_whose_machine_is_lost_in_the_m_step_goes_on_from_its_copy(
     world: Path, index: Path, tmp_path: Path, s3: str
