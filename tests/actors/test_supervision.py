@@ -49,10 +49,10 @@ def test_a_frozen_engine_is_replaced_although_the_first_replacement_cannot_start
     supervised.mend()
     engine = engine_of(supervised.workers()[0])
     processes = [engine, *engine.children(recursive=True)]
+    supervised.starts_without_model = 1
     assert supervised.sample(lambda: engine.send_signal(signal.SIGSTOP)) == undisturbed
     assert_end(processes)
 
-    supervised.starts_without_model = 1
     supervised.mend()
     assert "a new engine did not start: " in caplog.text
     assert supervised.sample() == undisturbed
