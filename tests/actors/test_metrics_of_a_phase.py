@@ -76,7 +76,13 @@ def test_a_phase_is_seen_in_what_ray_exports_and_in_the_logs(
     weigh = SearchWeights(WeightingConfig(), AGENT, MODEL)
     roles = {SEARCHER: policy}
     sampled = cluster.sample(
-        SearchProgram(AGENT), shards, weigh, roles, samples=2, sampling=Sampling(1.0, seed=1), name="sample"
+        SearchProgram(AGENT, score_answers=True),
+        shards,
+        weigh,
+        roles,
+        samples=2,
+        sampling=Sampling(1.0, seed=1),
+        name="sample",
     )
     trained = policy.train(
         sorted((run / "examples").glob("*.parquet")), WeightedNll(), state=run / "l", seed=0
