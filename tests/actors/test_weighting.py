@@ -107,6 +107,7 @@ def test_what_is_written_can_be_read_again(tmp_path: Path) -> None:
     examples = examples_from_table(pq.read_table(tmp_path / "second"))
     assert [example.number("weight") for example in examples] == [0.0, 1.0]
     side_car = json.loads((tmp_path / "rollouts" / "_000000.json").read_text())
+    assert side_car.pop("files").keys() == {"rollouts", "first/examples", "second/examples"}
     assert side_car["tasks"][0].pop("digest")
     counts = {"episodes": 2, "generated_tokens": 0, "infrastructure_failures": 0, "last_failure": ""}
     assert side_car == {"tasks": [{"id": "q0", **counts, "statistics": {"id": "q0", "n": 2}}]}

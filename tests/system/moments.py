@@ -143,10 +143,10 @@ def install() -> None:
 
     @wrapt.when_imported("actors.learner_state")
     def of_checkpoints(module: Any) -> None:
-        save = module._save
+        write = module.write
 
-        def noted_save(*arguments: Any, **keywords: Any) -> Any:
+        def noted_write(*arguments: Any, **keywords: Any) -> Any:
             moments.hold(CHECKPOINT)
-            return save(*arguments, **keywords)
+            return write(*arguments, **keywords)
 
-        module._save = noted_save
+        module.write = noted_write
