@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.exceptions
 
+from actors.deaths import DEATHS, in_words
 from retriever_service.encoding.encode_job import (
     SHARD_ROWS,
     EncoderIdentity,
@@ -134,8 +134,8 @@ def _encode_all(
         actor, number = busy.pop(ready[0])
         try:
             ray.get(ready[0])
-        except ray.exceptions.RayActorError as error:
-            logger.warning(f"an encoding actor died; shard {number} goes to another one: {error}")
+        except DEATHS as error:
+            logger.warning(f"an encoding actor died; shard {number} goes to another one: {in_words(error)}")
             failure = error
             waiting.appendleft(number)
         else:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ray.exceptions import RayError, RayTaskError
-
 
 class Silent(Exception):
     """An actor did not answer in time; in words."""
@@ -33,8 +31,3 @@ async def answer(call: Any, limit_s: float, key: str) -> Any:
     if not answered:
         raise Silent(f"it did not answer for {limit_s:g} s ({key})")
     return ping.result()
-
-
-def in_words(error: RayError | Silent) -> str:
-    """Without the traceback that Ray puts in front of what an actor raised."""
-    return str(error.cause if isinstance(error, RayTaskError) else error)

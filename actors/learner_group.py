@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors import learner_files, learner_setup
+from actors.deaths import DEATHS, in_words
 from actors.learner_rank import LearnerRank
 from actors.observer import Observer
 from actors.weight_transfer import EngineRef, PushReport, Transport
@@ -93,7 +94,7 @@ class LearnerGroup:
         self.ranks: list[Any] = []
         self._holds_state = False  # the ranks have gone to where the group was
         self._step = -1.0  # that the ranks were seen to have done of their phase
-        self._start()
+        self._whatever_dies("start", lambda: None)
 
     def train(
         self,
@@ -169,10 +170,10 @@ class LearnerGroup:
                     self._start()
                     if deaths:
                         self._observer.restarted("learner", self._name)
-                if not self._holds_state and what != "train":
+                if not self._holds_state and what not in ("start", "train"):
                     self._catch_up()
                 return work()
-            except (RayActorError, _Stalled) as error:
+            except (*DEATHS, _Stalled) as error:
                 self.close()
                 self._observer.lost("learner", self._name)
                 if isinstance(error, RayActorError) and error.actor_init_failed:
@@ -181,10 +182,10 @@ class LearnerGroup:
                 furthest = max(furthest, self._step)
                 if deaths > MAX_RESTARTS:
                     raise LearnerError(
-                        f"learner ranks died {deaths} times in {what} without getting further; last: {error}"
+                        f"learner ranks died {deaths} times in {what} without getting further; last: {in_words(error)}"
                     ) from error
                 logger.warning(
-                    f"a learner rank died in {what}; all start again from the last checkpoint: {error}"
+                    f"a learner rank died in {what}; all start again from the last checkpoint: {in_words(error)}"
                 )
 
     def _catch_up(self) -> None:
@@ -236,25 +237,23 @@ class LearnerGroup:
 
     def _start(self) -> None:
         self._holds_state = False
-        address, port = ray.get(
-            ray.remote(learner_setup.free_address).options(**self._options[0]).remote(),
-            timeout=self.config.start_timeout_s,
-        )
-        self.ranks = [
-            LearnerRank.options(**options).remote(  # type: ignore[attr-defined]
-                self.config,
-                self._model,
-                rank=rank,
-                world_size=len(self._options),
-                master_addr=address,
-                master_port=port,
-                seed=self._seed,
-                head=self.head,
-                identity=self._observer.identity("learner", self._name, rank),
-            )
-            for rank, options in enumerate(self._options)
-        ]
+        find_address = ray.remote(learner_setup.free_address).options(**self._options[0])
         try:
+            address, port = ray.get(find_address.remote(), timeout=self.config.start_timeout_s)
+            self.ranks = [
+                LearnerRank.options(**options).remote(  # type: ignore[attr-defined]
+                    self.config,
+                    self._model,
+                    rank=rank,
+                    world_size=len(self._options),
+                    master_addr=address,
+                    master_port=port,
+                    seed=self._seed,
+                    head=self.head,
+                    identity=self._observer.identity("learner", self._name, rank),
+                )
+                for rank, options in enumerate(self._options)
+            ]
             ray.get([rank.progress.remote() for rank in self.ranks], timeout=self.config.start_timeout_s)
             for rank in range(len(self.ranks)):
                 self._observer.is_up("learner", self._name, rank)
@@ -322,7 +321,7 @@ class LearnerGroup:
     def _ask_for_signs_of_life(self) -> None:
         """
         Raises:
-            RayActorError: a rank is dead.
+            *DEATHS: a rank is dead.
             _Stalled: one does not answer.
         """
         pings = {rank.progress.remote(): number for number, rank in enumerate(self.ranks)}

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError
 
 from actors import metrics
+from actors.deaths import DEATHS, in_words
 from actors.learner_group import LearnerError, LearnerGroup
 from actors.observer import Observer
 from actors.placement import PolicyPlacement
@@ -159,10 +160,10 @@ class Policy:
             report = self._learner.push(
                 receivers, transport, self.current.version, deadline_s=self._push_timeout_s
             )
-        except (WeightTransferError, LearnerError, RayActorError, GetTimeoutError) as error:
+        except (WeightTransferError, LearnerError, *DEATHS, GetTimeoutError) as error:
             logger.warning(
                 f"the push of version {self.current.version} of {self.name} failed; the engines load it from "
-                f"{self.current.model}: {error}"
+                f"{self.current.model}: {in_words(error)}"
             )
             # A learner that did not end the push by itself is dead or stuck, and nothing can be said of one whose
             # broadcast broke. It starts again from its checkpoint when it is needed.
@@ -324,8 +325,8 @@ async def _scores(pool: EnginePool, batches: Sequence[Sequence[ScoreRequest]]) -
             try:
                 answer: list[list[float]] = await worker.token_logprobs.remote(batch)
                 return answer
-            except RayActorError as error:
-                pool.lost(worker, str(error))
+            except DEATHS as error:
+                pool.lost(worker, in_words(error))
 
     async with pool.at_work():
         return await asyncio.gather(*(score(number, batch) for number, batch in enumerate(batches)))

@@ -24,8 +24,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from actors.deaths import in_words
 from actors.engine_options import EngineOptions
-from actors.heartbeat import in_words
 from actors.observer import Observer
 from actors.placement import PolicyPlacement
 from actors.retriever import RetrieverClient

@@ -21,10 +21,11 @@ from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
 from actors import metrics
 from actors.actor_log import Identity, introduce
+from actors.deaths import DEATHS
 from actors.engine import VllmEngine, WeightState
 from actors.engine_options import EngineOptions
 from actors.retriever import RetrieverClient
@@ -308,7 +309,7 @@ class RemoteModel:
     async def _answer(self, reference: Any) -> Any:
         try:
             return await reference
-        except RayActorError as error:
+        except DEATHS as error:
             self.is_dead = True
             raise EngineError(f"the worker of the role {self._role} died: {error}") from error
         except RayTaskError as error:

@@ -16,9 +16,10 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
 from actors import metrics
+from actors.deaths import DEATHS, in_words
 from actors.pool import EnginePool
 from actors.rollout import PeerDied, RolloutRequest
 from actors.session import ClusterError
@@ -186,8 +187,8 @@ class _Run:
         peers = {role: await pool.worker_for(slot) for role, pool in self._others().items()}
         try:
             return await self._sample(task, worker, peers)
-        except (RayActorError, ObjectLostError) as error:
-            self.home.lost(worker, str(error))
+        except (*DEATHS, ObjectLostError) as error:
+            self.home.lost(worker, in_words(error))
         except PeerDied as died:
             self.pools[died.role].lost(peers[died.role], str(died))
         return None
@@ -196,7 +197,7 @@ class _Run:
         """One task on these workers.
 
         Raises:
-            RayActorError, ObjectLostError: the worker died, before or under the sink.
+            *DEATHS, ObjectLostError: the worker died, before or under the sink.
             PeerDied: that of another role did.
         """
         request = RolloutRequest(

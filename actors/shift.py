@@ -13,7 +13,8 @@ import ray
 from ray.exceptions import RayError
 
 from actors import heartbeat
-from actors.heartbeat import Silent, in_words
+from actors.deaths import in_words
+from actors.heartbeat import Silent
 from actors.seats import Newcomer, Seat, alive_nodes, draining_nodes
 from actors.session import ClusterError
 from pipeline.core.config import ClusterConfig, RolloutConfig

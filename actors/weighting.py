@@ -16,11 +16,12 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayError
 
 from actors import heartbeat, metrics
 from actors.actor_log import Identity, introduce
-from actors.heartbeat import Silent, in_words
+from actors.deaths import DEATHS, in_words
+from actors.heartbeat import Silent
 from actors.observer import Observer
 from actors.sampling import Work
 from actors.session import ClusterError
@@ -162,8 +163,8 @@ class ShardSink:
         actor = self._actor
         try:
             await self._begin(actor)
-        except RayActorError as error:
-            await self._replace(actor, str(error))
+        except DEATHS as error:
+            await self._replace(actor, in_words(error))
         try:
             async with asyncio.TaskGroup() as tasks:
                 watch = tasks.create_task(self._watch())
@@ -183,8 +184,8 @@ class ShardSink:
             actor, deaths = self._actor, self._deaths
             try:
                 is_complete = await actor.add.remote(episodes)
-            except RayActorError as error:
-                await self._replace(actor, str(error))
+            except DEATHS as error:
+                await self._replace(actor, in_words(error))
                 continue
             if deaths == self._deaths:
                 break
@@ -205,8 +206,8 @@ class ShardSink:
             actor = self._actor
             try:
                 return await _within(actor.finish.remote(), FINISH_TIMEOUT_S, "to sum up the phase")
-            except RayActorError as error:
-                await self._replace(actor, str(error))
+            except DEATHS as error:
+                await self._replace(actor, in_words(error))
 
     async def _watch(self) -> None:
         """Replace an actor that does not answer within `cluster.heartbeat_timeout_s`."""
@@ -241,8 +242,8 @@ class ShardSink:
                 new = _new_actor(self._observer)
                 try:
                     await self._begin(new)
-                except RayActorError as error:
-                    cause = str(error)
+                except DEATHS as error:
+                    cause = in_words(error)
                     ray.kill(new)
                     continue
                 self._actor = new

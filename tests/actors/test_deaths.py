@@ -1,0 +1,61 @@
+"""An actor that Ray's memory monitor has ended is as dead as any other, and people are told why in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import psutil
+import pytest
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError
+
+from actors.deaths import DEATHS, in_words
+
+ROOM = 1 << 30
+STEP = 64 << 20
+
+
+@pytest.fixture
+def full_node() -> Iterator[None]:
+    """A Ray whose memory monitor leaves room for little more than is in use now."""
+    memory = psutil.virtual_memory()
+    threshold = 1 - (memory.available - ROOM) / memory.total
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        logging_level="error",
+        log_to_driver=False,
+        _system_config={"memory_usage_threshold": threshold, "memory_monitor_refresh_ms": 100},
+    )
+    yield
+    ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+class Greedy:
+    def take(self) -> None:
+        held = []
+        while True:
+            held.append(b"x" * STEP)
+
+    def ping(self) -> None:
+        pass
+
+
+@pytest.mark.component
+def test_the_memory_monitor_is_named_and_what_shows_who_needs_how_much(full_node: None) -> None:
+    actor = Greedy.remote()
+    with pytest.raises(DEATHS) as death:
+        ray.get(actor.take.remote(), timeout=120)
+    with pytest.raises(DEATHS):
+        ray.get(actor.ping.remote(), timeout=30)
+    words = in_words(death.value)
+    assert "Ray's memory monitor ended it" in words and "GB of " in words and "`exsearch plan`" in words
+    assert "\n" not in words
+
+
+def test_other_deaths_are_said_as_ray_does() -> None:
+    assert isinstance(OutOfMemoryError("pages"), DEATHS) and isinstance(RayActorError(), DEATHS)
+    assert in_words(OutOfMemoryError("pages")).startswith("Ray's memory monitor ended it")
+    assert in_words(RayActorError(error_msg="it is gone")) == "it is gone"
