@@ -21,9 +21,9 @@ pytestmark = pytest.mark.system
 @pytest.mark.parametrize(
     ("architecture", "layout", "retriever"),
     [
-        ("Qwen2", "plain", "actors"),
+        pytest.param("Qwen2", "plain", "actors", marks=pytest.mark.chaos),
         ("Qwen3", "chat", "server"),
-        ("Llama", "plain", "actors"),
+        pytest.param("Llama", "plain", "actors", marks=pytest.mark.chaos),
         ("Mistral", "chat", "actors"),
     ],
 )

@@ -53,6 +53,7 @@ def test_a_run_killed_in_the_e_step_keeps_its_shards_and_ends_like_an_undisturbe
         np.testing.assert_allclose(weights(killed)[name], tensor, atol=1e-5)
 
 
+@pytest.mark.chaos
 def test_a_run_killed_within_the_m_step_goes_on_behind_its_last_checkpoint(
     world: Path, index: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from pipeline.core.mirror.store import Store
 from tests.system.conftest import overrides, random_model
 from tests.system.processes import finish, kill_when
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.system, pytest.mark.chaos, pytest.mark.timeout(1800)]
 
 
 def test_a_run_whose_machine_is_lost_in_the_m_step_goes_on_from_its_copy(
