@@ -1,4 +1,4 @@
-"""Fixtures without files, networks or engines: tiny tokenizers that are built in milliseconds.
+"""Tiny tokenizers that are built in milliseconds, an S3 server, and a look at what tests leave behind.
 
 `tokenizer` knows nothing of the agent's tags; `tag_tokenizer` holds each tag as one (not special) token;
 `chat_tokenizer` has special tokens and a chat template, `chat_templates` has more templates for it.
@@ -6,10 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -138,3 +143,46 @@ def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     return f"s3://bucket/runs/{uuid.uuid4().hex}"
+
+
+OURS = ("raylet", "gcs_server", "ray::", "VLLM", "pipeline.cli", "with_moments")
+"""In the command lines of processes that must not outlive the tests."""
+GRACE_S = 60.0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """Whatever the tests have started, by whatever parent, ends with them, and so do its segments of shared memory."""
+    mark, before = uuid.uuid4().hex, segments()
+    os.environ["EXSEARCH_TESTS"] = mark
+    yield
+    deadline = time.monotonic() + GRACE_S
+    while (left := started_with(mark)) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert left == []
+    assert segments() - before - mapped() == set()
+
+
+def started_with(mark: str) -> list[str]:
+    """Command lines of processes that have inherited it."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = " ".join(process.cmdline())
+            if any(ours in words for ours in OURS) and process.environ().get("EXSEARCH_TESTS") == mark:
+                found.append(words)
+    return found
+
+
+def segments() -> set[str]:
+    """Shared memory with the names that Python gives it."""
+    return {str(path) for path in Path("/dev/shm").glob("psm_*")}
+
+
+def mapped() -> set[str]:
+    """Those that a process, of other tests perhaps, uses."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            found |= {mapping.path for mapping in process.memory_maps()}
+    return found
