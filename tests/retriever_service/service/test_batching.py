@@ -77,6 +77,18 @@ def test_callers_that_arrive_during_a_batch_share_the_next(engine: FakeEngine) -
     assert len(engine.threads) == 1
 
 
+def test_a_batch_that_hangs_is_seen_in_the_counters(engine: FakeEngine) -> None:
+    async def scenario() -> tuple[float, float, float]:
+        batcher = batching(engine)
+        idle = await batcher.stats()
+        (during,) = await while_busy(batcher, engine, lambda: [batcher.stats()])
+        return idle.in_hand_s, during.in_hand_s, (await batcher.stats()).in_hand_s
+
+    idle, during, afterwards = asyncio.run(scenario())
+    assert (idle, afterwards) == (0.0, 0.0)
+    assert during > 0.0
+
+
 def test_callers_that_arrive_together_share_the_first_batch(engine: FakeEngine) -> None:
     async def scenario() -> None:
         batcher = batching(engine)
