@@ -5,7 +5,6 @@ Recipes and commands use nothing else, and nobody else builds engines.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from pipeline.core.records import Episode
 from pipeline.core.retrieval import Searched
 from pipeline.core.shards import Counts, Shards
 from pipeline.core.weighing import Weigh
+from retriever_service import interrupts
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.passages.hits import Hit
 
@@ -149,7 +149,7 @@ class Cluster:
                 await run_phase(phase, work, pools, sink, on_progress)
                 return await sink.finish()
 
-        statistics = asyncio.run(whole_phase())
+        statistics = interrupts.run(whole_phase())
         return SampleReport(work.counts.episodes, work.counts.generated_tokens, statistics)
 
     def greedy(
@@ -172,7 +172,7 @@ class Cluster:
             async with self._retrievers.at_work():
                 await run_phase(phase, Work(tasks), pools, keep, on_progress)
 
-        asyncio.run(whole_phase())
+        interrupts.run(whole_phase())
         return [found[task.id] for task in tasks]
 
     @staticmethod

@@ -6,6 +6,7 @@ was from the newest checkpoint, and does again what it was doing. Whoever calls 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import Head
 from pipeline.core.training import TrainReport
+from retriever_service.backoff import Backoff
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ T = TypeVar("T")
 
 MAX_RESTARTS = 2
 """Times in a row that a dead group is started again without an optimiser step further in between."""
+RESTART_PAUSE_S = 2.0
+"""Mean pause before a second start where the first one failed, in seconds; it doubles."""
 COLLECTIVE_TIMEOUT_S = 3600.0
 """Longest wait for all ranks to save or load, in seconds."""
 POLL_S = 0.5
@@ -93,6 +97,7 @@ class LearnerGroup:
         self._phase: _Phase | None = None  # trained, or being trained, and not saved
         self.ranks: list[Any] = []
         self._holds_state = False  # the ranks have gone to where the group was
+        self._backoff = Backoff(RESTART_PAUSE_S)
         self._step = -1.0  # that the ranks were seen to have done of their phase
         self._whatever_dies("start", lambda: None)
 
@@ -236,6 +241,21 @@ class LearnerGroup:
             )
 
     def _start(self) -> None:
+        """Bring new ranks up; again where they go with a node of whose end Ray did not know yet."""
+        until = time.monotonic() + self.config.start_timeout_s
+        for attempt in itertools.count():
+            time.sleep(self._backoff.pause_s(attempt))
+            try:
+                self._start_once()
+            except RayActorError as error:
+                self.close()
+                if error.actor_init_failed or time.monotonic() > until:
+                    raise
+                logger.warning(f"a learner rank died while it started; all start again: {in_words(error)}")
+            else:
+                return
+
+    def _start_once(self) -> None:
         self._holds_state = False
         find_address = ray.remote(learner_setup.free_address).options(**self._options[0])
         try:

@@ -30,6 +30,7 @@ from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Floats, ScoreRequest
 from pipeline.core.training import TrainReport
+from retriever_service import interrupts
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +239,7 @@ class Policy:
         batches = [spans[first : first + SCORES_AT_ONCE] for first in range(0, len(spans), SCORES_AT_ONCE)]
         seconds = pool.options.request_timeout_s * max(1, len(batches))
         try:
-            answers = asyncio.run(asyncio.wait_for(_scores(pool, batches), seconds))
+            answers = interrupts.run(asyncio.wait_for(_scores(pool, batches), seconds))
         except TimeoutError as error:
             raise ClusterError(
                 f"waited {seconds:.0f} s for {self.name} to score {len(spans)} spans (rollout.timeout_s)"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 from pipeline.core.agents.program import derive_seed
@@ -15,6 +14,7 @@ from pipeline.core.models import load_tokenizer
 from pipeline.core.renderer import Renderer
 from pipeline.core.run import Json
 from pipeline.run import Run
+from retriever_service import interrupts
 
 
 class ColdStart:
@@ -52,7 +52,7 @@ class ColdStart:
         def synthesise() -> Json:
             index = run.searched if isinstance(run.searched, Path) else run.at("index")
             cache = Path(f"{index}.rewritten.jsonl")
-            examples, statistics = asyncio.run(
+            examples, statistics = interrupts.run(
                 self.maker.examples(source, run.cluster.retrieve, run.searched, cache)
             )
             run.write_examples(0, SEARCHER, examples)

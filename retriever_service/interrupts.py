@@ -6,13 +6,18 @@ block on the way out closes what it holds.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h"
@@ -51,13 +56,47 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, action)
 
 
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """`asyncio.run`, which a signal ends by cancelling `main`.
+
+    An exception in whatever callback the signal met would end the loop with all tasks in the middle of something.
+
+    Raises:
+        KeyboardInterrupt: a signal came.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not isinstance(handler, _Handler) or threading.current_thread() is not threading.main_thread():
+        return asyncio.run(main)
+
+    async def cancellable() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        handler.cancel = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+        try:
+            return await main
+        finally:
+            handler.cancel = None
+
+    try:
+        return asyncio.run(cancellable())
+    except asyncio.CancelledError:
+        if handler.first is None:
+            raise
+        raise KeyboardInterrupt from None
+
+
 class _Handler:
     first: int | None = None
+    cancel: Callable[[], object] | None = None
+    """What to do at the first signal instead of raising an exception."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.first is None:
             self.first = number
-            raise KeyboardInterrupt
+            if self.cancel is None:
+                raise KeyboardInterrupt
+            self.cancel()
+            return
         if sys.stderr.isatty():
             os.write(sys.stderr.fileno(), _SHOW_CURSOR)  # a progress bar had hidden it
         os._exit(128 + number)

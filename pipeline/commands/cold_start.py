@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from pipeline.core.models import load_tokenizer
 from pipeline.core.renderer import Renderer
 from pipeline.core.retrieval import what_is_searched
 from pipeline.core.run import Json
+from retriever_service import interrupts
 
 
 def write_cold_start(config: Config, out: Path, display: Display) -> Json:
@@ -47,6 +47,6 @@ def write_cold_start(config: Config, out: Path, display: Display) -> Json:
         retrieve = open_retriever(searched, config.retriever)
         with display.status("synthesising trajectories"):
             cache = out.with_name(f"{out.name}.rewritten.jsonl")
-            result = asyncio.run(maker.synthesise(questions, retrieve, searched, cache))
+            result = interrupts.run(maker.synthesise(questions, retrieve, searched, cache))
     write_trajectories(out, result.trajectories, renderer)
     return {"out": str(out)} | result.statistics()

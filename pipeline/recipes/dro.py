@@ -44,6 +44,7 @@ from pipeline.core.run import Json
 from pipeline.core.weighing import Weighted, best_gold, renderer_at, summarise_scored
 from pipeline.core.weighting import Scored, importance_weights
 from pipeline.run import Run, open_run
+from retriever_service import interrupts
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.hits import Hit
 
@@ -195,7 +196,7 @@ def teach_formats(run: Run, settings: Settings, tokenizers: Mapping[str, str]) -
     async def all_candidates() -> list[Sequence[Hit] | None]:
         return await asyncio.gather(*map(candidates, run.splits.train))
 
-    for question, hits in zip(run.splits.train, asyncio.run(all_candidates()), strict=True):
+    for question, hits in zip(run.splits.train, interrupts.run(all_candidates()), strict=True):
         if hits is None:
             continue
         rng = np.random.default_rng(derive_seed(run.config.seed, "formats", question.id))

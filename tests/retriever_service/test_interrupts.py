@@ -29,7 +29,24 @@ except Interrupted as interrupt:
     print(interrupt.name, flush=True)
     sys.exit(interrupt.exit_code)
 """
-ASYNCIO = "import asyncio; asyncio.run(asyncio.sleep(60))"
+ASYNCIO = "import asyncio; from retriever_service import interrupts; interrupts.run(asyncio.sleep(60))"
+BUSY_TASKS = """
+            import asyncio
+            from retriever_service import interrupts
+
+            async def work():
+                while True:
+                    time.sleep(0.01)
+                    await asyncio.sleep(0)
+
+            async def both():
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(work())
+                    tasks.create_task(work())
+
+            interrupts.run(both())
+"""
+"""The signal meets a task in the middle of something."""
 
 
 def start(work: str = "time.sleep(60)", closing: str = "pass") -> subprocess.Popen[str]:
@@ -37,19 +54,23 @@ def start(work: str = "time.sleep(60)", closing: str = "pass") -> subprocess.Pop
         [sys.executable, "-c", PROGRAM.format(work=work, closing=closing)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "up\n"
     return process
 
 
-@pytest.mark.parametrize("work", ["time.sleep(60)", ASYNCIO], ids=["blocked", "in an event loop"])
+@pytest.mark.parametrize(
+    "work", ["time.sleep(60)", ASYNCIO, BUSY_TASKS], ids=["blocked", "in an event loop", "in a busy one"]
+)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_lets_blocks_close(work: str, number: signal.Signals, code: int) -> None:
     process = start(work)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
+    said, errors = process.communicate(timeout=60)
     assert said.split() == ["closing", "closed", number.name]
+    assert errors == ""
     assert process.returncode == code
 
 
