@@ -68,21 +68,36 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     if not isinstance(handler, _Handler) or threading.current_thread() is not threading.main_thread():
         return asyncio.run(main)
 
+    before = handler.first
+
     async def cancellable() -> T:
         task = asyncio.current_task()
         assert task is not None
         handler.cancel = partial(asyncio.get_running_loop().call_soon_threadsafe, task.cancel)
+        if handler.first is not before:
+            task.cancel()
         try:
             return await main
         finally:
-            handler.cancel = None
+            handler.cancel = _nothing
 
+    # Nor is the making of a loop to be broken into, or its end.
+    handler.cancel = _nothing
     try:
-        return asyncio.run(cancellable())
+        result = asyncio.run(cancellable())
     except asyncio.CancelledError:
-        if handler.first is None:
+        if handler.first is before:
             raise
         raise KeyboardInterrupt from None
+    finally:
+        handler.cancel = None
+    if handler.first is not before:
+        raise KeyboardInterrupt
+    return result
+
+
+def _nothing() -> None:
+    """The signal is noted, and looked at later."""
 
 
 class _Handler:

@@ -91,7 +91,13 @@ def test_a_phase_is_seen_in_what_ray_exports_and_in_the_logs(
     policy.push()
 
     expected = {name for name in exposed_names() if name.removeprefix("ray_exsearch_") not in OF_FAILURES}
-    found = scrape(lambda text: expected <= {sample.partition("{")[0] for sample in text.splitlines()})
+    worker = f"rollout-{SEARCHER}-0"
+
+    def is_whole(text: str) -> bool:
+        names = {sample.partition("{")[0] for sample in text.splitlines()}
+        return expected <= names and value(text, "weight_version", actor=worker) == 1
+
+    found = scrape(is_whole)
     assert (
         value(found, "episodes_total", phase="sample", policy=SEARCHER, run="demo")
         == sampled.trajectories
@@ -99,7 +105,7 @@ def test_a_phase_is_seen_in_what_ray_exports_and_in_the_logs(
     )
     assert value(found, "generated_tokens_total") == sampled.generated_tokens
     assert value(found, "optimizer_steps_total", policy=SEARCHER) == trained.steps
-    assert value(found, "weight_version", actor=f"rollout-{SEARCHER}-0") == 1
+    assert value(found, "weight_version", actor=worker) == 1
     assert value(found, "tasks", state="done") == 4 and value(found, "tasks", state="in_flight") == 0
     assert value(found, "shards_total") == 2
     assert value(found, "searches_total", outcome="found") == value(found, "search_seconds_count") > 0
@@ -107,16 +113,14 @@ def test_a_phase_is_seen_in_what_ray_exports_and_in_the_logs(
     assert address() in [target for group in discovered() for target in group["targets"]]
 
     logs = {path.stem: messages(path) for path in (run / "logs").iterdir()}
-    names = {f"rollout-{SEARCHER}-0", "retriever-0", "weighting-0", f"learner-{SEARCHER}-0"}
+    names = {worker, "retriever-0", "weighting-0", f"learner-{SEARCHER}-0"}
     assert logs.keys() == names
     assert all(lines[0] == "begins" for lines in logs.values())
-    assert [line for line in logs[f"rollout-{SEARCHER}-0"] if line.startswith("serves")] == [
+    assert [line for line in logs[worker] if line.startswith("serves")] == [
         "serves version 0",
         "serves version 1",
     ]
-    assert any(
-        line["logger"].startswith("vllm") for line in lines_of(run / "logs" / f"rollout-{SEARCHER}-0.jsonl")
-    )
+    assert any(line["logger"].startswith("vllm") for line in lines_of(run / "logs" / f"{worker}.jsonl"))
     assert [r for r in caplog.records if r.levelno >= logging.WARNING and "log" in r.message] == []
 
 
