@@ -19,7 +19,6 @@ from retriever_service.interrupts import Interrupted, interruptible
 try:
     with interruptible():
         try:
-            print("up", flush=True)
             {work}
         finally:
             print("closing", flush=True)
@@ -29,12 +28,26 @@ except Interrupted as interrupt:
     print(interrupt.name, flush=True)
     sys.exit(interrupt.exit_code)
 """
-ASYNCIO = "import asyncio; from retriever_service import interrupts; interrupts.run(asyncio.sleep(60))"
+BLOCKED = """
+            print("up", flush=True)
+            time.sleep(60)
+"""
+WAITING_TASK = """
+            import asyncio
+            from retriever_service import interrupts
+
+            async def wait():
+                print("up", flush=True)
+                await asyncio.sleep(60)
+
+            interrupts.run(wait())
+"""
 BUSY_TASKS = """
             import asyncio
             from retriever_service import interrupts
 
             async def work():
+                print("up", flush=True)
                 while True:
                     time.sleep(0.01)
                     await asyncio.sleep(0)
@@ -42,14 +55,14 @@ BUSY_TASKS = """
             async def both():
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(work())
-                    tasks.create_task(work())
+                    tasks.create_task(asyncio.sleep(60))
 
             interrupts.run(both())
 """
 """The signal meets a task in the middle of something."""
 
 
-def start(work: str = "time.sleep(60)", closing: str = "pass") -> subprocess.Popen[str]:
+def start(work: str = BLOCKED, closing: str = "pass") -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM.format(work=work, closing=closing)],
         cwd=ROOT,
@@ -62,7 +75,7 @@ def start(work: str = "time.sleep(60)", closing: str = "pass") -> subprocess.Pop
 
 
 @pytest.mark.parametrize(
-    "work", ["time.sleep(60)", ASYNCIO, BUSY_TASKS], ids=["blocked", "in an event loop", "in a busy one"]
+    "work", [BLOCKED, WAITING_TASK, BUSY_TASKS], ids=["blocked", "in an event loop", "in a busy one"]
 )
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_the_first_signal_lets_blocks_close(work: str, number: signal.Signals, code: int) -> None:
