@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 1.0
+LOOK_EVERY_S = 0.5
+"""How often it is looked whether the engine process has died during a push, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,14 +349,26 @@ class VllmEngine:
         if self._llm is None:
             raise WeightTransferError(self._refusal)
         try:
-            async with asyncio.timeout_at(self._push_deadline):
-                yield self._llm
+            async with asyncio.timeout_at(self._push_deadline) as limit:
+                watch = asyncio.create_task(self._cut_short(limit))
+                try:
+                    yield self._llm
+                finally:
+                    watch.cancel()
         # Whatever vLLM or a transport raises here leaves the weights in an unknown state: this is the one place where
         # it becomes a refusal, and nothing may slip past it.
         except Exception as error:
-            reason = "the deadline has passed" if isinstance(error, TimeoutError) else str(error)
+            reason = str(error)
+            if isinstance(error, TimeoutError):
+                reason = "the engine process died" if self.is_dead else "the deadline has passed"
             self._refusal = f"push of weight version {self._pushed_version} failed while {step}: {reason}"
             raise WeightTransferError(self._refusal) from error
+
+    async def _cut_short(self, limit: asyncio.Timeout) -> None:
+        """End the wait when the engine process has died: calls of this kind that are under way never hear of it."""
+        while not self.is_dead:
+            await asyncio.sleep(LOOK_EVERY_S)
+        limit.reschedule(0)
 
 
 def _check_receipt(receipt: dict[str, Any], digest: str) -> None:

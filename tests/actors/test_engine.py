@@ -16,6 +16,7 @@ import pytest
 
 from actors.engine import VllmEngine
 from actors.engine_options import EngineOptions
+from actors.weight_transfer import WeightTransferError
 from pipeline.core.agents.program import Completion, EngineError, Sampling
 from tests.actors.support import EngineFixture, HfModel
 
@@ -225,6 +226,29 @@ def test_death_of_the_engine_process_is_an_engine_error(shared_engine: EngineFix
                 await request
             with pytest.raises(EngineError, match="died"):
                 await engine.generate(prompt(5), GREEDY)
+        finally:
+            engine.shutdown()
+
+    asyncio.run(scenario())
+
+
+def test_death_of_the_engine_process_ends_a_push_long_before_its_deadline(
+    shared_engine: EngineFixture,
+) -> None:
+    async def scenario() -> None:
+        engine = VllmEngine(shared_engine.engine.options)
+        await engine.start()
+        try:
+            await engine.init_weight_transfer_engine({})
+            assert engine._llm is not None
+            process = engine._llm.engine_core.resources.engine_manager.processes[0].pid
+            os.kill(process, signal.SIGSTOP)
+            push = asyncio.create_task(engine.start_weight_update(1, timeout_s=300.0))
+            await asyncio.sleep(1.0)
+            assert not push.done()
+            os.kill(process, signal.SIGKILL)
+            with pytest.raises(WeightTransferError, match="the engine process died"):
+                await asyncio.wait_for(push, 60)
         finally:
             engine.shutdown()
 
