@@ -6,11 +6,13 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from actors.learner_files import replace_directory
 from pipeline.commands.status import in_words
 from pipeline.core.config import Config, StorageConfig
 from pipeline.core.errors import UserError
@@ -67,13 +69,15 @@ def do_work(run: RunDirectory, t: int) -> None:
     write_atomically(run.at(f"{t}/rollouts/000000.parquet"), f"shard {t}")
     write_json(run.at(f"{t}/rollouts/_000000.json"), {"tasks": []})
     run.once(f"{t}/sample", dict)
-    model = run.at(f"{t}/searcher/model")
-    model.mkdir(parents=True)
-    (model / "model.safetensors").write_bytes(LARGE + str(t).encode())
-    (model / "config.json").write_text("{}")
+    replace_directory(run.at(f"{t}/searcher/model"), partial(write_model, t))
     checkpoint(run, t, "a")
     run.once(f"{t}/searcher/train", dict)
     write_atomically(run.path / "report.json", json.dumps({"iterations": t}))
+
+
+def write_model(t: int, directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(LARGE + str(t).encode())
+    (directory / "config.json").write_text("{}")
 
 
 def checkpoint(run: RunDirectory, t: int, slot: str) -> None:
