@@ -44,7 +44,13 @@ def test_a_part_gives_figures_within_their_bounds(part: str, tmp_path: Path) -> 
 
 
 @pytest.mark.component
-@pytest.mark.parametrize("part", ["engine", "push", "learner", "large", "generation", "encoder"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        *("engine", "push", "learner", "large"),
+        *(pytest.param(part, marks=pytest.mark.chaos) for part in ("generation", "encoder")),  # minutes
+    ],
+)
 def test_a_part_with_real_engines_and_learners_gives_figures_within_their_bounds(
     part: str, tmp_path: Path
 ) -> None:

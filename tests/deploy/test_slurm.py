@@ -17,7 +17,7 @@ import pytest
 from retriever_service.encoding.vectors import VectorStore
 from tests.system.ray_start import HEAD, ROOT, WORKER, free_ports
 
-pytestmark = [pytest.mark.component, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.component, pytest.mark.chaos, pytest.mark.timeout(900)]
 
 SRUN = """#!/usr/bin/env bash
 # Runs the command here, as the node that is asked for.

@@ -18,7 +18,7 @@ from pipeline.core.records import examples_from_table, trajectories_from_table
 from tests.system.conftest import overrides, random_model
 from tests.system.processes import finish, kill_when
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.system, pytest.mark.chaos, pytest.mark.timeout(1800)]
 
 QUESTIONS = 8
 """Training questions of the world."""
@@ -53,7 +53,6 @@ def test_a_run_killed_in_the_e_step_keeps_its_shards_and_ends_like_an_undisturbe
         np.testing.assert_allclose(weights(killed)[name], tensor, atol=1e-5)
 
 
-@pytest.mark.chaos
 def test_a_run_killed_within_the_m_step_goes_on_behind_its_last_checkpoint(
     world: Path, index: Path, tmp_path: Path
 ) -> None:
