@@ -7,16 +7,22 @@ twice, since it was lost in between, counts twice: the run's own files have ever
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, ClassVar, Generic, TypeVar
 
+import ray
 from ray.util import metrics as ray_metrics
 
 M = TypeVar("M")
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 _QUERIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+KEEP_EVERY_S = 5.0
+"""How often gauges are set again, in seconds: more often than Ray's processes report."""
 
 _own: dict[str, str] = {}
 
@@ -25,6 +31,7 @@ def belongs_to(**labels: str) -> None:
     """All that this process records from now on is of this run, policy and actor; without any it records nothing."""
     _own.clear()
     _own.update(labels)
+    _Keeper.kept.clear()
 
 
 class Metric(Generic[M]):
@@ -63,6 +70,27 @@ class Counter(Metric[ray_metrics.Counter]):
             self._ray.inc(amount, self._tags(labels))
 
 
+class _Keeper(threading.Thread):
+    """Sets the gauges of this process again and again: Ray exports one once each time that it is set."""
+
+    kept: ClassVar[dict[tuple[Any, ...], Callable[[], None]]] = {}
+    """What sets the last value, by the gauge and its labels."""
+    _started: ClassVar[threading.Lock] = threading.Lock()
+
+    @classmethod
+    def keep(cls, gauge: Gauge, value: float, tags: dict[str, str]) -> None:
+        cls.kept[gauge.name, *tags.items()] = partial(gauge._ray.set, value, tags)
+        if cls._started.acquire(blocking=False):
+            cls(name="gauges", daemon=True).start()
+
+    def run(self) -> None:
+        while True:
+            time.sleep(KEEP_EVERY_S)
+            if ray.is_initialized():
+                for set_again in list(self.kept.values()):
+                    set_again()
+
+
 class Gauge(Metric[ray_metrics.Gauge]):
     """What is so now."""
 
@@ -71,7 +99,9 @@ class Gauge(Metric[ray_metrics.Gauge]):
 
     def set(self, value: float, **labels: str) -> None:
         if _own:
-            self._ray.set(value, self._tags(labels))
+            tags = self._tags(labels)
+            self._ray.set(value, tags)
+            _Keeper.keep(self, value, tags)
 
 
 class Histogram(Metric[ray_metrics.Histogram]):
