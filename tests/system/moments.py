@@ -108,7 +108,8 @@ def install() -> None:
         async def noted_episode(self: Any, request: Any, sample: int) -> Any:
             is_greedy = request.sampling.temperature == 0
             kind = EVALUATION if is_greedy else E_STEP
-            moments.note(f"{kind} {request.sampling.seed} {request.task.id} {sample}")
+            version = self.engine.weights.version
+            moments.note(f"{kind} {version} {request.sampling.seed} {request.task.id} {sample}")
             await moments.hold_async(kind)
             return await episode(self, request, sample)
 
