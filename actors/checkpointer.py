@@ -188,8 +188,9 @@ def _write(slot: Path, buckets: Iterable[learner_state.Bucket], state: bytes) ->
     """
     learner_files.clear(slot, dist.get_rank(), dist.get_world_size())
     paths = learner_state.write(buckets, slot)
-    paths.append(learner_files.write_bytes(slot / f"rank_{dist.get_rank()}.pt", state))
-    return learner_files.recorded(paths)
+    own = slot / f"rank_{dist.get_rank()}.pt"
+    own.write_bytes(state)
+    return learner_files.recorded([*paths, own])
 
 
 def _emptied(buckets: list[learner_state.Bucket]) -> Iterable[learner_state.Bucket]:

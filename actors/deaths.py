@@ -10,6 +10,9 @@ DEATHS = (RayActorError, OutOfMemoryError)
 """What calls to an actor raise that is dead or out of reach. The second, of one that Ray's memory monitor has ended, is
 none of the first."""
 
+RESTART_PAUSE_S = 2.0
+"""Mean pause before what did not start is started a second time, in seconds; it doubles."""
+
 
 def in_words(error: Exception) -> str:
     """Without the traceback that Ray puts in front of what an actor raised, or the pages behind a lack of memory."""

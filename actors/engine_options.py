@@ -13,6 +13,7 @@ import torch
 
 from actors import engine_memory
 from actors.weight_transfer import Transport, backend_name
+from pipeline.core.plan.memory import number_format
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
@@ -115,7 +116,7 @@ def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
         }
     return AsyncEngineArgs(
         model=options.model,
-        dtype=("float32" if on_cpu else "bfloat16") if options.dtype == "auto" else options.dtype,
+        dtype=number_format(options.dtype, "cpu" if on_cpu else "gpu"),
         tensor_parallel_size=options.tensor_parallel_size,
         # Inside a placement group vLLM would take Ray, which refuses a bundle of several GPUs. All are in reach here.
         distributed_executor_backend="mp" if options.tensor_parallel_size > 1 else None,

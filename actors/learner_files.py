@@ -96,12 +96,6 @@ def candidates(directory: Path) -> list[dict[str, Any]]:
     return [found] if found["before"] is None else [found, found["before"]]
 
 
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write a file as it is, and return its path."""
-    path.write_bytes(content)
-    return path
-
-
 def recorded(paths: Iterable[Path]) -> dict[str, files.FileRecord]:
     """Size and checksum of each file, by its name; they are on the disk afterwards."""
     records = {}

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors import learner_files, learner_setup
-from actors.deaths import DEATHS, in_words
+from actors.deaths import DEATHS, RESTART_PAUSE_S, in_words
 from actors.learner_rank import LearnerRank
 from actors.observer import Observer
 from actors.weight_transfer import EngineRef, PushReport, Transport
@@ -35,8 +35,6 @@ T = TypeVar("T")
 
 MAX_RESTARTS = 2
 """Times in a row that a dead group is started again without an optimiser step further in between."""
-RESTART_PAUSE_S = 2.0
-"""Mean pause before a second start where the first one failed, in seconds; it doubles."""
 COLLECTIVE_TIMEOUT_S = 3600.0
 """Longest wait for all ranks to save or load, in seconds."""
 POLL_S = 0.5

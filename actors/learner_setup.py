@@ -19,6 +19,7 @@ import torch.distributed as dist
 from actors.collectives import gathered
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
+from pipeline.core.plan.memory import number_format
 from pipeline.core.policies import Head
 from retriever_service.machine import available_cores
 
@@ -101,9 +102,8 @@ def fair_share_of_threads() -> int:
 
 def resolve_dtype(config: LearnerConfig, device: torch.device) -> torch.dtype:
     """Number format of weights and activations."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    name = number_format(config.dtype, "gpu" if device.type == "cuda" else "cpu")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def load_model(

@@ -39,6 +39,8 @@ class Metric(Generic[M]):
 
     known: ClassVar[dict[str, Metric[Any]]] = {}
     """All of them, by name."""
+    _of: ClassVar[Any]
+    """What it is in Ray."""
     exposed_as: ClassVar[tuple[str, ...]] = ("",)
     """What Prometheus has behind the name."""
 
@@ -51,7 +53,8 @@ class Metric(Generic[M]):
         return self._make(self.name, self.help, self.labels)
 
     def _make(self, name: str, help: str, labels: tuple[str, ...]) -> M:
-        raise NotImplementedError
+        made: M = self._of(name, help, tag_keys=labels)
+        return made
 
     def _tags(self, given: Mapping[str, str]) -> dict[str, str]:
         return {label: given.get(label, _own.get(label, "")) for label in self.labels}
@@ -60,10 +63,8 @@ class Metric(Generic[M]):
 class Counter(Metric[ray_metrics.Counter]):
     """Only grows."""
 
+    _of = ray_metrics.Counter
     exposed_as = ("_total",)
-
-    def _make(self, name: str, help: str, labels: tuple[str, ...]) -> ray_metrics.Counter:
-        return ray_metrics.Counter(name, help, labels)
 
     def add(self, amount: float = 1, **labels: str) -> None:
         if _own and amount > 0:
@@ -94,8 +95,7 @@ class _Keeper(threading.Thread):
 class Gauge(Metric[ray_metrics.Gauge]):
     """What is so now."""
 
-    def _make(self, name: str, help: str, labels: tuple[str, ...]) -> ray_metrics.Gauge:
-        return ray_metrics.Gauge(name, help, labels)
+    _of = ray_metrics.Gauge
 
     def set(self, value: float, **labels: str) -> None:
         if _own:

@@ -34,22 +34,19 @@ class Observer:
 
     def identity(self, kind: ActorKind, policy: str = "", number: int = 0) -> Identity | None:
         """For an actor that is about to be started."""
-        if self._run is None:
-            return None
-        identity = Identity(self._run.name, str(self._run / ACTOR_LOGS), kind, policy, number)
-        self._unseen[identity] = _stamp(identity.path)
+        if (identity := self._identity(kind, policy, number)) is not None:
+            self._unseen[identity] = _stamp(identity.path)
         return identity
 
     def is_up(self, kind: ActorKind, policy: str = "", number: int = 0) -> None:
         """An actor that `identity` was asked for answers: warn, once in a run, if its log does not arrive."""
-        if self._run is None:
+        if (identity := self._identity(kind, policy, number)) is None:
             return
-        identity = Identity(self._run.name, str(self._run / ACTOR_LOGS), kind, policy, number)
         before = self._unseen.pop(identity, None)
         if before == _stamp(identity.path) and not self._has_warned:
             self._has_warned = True
             logger.warning(
-                f"{self._run / ACTOR_LOGS}: no log arrives of {identity.name}; its node cannot write there, or has "
+                f"{identity.logs}: no log arrives of {identity.name}; its node cannot write there, or has "
                 "another file system under that path. What its process prints is in Ray's logs on that node"
             )
 
@@ -65,6 +62,11 @@ class Observer:
     def close(self) -> None:
         """The driver counts nothing from here on."""
         metrics.belongs_to()
+
+    def _identity(self, kind: ActorKind, policy: str, number: int) -> Identity | None:
+        if self._run is None:
+            return None
+        return Identity(self._run.name, str(self._run / ACTOR_LOGS), kind, policy, number)
 
 
 def _stamp(path: Path) -> tuple[int, int]:

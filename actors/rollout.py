@@ -269,7 +269,7 @@ class RolloutWorker:
 def _count(episode: Episode, phase: str) -> None:
     last = episode.failure or episode.turns[-1]
     metrics.EPISODES.add(phase=phase, reason=last.stop_reason.value)
-    metrics.GENERATED_TOKENS.add(sum(int(turn.loss_mask.sum()) for turn in episode.turns), phase=phase)
+    metrics.GENERATED_TOKENS.add(Counts.of([episode]).generated_tokens, phase=phase)
 
 
 class LocalModel:

@@ -13,7 +13,7 @@ import ray
 from ray.exceptions import RayError
 
 from actors import heartbeat
-from actors.deaths import in_words
+from actors.deaths import RESTART_PAUSE_S, in_words
 from actors.heartbeat import Silent
 from actors.seats import Newcomer, Seat, alive_nodes, draining_nodes
 from actors.session import ClusterError
@@ -21,9 +21,6 @@ from pipeline.core.config import ClusterConfig, RolloutConfig
 from retriever_service.backoff import Backoff
 
 logger = logging.getLogger(__name__)
-
-RESTART_PAUSE_S = 2.0
-"""Mean pause before a worker whose replacement did not start is replaced a second time, in seconds; it doubles."""
 
 NODES_EVERY_S = 2.0
 """How often Ray is asked which nodes are to leave, in seconds."""

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -51,22 +50,22 @@ class Weighting:
     async def ping(self) -> None:
         """Answers between two tasks."""
 
-    async def begin(self, shards: Shards, weigh: Weigh[Any], complete: AbstractSet[int]) -> None:
+    async def begin(self, shards: Shards, weigh: Weigh[Any]) -> None:
         """Start a phase, or go on with one.
 
         Args:
+            shards: as `resume` has found them.
             weigh: what makes examples of a task's episodes.
-            complete: the shards that are complete already.
 
         Raises:
             ValueError: the directories are not those of the outputs.
         """
         if set(shards.examples) != set(weigh.outputs):
             raise ValueError(f"{list(shards.examples)} are not {list(weigh.outputs)}")
-        self._shards, self._weigh, self._complete = shards, weigh, set(complete)
+        self._shards, self._weigh, self._complete = shards, weigh, set(shards.complete)
         self._tasks = {task.id: task for task in shards.tasks}
         self._waiting: dict[str, tuple[Sequence[Episode], Weighted]] = {}
-        logger.info(f"{shards.rollouts}: {len(complete)} of {len(shards)} shards are complete")
+        logger.info(f"{shards.rollouts}: {len(self._complete)} of {len(shards)} shards are complete")
 
     async def add(self, episodes: Sequence[Episode]) -> bool:
         """One task's episodes. Either all of it is kept or, on failure, nothing.
@@ -221,7 +220,7 @@ class ShardSink:
                 await self._replace(actor, in_words(error))
 
     async def _begin(self, actor: Any) -> None:
-        call = actor.begin.remote(self._shards, self._weigh, set(self._shards.complete))
+        call = actor.begin.remote(self._shards, self._weigh)
         await _within(call, self._start_timeout_s, "to begin (cluster.start_timeout_s)")
         self._observer.is_up("weighting")
 

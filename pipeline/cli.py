@@ -17,6 +17,7 @@ import typer
 
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
+from pipeline.core.plan.machine import GPU_MEMORY_GIB
 from retriever_service.cli import app as index_app
 from retriever_service.console import (
     Commands,
@@ -79,8 +80,8 @@ def plan(
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="So many of them.")] = 1,
     gpu_memory_gib: Annotated[
-        float, typer.Option(min=0.1, help="Memory of each GPU; 79.6 is that of an 80 GB card.")
-    ] = 79.6,
+        float, typer.Option(min=0.1, help="Memory of each GPU; by default that of an 80 GB card.")
+    ] = GPU_MEMORY_GIB,
     memory_gib: Annotated[
         float | None, typer.Option(min=0.1, help="Memory of each machine (default: not looked at).")
     ] = None,

@@ -290,7 +290,7 @@ class Run:
                 if (report := policy.push()) is not None
             }
             title = f"iteration {t}: dev"
-            scores = self._scores(f"{t}/evaluation", title, program, roles, self.splits.dev, answers)
+            scores = self._scores(f"{t}/evaluation", title, program, policies, self.splits.dev, answers)
             return {"push": pushed, "scores": scores}
 
         return self._once_evaluated(f"{t}/evaluation", work)
@@ -307,8 +307,8 @@ class Run:
             self.files.forget(step)
 
         def work() -> Json:
-            self._at(roles)
-            scores = self._scores(step, f"test: {name}", program, roles, self.splits.test, answers)
+            policies = self._at(roles)
+            scores = self._scores(step, f"test: {name}", program, policies, self.splits.test, answers)
             return {"iteration": version} | scores
 
         return self._once_evaluated(step, work)
@@ -408,17 +408,17 @@ class Run:
         step: str,
         title: str,
         program: Program[Any],
-        roles: Mapping[str, int],
+        policies: Mapping[str, Policy],
         questions: Sequence[Question],
         answers: str,
     ) -> Json:
         """The trajectories are kept beside the scores for whoever wants to read them."""
         # Parts of other versions, which an earlier process may have left, are none of these.
-        versions = "-".join(f"{role}-{version}" for role, version in roles.items())
+        versions = "-".join(f"{role}-{policy.current.version}" for role, policy in policies.items())
         parts = self._parts(step) / versions
         shards = Shards(questions, parts, {}, self.config.rollout.questions_per_shard)
-        policies = {role: self.cluster.policy(role) for role in roles}
-        self._sample(shards, _in_iteration(step)[1], title, program, policies, NothingToTrainOn(), 1, GREEDY)
+        name = _in_iteration(step)[1]
+        self._sample(shards, name, title, program, policies, NothingToTrainOn(), 1, GREEDY)
         trajectories = [episode.turn(answers) for episode in shards.episodes()]
         write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))
         evaluation = self.config.evaluation

@@ -69,7 +69,7 @@ class Phase:
         self.at, self.actor = at, actor or Weighting()
         self.shards = Shards(tasks, at / "rollouts", {n: at / n for n in Halves.outputs}, 2)
         self.shards.resume()
-        asyncio.run(self.actor.begin(self.shards, weigh or Halves(), set(self.shards.complete)))
+        asyncio.run(self.actor.begin(self.shards, weigh or Halves()))
 
     def add(self, task: Question, **options: Any) -> bool:
         return asyncio.run(self.actor.add(episodes(task, **options)))
@@ -176,4 +176,4 @@ def test_a_task_that_fails_on_its_way_leaves_nothing_behind_and_can_come_again(t
 def test_directories_of_other_outputs_are_refused(tmp_path: Path) -> None:
     into = Shards(questions(1), tmp_path, {"first": tmp_path}, 2)
     with pytest.raises(ValueError, match=r"\['first'\] are not \['first', 'second'\]"):
-        asyncio.run(Weighting().begin(into, Halves(), set()))
+        asyncio.run(Weighting().begin(into, Halves()))

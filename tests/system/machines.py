@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from typing import Any
 
 import psutil
 from ray.cluster_utils import Cluster
@@ -79,14 +79,13 @@ def kill(processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def _tree_of(node: object) -> list[psutil.Process]:
-    return list(_all_of(node))
-
-
-def _all_of(node: object) -> Iterator[psutil.Process]:
-    for _, started in node.live_processes():  # type: ignore[attr-defined]
+def _tree_of(node: Any) -> list[psutil.Process]:
+    """All that runs on a node of the cluster."""
+    found: list[psutil.Process] = []
+    for _, started in node.live_processes():
         with contextlib.suppress(psutil.NoSuchProcess):
-            yield from tree(psutil.Process(started.pid))
+            found += tree(psutil.Process(started.pid))
+    return found
 
 
 def _name(process: psutil.Process) -> str:

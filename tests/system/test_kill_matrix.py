@@ -44,6 +44,8 @@ FROM = {
 While a learner works no engine is replaced, so that an engine is lost at one of its moments an iteration: then the
 other one is there for the push.
 """
+BEHIND = dict(zip(FROM, [*list(FROM.values())[1:], f"iterations/000{ITERATIONS}/DONE"], strict=True))
+"""What the run has when a moment is over."""
 OUTAGE_S = 5.0
 """How long all retrievers die as soon as they are there."""
 DEADLINE_S = 600.0
@@ -114,13 +116,8 @@ class Disturbed:
         return len(re.findall(worker + "(?:is lost|leaves)", log)) == len(re.findall(worker + "joins", log))
 
     def _is_done(self, moment: str) -> bool:
-        """Whether what follows on the moment is there."""
-        later = [*FROM.values(), "report.json"]
-        nxt = later[list(FROM).index(moment) + 1]
-        return (self.run / nxt).exists() if nxt != "report.json" else self._has_ended()
-
-    def _has_ended(self) -> bool:
-        return self.driver.poll() == 0 or (self.run / f"iterations/000{ITERATIONS}/DONE").exists()
+        """Whether the run has come to where the next moment may be."""
+        return self.driver.poll() == 0 or (self.run / BEHIND[moment]).exists()
 
     def finish(self) -> None:
         assert self.driver.wait(DEADLINE_S) == 0

@@ -35,7 +35,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a process that works on the run stands; `done` at `seconds` of its phase, which began at `begun_at`."""
+    """Where a process that works on the run stands in a phase, of which `begun_at` was done before it."""
 
     phase: str
     done: float

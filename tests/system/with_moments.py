@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 
 import ray
 
 from pipeline.cli import main
 from tests.system.moments import VARIABLE
+
+ROOT = Path(__file__).resolve().parents[2]
 
 if __name__ == "__main__":
     ray.init(
@@ -16,7 +19,8 @@ if __name__ == "__main__":
         log_to_driver=False,
         logging_level=logging.WARNING,
         runtime_env={
-            "env_vars": {VARIABLE: os.environ[VARIABLE]},
+            # Ray runs the hook before a worker knows where the driver's modules are.
+            "env_vars": {VARIABLE: os.environ[VARIABLE], "PYTHONPATH": str(ROOT)},
             "worker_process_setup_hook": "tests.system.moments.install",
         },
     )

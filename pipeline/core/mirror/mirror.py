@@ -82,9 +82,8 @@ class Mirror:
         self.run, self._status = run.resolve(), status
         self.store = Store(url)
         self._lease = Lease(self.store, self.run, logger.warning)
-        self._copied: dict[
-            str, tuple[str, str]
-        ] = {}  # path -> checksum and object, uploaded and not in a manifest yet
+        self._copied: dict[str, tuple[str, str]] = {}
+        """By path the checksum and the object of what is uploaded and in no manifest yet."""
         self._known: dict[str, tuple[State, files.FileRecord]] = {}
         self._manifest, self._written_at = ManifestOf(""), 0.0
         self._stop, self._is_left, self._is_lost = threading.Event(), threading.Event(), False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.core.plan.engine import EngineNeeds
-from pipeline.core.plan.memory import ACCELERATOR_CONTEXT, GIB, Device, Memory, Where
+from pipeline.core.plan.memory import ACCELERATOR_CONTEXT, GIB, Device, Memory
 from pipeline.core.plan.shape import ModelShape
 
 SHARED_PROCESSES = int(1.3 * GIB)
@@ -121,8 +121,8 @@ def host_uses(policies: Sequence[PolicyNeeds], layout: Layout, retrievers: int) 
     return uses
 
 
-def _use(what: str, tenants: Sequence[Memory], further: int = 0, where: Where = "gpu") -> Use:
-    largest = max(tenants, key=lambda held: held.on(where))
-    parts = tuple((part.name, part.bytes) for part in largest.components if part.where == where)
-    rest = sum(held.on(where) for held in tenants) - largest.on(where) + further
-    return Use(what, largest.on(where) + rest, (*parts, *([("others at that time", rest)] if rest else [])))
+def _use(what: str, tenants: Sequence[Memory], further: int = 0) -> Use:
+    largest = max(tenants, key=lambda held: held.on("gpu"))
+    parts = tuple((part.name, part.bytes) for part in largest.components if part.where == "gpu")
+    rest = sum(held.on("gpu") for held in tenants) - largest.on("gpu") + further
+    return Use(what, largest.on("gpu") + rest, (*parts, *([("others at that time", rest)] if rest else [])))
