@@ -87,7 +87,7 @@ class Learner:
         ds_config = learner_setup.deepspeed_config(config, self.dtype)
         self.zero_stage: int = ds_config["zero_optimization"]["stage"]
         self.source = learner_files.local_directory(model_path)
-        self._progress: dict[str, float] = {"step": 0, "num_steps": 0}
+        self._progress: dict[str, float] = {"step": 0, "num_steps": 0, "resumed_at": 0}
         self._resting = False
         self._reference: tuple[str, ModelOutputs] | None = None  # a live reference and where it is from
         self._phase: Phase | None = None  # the last M-step
@@ -159,7 +159,8 @@ class Learner:
         plan = self._plan(records, lengths, phase_seed, epochs or self.config.epochs) if any(lengths) else []
 
         phase = self._enter_phase(phase_key(records, loss, phase_seed, peak, len(plan)), checkpoints, start)
-        self._progress = {"step": len(phase.history), "num_steps": len(plan)}
+        where = {"num_steps": len(plan), "resumed_at": phase.resumed_at}
+        self._progress = {"step": len(phase.history), **where}
         self._end_rest()
         self.engine.train()
         last_checkpoint = time.monotonic()
@@ -174,7 +175,7 @@ class Learner:
             )
             phase.history.append(self._optimizer_step(step, records, loss, prepared, rate))
             phase.seconds += time.perf_counter() - started
-            self._progress = {"step": len(phase.history), "num_steps": len(plan), **phase.history[-1]}
+            self._progress = {"step": len(phase.history), **where, **phase.history[-1]}
             if phase.skipped > self.config.max_skipped_steps:
                 self.finish_checkpoint()
                 raise FloatingPointError(
@@ -229,7 +230,8 @@ class Learner:
             self._resting = False
 
     def progress(self) -> dict[str, float]:
-        """Where the M-step that runs, or has just ended, stands: step, num_steps, the last step's metrics."""
+        """Where the M-step that runs, or has just ended, stands: step, num_steps, resumed_at (the step behind
+        which these ranks began), the last step's metrics."""
         return self._progress
 
     def _plan(

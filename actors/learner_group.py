@@ -32,6 +32,8 @@ from retriever_service.backoff import Backoff
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+OnSteps = Callable[[float, float, float], None]
+"""Told the optimiser steps that are done, of how many, and behind which one the ranks began."""
 
 MAX_RESTARTS = 2
 """Times in a row that a dead group is started again without an optimiser step further in between."""
@@ -108,7 +110,7 @@ class LearnerGroup:
         phase_seed: int,
         learning_rate: float | None = None,
         epochs: int | None = None,
-        on_progress: Callable[[float, float], None],
+        on_progress: OnSteps,
     ) -> TrainReport:
         """One phase over Parquet shards of examples; see `Learner.train`.
 
@@ -194,13 +196,13 @@ class LearnerGroup:
     def _catch_up(self) -> None:
         """Bring ranks that have just been started to where those before them were."""
         if self._phase is not None:
-            self._train(self._phase, lambda done, total: None)
+            self._train(self._phase, lambda done, total, begun_at: None)
         elif self._state is not None:
             self._say_if_moved(self._state)
             self._all("load", self._state)
             self._holds_state = True
 
-    def _train(self, phase: _Phase, on_progress: Callable[[float, float], None]) -> TrainReport:
+    def _train(self, phase: _Phase, on_progress: OnSteps) -> TrainReport:
         start = None if self._holds_state else self._state
         for path in (phase.checkpoints, start):
             if path is not None and not self._holds_state:
@@ -289,7 +291,7 @@ class LearnerGroup:
         method: str,
         *arguments: Any,
         timeout_s: float | None = COLLECTIVE_TIMEOUT_S,
-        on_progress: Callable[[float, float], None] = lambda done, total: None,
+        on_progress: OnSteps = lambda done, total, begun_at: None,
         **options: Any,
     ) -> list[Any]:
         """What all ranks return; what one raises is raised at once, while the others may still wait for it."""
@@ -309,7 +311,7 @@ class LearnerGroup:
         calls: list[Any],
         method: str,
         timeout_s: float | None,
-        on_progress: Callable[[float, float], None],
+        on_progress: OnSteps,
     ) -> None:
         began = moved = time.monotonic()
         sign, step = self.ranks[0].progress.remote(), -1.0
@@ -323,7 +325,8 @@ class LearnerGroup:
                 if state["step"] != step:
                     self._step = step = state["step"]
                     moved = now
-                on_progress(step, state["num_steps"] or 1)
+                if state["num_steps"]:
+                    on_progress(step, state["num_steps"], state["resumed_at"])
                 sign = self.ranks[0].progress.remote()
             if pending and timeout_s is not None and now - began > timeout_s:
                 raise LearnerError(

@@ -20,7 +20,7 @@ from ray.exceptions import GetTimeoutError
 
 from actors import metrics
 from actors.deaths import DEATHS, in_words
-from actors.learner_group import LearnerError, LearnerGroup
+from actors.learner_group import LearnerError, LearnerGroup, OnSteps
 from actors.observer import Observer
 from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
@@ -194,7 +194,7 @@ class Policy:
         seed: int,
         learning_rate: float | None = None,
         epochs: int | None = None,
-        on_progress: Callable[[float, float], None] = lambda done, total: None,
+        on_progress: OnSteps = lambda done, total, begun_at: None,
     ) -> TrainReport:
         """Train from the current version on; `save` makes a version of the result.
 
@@ -205,7 +205,7 @@ class Policy:
                 there already, of a run that was cut off in this very training, is gone on from.
             seed: of the order of the examples.
             learning_rate, epochs: in place of the configured ones.
-            on_progress: told (optimiser steps done, of how many).
+            on_progress: told where training stands.
 
         Raises:
             LearnerError: ranks died too often, or did not start in time.

@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -31,10 +31,6 @@ from pipeline.core.shards import Counts, Shards
 from pipeline.core.weighing import Weigh, Weighted
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-FINISH_TIMEOUT_S = 300.0
 
 
 class Weighting:
@@ -136,6 +132,7 @@ class ShardSink:
         self._start_timeout_s = cluster.start_timeout_s
         self._heartbeat_timeout_s = cluster.heartbeat_timeout_s
         self._actor = _new_actor(self._observer)
+        self._is_up = False  # it has begun a phase, and so has no need of time to start
 
     def close(self) -> None:
         """End the actor."""
@@ -152,7 +149,7 @@ class ShardSink:
             max_restarts: so often the actor may die or hang in this phase.
 
         Raises:
-            ClusterError: it did so more often, or did not begin in time.
+            ClusterError: it did so more often.
         """
         self._shards, self._weigh, self._work = shards, weigh, work
         self._deaths, self._max_restarts = 0, max_restarts
@@ -161,8 +158,10 @@ class ShardSink:
         """By shard, the tasks that the actor has and the disk has not."""
         actor = self._actor
         try:
+            if self._is_up:
+                await self._answer_of(actor)
             await self._begin(actor)
-        except DEATHS as error:
+        except (Silent, *DEATHS) as error:
             await self._replace(actor, in_words(error))
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -199,29 +198,33 @@ class ShardSink:
         """What `weigh` says of the whole phase; see `Weighting.finish`.
 
         Raises:
-            ClusterError: the actor died too often, or did not answer in time.
+            ClusterError: the actor died or hung too often.
         """
         while True:
             actor = self._actor
             try:
-                return await _within(actor.finish.remote(), FINISH_TIMEOUT_S, "to sum up the phase")
+                statistics: Mapping[str, Any] = await actor.finish.remote()
+                return statistics
             except DEATHS as error:
                 await self._replace(actor, in_words(error))
 
     async def _watch(self) -> None:
         """Replace an actor that does not answer within `cluster.heartbeat_timeout_s`."""
-        limit = self._heartbeat_timeout_s
         while True:
-            await asyncio.sleep(limit / 4)
+            await asyncio.sleep(self._heartbeat_timeout_s / 4)
             actor = self._actor
             try:
-                await heartbeat.answer(actor.ping.remote(), limit, "cluster.heartbeat_timeout_s")
+                await self._answer_of(actor)
             except (Silent, RayError) as error:
                 await self._replace(actor, in_words(error))
 
+    async def _answer_of(self, actor: Any) -> None:
+        await heartbeat.answer(actor.ping.remote(), self._heartbeat_timeout_s, "cluster.heartbeat_timeout_s")
+
     async def _begin(self, actor: Any) -> None:
-        call = actor.begin.remote(self._shards, self._weigh)
-        await _within(call, self._start_timeout_s, "to begin (cluster.start_timeout_s)")
+        begun = actor.begin.remote(self._shards, self._weigh)
+        await heartbeat.answer(begun, self._start_timeout_s, "cluster.start_timeout_s")
+        self._is_up = True
         self._observer.is_up("weighting")
 
     async def _replace(self, dead: Any, cause: str) -> None:
@@ -241,7 +244,7 @@ class ShardSink:
                 new = _new_actor(self._observer)
                 try:
                     await self._begin(new)
-                except DEATHS as error:
+                except (Silent, *DEATHS) as error:
                     cause = in_words(error)
                     ray.kill(new)
                     continue
@@ -266,10 +269,3 @@ class ShardSink:
 
 def _new_actor(observer: Observer) -> Any:
     return WeightingActor.options(num_cpus=0).remote(observer.identity("weighting"))
-
-
-async def _within(call: Awaitable[T], seconds: float, what: str) -> T:
-    try:
-        return await asyncio.wait_for(call, seconds)
-    except TimeoutError as error:
-        raise ClusterError(f"waited {seconds:.0f} s for the weighting actor {what}") from error

@@ -29,6 +29,9 @@ from pipeline.core.report import Column, Outcome
 
 logger = logging.getLogger(__name__)
 
+OnMove = Callable[[float, float | None, float | None], None]
+"""See `ProgressFile.move`."""
+
 LOG_FILE = "run.log"
 STARTED = "a process begins to work on this run"
 """Its first line in the log."""
@@ -37,26 +40,26 @@ STARTED = "a process begins to work on this run"
 class Advance:
     """Moves one progress bar: call it with a number of finished things, or `to(done, total)`.
 
+    Where it turns out only later that a phase did not begin at nothing, `to(done, total, begun_at)` says so.
+
     Args:
         on_move: told the same.
     """
 
-    def __init__(
-        self, progress: Progress, task: TaskID, on_move: Callable[[float, float | None], None]
-    ) -> None:
+    def __init__(self, progress: Progress, task: TaskID, on_move: OnMove) -> None:
         self._progress, self._task, self._on_move = progress, task, on_move
 
     def __call__(self, count: int) -> None:
         self._progress.advance(self._task, count)
         self._tell()
 
-    def to(self, done: float, total: float) -> None:
+    def to(self, done: float, total: float, begun_at: float | None = None) -> None:
         self._progress.update(self._task, completed=done, total=total)
-        self._tell()
+        self._tell(begun_at)
 
-    def _tell(self) -> None:
+    def _tell(self, begun_at: float | None = None) -> None:
         (task,) = self._progress.tasks
-        self._on_move(task.completed, task.total)
+        self._on_move(task.completed, task.total, begun_at)
 
 
 class Display:
@@ -100,12 +103,10 @@ class Display:
         self.line(f"{description}: {time.perf_counter() - start:.1f} s")
 
     @contextmanager
-    def _told(
-        self, description: str, total: int | None, unit: str | None, done: int = 0
-    ) -> Iterator[Callable[[float, float | None], None]]:
+    def _told(self, description: str, total: int | None, unit: str | None, done: int = 0) -> Iterator[OnMove]:
         """The phase in the run's progress file as well, if this is a run."""
         if self._progress_file is None:
-            yield lambda done, total: None
+            yield lambda done, total, begun_at: None
             return
         with self._progress_file.phase(description, total, unit, done):
             yield self._progress_file.move

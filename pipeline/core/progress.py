@@ -64,9 +64,11 @@ class ProgressFile:
         if self._phases:
             self._write()
 
-    def move(self, done: float, total: float | None) -> None:
-        """How far the innermost phase has come."""
+    def move(self, done: float, total: float | None, begun_at: float | None) -> None:
+        """How far the innermost phase has come; and, if that was not known yet, where this process began."""
         self._phases[-1].update(done=done, total=total)
+        if begun_at is not None:
+            self._phases[-1]["begun_at"] = begun_at
         if time.monotonic() >= self._due:
             self._write()
 

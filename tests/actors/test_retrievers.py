@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,8 +72,9 @@ def test_after_reindexing_the_new_encoder_searches_and_the_old_index_is_never_an
 
 
 @pytest.mark.component
+@pytest.mark.parametrize("how", ["frozen", "searches for ever"])
 def test_a_replica_that_hangs_is_started_again_while_the_other_answers(
-    tmp_path: Path, cluster: None, trained_encoder: Path
+    tmp_path: Path, cluster: None, trained_encoder: Path, how: str
 ) -> None:
     write_jsonl(tmp_path / "corpus.jsonl", [{"id": t, "title": "", "text": t} for t in TOWNS])
     build_index([str(tmp_path / "corpus.jsonl")], tmp_path / "index", spec(trained_encoder))
@@ -81,12 +84,16 @@ def test_a_replica_that_hangs_is_started_again_while_the_other_answers(
         config, tmp_path / "index", runtime_env={}, start_timeout_s=120, observer=observer
     )
     retrievers.wait()
-    frozen, other = replicas()
-    frozen.suspend()
+    before = replicas()
+    if how == "frozen":
+        hung = before[0]
+        hung.suspend()
+    else:
+        hung = psutil.Process(search_for_ever(retrievers._actors[0]))
 
     async def search_until_it_is_replaced() -> None:
         async with retrievers.at_work(), asyncio.timeout(120):
-            while {p.pid for p in replicas()} <= {frozen.pid, other.pid}:
+            while set(replicas()) <= set(before):
                 for person, town in zip(PEOPLE, TOWNS, strict=True):
                     assert (await retrievers.client.search(person, 1))[0].passage.text == town
             while not restarted:
@@ -95,10 +102,20 @@ def test_a_replica_that_hangs_is_started_again_while_the_other_answers(
 
     asyncio.run(search_until_it_is_replaced())
     assert restarted == ["retriever"]
-    assert not frozen.is_running()
+    assert not hung.is_running()
     assert len(replicas()) == 2
     assert found(retrievers) == list(TOWNS)
     retrievers.close()
+
+
+def search_for_ever(replica: Any) -> int:
+    """Its process goes on answering, but for searches."""
+
+    async def block(actor: Any) -> int:
+        await actor.run(lambda engine: setattr(engine, "search", lambda *a, **k: time.sleep(3600)))
+        return os.getpid()
+
+    return ray.get(replica.__ray_call__.remote(block))  # type: ignore[no-any-return]
 
 
 def replicas() -> list[psutil.Process]:

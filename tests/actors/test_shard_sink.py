@@ -146,14 +146,14 @@ class Mortal:
     def __init__(self, *, dies_at: int | None = None, after: bool = False, begins: bool = True) -> None:
         self.actor, self.calls = Weighting(), 0
         self.dies_at, self.after, self.begins, self.is_dead = dies_at, after, begins, False
-        for name in ("begin", "add", "finish"):
+        for name in ("ping", "begin", "add", "finish"):
             setattr(self, name, SimpleNamespace(remote=lambda *a, name=name: self._call(name, *a)))
 
     async def _call(self, name: str, *arguments: Any) -> Any:
         await asyncio.sleep(0)
         if self.is_dead or (name == "begin" and not self.begins):
             raise RayActorError()
-        self.calls += name != "begin"
+        self.calls += name in ("add", "finish")
         dies = self.calls == self.dies_at
         if dies and not self.after:
             self.is_dead = True
@@ -245,14 +245,18 @@ def local_ray() -> Iterator[None]:
 
 
 @pytest.mark.component
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+@pytest.mark.parametrize(
+    ("number", "moment"),
+    [(signal.SIGKILL, 8), (signal.SIGSTOP, 8), (signal.SIGSTOP, 0)],
+    ids=["dies", "hangs", "hangs between two phases"],
+)
 def test_a_real_actor_that_dies_or_hangs_is_replaced(
-    local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals
+    local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals, moment: int
 ) -> None:
     struck: list[psutil.Process] = []
 
     def strike(done: int) -> None:
-        if done == 8 and not struck:
+        if done == moment and not struck:
             (actor,) = (p for p in psutil.Process().children(recursive=True) if "Weighting" in p.name())
             actor.send_signal(number)
             struck.append(actor)
@@ -260,6 +264,7 @@ def test_a_real_actor_that_dies_or_hangs_is_replaced(
     sink = ShardSink(ClusterConfig(start_timeout_s=120, heartbeat_timeout_s=3))
     try:
         undisturbed = sample(tmp_path / "undisturbed", sink, Worker(ray.put))
+        strike(0)
         worker = Worker(ray.put)
         work, statistics = sample(tmp_path / "struck", sink, worker, strike)
     finally:

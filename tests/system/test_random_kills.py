@@ -7,11 +7,14 @@ EXSEARCH_KILLS names another number of kills.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,18 +38,21 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a process that works on the run stands in a phase, of which `begun_at` was done before it."""
+    """Where a process stands in a phase of the run, of which `begun_at` was done before it."""
 
     phase: str
+    unit: str
     done: float
     begun_at: float
 
     @classmethod
-    def of(cls, run: Path) -> Standing | None:
-        phase = (read_json(run / "progress.json") or {}).get("phase")
-        if not phase or phase["total"] is None:
+    def of(cls, process: subprocess.Popen[bytes], run: Path) -> Standing | None:
+        """None as long as the process counts nothing."""
+        progress = read_json(run / "progress.json") or {}
+        phase = progress.get("phase")
+        if progress.get("pid") != process.pid or not phase or phase["total"] is None:
             return None
-        return cls(phase["name"], phase["done"], phase["begun_at"])
+        return cls(phase["name"], phase["unit"], phase["done"], phase["begun_at"])
 
 
 def start(run: Path) -> subprocess.Popen[bytes]:
@@ -58,40 +64,69 @@ def start(run: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def first_work_s(run: Path) -> float:
-    """Run the demo to its end; how long it took until it had something to count."""
-    began, process, first = time.monotonic(), start(run), None
-    while process.poll() is None:
-        if first is None and (run / "iterations").exists():
-            first = time.monotonic() - began
+def watched(process: subprocess.Popen[bytes], run: Path, until: float = math.inf) -> Iterator[Standing]:
+    """Where the process stands, again and again until it ends, or to that moment of `time.monotonic`."""
+    while process.poll() is None and time.monotonic() < until:
+        if (standing := Standing.of(process, run)) is not None:
+            yield standing
         time.sleep(0.1)
-    assert process.returncode == 0 and first is not None
-    return first
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """The run to compare with: the names of its phases in order, and how long until it first sampled."""
+
+    phases: list[str]
+    first_work_s: float
+
+    @classmethod
+    def run(cls, at: Path) -> Undisturbed:
+        began, process, first = time.monotonic(), start(at), math.nan
+        phases: dict[str, None] = {}
+        for standing in watched(process, at):
+            if math.isnan(first) and standing.unit == "questions":
+                first = time.monotonic() - began
+            phases.setdefault(standing.phase)
+        assert process.returncode == 0
+        return cls(list(phases), first)
+
+    def longest_s(self, phase: str, kills: int) -> float:
+        """The longest that a process may live: so long that all kills fall before the end, and all over the run."""
+        position = self.phases.index(phase) / len(self.phases) if phase in self.phases else 0.0
+        return self.first_work_s * (1.25 if position > kills / KILLS else 2.5)
 
 
 def test_a_demo_that_is_killed_a_hundred_times_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    longest = 2.0 * first_work_s(undisturbed)
+    at, run = tmp_path / "undisturbed", tmp_path / "killed"
+    undisturbed = Undisturbed.run(at)
     moments, kills = random.Random(0), 0
-    before: Standing | None = None
+    phase = ""
+    struck: Standing | None = None
+    """The newest phase that was seen, and where the run was at the last kill that has not been made good."""
+    again: dict[str, list[float]] = {}
     while True:
-        process, until = start(killed), time.monotonic() + moments.uniform(0, longest)
-        seen = False
-        while process.poll() is None and (kills >= KILLS or time.monotonic() < until):
-            now = Standing.of(killed)
-            if before is not None and now is not None and now.phase == before.phase and not seen:
-                seen = True
-                print(f"kill {kills}: {before.phase}: {max(0.0, before.done - now.begun_at):g} again")
-            time.sleep(0.1)
+        process, last = start(run), None
+        longest = undisturbed.longest_s(phase, kills)
+        until = time.monotonic() + moments.uniform(0, longest) if kills < KILLS else math.inf
+        for standing in watched(process, run, until):
+            last, phase = standing, standing.phase
+            if struck is not None:
+                if standing.phase == struck.phase:
+                    again.setdefault(struck.unit, []).append(max(0.0, struck.done - standing.begun_at))
+                    print(f"{kills} kills: {struck.phase}: {again[struck.unit][-1]:g} {struck.unit} again")
+                struck = None
         if process.poll() is not None:
             break
         kill(tree(psutil.Process(process.pid)))
         process.wait(60)
         kills += 1
-        before = Standing.of(killed) or before
-    assert process.returncode == 0
-    print(f"{kills} kills")
-    assert results(killed) == results(undisturbed)
+        struck = last or struck
+    assert (process.returncode, kills) == (0, KILLS)
+    for unit, counts in again.items():
+        print(
+            f"{len(counts)} kills: {statistics.median(counts):g} {unit} again (median), at most {max(counts):g}"
+        )
+    assert results(run) == results(at)
 
 
 def results(run: Path) -> Any:

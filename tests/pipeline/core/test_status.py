@@ -90,6 +90,12 @@ def test_what_was_done_before_a_resumed_phase_is_shown_and_not_taken_for_its_spe
         phase = status(run)["phase"]
         assert (phase["done"], phase["total"]) == (8001, 9000)
         assert phase["rate_per_s"] is None or phase["rate_per_s"] == pytest.approx(1 / phase["seconds"])
+    # Where a learner begins is known when it has read its checkpoint.
+    with display.follow(run.path), display.progress("training", None, "steps") as advance:
+        advance.to(302, 900, 300)
+        phase = status(run)["phase"]
+        assert [phase[key] for key in ("done", "total", "begun_at")] == [302, 900, 300]
+        assert phase["rate_per_s"] is None or phase["rate_per_s"] == pytest.approx(2 / phase["seconds"])
 
 
 def test_how_a_run_ended_is_told(run: RunDirectory, display: Display) -> None:
