@@ -24,7 +24,7 @@ pytestmark = pytest.mark.system
         pytest.param("Qwen2", "plain", "actors", marks=pytest.mark.chaos),
         ("Qwen3", "chat", "server"),
         pytest.param("Llama", "plain", "actors", marks=pytest.mark.chaos),
-        ("Mistral", "chat", "actors"),
+        pytest.param("Mistral", "chat", "actors", marks=pytest.mark.chaos),
     ],
 )
 def test_one_iteration_changes_the_model_and_reports(

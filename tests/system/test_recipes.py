@@ -1,10 +1,11 @@
 """Other methods than ExSearch as whole runs: the one of docs/recipes.md, and two policies that share nothing but the
-questions, killed and resumed."""
+questions. `make chaos` kills the latter between two trainings."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,45 +58,71 @@ def test_the_documented_recipe_trains(
 DUET = (str(Path(__file__).with_name("with_test_recipes.py")),)
 
 
-def test_two_policies_of_different_kinds_are_sampled_scored_trained_and_pushed_and_a_kill_changes_nothing(
-    world: Path, index: Path, tmp_path: Path
+@dataclass(frozen=True)
+class Duet:
+    """A finished run of two policies, and what it began with."""
+
+    run: Path
+    settings: list[str]
+    starts: dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def duet(world: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -> Duet:
+    at = tmp_path_factory.mktemp("duet")
+    starts = {
+        "asker": build_model(at / "asker", "Qwen2"),
+        "answerer": build_model(at / "answerer", "Llama", vocab_size=280, seed=1, layers=3),
+    }
+    settings = [
+        s for s in overrides(world, index, starts["asker"]) if not s.startswith(("em.", "cold_start."))
+    ]
+    settings += [
+        "recipe=duet",
+        f"duet.answerer={starts['answerer']}",
+        "duet.iterations=1",
+        "learner.num_ranks=1",
+    ]
+    finish(at / "run", settings, DUET)
+    return Duet(at / "run", settings, starts)
+
+
+def weights(model: Path) -> dict[str, np.ndarray]:
+    return load_file(model / "model.safetensors")
+
+
+def test_two_policies_of_different_kinds_are_sampled_scored_trained_and_pushed(
+    duet: Duet, tmp_path: Path
 ) -> None:
-    asker = build_model(tmp_path / "asker", "Qwen2")
-    answerer = build_model(tmp_path / "answerer", "Llama", vocab_size=280, seed=1, layers=3)
-    settings = [s for s in overrides(world, index, asker) if not s.startswith(("em.", "cold_start."))]
-    settings += ["recipe=duet", f"duet.answerer={answerer}", "duet.iterations=1", "learner.num_ranks=1"]
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    finish(undisturbed, settings, DUET)
-
-    between = "iterations/0001/asker/train.json"
-    kill_when(killed, settings, (killed / between).exists, DUET)
-    assert not (killed / "iterations/0001/answerer/train.json").exists()
-    finish(killed, settings, DUET)
-
-    for run in (undisturbed, killed):
-        evaluation = json.loads((run / "iterations/0001/evaluation.json").read_text())
-        assert (run / "iterations/0001/asker/model").is_dir()
-        assert evaluation["scores"]["n"] == 4
-    pushed = json.loads((undisturbed / "iterations/0001/evaluation.json").read_text())["push"]
-    assert {name: report["version"] for name, report in pushed.items()} == {"asker": 1, "answerer": 1}
-    for name in ("asker", "answerer"):
-        trained, other = (
-            load_file(run / f"iterations/0001/{name}/model/model.safetensors")
-            for run in (undisturbed, killed)
-        )
-        started = load_file(tmp_path / name / "model.safetensors")
+    iteration = duet.run / "iterations/0001"
+    evaluation, scores = (
+        json.loads((iteration / name).read_text()) for name in ("evaluation.json", "scores.json")
+    )
+    assert evaluation["scores"]["n"] == 4
+    for name, start in duet.starts.items():
+        assert evaluation["push"][name]["version"] == 1
+        trained, started = weights(iteration / name / "model"), weights(start)
         assert any(not np.array_equal(trained[key], started[key]) for key in trained)
-        for key, tensor in trained.items():
-            np.testing.assert_array_equal(other[key], tensor, err_msg=f"{name} {key}")
-    finish(undisturbed, ["--split", "dev", "--out", str(tmp_path / "again.json")], DUET, "evaluate")
+        assert all(value < 0 for value in scores[name])
+    finish(duet.run, ["--split", "dev", "--out", str(tmp_path / "again.json")], DUET, "evaluate")
     again, then = (
         pq.read_table(path).column("token_ids").to_pylist()
-        for path in (tmp_path / "again.parquet", undisturbed / "iterations/0001/evaluation.parquet")
+        for path in (tmp_path / "again.parquet", iteration / "evaluation.parquet")
     )
     assert again == then  # what `evaluate` runs is both trained models
-    first, second = (
-        json.loads((run / "iterations/0001/scores.json").read_text()) for run in (undisturbed, killed)
-    )
-    for name in ("asker", "answerer"):
+
+
+@pytest.mark.chaos
+def test_a_kill_between_the_training_of_two_policies_changes_nothing(duet: Duet, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    kill_when(killed, duet.settings, (killed / "iterations/0001/asker/train.json").exists, DUET)
+    assert not (killed / "iterations/0001/answerer/train.json").exists()
+    finish(killed, duet.settings, DUET)
+    ours, theirs = (run / "iterations/0001" for run in (killed, duet.run))
+    assert json.loads((ours / "evaluation.json").read_text())["scores"]["n"] == 4
+    first, second = (json.loads((at / "scores.json").read_text()) for at in (ours, theirs))
+    for name in duet.starts:
         assert first[name] == pytest.approx(second[name], rel=1e-6)
-        assert all(value < 0 for value in first[name])
+        resumed, undisturbed = weights(ours / name / "model"), weights(theirs / name / "model")
+        for key, tensor in undisturbed.items():
+            np.testing.assert_array_equal(resumed[key], tensor, err_msg=f"{name} {key}")

@@ -256,6 +256,7 @@ def test_nobody_listening_is_unavailable(search: Search) -> None:
         (email.utils.formatdate(time.time() + 3600), 10.0, 10.0),
         (email.utils.formatdate(0), 0.5, 1.5),
     ],
+    ids=["seconds", "too many seconds", "no date", "a later date", "a date that is past"],
 )
 def test_server_says_when_to_come_back(
     server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, retry_after: str, least: float, most: float
