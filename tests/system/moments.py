@@ -1,7 +1,7 @@
 """Moments of a run at which a test wants to strike.
 
 Processes of the run announce them and wait there, so that the strike falls within. They also note each unit of work
-that they begin: what is noted twice was done again.
+that they begin and that they end: what is begun twice was done again.
 
 A moment is armed by the test, reached by the first process that comes by, and over when the test says so. All of that
 is files in one directory, which the variable `MOMENTS` names; `install` is Ray's hook for new worker processes.
@@ -13,6 +13,7 @@ import asyncio
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,16 @@ PAUSE_S = 0.02
 
 @dataclass(frozen=True)
 class Unit:
-    """One unit of work that was begun: an episode or an optimiser step."""
+    """An episode or an optimiser step that was begun, or ended."""
 
     at: float
+    has_ended: bool
     name: str
+
+    @classmethod
+    def of(cls, line: str) -> Unit:
+        at, what, name = line.split(" ", 2)
+        return cls(float(at), what == "ended", name)
 
 
 class Moments:
@@ -66,17 +73,24 @@ class Moments:
         (self.directory / f"{moment}.over").touch()
 
     def work(self) -> list[Unit]:
-        """All that was begun, in the order of time."""
+        """All that was begun and ended, in the order of time."""
         if not (log := self.directory / "work.log").exists():
             return []
-        rows = (line.split(" ", 1) for line in log.read_text(encoding="utf-8").splitlines())
-        return sorted((Unit(float(at), name) for at, name in rows), key=lambda unit: unit.at)
+        units = map(Unit.of, log.read_text(encoding="utf-8").splitlines())
+        return sorted(units, key=lambda unit: unit.at)
 
     # ---------------------------------------------------------------- the run's end
 
-    def note(self, name: str) -> None:
+    @contextmanager
+    def unit(self, name: str) -> Iterator[None]:
+        """A unit of work, while the block runs."""
+        self._note("begun", name)
+        yield
+        self._note("ended", name)
+
+    def _note(self, what: str, name: str) -> None:
         with (self.directory / "work.log").open("a", encoding="utf-8") as log:
-            log.write(f"{time.time():.3f} {name}\n")
+            log.write(f"{time.time():.3f} {what} {name}\n")
 
     def hold(self, moment: str) -> None:
         for _ in self._until_over(moment):
@@ -109,9 +123,9 @@ def install() -> None:
             is_greedy = request.sampling.temperature == 0
             kind = EVALUATION if is_greedy else E_STEP
             version = self.engine.weights.version
-            moments.note(f"{kind} {version} {request.sampling.seed} {request.task.id} {sample}")
-            await moments.hold_async(kind)
-            return await episode(self, request, sample)
+            with moments.unit(f"{kind} {version} {request.sampling.seed} {request.task.id} {sample}"):
+                await moments.hold_async(kind)
+                return await episode(self, request, sample)
 
         async def noted_update(self: Any, *arguments: Any, **keywords: Any) -> Any:
             await moments.hold_async(PUSH)
@@ -134,11 +148,11 @@ def install() -> None:
         step = module.Learner._optimizer_step
 
         def noted_step(self: Any, *arguments: Any, **keywords: Any) -> Any:
-            if self.rank == 0:
-                moments.note(f"{M_STEP} {self._phase.key} {len(self._phase.history)}")
-            if self._phase.history:
-                moments.hold(M_STEP)
-            return step(self, *arguments, **keywords)
+            noted = moments.unit(f"{M_STEP} {self._phase.key} {len(self._phase.history)}")
+            with noted if self.rank == 0 else nullcontext():
+                if self._phase.history:
+                    moments.hold(M_STEP)
+                return step(self, *arguments, **keywords)
 
         module.Learner._optimizer_step = noted_step
 

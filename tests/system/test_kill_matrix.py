@@ -97,19 +97,27 @@ class Disturbed:
         self.wait_for(lambda: self.moments.reached_by(moment) is not None, moment)
         if moment in (E_STEP, SCORING, EVALUATION):
             self.wait_for(self._is_at_full_strength, "the replacement of workers lost before")
-        before = self.moments.work()
         struck = time.time()
         VICTIMS[victim](self, self.moments.reached_by(moment))
+        before = self.moments.work()
         self.moments.end(moment)
         if self.driver.poll() is not None:
+            self._wait_until_its_actors_have_ended()
+            before = self.moments.work()
             self.start()
         self.wait_for(lambda: self._is_done(moment), f"the end of {moment} after the loss of the {victim}")
         after = self.moments.work()[len(before) :]
-        seconds = after[0].at - struck if after else 0.0
+        seconds = next((unit.at - struck for unit in after if unit.has_ended), 0.0)
         known = {unit.name for unit in before}
-        again = Counter(unit.name.split()[0] for unit in after if unit.name in known)
+        again = Counter(unit.name.split()[0] for unit in after if not unit.has_ended and unit.name in known)
         repeated = ", ".join(f"{n} x {kind}" for kind, n in again.items()) or "nothing"
         return f"{victim:<24}{moment:<12}{seconds:>8.1f} s  {repeated}"
+
+    def _wait_until_its_actors_have_ended(self) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while any(self.machines.processes(name) for name in ("RolloutWorker", "LearnerRank")):
+            assert time.monotonic() < deadline, "actors outlive their driver"
+            time.sleep(0.1)
 
     def _is_at_full_strength(self) -> bool:
         log, worker = (self.run / "run.log").read_text(encoding="utf-8"), r"rollout worker \d+ of searcher "
