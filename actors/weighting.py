@@ -2,7 +2,8 @@
 
 It works while rollouts go on, and does arithmetic only: what the engines had to score came with the episodes. Shards
 are written as soon as all their tasks are in. What is in a shard depends only on the tasks, never on the order in which
-they finish.
+they finish. Tasks that wait for others of their shard are written as soon as they are as many as a shard has, so that
+never more than that is lost.
 """
 
 from __future__ import annotations
@@ -60,22 +61,36 @@ class Weighting:
             raise ValueError(f"{list(shards.examples)} are not {list(weigh.outputs)}")
         self._shards, self._weigh, self._complete = shards, weigh, set(shards.complete)
         self._tasks = {task.id: task for task in shards.tasks}
-        self._waiting: dict[str, tuple[Sequence[Episode], Weighted]] = {}
-        logger.info(f"{shards.rollouts}: {len(self._complete)} of {len(shards)} shards are complete")
+        self._waiting = shards.read_loose()
+        """Tasks of shards that are not complete."""
+        self._unwritten: set[str] = set()
+        """Those of them that are nowhere else."""
+        logger.info(
+            f"{shards.rollouts}: {len(self._complete)} of {len(shards)} shards are complete, "
+            f"{len(self._waiting)} tasks of others are written"
+        )
+        for shard in sorted({shards.shard_of(self._tasks[task_id]) for task_id in self._waiting}):
+            self._write_if_complete(shard)
 
     async def add(self, episodes: Sequence[Episode]) -> bool:
         """One task's episodes. Either all of it is kept or, on failure, nothing.
 
         Returns:
-            whether the shard of the task is complete now. Until then a task is lost if this actor dies.
+            whether the shard of the task is complete now. Until then it may be lost if this actor dies.
         """
         task = self._tasks[episodes[0].task_id]
         shard = self._shards.shard_of(task)
-        if shard not in self._complete:
+        if shard not in self._complete and task.id not in self._waiting:
             weighted = self._weigh(task, episodes)
             self._waiting[task.id] = (episodes, weighted)
+            self._unwritten.add(task.id)
             _count(episodes, weighted)
             self._write_if_complete(shard)
+            if len(self._unwritten) >= self._shards.tasks_per_shard:
+                self._shards.write_loose(
+                    {task_id: self._waiting[task_id] for task_id in sorted(self._unwritten)}
+                )
+                self._unwritten.clear()
         return shard in self._complete
 
     async def finish(self) -> dict[str, Any]:
@@ -105,6 +120,8 @@ class Weighting:
         self._complete.add(shard)
         for member in members:
             del self._waiting[member]
+        self._unwritten.difference_update(members)
+        self._shards.remove_loose(self._waiting)
 
 
 def _count(episodes: Sequence[Episode], weighted: Weighted) -> None:
@@ -155,7 +172,7 @@ class ShardSink:
         self._deaths, self._max_restarts = 0, max_restarts
         self._replacing = asyncio.Lock()
         self._in_memory: dict[int, dict[str, tuple[Task, Counts]]] = {}
-        """By shard, the tasks that the actor has and the disk has not."""
+        """By shard that is not complete, the tasks that the actor has."""
         actor = self._actor
         try:
             if self._is_up:
@@ -257,13 +274,14 @@ class ShardSink:
             taken
             for shard, members in self._in_memory.items()
             if shard not in self._shards.complete
-            for taken in members.values()
+            for task_id, taken in members.items()
+            if task_id not in self._shards.loose
         ]
         self._in_memory.clear()
         self._work.again(lost)
         logger.warning(
             f"the weighting actor is lost and replaced ({cause}); {len(self._shards.complete)} of {len(self._shards)} "
-            f"shards are complete, {len(lost)} tasks of others are sampled again"
+            f"shards are complete; of others {len(self._shards.loose)} tasks are written and {len(lost)} sampled again"
         )
 
 

@@ -213,7 +213,7 @@ class Run:
         )
         if self.files.finished(f"{t}/sample") is not None and self._are_still_to_be_read(t, weigh.outputs):
             shards.resume()
-            if shards.to_do():  # `resume` has said why
+            if len(shards.complete) < len(shards):  # `resume` has said why
                 self.files.forget(f"{t}/sample")
 
         def work() -> Json:

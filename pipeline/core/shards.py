@@ -10,6 +10,11 @@ files, in the order in which they are written:
 
 A shard is complete exactly when all of them are there as they were written, and the side-car is of the tasks that
 belong there now.
+
+Where more tasks are in flight than a shard has, many are done long before the last one of their shard is. They are
+written too, a shard's number of them together, and removed when their shards are complete:
+
+    rollouts/_loose/000000/POLICY.parquet, rollouts.parquet, tasks.json
 """
 
 from __future__ import annotations
@@ -20,7 +25,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +34,14 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.core.agents.program import Task
-from pipeline.core.records import Episode, examples_to_table, trajectories_from_table, trajectories_to_table
+from pipeline.core.records import (
+    Episode,
+    Trajectory,
+    examples_from_table,
+    examples_to_table,
+    trajectories_from_table,
+    trajectories_to_table,
+)
 from pipeline.core.run import write_json, write_table
 from pipeline.core.weighing import Weighted
 from retriever_service import files
@@ -38,6 +50,9 @@ from retriever_service.errors import RetrieverError
 logger = logging.getLogger(__name__)
 
 _MEND = "this shard is made again"
+
+Done = tuple[Sequence[Episode], Weighted]
+"""What became of one task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +99,22 @@ class Counts:
 _COUNTED = tuple(field.name for field in fields(Counts))
 
 
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """Of tasks that are written together: the trajectories, the examples by whom they train, the side-car."""
+
+    rollouts: Path
+    examples: Mapping[str, Path]
+    side_car: Path
+
+    def tables(self) -> dict[str, Path]:
+        """By the name that the side-car has for each."""
+        return {"rollouts": self.rollouts, **{f"{name}/examples": at for name, at in self.examples.items()}}
+
+    def all(self) -> list[Path]:
+        return [*self.tables().values(), self.side_car]
+
+
 class Shards:
     """Those of one phase. It can be pickled: the weighting actor writes what the driver resumes.
 
@@ -101,6 +132,9 @@ class Shards:
         self.tasks_per_shard = tasks_per_shard
         self.complete: dict[int, Counts] = {}
         """The complete shards, as `resume` found them."""
+        self.loose: dict[str, Counts] = {}
+        """By its id each task that is written and not in one of these, as `resume` found them."""
+        self._loose_sets: dict[int, set[str]] = {}
 
     # ---------------------------------------------------------------- what belongs where
 
@@ -119,125 +153,210 @@ class Shards:
         return self.tasks[first : first + self.tasks_per_shard]
 
     def to_do(self) -> list[Task]:
-        """The tasks of the shards that are not complete."""
-        return [
-            task for shard in range(len(self)) if shard not in self.complete for task in self.members(shard)
-        ]
+        """The tasks that are not written."""
+        open_shards = (shard for shard in range(len(self)) if shard not in self.complete)
+        return [task for shard in open_shards for task in self.members(shard) if task.id not in self.loose]
 
     def counts(self) -> Counts:
-        """Of the complete shards."""
-        return sum((self.complete[shard] for shard in sorted(self.complete)), Counts())
+        """Of the tasks that are written."""
+        of_shards = (self.complete[shard] for shard in sorted(self.complete))
+        return sum(itertools.chain(of_shards, self.loose.values()), Counts())
 
     # ---------------------------------------------------------------- on disk
 
     def resume(self, max_failure_share: float = 1.0) -> None:
-        """Find out which shards are complete (`complete`), and remove whatever else lies in the directories.
+        """Find out which tasks are written (`complete`, `loose`), and remove whatever else lies in the directories.
 
         Where a larger share of the episodes in them failed for infrastructure reasons, those with failures are made
         again as well: it was their failures that ended the phase, and the same command is to have another chance.
         """
         for directory in self._directories():
             directory.mkdir(parents=True, exist_ok=True)
-        self.complete = {n: counts for n in range(len(self)) if (counts := self._read_counts(n)) is not None}
+        self.complete = {n: counts for n in range(len(self)) if (counts := self._read_shard(n)) is not None}
+        self._find_loose()
         if (all_of_them := self.counts()).exceed(max_failure_share):
             failed = [n for n, counts in self.complete.items() if counts.infrastructure_failures]
+            loose = [id for id, counts in self.loose.items() if counts.infrastructure_failures]
             logger.warning(
                 f"{self.rollouts}: too many trajectories failed for reasons outside of the model; {len(failed)} shards "
-                f"with failures are made again; last: {all_of_them.last_failure}"
+                f"and {len(loose)} tasks of others with failures are made again; last: {all_of_them.last_failure}"
             )
             for shard in failed:
                 del self.complete[shard]
+            for task_id in loose:
+                del self.loose[task_id]
+        self.remove_loose(self.loose)
         self._remove_the_rest()
-        if self.complete:
+        if self.complete or self.loose:
             done = len(self.tasks) - len(self.to_do())
             logger.info(
                 f"{self.rollouts}: {len(self.complete)} of {len(self)} shards are complete, {done} of "
                 f"{len(self.tasks)} tasks are not sampled again"
             )
 
-    def write(self, shard: int, done: Sequence[tuple[Sequence[Episode], Weighted]]) -> None:
+    def write(self, shard: int, done: Sequence[Done]) -> None:
         """Write a shard; `done` has all of its tasks, in their order."""
-        name = f"{shard:06d}.parquet"
-        for output, directory in self.examples.items():
-            examples = (example for _, weighted in done for example in weighted.examples[output])
-            write_table(directory / name, examples_to_table(examples))
-        turns = (turn for episodes, _ in done for episode in episodes for turn in episode.turns)
-        write_table(self.rollouts / name, trajectories_to_table(turns))
-        rows = [
-            _name(task) | asdict(Counts.of(episodes)) | {"statistics": dict(weighted.statistics)}
-            for task, (episodes, weighted) in zip(self.members(shard), done, strict=True)
-        ]
-        records = {name: files.record_file(path) for name, path in self._tables(shard).items()}
-        write_json(self._side_car(shard), {"files": files.records_as_json(records), "tasks": rows})
+        _write(self._files(shard), self.members(shard), done)
+
+    def write_loose(self, done: Mapping[str, Done]) -> None:
+        """Write tasks whose shards are not complete, by their id."""
+        number = max(self._loose_sets, default=-1) + 1
+        tasks = [self.tasks[self._index[task_id]] for task_id in done]
+        _write(self._loose_files(number), tasks, list(done.values()))
+        self._loose_sets[number] = set(done)
+
+    def read_loose(self) -> dict[str, Done]:
+        """What became of the tasks in `loose`; episodes without their `scores`."""
+        found: dict[str, Done] = {}
+        for number in sorted(self._loose_sets):
+            at = self._loose_files(number)
+            turns = iter(trajectories_from_table(pq.read_table(at.rollouts)))
+            examples = {
+                name: iter(examples_from_table(pq.read_table(path))) for name, path in at.examples.items()
+            }
+            for row in _rows(at.side_car):
+                episodes = _episodes(itertools.islice(turns, row["turns"]))
+                own = {name: list(itertools.islice(examples[name], n)) for name, n in row["examples"].items()}
+                found[row["id"]] = (episodes, Weighted(own, row["statistics"]))
+        return {task_id: done for task_id, done in found.items() if task_id in self.loose}
+
+    def remove_loose(self, needed: Container[str]) -> None:
+        """Remove what was written of tasks together none of which is needed any more."""
+        for number, members in list(self._loose_sets.items()):
+            if not any(member in needed for member in members):
+                at = self._loose_files(number)
+                at.side_car.unlink()  # first: without it nothing of the others counts
+                shutil.rmtree(at.side_car.parent)
+                del self._loose_sets[number]
+        if self._loose.exists() and not self._loose_sets:
+            shutil.rmtree(self._loose)
 
     def statistics(self) -> list[Mapping[str, Any]]:
         """Of every task, in the order of the tasks; all shards are complete."""
-        return [
-            row["statistics"] for shard in range(len(self)) for row in self._read_side_car(shard)["tasks"]
-        ]
+        return [row["statistics"] for shard in range(len(self)) for row in _rows(self._files(shard).side_car)]
 
     def episodes(self) -> list[Episode]:
         """Of every task, in the order of the tasks, without their `scores`; all shards are complete."""
-        turns = (
+        return _episodes(
             turn
             for shard in range(len(self))
-            for turn in trajectories_from_table(pq.read_table(self.rollouts / f"{shard:06d}.parquet"))
+            for turn in trajectories_from_table(pq.read_table(self._files(shard).rollouts))
         )
-        by_episode = itertools.groupby(turns, key=lambda turn: (turn.question_id, turn.sample))
-        return [Episode(task_id, sample, tuple(own)) for (task_id, sample), own in by_episode]
 
     # ---------------------------------------------------------------- inside
 
     def _directories(self) -> list[Path]:
         return [self.rollouts, *self.examples.values()]
 
-    def _side_car(self, shard: int) -> Path:
+    def _files(self, shard: int) -> _Files:
+        name = f"{shard:06d}.parquet"
+        examples = {output: directory / name for output, directory in self.examples.items()}
         # Readers of Parquet directories pass over names that begin with an underscore.
-        return self.rollouts / f"_{shard:06d}.json"
+        return _Files(self.rollouts / name, examples, self.rollouts / f"_{shard:06d}.json")
 
-    def _tables(self, shard: int) -> dict[str, Path]:
-        """The Parquet files of a shard, by the name that the side-car has for each."""
-        directories = {"rollouts": self.rollouts, **{f"{n}/examples": at for n, at in self.examples.items()}}
-        return {name: directory / f"{shard:06d}.parquet" for name, directory in directories.items()}
+    @property
+    def _loose(self) -> Path:
+        return self.rollouts / "_loose"
 
-    def _files(self, shard: int) -> list[Path]:
-        return [*self._tables(shard).values(), self._side_car(shard)]
+    def _loose_files(self, number: int) -> _Files:
+        at = self._loose / f"{number:06d}"
+        examples = {output: at / f"{output}.parquet" for output in self.examples}
+        return _Files(at / "rollouts.parquet", examples, at / "tasks.json")
 
-    def _read_side_car(self, shard: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self._side_car(shard).read_text(encoding="utf-8"))
-        return found
-
-    def _read_counts(self, shard: int) -> Counts | None:
+    def _read_shard(self, shard: int) -> Counts | None:
         """What was counted in a complete shard; None, and a word in the log, if it is not complete."""
-        side_car = self._side_car(shard)
-        if not side_car.exists():
-            return None
-        try:
-            found = self._read_side_car(shard)
-            rows, records = found["tasks"], files.records_from_json(found["files"])
-            names = [{key: row[key] for key in ("id", "digest")} for row in rows]
-            counts = [Counts(**{key: row[key] for key in _COUNTED}) for row in rows]
-            if names != [_name(task) for task in self.members(shard)]:
-                raise RetrieverError(f"{side_car} is of other tasks; {_MEND}")
-            for name, path in self._tables(shard).items():
-                files.check_contents(path, records[name], _MEND)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning(f"{side_car} cannot be read, or is of an earlier version ({error!r}); {_MEND}")
-        except RetrieverError as error:
-            logger.warning(str(error))
-        else:
-            return sum(counts, Counts())
-        return None
+        found = _read(self._files(shard), [task.id for task in self.members(shard)], self._name_of)
+        return None if found is None else sum(found.values(), Counts())
+
+    def _find_loose(self) -> None:
+        numbers = sorted(int(path.name) for path in self._loose.glob("*") if path.name.isdecimal())
+        found = {n: counts for n in numbers if (counts := _read(self._loose_files(n), None, self._name_of))}
+        self._loose_sets = {number: set(counts) for number, counts in found.items()}
+        self.loose = {
+            task_id: counts
+            for of_set in found.values()
+            for task_id, counts in of_set.items()
+            if self._index[task_id] // self.tasks_per_shard not in self.complete
+        }
+
+    def _name_of(self, task_id: str) -> dict[str, str] | None:
+        index = self._index.get(task_id)
+        return None if index is None else _name(self.tasks[index])
 
     def _remove_the_rest(self) -> None:
-        whole = {path for shard in self.complete for path in self._files(shard)}
-        rest = [
-            path for directory in self._directories() for path in directory.iterdir() if path not in whole
-        ]
+        whole = {path for shard in self.complete for path in self._files(shard).all()}
+        if self._loose_sets:
+            whole |= {
+                self._loose,
+                *(self._loose_files(number).side_car.parent for number in self._loose_sets),
+            }
+        directories = [*self._directories(), *([self._loose] if self._loose_sets else [])]
+        rest = [path for directory in directories for path in directory.iterdir() if path not in whole]
         # Side-cars first, and for good: without its own none of the other files counts.
         for path in sorted(rest, key=lambda path: path.suffix != ".json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         files.fsync(self.rollouts)
+
+
+def _write(at: _Files, tasks: Sequence[Task], done: Sequence[Done]) -> None:
+    for output, path in at.examples.items():
+        examples = (example for _, weighted in done for example in weighted.examples[output])
+        write_table(path, examples_to_table(examples))
+    turns = (turn for episodes, _ in done for episode in episodes for turn in episode.turns)
+    write_table(at.rollouts, trajectories_to_table(turns))
+    rows = [
+        _name(task)
+        | asdict(Counts.of(episodes))
+        | {"turns": sum(len(episode.turns) for episode in episodes)}
+        | {"examples": {output: len(weighted.examples[output]) for output in at.examples}}
+        | {"statistics": dict(weighted.statistics)}
+        for task, (episodes, weighted) in zip(tasks, done, strict=True)
+    ]
+    records = {name: files.record_file(path) for name, path in at.tables().items()}
+    write_json(at.side_car, {"files": files.records_as_json(records), "tasks": rows})
+
+
+def _read(
+    at: _Files, expected: Sequence[str] | None, name_of: Callable[[str], dict[str, str] | None]
+) -> dict[str, Counts] | None:
+    """What was counted of each task; None, and a word in the log, if not all is there as it was written.
+
+    Args:
+        expected: the ids that belong there, if that is known.
+        name_of: what a task of the phase is called now.
+    """
+    if not at.side_car.exists():
+        return None
+    try:
+        rows = _rows(at.side_car)
+        records = files.records_from_json(_read_json(at.side_car)["files"])
+        counts = {row["id"]: Counts(**{key: row[key] for key in _COUNTED}) for row in rows}
+        are_known = all(name_of(row["id"]) == {key: row[key] for key in ("id", "digest")} for row in rows)
+        if not are_known or (expected is not None and list(counts) != list(expected)):
+            raise RetrieverError(f"{at.side_car} is of other tasks; {_MEND}")
+        for name, path in at.tables().items():
+            files.check_contents(path, records[name], _MEND)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning(f"{at.side_car} cannot be read, or is of an earlier version ({error!r}); {_MEND}")
+    except RetrieverError as error:
+        logger.warning(str(error))
+    else:
+        return counts
+    return None
+
+
+def _rows(side_car: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = _read_json(side_car)["tasks"]
+    return found
+
+
+def _read_json(side_car: Path) -> Any:
+    return json.loads(side_car.read_text(encoding="utf-8"))
+
+
+def _episodes(turns: Iterable[Trajectory]) -> list[Episode]:
+    by_episode = itertools.groupby(turns, key=lambda turn: (turn.question_id, turn.sample))
+    return [Episode(task_id, sample, tuple(own)) for (task_id, sample), own in by_episode]
 
 
 def _name(task: Task) -> dict[str, str]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actors.weighting import Weighting
 from pipeline.core.agents.transcript import Transcript
@@ -57,7 +60,7 @@ def episodes(task: Question, reason: StopReason = StopReason.ANSWERED) -> list[E
 
 
 class Phase:
-    """An actor in the middle of a phase, two tasks a shard."""
+    """An actor in the middle of a phase."""
 
     def __init__(
         self,
@@ -65,9 +68,10 @@ class Phase:
         tasks: Sequence[Question],
         actor: Weighting | None = None,
         weigh: Halves | None = None,
+        per_shard: int = 2,
     ) -> None:
         self.at, self.actor = at, actor or Weighting()
-        self.shards = Shards(tasks, at / "rollouts", {n: at / n for n in Halves.outputs}, 2)
+        self.shards = Shards(tasks, at / "rollouts", {n: at / n for n in Halves.outputs}, per_shard)
         self.shards.resume()
         asyncio.run(self.actor.begin(self.shards, weigh or Halves()))
 
@@ -110,7 +114,8 @@ def test_what_is_written_can_be_read_again(tmp_path: Path) -> None:
     assert side_car.pop("files").keys() == {"rollouts", "first/examples", "second/examples"}
     assert side_car["tasks"][0].pop("digest")
     counts = {"episodes": 2, "generated_tokens": 0, "infrastructure_failures": 0, "last_failure": ""}
-    assert side_car == {"tasks": [{"id": "q0", **counts, "statistics": {"id": "q0", "n": 2}}]}
+    row = {"id": "q0", **counts, "turns": 2, "examples": {"first": 2, "second": 2}}
+    assert side_car == {"tasks": [{**row, "statistics": {"id": "q0", "n": 2}}]}
 
 
 def test_failed_episodes_are_kept_to_read(tmp_path: Path) -> None:
@@ -134,6 +139,30 @@ def test_a_shard_is_written_as_soon_as_its_last_task_is_in(tmp_path: Path) -> No
         seen.append((is_complete, sorted(path.name for path in (tmp_path / "first").iterdir())))
     one, two = ["000000.parquet"], ["000000.parquet", "000001.parquet"]
     assert seen == [(False, []), (False, []), (True, one), (True, two)]
+
+
+@given(st.permutations(range(9)), st.sets(st.integers(0, 8)), st.integers(1, 4))
+def test_an_actor_that_dies_costs_fewer_tasks_than_a_shard_has_in_whatever_order_they_finish(
+    tmp_path_factory: pytest.TempPathFactory, order: Sequence[int], deaths: set[int], per_shard: int
+) -> None:
+    at, tasks = tmp_path_factory.mktemp("phases"), questions(9)
+    expected, phase = (Phase(at / name, tasks, per_shard=per_shard) for name in ("expected", "phase"))
+    for task in tasks:
+        expected.add(task)
+    waiting, done = deque(tasks[index] for index in order), list[Question]()
+    while waiting:
+        phase.add(task := waiting.popleft())
+        done.append(task)
+        if len(done) in deaths:
+            deaths.remove(len(done))
+            phase = Phase(phase.at, tasks, per_shard=per_shard)
+            lost = [task for task in done if task in phase.shards.to_do()]
+            assert len(lost) < per_shard
+            assert phase.shards.counts().episodes == 2 * (len(done) - len(lost))
+            done = [task for task in done if task not in lost]
+            waiting.extend(lost)
+    assert phase.finish() == expected.finish()
+    assert phase.files() == expected.files()
 
 
 def test_tasks_of_complete_shards_are_taken_and_change_nothing(tmp_path: Path) -> None:

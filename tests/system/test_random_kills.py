@@ -6,6 +6,7 @@ EXSEARCH_KILLS names another number of kills.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -117,7 +118,7 @@ def test_a_demo_that_is_killed_a_hundred_times_ends_like_an_undisturbed_one(tmp_
                 struck = None
         if process.poll() is not None:
             break
-        kill(tree(psutil.Process(process.pid)))
+        kill_with_its_memory(tree(psutil.Process(process.pid)))
         process.wait(60)
         kills += 1
         struck = last or struck
@@ -127,6 +128,17 @@ def test_a_demo_that_is_killed_a_hundred_times_ends_like_an_undisturbed_one(tmp_
             f"{len(counts)} kills: {statistics.median(counts):g} {unit} again (median), at most {max(counts):g}"
         )
     assert results(run) == results(at)
+
+
+def kill_with_its_memory(processes: list[psutil.Process]) -> None:
+    """A segment that vLLM has made and not made nameless yet outlives all those who could have removed it."""
+    used: set[Path] = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            used |= {Path(mapping.path) for mapping in process.memory_maps() if "/psm_" in mapping.path}
+    kill(processes)
+    for path in used:
+        path.unlink(missing_ok=True)
 
 
 def results(run: Path) -> Any:

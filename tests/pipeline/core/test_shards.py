@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.agents.program import Task
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.records import Episode, Example, Question, StopReason
-from pipeline.core.shards import Counts, Shards
+from pipeline.core.shards import Counts, Done, Shards
 from pipeline.core.weighing import Weighted
 
 TASKS = [Question(f"q{number}", f"Who is {number}?", (str(number),)) for number in range(5)]
@@ -44,13 +45,18 @@ def opened(at: Path, tasks: Sequence[Question] = TASKS, per_shard: int = 2, shar
 
 def make(shards: Shards, numbers: Sequence[int], *failing: str) -> None:
     for number in numbers:
-        done = []
-        for task in shards.members(number):
-            assert isinstance(task, Question)
-            made = episode(task, StopReason.ENGINE_ERROR if task.id in failing else StopReason.ANSWERED)
-            examples = [Example.of(made.turns[0], weight=1.0)]
-            done.append(([made], Weighted(dict.fromkeys(OUTPUTS, examples), {"text": task.text})))
-        shards.write(number, done)
+        shards.write(number, [done(task, *failing) for task in shards.members(number)])
+
+
+def done(task: Task, *failing: str) -> Done:
+    assert isinstance(task, Question)
+    made = episode(task, StopReason.ENGINE_ERROR if task.id in failing else StopReason.ANSWERED)
+    examples = [Example.of(made.turns[0], weight=1.0)]
+    return [made], Weighted(dict.fromkeys(OUTPUTS, examples), {"text": task.text})
+
+
+def make_loose(shards: Shards, *indices: int, failing: str = "") -> None:
+    shards.write_loose({TASKS[index].id: done(TASKS[index], failing) for index in indices})
 
 
 def files(at: Path) -> dict[str, tuple[bytes, int]]:
@@ -186,6 +192,89 @@ def test_a_side_car_of_an_earlier_version_or_no_side_car_at_all_is_one_line_in_t
     assert str(side_car) in line and "of an earlier version" in line
 
 
+# ---------------------------------------------------------------- tasks whose shards are not complete
+
+
+def test_tasks_that_are_written_before_their_shard_is_complete_are_not_to_do_and_can_be_read(
+    tmp_path: Path,
+) -> None:
+    make(shards := opened(tmp_path), [1])
+    make_loose(shards, 4, 0)
+    resumed = opened(tmp_path)
+    assert [task.id for task in resumed.to_do()] == ["q1"]
+    assert resumed.counts().episodes == 4
+    found = resumed.read_loose()
+    assert found.keys() == {"q0", "q4"}
+    whole = contents(tmp_path)
+    resumed.write_loose(found)
+    again = opened(tmp_path).read_loose()
+    assert [weighted.statistics["text"] for _, weighted in again.values()] == ["Who is 4?", "Who is 0?"]
+    written = {name: content for name, content in contents(tmp_path).items() if "_loose/000001" in name}
+    assert {name.replace("000001", "000000"): content for name, content in written.items()} == {
+        name: content for name, content in whole.items() if "_loose" in name
+    }
+
+
+def test_what_is_kept_of_a_task_goes_when_its_shard_is_complete(tmp_path: Path) -> None:
+    make(opened(tmp_path / "undisturbed"), range(3))
+    make_loose(opened(tmp_path / "killed"), 0, 2)
+    make_loose(opened(tmp_path / "killed"), 4)
+    resumed = opened(tmp_path / "killed")
+    make(resumed, [0, 1])
+    resumed.remove_loose({"q4"})
+    loose = tmp_path / "killed" / "rollouts" / "_loose"
+    assert [path.name for path in loose.iterdir()] == ["000001"]
+    make(resumed, [2])
+    assert opened(tmp_path / "killed").to_do() == []
+    assert not loose.exists()
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the name is there", "after"])
+@pytest.mark.parametrize("number", range(FILES_PER_SHARD))
+def test_a_kill_while_tasks_are_written_leaves_all_of_them_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: bool
+) -> None:
+    names: list[Path] = []
+
+    def rename(source: str, target: Path) -> None:
+        dies = len(names) == number
+        if not dies or after:
+            real(source, target)
+        if dies:
+            raise Killed
+        names.append(target)
+
+    real = os.replace
+    shards = opened(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", rename)
+        with pytest.raises(Killed):
+            make_loose(shards, 0, 3)
+    is_whole = number == FILES_PER_SHARD - 1 and after
+    resumed = opened(tmp_path)
+    assert set(resumed.loose) == ({"q0", "q3"} if is_whole else set())
+    assert len(contents(tmp_path)) == (FILES_PER_SHARD if is_whole else 0)
+
+
+def test_tasks_that_have_changed_or_files_that_are_damaged_are_not_kept(tmp_path: Path) -> None:
+    make_loose(opened(tmp_path), 0, 3)
+    make_loose(opened(tmp_path), 1)
+    assert set(opened(tmp_path, OTHER_ANSWER).loose) == {"q1"}
+    (tmp_path / "rollouts" / "_loose" / "000001" / "second.parquet").write_bytes(b"x")
+    assert opened(tmp_path).loose == {}
+    assert contents(tmp_path) == {}
+
+
+def test_tasks_whose_failures_ended_a_phase_have_another_chance(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_loose(opened(tmp_path), 0, 3, failing="q3")
+    assert set(opened(tmp_path, share=0.5).loose) == {"q0", "q3"}
+    assert set(opened(tmp_path, share=0.3).loose) == {"q0"}
+    assert "0 shards and 1 tasks of others with failures are made again; last: q3 is down" in caplog.text
+
+
 def test_what_belongs_to_no_shard_is_removed(tmp_path: Path) -> None:
     make(opened(tmp_path), range(3))
     whole = files(tmp_path)
@@ -203,7 +292,7 @@ def test_failures_that_ended_a_phase_have_another_chance(
     make(opened(tmp_path), range(3), "q1", "q4")
     assert sorted(opened(tmp_path, share=0.4).complete) == [0, 1, 2]
     assert sorted(opened(tmp_path, share=0.3).complete) == [1]
-    assert "2 shards with failures are made again; last: q4 is down" in caplog.text
+    assert "2 shards and 0 tasks of others with failures are made again; last: q4 is down" in caplog.text
 
 
 def test_the_log_says_what_is_not_sampled_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
