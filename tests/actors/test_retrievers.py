@@ -111,8 +111,10 @@ def test_a_replica_that_hangs_is_started_again_while_the_other_answers(
 def search_for_ever(replica: Any) -> int:
     """Its process goes on answering, but for searches."""
 
-    async def block(actor: Any) -> int:
-        await actor.run(lambda engine: setattr(engine, "search", lambda *a, **k: time.sleep(3600)))
+    def block(actor: Any) -> int:
+        actor._owner.submit(
+            actor._call, lambda engine: setattr(engine, "search", lambda *a, **k: time.sleep(3600))
+        )
         return os.getpid()
 
     return ray.get(replica.__ray_call__.remote(block))  # type: ignore[no-any-return]
