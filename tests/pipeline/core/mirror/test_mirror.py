@@ -288,10 +288,10 @@ def test_a_store_that_fails_for_a_while_disturbs_nothing_and_is_shown(
 def test_a_copy_that_is_not_whole_at_the_end_is_an_error_that_the_same_command_mends(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "END_S", 0.3)
     process = Process(tmp_path / "run", url)
     until(lambda: bool(copied(url)))
     with monkeypatch.context() as patched:
+        patched.setattr(module, "END_S", 0.3)
         patched.setattr(Store, "upload", lambda *_: (_ for _ in ()).throw(StoreError("out of reach")))
         do_work(process.files, 0)
         with pytest.raises(
