@@ -80,7 +80,7 @@ class Weighting:
         """
         task = self._tasks[episodes[0].task_id]
         shard = self._shards.shard_of(task)
-        if shard not in self._complete and task.id not in self._waiting:
+        if shard not in self._complete:
             weighted = self._weigh(task, episodes)
             self._waiting[task.id] = (episodes, weighted)
             self._unwritten.add(task.id)

@@ -25,7 +25,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -265,12 +265,39 @@ class Shards:
 
     def _read_shard(self, shard: int) -> Counts | None:
         """What was counted in a complete shard; None, and a word in the log, if it is not complete."""
-        found = _read(self._files(shard), [task.id for task in self.members(shard)], self._name_of)
+        found = self._read(self._files(shard), [task.id for task in self.members(shard)])
         return None if found is None else sum(found.values(), Counts())
+
+    def _read(self, at: _Files, expected: Sequence[str] | None = None) -> dict[str, Counts] | None:
+        """What was counted of each task; None, and a word in the log, if not all is there as it was written.
+
+        Args:
+            expected: the ids that belong there, if that is known.
+        """
+        if not at.side_car.exists():
+            return None
+        try:
+            rows = _rows(at.side_car)
+            records = files.records_from_json(_read_json(at.side_car)["files"])
+            counts = {row["id"]: Counts(**{key: row[key] for key in _COUNTED}) for row in rows}
+            are_known = all(
+                self._name_of(row["id"]) == {key: row[key] for key in ("id", "digest")} for row in rows
+            )
+            if not are_known or (expected is not None and list(counts) != list(expected)):
+                raise RetrieverError(f"{at.side_car} is of other tasks; {_MEND}")
+            for name, path in at.tables().items():
+                files.check_contents(path, records[name], _MEND)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning(f"{at.side_car} cannot be read, or is of an earlier version ({error!r}); {_MEND}")
+        except RetrieverError as error:
+            logger.warning(str(error))
+        else:
+            return counts
+        return None
 
     def _find_loose(self) -> None:
         numbers = sorted(int(path.name) for path in self._loose.glob("*") if path.name.isdecimal())
-        found = {n: counts for n in numbers if (counts := _read(self._loose_files(n), None, self._name_of))}
+        found = {n: counts for n in numbers if (counts := self._read(self._loose_files(n)))}
         self._loose_sets = {number: set(counts) for number, counts in found.items()}
         self.loose = {
             task_id: counts
@@ -314,35 +341,6 @@ def _write(at: _Files, tasks: Sequence[Task], done: Sequence[Done]) -> None:
     ]
     records = {name: files.record_file(path) for name, path in at.tables().items()}
     write_json(at.side_car, {"files": files.records_as_json(records), "tasks": rows})
-
-
-def _read(
-    at: _Files, expected: Sequence[str] | None, name_of: Callable[[str], dict[str, str] | None]
-) -> dict[str, Counts] | None:
-    """What was counted of each task; None, and a word in the log, if not all is there as it was written.
-
-    Args:
-        expected: the ids that belong there, if that is known.
-        name_of: what a task of the phase is called now.
-    """
-    if not at.side_car.exists():
-        return None
-    try:
-        rows = _rows(at.side_car)
-        records = files.records_from_json(_read_json(at.side_car)["files"])
-        counts = {row["id"]: Counts(**{key: row[key] for key in _COUNTED}) for row in rows}
-        are_known = all(name_of(row["id"]) == {key: row[key] for key in ("id", "digest")} for row in rows)
-        if not are_known or (expected is not None and list(counts) != list(expected)):
-            raise RetrieverError(f"{at.side_car} is of other tasks; {_MEND}")
-        for name, path in at.tables().items():
-            files.check_contents(path, records[name], _MEND)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning(f"{at.side_car} cannot be read, or is of an earlier version ({error!r}); {_MEND}")
-    except RetrieverError as error:
-        logger.warning(str(error))
-    else:
-        return counts
-    return None
 
 
 def _rows(side_car: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """The demo, killed a hundred times at random moments with all its processes: it ends as if nothing had happened.
 
-With `-rP` pytest shows what was done again after each kill (docs/reliability.md). It takes about two hours;
+With `-rP` pytest shows what was done again after each kill (docs/reliability.md). It takes about an hour and a half;
 EXSEARCH_KILLS names another number of kills.
 """
 
@@ -101,9 +101,8 @@ def test_a_demo_that_is_killed_a_hundred_times_ends_like_an_undisturbed_one(tmp_
     at, run = tmp_path / "undisturbed", tmp_path / "killed"
     undisturbed = Undisturbed.run(at)
     moments, kills = random.Random(0), 0
-    phase = ""
-    struck: Standing | None = None
-    """The newest phase that was seen, and where the run was at the last kill that has not been made good."""
+    phase = ""  # the newest that was seen
+    struck: Standing | None = None  # where the run was at the last kill that has not been made good
     again: dict[str, list[float]] = {}
     while True:
         process, last = start(run), None

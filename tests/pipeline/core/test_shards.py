@@ -6,7 +6,8 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,6 +70,25 @@ def contents(at: Path) -> dict[str, bytes]:
     return {name: content for name, (content, _) in files(at).items()}
 
 
+@contextmanager
+def killed_at(monkeypatch: pytest.MonkeyPatch, number: int, after: bool) -> Iterator[None]:
+    """The block ends at that write: before the file has its name, or after."""
+    written: list[Path] = []
+
+    def rename(source: str, target: Path) -> None:
+        dies = len(written) == number
+        if not dies or after:
+            real(source, target)
+        if dies:
+            raise Killed
+        written.append(target)
+
+    real = os.replace
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(os, "replace", rename)
+        yield
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before the name is there", "after"])
 @pytest.mark.parametrize("number", range(3 * FILES_PER_SHARD))
 def test_a_kill_at_any_write_costs_the_shard_in_hand_only(
@@ -76,21 +96,8 @@ def test_a_kill_at_any_write_costs_the_shard_in_hand_only(
 ) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     make(opened(undisturbed), range(3))
-    done: list[str] = []
-
-    def rename(source: str, target: Path) -> None:
-        dies = len(done) == number
-        if not dies or after:
-            real(source, target)
-        if dies:
-            raise Killed
-        done.append(str(target))
-
-    real = os.replace
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", rename)
-        with pytest.raises(Killed):
-            make(opened(killed), range(3))
+    with killed_at(monkeypatch, number, after):
+        make(opened(killed), range(3))
     (killed / "rollouts" / ".000002.parquet.1.tmp").write_bytes(b"half")
     before = files(killed)
 
@@ -235,22 +242,8 @@ def test_what_is_kept_of_a_task_goes_when_its_shard_is_complete(tmp_path: Path) 
 def test_a_kill_while_tasks_are_written_leaves_all_of_them_or_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, after: bool
 ) -> None:
-    names: list[Path] = []
-
-    def rename(source: str, target: Path) -> None:
-        dies = len(names) == number
-        if not dies or after:
-            real(source, target)
-        if dies:
-            raise Killed
-        names.append(target)
-
-    real = os.replace
-    shards = opened(tmp_path)
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "replace", rename)
-        with pytest.raises(Killed):
-            make_loose(shards, 0, 3)
+    with killed_at(monkeypatch, number, after):
+        make_loose(opened(tmp_path), 0, 3)
     is_whole = number == FILES_PER_SHARD - 1 and after
     resumed = opened(tmp_path)
     assert set(resumed.loose) == ({"q0", "q3"} if is_whole else set())
