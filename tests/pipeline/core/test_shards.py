@@ -84,9 +84,10 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, number: int, after: bool) -> Iter
         written.append(target)
 
     real = os.replace
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(os, "replace", rename)
-        yield
+        with pytest.raises(Killed):
+            yield
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the name is there", "after"])
