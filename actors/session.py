@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,15 +20,23 @@ from pipeline.core.config import ClusterConfig
 from pipeline.core.preflight import check_machine
 from retriever_service.interrupts import Interrupted
 
-CPU_ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-    "MALLOC_TOP_PAD_": str(256 << 20),
-}
-"""For actors that compute on CPUs. They share the cores, so a thread that waits must not spin. And by default glibc
-gives each large tensor back to the kernel and faults it in again, which takes more time than the arithmetic of a small
-model."""
+
+def cpu_environment() -> dict[str, str]:
+    """For actors that compute on CPUs, beside this process' own environment.
+
+    They share the cores, so a thread that waits must not spin. And they allocate by jemalloc, which Ray brings along:
+    glibc either gives each large tensor back to the kernel and faults it in again, which takes more time than the
+    arithmetic of a small model, or keeps what does not fit together again, so that a process grows from step to step
+    (`bench.plan --allocators`). An allocator that is preloaded already comes first.
+    """
+    allocator = Path(ray.__file__).parent / "core/libjemalloc.so"
+    preloaded = [os.environ.get("LD_PRELOAD"), str(allocator) if allocator.exists() else None]
+    return {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "LD_PRELOAD": ":".join(filter(None, preloaded)),
+        # Memory goes back to the kernel some seconds after it was freed, also from a process that then does nothing.
+        "MALLOC_CONF": os.environ.get("MALLOC_CONF", "background_thread:true"),
+    }
 
 
 class ClusterError(RuntimeError):

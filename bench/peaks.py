@@ -2,7 +2,7 @@
 
     python -m bench.peaks engine MODEL '{"kv_cache_gib": 0.5, ...}'      (what `bench.plan` starts)
 
-What is measured is anonymous resident memory (RssAnon): what the process itself holds. Pages of files, such as those of
+What is measured is anonymous resident memory: what the processes themselves hold. Pages of files, such as those of
 libraries and of memory-mapped weights, are left out: processes share them, and the kernel takes them back.
 """
 
@@ -15,6 +15,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,48 +26,64 @@ SAMPLE_S = 0.02
 """Seconds between two looks at the processes."""
 
 
-def measure(what: str, model: Path, settings: dict[str, Any]) -> int:
-    """Start `python -m bench.peaks WHAT MODEL SETTINGS` with the environment of an actor on CPUs, and watch it.
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of a process and its descendants: the most anonymous memory that they had together, and their processor time."""
 
-    Returns:
-        the most bytes of anonymous memory that it and its descendants had together.
+    bytes: int
+    cpu_s: float
+
+
+def measure(what: str, model: Path, settings: dict[str, Any], environment: Mapping[str, str]) -> Measured:
+    """Start `python -m bench.peaks WHAT MODEL SETTINGS` with that beside this process' environment, and watch it.
 
     Raises:
         RuntimeError: it failed.
     """
-    from actors.session import CPU_ENVIRONMENT
-
-    environment = os.environ | CPU_ENVIRONMENT | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | environment | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "bench.peaks", what, str(model), json.dumps(settings)]
-    most = 0
+    most, before = 0, _cpu_seconds()
     with subprocess.Popen(command, env=environment) as process:
         while process.poll() is None:
             most = max(most, sum(map(_anonymous, _tree(process.pid))))
             time.sleep(SAMPLE_S)
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
-    return most
+    return Measured(most, _cpu_seconds() - before)
+
+
+def _cpu_seconds() -> float:
+    """Of children that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 def _tree(pid: int) -> list[int]:
-    """A process and its descendants, as far as they live."""
+    """A process and its descendants, as far as they live.
+
+    Not those with their parent's command line: they are about to start another program, and until then the parent's
+    memory is counted as theirs too.
+    """
     try:
-        children = [
-            int(child)
-            for task in Path(f"/proc/{pid}/task").iterdir()
-            for child in (task / "children").read_text().split()
-        ]
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
     except OSError:
         return []
-    return [pid, *(one for child in children for one in _tree(child))]
+    command = _read(pid, "cmdline")
+    children = [int(child) for task in tasks for child in _read(pid, f"task/{task.name}/children").split()]
+    return [pid, *(one for child in children if _read(child, "cmdline") != command for one in _tree(child))]
 
 
 def _anonymous(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
+    lines = _read(pid, "status").splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
+
+
+def _read(pid: int, name: str) -> str:
+    """A file of that process in /proc; nothing if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except OSError:
+        return ""
 
 
 # ---------------------------------------------------------------- what is measured

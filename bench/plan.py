@@ -1,10 +1,12 @@
 """The plan's memory against real processes on CPUs.
 
     python -m bench.plan [--directory DIR] [--all] [3M] [60M] [250M]
+    python -m bench.plan --allocators [60M]
 
 Qwen2-architecture models with random weights. A learner rank trains a few steps on full rows, an engine serves and
 scores more requests than it takes at once; both as in a run's actors, one after the other. Prints a Markdown table:
-most anonymous memory (`bench.peaks`), predicted and measured, and of what the prediction is made.
+most anonymous memory (`bench.peaks`), predicted and measured, and of what the prediction is made. `--allocators`: what
+the rank holds with glibc in place of our allocator on CPUs, and what the processor time of each is, start included.
 """
 
 from __future__ import annotations
@@ -13,19 +15,24 @@ import argparse
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from actors.engine_options import batched_tokens
+from actors.session import cpu_environment
 from bench.measure import print_table
 from bench.peaks import measure
 from pipeline.core.plan.engine import EngineLoad, engine_needs
 from pipeline.core.plan.learner import RankLoad, rank_memory
 from pipeline.core.plan.memory import GIB, Memory
-from pipeline.core.plan.shape import ModelShape, read_shape
+from pipeline.core.plan.shape import read_shape
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Config
 
 MODELS = {
+    "0.1M": (512, 64, 192, 2, 2, 1),
     "3M": (512, 256, 768, 4, 4, 2),
     "60M": (32_000, 512, 2_816, 8, 8, 4),
     "250M": (64_000, 1_024, 4_096, 12, 16, 4),
@@ -47,6 +54,18 @@ RANKS = {
     "rank, checkpointing": replace(RANK, checkpointing=True),
     "rank, bfloat16, ZeRO-2": replace(RANK, dtype="bfloat16", zero_stage=2),
 }
+ALLOCATORS = {
+    "jemalloc (ours)": {},
+    "glibc": {"LD_PRELOAD": "", "MALLOC_CONF": ""},
+    "glibc that keeps all": {
+        "LD_PRELOAD": "",
+        "MALLOC_CONF": "",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+        "MALLOC_TOP_PAD_": str(256 << 20),
+    },
+}
+"""What is added to the environment of an actor."""
 PROMPT, ANSWER, REQUESTS, CONCURRENCY, LENGTH = 400, 40, 96, 32, 1_024
 ENGINE = EngineLoad(
     device="cpu",
@@ -57,6 +76,14 @@ ENGINE = EngineLoad(
     scored_tokens=PROMPT,
     cache_bytes=GIB // 2,
 )
+ENGINE_SETTINGS = {
+    "prompt": PROMPT,
+    "answer": ANSWER,
+    "requests": REQUESTS,
+    "max_model_len": LENGTH,
+    "max_num_seqs": CONCURRENCY,
+    "kv_cache_gib": ENGINE.cache_bytes / GIB,
+}
 
 
 def main() -> None:
@@ -66,45 +93,73 @@ def main() -> None:
     )
     parser.add_argument("--directory", type=Path, help="where the models are kept; default: nowhere")
     parser.add_argument("--all", action="store_true", help="also other settings of the rank")
+    parser.add_argument("--allocators", action="store_true", help="the rank with several allocators")
     parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
     arguments = parser.parse_args()
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch, Console(stderr=True).status("") as status:
+    rows: list[list[str]] = []
+    with tempfile.TemporaryDirectory() as scratch, Console(stderr=True).status("measuring"):
         for name in arguments.models:
             path = (arguments.directory or Path(scratch)) / name
-            save_model(path, *MODELS[name])
-            shape = read_shape(str(path))
-            for what, load in RANKS.items() if arguments.all else [("rank", RANK)]:
-                status.update(f"{name}: {what}")
-                rows.append(_rank(name, what, path, shape, load))
-            status.update(f"{name}: engine")
-            rows.append(_engine(name, path, shape))
-    print_table("model; process; predicted (MB); measured; ratio; of which libraries; the rest", rows)
+            _save_model(path, model_config(name))
+            rows += _allocators(name, path) if arguments.allocators else _plan(name, path, arguments.all)
+    print_table(
+        "model; allocator; peak of the rank (MB); processor time (s)"
+        if arguments.allocators
+        else "model; process; predicted (MB); measured; ratio; of which libraries; the rest",
+        rows,
+    )
 
 
-def save_model(path: Path, vocabulary: int, hidden: int, mlp: int, layers: int, heads: int, kv: int) -> None:
-    """A model with random weights and a tokenizer of words without meaning, unless it is there."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+def model_config(name: str) -> Qwen2Config:
+    """Of one of `MODELS`."""
+    from transformers import Qwen2Config
 
-    if (path / "tokenizer.json").exists():
-        return
-    config = Qwen2Config(
+    vocabulary, hidden, mlp, layers, heads, kv_heads = MODELS[name]
+    return Qwen2Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=mlp,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=kv,
+        num_key_value_heads=kv_heads,
         tie_word_embeddings=True,
     )
+
+
+def _save_model(path: Path, config: Qwen2Config) -> None:
+    """A model with random weights and a tokenizer of words without meaning, unless it is there."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+
+    if (path / "tokenizer.json").exists():
+        return
     Qwen2ForCausalLM(config).save_pretrained(path)
     words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(512)}, unk_token="w0"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
 
 
-def _rank(name: str, what: str, path: Path, shape: ModelShape, load: RankLoad) -> list[str]:
-    settings: dict[str, Any] = {
+def _allocators(name: str, path: Path) -> list[list[str]]:
+    rows = []
+    for allocator, environment in ALLOCATORS.items():
+        measured = measure("rank", path, _rank_settings(RANK), cpu_environment() | environment)
+        rows.append([name, allocator, f"{measured.bytes / 1e6:,.0f}", f"{measured.cpu_s:.1f}"])
+    return rows
+
+
+def _plan(name: str, path: Path, every_rank: bool) -> list[list[str]]:
+    shape = read_shape(str(path))
+    ranks = RANKS if every_rank else {"rank": RANK}
+    return [
+        *(
+            _row(name, what, rank_memory(shape, load), "rank", path, _rank_settings(load))
+            for what, load in ranks.items()
+        ),
+        _row(name, "engine", engine_needs(shape, ENGINE).memory, "engine", path, ENGINE_SETTINGS),
+    ]
+
+
+def _rank_settings(load: RankLoad) -> dict[str, Any]:
+    return {
         "length": ROW,
         "trained": TRAINED,
         "rows": 2 * STEPS,
@@ -114,22 +169,12 @@ def _rank(name: str, what: str, path: Path, shape: ModelShape, load: RankLoad) -
         "dtype": load.dtype,
         "gradient_checkpointing": load.checkpointing,
     }
-    return _row(name, what, rank_memory(shape, load), measure("rank", path, settings))
 
 
-def _engine(name: str, path: Path, shape: ModelShape) -> list[str]:
-    settings = {
-        "prompt": PROMPT,
-        "answer": ANSWER,
-        "requests": REQUESTS,
-        "max_model_len": LENGTH,
-        "max_num_seqs": CONCURRENCY,
-        "kv_cache_gib": ENGINE.cache_bytes / GIB,
-    }
-    return _row(name, "engine", engine_needs(shape, ENGINE).memory, measure("engine", path, settings))
-
-
-def _row(name: str, what: str, predicted: Memory, measured: int) -> list[str]:
+def _row(
+    name: str, what: str, predicted: Memory, process: str, model: Path, settings: dict[str, Any]
+) -> list[str]:
+    measured = measure(process, model, settings, cpu_environment()).bytes
     total, libraries = predicted.on("host"), predicted.of("libraries")
     parts = ", ".join(
         f"{part.name} {part.bytes / 1e6:,.0f}"

@@ -20,7 +20,7 @@ from pipeline.core.plan.shape import ModelShape
 
 GPU_OVERHEAD = 3 * GIB
 """CUDA's context, activations of a step and CUDA graphs, of each device of an engine. An estimate."""
-ENGINE_LIBRARIES = {"cpu": 1570 * 2**20, "gpu": 8 * GIB}
+ENGINE_LIBRARIES = {"cpu": 1600 * 2**20, "gpu": 8 * GIB}
 """Of an engine's processes on the host (actor, scheduler, worker): Python, torch, vLLM. Measured on CPUs
 (`bench.plan`); on GPUs an estimate."""
 
@@ -84,6 +84,7 @@ def engine_needs(shape: ModelShape, load: EngineLoad) -> EngineNeeds:
         parts = memory(
             [
                 ("weights", weights, "host"),
+                ("packed embeddings", _packed_embeddings(shape, load), "host"),
                 ("KV cache", cache.bytes, "host"),
                 ("a step's activations", _step(shape, load), "host"),
                 ("log-probabilities", _log_probabilities(shape, load), "host"),
@@ -91,6 +92,12 @@ def engine_needs(shape: ModelShape, load: EngineLoad) -> EngineNeeds:
             ]
         )
     return EngineNeeds(parts, cache)
+
+
+def _packed_embeddings(shape: ModelShape, load: EngineLoad) -> int:
+    """vLLM packs matrices for oneDNN. Those of linear layers replace the weights, but of the embedding and of the
+    output layer, one weight or two, both are kept (`VocabParallelEmbedding`, `dispatch_cpu_unquantized_gemm`)."""
+    return 2 * BYTES[load.dtype] * shape.vocabulary * shape.hidden // load.tensor_parallel
 
 
 def _step(shape: ModelShape, load: EngineLoad) -> int:

@@ -60,25 +60,21 @@ class RankLoad:
 def rank_memory(shape: ModelShape, load: RankLoad) -> Memory:
     """The peak of one rank, by component.
 
-    Parts that are not needed at the same time are added all the same, because memory that was freed is not there for
-    others: a GPU's caching allocator keeps blocks of other sizes, and on CPUs glibc is told to keep everything
-    (`actors.session.CPU_ENVIRONMENT`), with a heap of its own for autograd's thread.
+    On a GPU parts that are not needed at the same time are added all the same: the caching allocator keeps freed
+    blocks, which seldom fit what is needed next. On CPUs (`actors.session.cpu_environment`) it is the worst moment: the
+    output layer's turn, when no layer has given its activations back yet, or the end of a pass, or an optimiser step.
     """
     device = _device(load)
-    parts = [
-        *_states(shape, load),
-        *_activations(shape, load, device),
-        *_output_layer(shape, load, device),
-        *_step(shape, load, device),
-    ]
+    passes = [*_activations(shape, load, device), *_output_layer(shape, load, device)]
+    buckets, step = _buckets(shape, load, device), _step(shape, load, device)
+    parts = _states(shape, load)
     if load.device == "gpu":
-        parts.append(("CUDA and NCCL", ACCELERATOR_CONTEXT, "gpu"))
+        parts += [*passes, *buckets, *step, ("CUDA and NCCL", ACCELERATOR_CONTEXT, "gpu")]
         if load.rests and not load.offload_optimizer:
             moved = 16 * trained_parameters(shape, load.lora_rank) / load.ranks
             parts.append(("training state at rest", moved, "host"))
-    elif stage_of(load) in (1, 2):
-        # DeepSpeed flattens what was read, and the copy is freed.
-        parts.append(("weights as they were read", BYTES[load.dtype] * shape.parameters, "host"))
+    else:
+        parts += max(passes, buckets, step, key=lambda moment: sum(size for _, size, _ in moment))
     return memory([*parts, ("libraries", RANK_LIBRARIES[load.device], "host")])
 
 
@@ -161,19 +157,29 @@ def _output_layer(shape: ModelShape, load: RankLoad, device: Where) -> list[Part
     ]
 
 
-def _step(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
-    """Buckets, and the rank's share of the gradients as one tensor, which the optimiser steps with.
-
-    On a GPU a bucket is there whole; the host gives a process only the pages that were written. Gradients in float32
-    of float32 weights are copied twice on their way: into the rank's share, and into that tensor.
-    """
-    stage, b = stage_of(load), BYTES[load.dtype]
-    trained = trained_parameters(shape, load.lora_rank)
-    if stage == 0:
+def _buckets(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
+    """On a GPU a bucket is there whole; the host gives a process only the pages that were written. There stage 1 moves
+    its gradients into the bucket, one after the other."""
+    stage, trained = stage_of(load), trained_parameters(shape, load.lora_rank)
+    if stage == 0 or (stage == 1 and load.device == "cpu"):
         return []
     elements = BUCKET_ELEMENTS if load.device == "gpu" else min(BUCKET_ELEMENTS, trained)
-    bucket: Part = ("buckets", elements * (4 if stage == 1 else b), device)
-    if stage == 3 or load.offload_optimizer:
-        return [bucket]
-    copies = 2 if load.dtype == "float32" else 1
-    return [bucket, ("gradients for the step", copies * 4 * trained / load.ranks, device)]
+    return [("buckets", elements * (4 if stage == 1 else BYTES[load.dtype]), device)]
+
+
+def _step(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
+    """The rank's share of the gradients as one tensor, which the optimiser steps with.
+
+    Gradients in float32 of float32 weights are copied twice on their way, into the rank's share and into that tensor.
+    On CPUs only one of the copies is there beside what it was made from.
+    """
+    if stage_of(load) in (0, 3) or load.offload_optimizer:
+        return []
+    copies = 2 if load.dtype == "float32" and load.device == "gpu" else 1
+    return [
+        (
+            "gradients for the step",
+            copies * 4 * trained_parameters(shape, load.lora_rank) / load.ranks,
+            device,
+        )
+    ]
