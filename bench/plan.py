@@ -1,7 +1,7 @@
 """The plan's memory against real processes on CPUs.
 
-    python -m bench.plan [--directory DIR] [--all] [3M] [60M] [250M]
-    python -m bench.plan --allocators [60M]
+    python -m bench.plan [--directory DIR] [--all] [0.1M] [3M] [60M] [250M]
+    python -m bench.plan --allocators [MODEL ...]
 
 Qwen2-architecture models with random weights. A learner rank trains a few steps on full rows, an engine serves and
 scores more requests than it takes at once; both as in a run's actors, one after the other. Prints a Markdown table:
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from rich.console import Console
 from actors.engine_options import batched_tokens
 from actors.session import cpu_environment
 from bench.measure import print_table
-from bench.peaks import measure
+from bench.peaks import Measured, measure
 from pipeline.core.plan.engine import EngineLoad, engine_needs
 from pipeline.core.plan.learner import RankLoad, rank_memory
 from pipeline.core.plan.memory import GIB, Memory
@@ -54,17 +55,13 @@ RANKS = {
     "rank, checkpointing": replace(RANK, checkpointing=True),
     "rank, bfloat16, ZeRO-2": replace(RANK, dtype="bfloat16", zero_stage=2),
 }
-ALLOCATORS = {
-    "jemalloc (ours)": {},
-    "glibc": {"LD_PRELOAD": "", "MALLOC_CONF": ""},
-    "glibc that keeps all": {
-        "LD_PRELOAD": "",
-        "MALLOC_CONF": "",
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
-        "MALLOC_TOP_PAD_": str(256 << 20),
-    },
+GLIBC = {"LD_PRELOAD": "", "MALLOC_CONF": ""}
+KEEP_ALL = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(256 << 20),
 }
+ALLOCATORS = {"jemalloc": {}, "glibc": GLIBC, "glibc that keeps all": GLIBC | KEEP_ALL}
 """What is added to the environment of an actor."""
 PROMPT, ANSWER, REQUESTS, CONCURRENCY, LENGTH = 400, 40, 96, 32, 1_024
 ENGINE = EngineLoad(
@@ -97,7 +94,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
     arguments = parser.parse_args()
     rows: list[list[str]] = []
-    with tempfile.TemporaryDirectory() as scratch, Console(stderr=True).status("measuring"):
+    with tempfile.TemporaryDirectory() as scratch:
         for name in arguments.models:
             path = (arguments.directory or Path(scratch)) / name
             _save_model(path, model_config(name))
@@ -141,7 +138,7 @@ def _save_model(path: Path, config: Qwen2Config) -> None:
 def _allocators(name: str, path: Path) -> list[list[str]]:
     rows = []
     for allocator, environment in ALLOCATORS.items():
-        measured = measure("rank", path, _rank_settings(RANK), cpu_environment() | environment)
+        measured = _measure(f"{name}: {allocator}", "rank", path, _rank_settings(RANK), environment)
         rows.append([name, allocator, f"{measured.bytes / 1e6:,.0f}", f"{measured.cpu_s:.1f}"])
     return rows
 
@@ -174,7 +171,7 @@ def _rank_settings(load: RankLoad) -> dict[str, Any]:
 def _row(
     name: str, what: str, predicted: Memory, process: str, model: Path, settings: dict[str, Any]
 ) -> list[str]:
-    measured = measure(process, model, settings, cpu_environment()).bytes
+    measured = _measure(f"{name}: {what}", process, model, settings).bytes
     total, libraries = predicted.on("host"), predicted.of("libraries")
     parts = ", ".join(
         f"{part.name} {part.bytes / 1e6:,.0f}"
@@ -190,6 +187,18 @@ def _row(
         f"{libraries / 1e6:,.0f}",
         parts,
     ]
+
+
+def _measure(
+    status: str,
+    process: str,
+    model: Path,
+    settings: dict[str, Any],
+    environment: Mapping[str, str] | None = None,
+) -> Measured:
+    """With that beside the environment of an actor on CPUs."""
+    with Console(stderr=True).status(status):
+        return measure(process, model, settings, cpu_environment() | dict(environment or {}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The plan against what `python -m bench.plan --all` measured (docs/results.md): a formula cannot drift away."""
+"""The plan against what `python -m bench.plan` measured (docs/results.md): a formula cannot drift away."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from pipeline.core.plan.learner import rank_memory
 from pipeline.core.plan.shape import shape_of
 
 MEASURED = {
-    ("3M", "rank"): 748,
-    ("3M", "rank, ZeRO-0"): 684,
-    ("3M", "rank, checkpointing"): 604,
-    ("3M", "rank, bfloat16, ZeRO-2"): 669,
-    ("3M", "engine"): 2_336,
-    ("60M", "rank"): 2_845,
-    ("60M", "rank, ZeRO-0"): 2_571,
-    ("60M", "rank, checkpointing"): 1_924,
-    ("60M", "rank, bfloat16, ZeRO-2"): 2_195,
-    ("60M", "engine"): 2_796,
+    ("3M", "rank"): 749,
+    ("3M", "rank, ZeRO-0"): 687,
+    ("3M", "rank, checkpointing"): 612,
+    ("3M", "rank, bfloat16, ZeRO-2"): 671,
+    ("3M", "engine"): 2_326,
+    ("60M", "rank"): 2_850,
+    ("60M", "rank, ZeRO-0"): 2_576,
+    ("60M", "rank, checkpointing"): 1_923,
+    ("60M", "rank, bfloat16, ZeRO-2"): 2_229,
+    ("60M", "engine"): 2_778,
+    ("250M", "rank"): 8_371,
+    ("250M", "engine"): 4_089,
 }
 """MB at the peak."""
 

@@ -12,6 +12,7 @@ sources of DeepSpeed 0.19.8 (`runtime/zero/stage_1_and_2.py`, `stage3.py`), with
 | 3 | bF/N | 12P/N | 4P/N | | elements of gradients x b |
 
 Stages 1 to 3 keep a float32 master copy even of float32 weights. Adam's two moments are 8 of the 12 bytes.
+On CPUs the last two columns need less (`_buckets`, `_step`).
 """
 
 from __future__ import annotations
@@ -176,10 +177,5 @@ def _step(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
     if stage_of(load) in (0, 3) or load.offload_optimizer:
         return []
     copies = 2 if load.dtype == "float32" and load.device == "gpu" else 1
-    return [
-        (
-            "gradients for the step",
-            copies * 4 * trained_parameters(shape, load.lora_rank) / load.ranks,
-            device,
-        )
-    ]
+    share = trained_parameters(shape, load.lora_rank) / load.ranks
+    return [("gradients for the step", copies * 4 * share, device)]
