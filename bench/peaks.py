@@ -2,8 +2,8 @@
 
     python -m bench.peaks engine MODEL '{"kv_cache_gib": 0.5, ...}'      (what `bench.plan` starts)
 
-What is measured is anonymous resident memory (RssAnon): what the processes themselves hold. Pages of files, such as those
-of libraries and of memory-mapped weights, are left out: processes share them, and the kernel takes them back.
+What is measured is anonymous resident memory (RssAnon): what the processes themselves hold. Pages of files, such as
+those of libraries and of memory-mapped weights, are left out: processes share them, and the kernel takes them back.
 """
 
 from __future__ import annotations
