@@ -30,6 +30,8 @@ from tests.system.processes import of_its_own
 pytestmark = [pytest.mark.system, pytest.mark.chaos, pytest.mark.timeout(6 * 3600)]
 
 KILLS = int(os.environ.get("EXSEARCH_KILLS", "100"))
+SHARE_IN_START = 0.3
+"""Of the kills: before the process works again, so long as that takes no longer than in the undisturbed run."""
 QUESTIONS_PER_SHARD, CHECKPOINT_S = 20, 3.0
 SETTINGS = (
     f"rollout.questions_per_shard={QUESTIONS_PER_SHARD}",
@@ -65,11 +67,10 @@ def start(run: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def watched(process: subprocess.Popen[bytes], run: Path, until: float = math.inf) -> Iterator[Standing]:
-    """Where the process stands, again and again until it ends, or to that moment of `time.monotonic`."""
-    while process.poll() is None and time.monotonic() < until:
-        if (standing := Standing.of(process, run)) is not None:
-            yield standing
+def watched(process: subprocess.Popen[bytes], run: Path) -> Iterator[Standing | None]:
+    """Where the process stands, again and again until it ends; None as long as it counts nothing."""
+    while process.poll() is None:
+        yield Standing.of(process, run)
         time.sleep(0.1)
 
 
@@ -78,55 +79,68 @@ class Undisturbed:
     """The run to compare with: the names of its phases in order, and how long until it first sampled."""
 
     phases: list[str]
-    first_work_s: float
+    start_s: float
 
     @classmethod
     def run(cls, at: Path) -> Undisturbed:
-        began, process, first = time.monotonic(), start(at), math.nan
+        began, process, start_s = time.monotonic(), start(at), math.nan
         phases: dict[str, None] = {}
         for standing in watched(process, at):
-            if math.isnan(first) and standing.unit == "questions":
-                first = time.monotonic() - began
+            if standing is None:
+                continue
+            if math.isnan(start_s) and standing.unit == "questions":
+                start_s = time.monotonic() - began
             phases.setdefault(standing.phase)
         assert process.returncode == 0
-        return cls(list(phases), first)
+        return cls(list(phases), start_s)
 
     def longest_s(self, phase: str, kills: int) -> float:
-        """The longest that a process may live: so long that all kills fall before the end, and all over the run."""
+        """The longest that a process may work in `phase`: so long that all kills fall before the end of the run.
+
+        One that is ahead of the kills is killed sooner, and in the last phase at once.
+        """
+        if phase == self.phases[-1]:
+            return 1.0
         position = self.phases.index(phase) / len(self.phases) if phase in self.phases else 0.0
-        return self.first_work_s * (1.25 if position > kills / KILLS else 2.5)
+        return self.start_s * (0.2 if position > kills / KILLS else 1.5)
 
 
 def test_a_demo_that_is_killed_a_hundred_times_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     at, run = tmp_path / "undisturbed", tmp_path / "killed"
     undisturbed = Undisturbed.run(at)
     moments, kills = random.Random(0), 0
-    phase = ""  # the newest that was seen
     struck: Standing | None = None  # where the run was at the last kill that has not been made good
     again: dict[str, list[float]] = {}
     while True:
         process, last = start(run), None
-        longest = undisturbed.longest_s(phase, kills)
-        until = time.monotonic() + moments.uniform(0, longest) if kills < KILLS else math.inf
-        for standing in watched(process, run, until):
-            last, phase = standing, standing.phase
-            if struck is not None:
-                if standing.phase == struck.phase:
-                    again.setdefault(struck.unit, []).append(max(0.0, struck.done - standing.begun_at))
-                    print(f"{kills} kills: {struck.phase}: {again[struck.unit][-1]:g} {struck.unit} again")
+        in_start, share = moments.random() < SHARE_IN_START, moments.random()
+        until = time.monotonic() + share * undisturbed.start_s if in_start else math.inf
+        for standing in watched(process, run):
+            if standing is not None:
+                if last is None or standing.phase != last.phase:
+                    longest = undisturbed.longest_s(standing.phase, kills)
+                    until = min(until, time.monotonic() + share * longest)
+                if struck is not None and standing.phase == struck.phase:
+                    undone = max(0.0, struck.done - standing.begun_at)
+                    again.setdefault(struck.unit, []).append(undone)
+                    print(f"{kills} kills: {struck.phase}: {undone:g} {struck.unit} again")
                 struck = None
+                last = standing
+            if kills < KILLS and time.monotonic() > until:
+                break
         if process.poll() is not None:
             break
         kill_with_its_memory(tree(psutil.Process(process.pid)))
         process.wait(60)
         kills += 1
         struck = last or struck
-    assert (process.returncode, kills) == (0, KILLS)
     for unit, counts in again.items():
         print(
             f"{len(counts)} kills: {statistics.median(counts):g} {unit} again (median), at most {max(counts):g}"
         )
+    assert process.returncode == 0
     assert results(run) == results(at)
+    assert kills == KILLS
 
 
 def kill_with_its_memory(processes: list[psutil.Process]) -> None:
