@@ -375,12 +375,17 @@ class Learner:
 
         Raises:
             FloatingPointError: a weight is not finite.
-            UserError: a rank could not write; the checkpoint before is still there.
+            UserError: a rank could not write; the checkpoint before is still there. Or the model could not be written;
+                then the checkpoint counts.
         """
         self._begin_checkpoint(Path(path), keeps_before=False)
         if model is not None:
-            self.export(model)
-        self.finish_checkpoint()
+            try:
+                self.export(model)
+            finally:  # whatever became of the model, training need not be done again
+                self.finish_checkpoint()
+        else:
+            self.finish_checkpoint()
 
     def finish_checkpoint(self) -> None:
         """Wait until the checkpoint that was begun counts.
@@ -441,6 +446,7 @@ class Learner:
 
         Raises:
             FloatingPointError: a weight is not finite.
+            UserError: it could not be written; what was there before is still there.
         """
         self._check_weights()
         if self.head == "embedding":

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from pipeline.core.errors import UserError
 from pipeline.core.models import write_checksums
 from retriever_service import files
+from retriever_service.errors import RetrieverError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -119,15 +121,26 @@ def write_model(
 
 
 def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
-    """A model directory that `write` fills, with its checksums, at `path` whole or not at all."""
+    """A model directory that `write` fills, with its checksums, at `path` whole or not at all.
+
+    Raises:
+        UserError: it could not be written.
+    """
     temporary, replaced = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write(temporary)
-    write_checksums(temporary)
-    for file in temporary.rglob("*"):
-        files.fsync(file)
+    try:
+        write(temporary)
+        write_checksums(temporary)
+        for file in temporary.rglob("*"):
+            files.fsync(file)
+    except (OSError, RetrieverError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{path}: the model could not be written ({error}). Make room, or mend what else keeps files from being "
+            "written, and run the same command again"
+        ) from error
     if path.exists():
         os.replace(path, replaced)
     os.replace(temporary, path)

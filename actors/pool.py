@@ -127,7 +127,7 @@ class EnginePool:
         for seat in seats:
             seat.worker = self._new_worker(seat.index)
         calls = [seat.worker.where.remote() for seat in seats]
-        calls += [seat.worker.start.remote(snapshot.version) for seat in seats]
+        calls += [seat.worker.start.remote(snapshot.model, snapshot.version) for seat in seats]
         answers = outcomes(calls, self.cluster.start_timeout_s)
         for seat, node in zip(seats, answers, strict=False):
             seat.node = str(node)
@@ -303,7 +303,7 @@ class EnginePool:
         else:
             options = self._room(None, where.joiner_gpus)
         return RolloutActor.options(**options, max_concurrency=10_000).remote(
-            replace(self.options, model=self._model),
+            self.options,
             self._retriever,
             concurrency=self.rollout.concurrency,
             identity=self._observer.identity("rollout", self.name, index),

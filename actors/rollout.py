@@ -100,7 +100,7 @@ class RolloutWorker:
     The weight-transfer verbs are those of `VllmEngine`, called by the learner (`actors.weight_transfer.RayEngines`).
 
     Args:
-        options: of the vLLM engine.
+        options: of the vLLM engine; `start` names the model.
         retriever: client of the retriever replicas.
         concurrency: episodes in flight.
         identity: under which it logs and counts.
@@ -117,7 +117,6 @@ class RolloutWorker:
         identity: Identity | None = None,
     ) -> None:
         introduce(identity)
-        self.options = options
         self.retriever = retriever
         self.engine = VllmEngine(options)
         self._slots = asyncio.Semaphore(concurrency)
@@ -126,11 +125,13 @@ class RolloutWorker:
         """The id of this worker's node. Answers before there is an engine: as soon as Ray has found room."""
         return str(ray.get_runtime_context().get_node_id())
 
-    async def start(self, version: int) -> None:
-        """Bring the engine up with the weights in `options.model`, which are policy version `version`."""
+    async def start(self, model: str, version: int) -> None:
+        """Bring the engine up with policy version `version`, which directory `model` holds."""
         began = time.perf_counter()
+        # Not that of the constructor: a worker may have waited long for its place.
+        self.engine.options = replace(self.engine.options, model=model)
         await self.engine.start(version)
-        logger.info(f"the engine is up after {time.perf_counter() - began:.1f} s, with {self.options.model}")
+        logger.info(f"the engine is up after {time.perf_counter() - began:.1f} s, with {model}")
         self._say_version()
 
     async def ping(self) -> None:

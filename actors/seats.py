@@ -40,7 +40,7 @@ class Newcomer:
         """
         async with asyncio.timeout(seconds):
             if self._started is None:
-                self._started, self._version = self.worker.start.remote(version), version
+                self._started, self._version = self.worker.start.remote(model, version), version
             await self._started
             if self._version != version:
                 await self.worker.reload.remote(model, version, seconds)

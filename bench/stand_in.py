@@ -134,7 +134,7 @@ class Host:
     async def where(self, number: int) -> str:
         return str(ray.get_runtime_context().get_node_id())
 
-    async def start(self, number: int, version: int) -> None:
+    async def start(self, number: int, model: str, version: int) -> None:
         self._version = version
 
     async def ping(self, number: int) -> None:

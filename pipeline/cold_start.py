@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pipeline.core.agents.program import derive_seed
@@ -11,6 +12,7 @@ from pipeline.core.data.cold_start_source import ColdStartMaker
 from pipeline.core.data.splits import Splits
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.models import load_tokenizer
+from pipeline.core.records import Example
 from pipeline.core.renderer import Renderer
 from pipeline.core.run import Json
 from pipeline.run import Run
@@ -49,16 +51,15 @@ class ColdStart:
         if source is None:
             return
 
-        def synthesise() -> Json:
+        def synthesise() -> tuple[Mapping[str, Sequence[Example]], Json]:
             index = run.searched if isinstance(run.searched, Path) else run.at("index")
             cache = Path(f"{index}.rewritten.jsonl")
             examples, statistics = interrupts.run(
                 self.maker.examples(source, run.cluster.retrieve, run.searched, cache)
             )
-            run.write_examples(0, SEARCHER, examples)
-            return statistics
+            return {SEARCHER: examples}, statistics
 
-        run.once("0/cold_start", synthesise)
+        run.make_examples("0/cold_start", [SEARCHER], synthesise)
         run.train(
             0,
             SEARCHER,

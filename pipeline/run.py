@@ -31,12 +31,12 @@ from pipeline.core.mirror.mirror import Mirror
 from pipeline.core.models import check_export
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.preflight import check_run
-from pipeline.core.records import Example, Question, examples_to_table, trajectories_to_table
+from pipeline.core.records import Example, Question, trajectories_to_table
 from pipeline.core.report import scalars, should_stop, step_report
 from pipeline.core.retention import remove_what_need_not_stay
 from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
 from pipeline.core.run import ACTOR_LOGS, Json, RunDirectory, RunFiles, write_json, write_table
-from pipeline.core.shards import Shards
+from pipeline.core.shards import Shards, has_examples, write_examples
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import NothingToTrainOn, Weigh
 from retriever_service.index.store import read_manifest
@@ -224,9 +224,32 @@ class Run:
 
         return self.once(f"{t}/sample", work)
 
-    def write_examples(self, t: int, name: str, examples: Sequence[Example]) -> None:
-        """Examples that no sampling made, such as those of a cold start, as the shards of a step."""
-        write_table(self.fresh(f"{t}/{name}/examples") / "000000.parquet", examples_to_table(examples))
+    def make_examples(
+        self,
+        step: str,
+        names: Sequence[str],
+        make: Callable[[], tuple[Mapping[str, Sequence[Example]], Json]],
+    ) -> Json:
+        """A step ("0/cold_start") of examples that no sampling made, one shard for each of the policies `names`.
+
+        One that is finished is done again if a shard is missing or damaged now.
+
+        Args:
+            make: gives the examples of each policy, and figures.
+        """
+        t, _ = _in_iteration(step)
+        shards = {name: self.at(f"{t}/{name}/examples") / "000000.parquet" for name in names}
+        if self.files.finished(step) is not None and not all(map(has_examples, shards.values())):
+            self.files.forget(step)
+
+        def work() -> Json:
+            examples, figures = make()
+            for name, shard in shards.items():
+                self.fresh(f"{t}/{name}/examples")
+                write_examples(shard, examples[name])
+            return figures
+
+        return self.once(step, work)
 
     def train(
         self,

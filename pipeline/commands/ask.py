@@ -54,7 +54,7 @@ def ask(
     spec = PolicySpec(
         SEARCHER,
         config.model.at(model),
-        config.rollout.model_copy(update={"workers": 1, "concurrency": 1, "enforce_eager": True}),
+        config.rollout.with_one(concurrency=1, enforce_eager=True),
     )
     retriever = config.retriever.model_copy(update={"replicas": 1})
     with ray_session(config.cluster):

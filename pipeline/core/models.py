@@ -142,19 +142,23 @@ def check_export(directory: Path) -> None:
         records = files.records_from_json(written)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{directory} is no whole model: {CHECKSUMS} cannot be read ({error}); {_MEND}"
+            f"{directory} is no whole model: {CHECKSUMS} cannot be read ({error}); {_mend(directory)}"
         ) from error
     try:
         for name, record in records.items():
-            files.check_contents(directory / name, record, _MEND)
+            files.check_contents(directory / name, record, _mend(directory))
     except RetrieverError as error:
         raise UserError(str(error)) from error
 
 
-_MEND = (
-    "copy the directory back from where it is whole. Without one, remove train.json beside it and run the same "
-    "command: the model is exported again from the learner's checkpoint there, or trained again"
-)
+def _mend(directory: Path) -> str:
+    copy = "copy the directory back from where it is whole"
+    if not (directory.parent / "learner" / "checkpoint.json").exists():
+        return f"{copy}; the learner's checkpoint that it was exported from was removed (storage.keep_states)"
+    return (
+        f"{copy}. Without a copy, remove train.json beside it and run the same command: the model is exported again "
+        "from the learner's checkpoint there"
+    )
 
 
 def load_tokenizer(path: str) -> Any:

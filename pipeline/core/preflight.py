@@ -240,9 +240,10 @@ def _check_disk(
     free = shutil.disk_usage(where).free
     checkpoint = f"{_gb(needs.checkpoint)} at {CHECKPOINT_BYTES} bytes a parameter"
     figures = f"exported {_gb(needs.export)}, checkpoint {checkpoint}"
-    if free < needs.next_version:
+    next_version = needs.next_version - _written_over(run)
+    if free < next_version:
         raise UserError(
-            f"{run}: the disk has {_gb(free)} free, and a training step writes {_gb(needs.next_version)} "
+            f"{run}: the disk has {_gb(free)} free, and a training step writes {_gb(next_version)} more "
             f"({figures}); make room or choose another --run directory"
         )
     if free < needs.whole_run:
@@ -250,6 +251,20 @@ def _check_disk(
             f"{run}: the disk has {_gb(free)} free, and the run may come to {_gb(needs.whole_run)}: {needs.models} "
             f"models, {needs.states} checkpoints at a time ({figures}) and at most {_gb(needs.shards)} of trajectories"
         )
+
+
+def _written_over(run: Path) -> int:
+    """What lies in the run of a training that was cut off and makes room for what the next one writes, in bytes."""
+    total = sum(map(_size, run.glob("iterations/*/*/.model.new")))
+    for state in run.glob("iterations/*/*/learner"):
+        slots = [_size(slot) for slot in state.iterdir() if slot.is_dir()]
+        if len(slots) > 1 and not (state.parent / "train.json").exists():
+            total += min(slots)
+    return total
+
+
+def _size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 def _gb(count: int) -> str:

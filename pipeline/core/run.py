@@ -292,9 +292,11 @@ def _is_empty(directory: Path) -> bool:
 
 
 def _has_results(run: Path) -> bool:
-    """A complete shard of a phase that goes on is one as well."""
-    patterns = ("iterations/*/*.json", "iterations/*/rollouts/_*.json", "test/*.json")
-    return any(any(run.glob(pattern)) for pattern in patterns)
+    """What a phase that goes on has written counts as well: complete shards, and tasks of others (`core.shards`)."""
+    of_phases = [
+        f"{steps}/**/{name}" for steps in ("iterations", "test") for name in ("_*.json", "_loose/*/*.json")
+    ]
+    return any(any(run.glob(pattern)) for pattern in ("iterations/*/*.json", "test/*.json", *of_phases))
 
 
 def _is_in(key: str, sections: Sequence[str]) -> bool:

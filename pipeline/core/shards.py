@@ -36,6 +36,7 @@ import pyarrow.parquet as pq
 from pipeline.core.agents.program import Task
 from pipeline.core.records import (
     Episode,
+    Example,
     Trajectory,
     examples_from_table,
     examples_to_table,
@@ -251,8 +252,7 @@ class Shards:
     def _files(self, shard: int) -> _Files:
         name = f"{shard:06d}.parquet"
         examples = {output: directory / name for output, directory in self.examples.items()}
-        # Readers of Parquet directories pass over names that begin with an underscore.
-        return _Files(self.rollouts / name, examples, self.rollouts / f"_{shard:06d}.json")
+        return _Files(self.rollouts / name, examples, _side_car(self.rollouts / name))
 
     @property
     def _loose(self) -> Path:
@@ -323,6 +323,31 @@ class Shards:
         for path in sorted(rest, key=lambda path: path.suffix != ".json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         files.fsync(self.rollouts)
+
+
+def write_examples(shard: Path, examples: Iterable[Example]) -> None:
+    """Write a shard of examples that no sampling made, and its side-car."""
+    write_table(shard, examples_to_table(examples))
+    write_json(_side_car(shard), files.records_as_json({shard.name: files.record_file(shard)}))
+
+
+def has_examples(shard: Path) -> bool:
+    """Whether what `write_examples` wrote is there unchanged; if not, the log says why."""
+    try:
+        records = files.records_from_json(_read_json(_side_car(shard)))
+        files.check_contents(shard, records[shard.name], _MEND)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning(f"{_side_car(shard)} cannot be read, or is of an earlier version ({error!r}); {_MEND}")
+    except RetrieverError as error:
+        logger.warning(str(error))
+    else:
+        return True
+    return False
+
+
+def _side_car(shard: Path) -> Path:
+    """Readers of Parquet directories pass over names that begin with an underscore."""
+    return shard.with_name(f"_{shard.stem}.json")
 
 
 def _write(at: _Files, tasks: Sequence[Task], done: Sequence[Done]) -> None:

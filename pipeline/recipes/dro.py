@@ -151,7 +151,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
             return dict.fromkeys(models, t)
 
         if settings.start_epochs:
-            run.once("0/formats", lambda: teach_formats(run, settings, models))
+            run.make_examples("0/formats", list(models), lambda: teach_formats(run, settings, models))
             epochs, rate = settings.start_epochs, settings.start_learning_rate
             for name in models:
                 seed = derive_seed(config.seed, name, 0)
@@ -176,7 +176,9 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
         return step_outcome(run.report(settings), COLUMNS)
 
 
-def teach_formats(run: Run, settings: Settings, tokenizers: Mapping[str, str]) -> Json:
+def teach_formats(
+    run: Run, settings: Settings, tokenizers: Mapping[str, str]
+) -> tuple[dict[str, list[Example]], Json]:
     """Examples of a random selection and of the gold answer behind it, one of each per training question.
 
     No supervision but the answers: what to choose is left for the iterations to discover. Questions whose search is
@@ -207,7 +209,5 @@ def teach_formats(run: Run, settings: Settings, tokenizers: Mapping[str, str]) -
         prompt = answer_prompt(agent, generator.tokenizer, question, [hits[i] for i in order])
         answer = generator.answer_ids(question.answers[0])
         examples[GENERATOR].append(Example.supervised(question.id, GENERATOR, prompt, answer))
-    for name, made in examples.items():
-        run.write_examples(0, name, made)
     questions = len(examples[SELECTOR])
-    return {"questions": questions, "skipped": len(run.splits.train) - questions}
+    return examples, {"questions": questions, "skipped": len(run.splits.train) - questions}

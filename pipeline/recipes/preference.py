@@ -163,7 +163,7 @@ def policies(config: Config) -> list[PolicySpec]:
     rollout = config.rollout
     return [
         PolicySpec(SEARCHER, config.model, rollout, config.learner, seed=config.seed),
-        PolicySpec(REFERENCE, config.model, rollout.model_copy(update={"workers": 1})),
+        PolicySpec(REFERENCE, config.model, rollout.with_one()),
     ]
 
 

@@ -57,10 +57,10 @@ class Worker:
         self.killed = False
         self.where = _method(lambda: self._answer(room, node))
         self.ping = _method(lambda: self._answer(ping))
-        self.start = _method(lambda version: self._serve(start, version))
-        self.reload = _method(lambda model, version, seconds: self._serve(0.0, version, model))
+        self.start = _method(lambda model, version: self._serve(start, model, version))
+        self.reload = _method(lambda model, version, seconds: self._serve(0.0, model, version))
 
-    async def _serve(self, outcome: Exception | float, version: int, model: str | None = None) -> None:
+    async def _serve(self, outcome: Exception | float, model: str, version: int) -> None:
         await self._answer(outcome)
         self.version, self.loaded = version, model
 

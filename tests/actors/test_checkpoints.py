@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
-from actors import checkpointer
+from actors import checkpointer, learner_files
 from actors.learner import Learner
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example
@@ -132,6 +133,30 @@ def test_a_full_disk_ends_the_training_in_one_clear_sentence_and_leaves_the_chec
         run_ranks(SAVING, model_path, train_until_the_disk_is_full, examples, tmp_path)
     resumed, weights = run_ranks(SAVING, model_path, go_on, examples, tmp_path)
     assert resumed.resumed_at == 2
+    assert_same_weights(weights, run_ranks(SAVING, model_path, train, examples)[1], atol=0)
+
+
+def train_and_export_to_a_full_disk(learner: Learner, examples: list[Example], path: Path) -> None:
+    """As much of the model as the disk takes is written."""
+
+    def full(directory: Path, *_: object) -> None:
+        (directory / "model.safetensors").write_bytes(b"some of it")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    learner_files.write_model = full  # type: ignore[assignment]
+    learner.train(examples, nll_of(learner), phase_seed=1)
+    learner.save(path / "learner", model=path / "model")
+
+
+def test_a_disk_too_full_for_the_model_costs_no_training(model_path: Path, tmp_path: Path) -> None:
+    examples = make_examples()
+    with pytest.raises(
+        UserError, match=r"model: the model could not be written .*No space left .*run the same"
+    ):
+        run_ranks(SAVING, model_path, train_and_export_to_a_full_disk, examples, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["learner"]
+    resumed, weights = run_ranks(SAVING, model_path, go_on, examples, tmp_path / "learner")
+    assert resumed.resumed_at == STEPS
     assert_same_weights(weights, run_ranks(SAVING, model_path, train, examples)[1], atol=0)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from actors.learner_files import (
     candidates,
@@ -19,6 +20,7 @@ from actors.learner_files import (
     write_model,
 )
 from pipeline.core.errors import UserError
+from pipeline.core.models import check_export
 from retriever_service.files import write_json
 
 FACTS = {"phase": "first", "step": 3, "num_ranks": 2, "zero_stage": 1, "files": {}}
@@ -117,6 +119,22 @@ def test_a_model_directory_has_the_tokenizer_of_its_source_and_replaces_an_older
         "vocab.json",
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "source"]
+
+
+@pytest.mark.parametrize("error", [SafetensorError("I/O error"), OSError(28, "No space left on device")])
+def test_a_model_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, error: Exception) -> None:
+    def fail(at: Path) -> None:
+        (at / "half").write_text("half")
+        raise error
+
+    path = tmp_path / "model"
+    replace_directory(path, lambda at: (at / "whole").write_text("whole"))
+    with pytest.raises(
+        UserError, match=f"could not be written .*{error.args[-1]}.*run the same command again"
+    ):
+        replace_directory(path, fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    check_export(path)
 
 
 def test_a_model_directory_is_used_where_it_is(tmp_path: Path) -> None:

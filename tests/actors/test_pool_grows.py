@@ -40,7 +40,7 @@ def test_a_pool_grows_as_there_is_room_and_no_further() -> None:
 
     asyncio.run(work())
     assert present(pool) == [first, soon]
-    assert soon.version == 7
+    assert (soon.version, soon.loaded) == (7, "model-7")
 
 
 def test_a_worker_without_room_is_asked_for_once_and_serves_the_version_of_the_day_that_it_comes() -> None:
@@ -56,7 +56,7 @@ def test_a_worker_without_room_is_asked_for_once_and_serves_the_version_of_the_d
     pool.now_serves(Snapshot(8, "model-8"))
     asyncio.run(work(0.5))
     assert present(pool) == [first, late]
-    assert late.version == 8
+    assert (late.version, late.loaded) == (8, "model-8")
 
 
 def test_an_engine_that_began_to_start_with_an_earlier_version_loads_the_current_one() -> None:

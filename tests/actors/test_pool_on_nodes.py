@@ -48,7 +48,7 @@ class Worker:
     async def where(self) -> str:
         return self.node
 
-    async def start(self, version: int) -> None:
+    async def start(self, model: str, version: int) -> None:
         self.version = version
 
     async def ping(self) -> None:

@@ -23,7 +23,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.models import write_checksums
 from pipeline.core.policies import PolicySpec, Snapshot
-from pipeline.core.records import Episode, Question, StopReason, trajectories_from_table
+from pipeline.core.records import Episode, Example, Question, StopReason, trajectories_from_table
 from pipeline.core.run import Json, RunDirectory, write_json
 from pipeline.core.shards import Shards
 from pipeline.core.tracking import Tracker
@@ -195,6 +195,33 @@ def test_a_shard_that_is_lost_before_training_has_read_it_is_sampled_again(tmp_p
         run.at("1/selector/examples/000001.parquet").unlink()
         sample(run)
     assert len(sampled) == 3
+
+
+def test_examples_that_no_sampling_made_are_made_again_where_they_are_lost_or_damaged(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def make() -> tuple[dict[str, list[Example]], Json]:
+        made.append(len(made))
+        examples = {name: [Example.supervised("q", name, [1], [2, 3])] for name in NAMES}
+        return examples, {"questions": 1}
+
+    def start(damage: Callable[[Path], object] | None) -> None:
+        with opened(tmp_path) as run:
+            assert run.make_examples("0/formats", NAMES, make)["questions"] == 1
+            (shard,) = run.shards(0, "generator")
+            assert len(pq.read_table(shard)) == 1
+            if damage is not None:
+                damage(shard)
+
+    start(None)
+    start(lambda shard: shard.unlink())
+    start(lambda shard: shard.write_bytes(shard.read_bytes()[:-1] + b"x"))
+    start(lambda shard: (shard.parent / "_000000.json").unlink())
+    start(lambda shard: shutil.rmtree(shard.parent))
+    start(None)
+    start(None)
+    assert len(made) == 5
+    assert [line["values"] for line in metrics(tmp_path)] == [{"questions": 1.0}]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -69,6 +69,10 @@ class RolloutConfig(Section):
     def with_fewest(self) -> RolloutConfig:
         """Start with `min_workers`; the others may come later."""
         return self.model_copy(update={"workers": self.min_workers, "max_workers": self.most_workers})
+
+    def with_one(self, **changes: Any) -> RolloutConfig:
+        """One engine, now and later, where a phase needs no more; with other changes."""
+        return self.model_copy(update={"workers": 1, "min_workers": 1, "max_workers": None, **changes})
 
 
 class WeightingConfig(Section):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.core.models import check_model, load_tokenizer
+from pipeline.core.models import check_export, check_model, load_tokenizer, write_checksums
 
 
 def model_directory(path: Path, *files: str) -> str:
@@ -101,3 +101,20 @@ def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_an_incomplete_directory_is_refused_before_its_tokenizer_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tokenizer"):
         load_tokenizer(model_directory(tmp_path / "model", "config.json", "model.safetensors"))
+
+
+def test_a_damaged_export_is_refused_with_the_mend_that_there_is(tmp_path: Path) -> None:
+    model = Path(model_directory(tmp_path / "model", "model.safetensors"))
+    write_checksums(model)
+    check_export(model)
+    (model / "model.safetensors").write_text("[]")
+    with pytest.raises(
+        UserError,
+        match=r"copy the directory back .*; the learner's checkpoint .* was removed \(storage\.keep",
+    ):
+        check_export(model)
+    state = tmp_path / "learner"
+    state.mkdir()
+    (state / "checkpoint.json").write_text("{}")
+    with pytest.raises(UserError, match=r"Without a copy, remove train\.json beside it"):
+        check_export(model)

@@ -290,6 +290,34 @@ def test_a_disk_too_small_for_the_next_version_is_refused(
         )
 
 
+def test_what_a_training_that_was_cut_off_will_write_over_counts_as_room(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lies(path: str, size: int) -> None:
+        file = tmp_path / "run/iterations" / path
+        file.parent.mkdir(parents=True)
+        with file.open("wb") as opened:
+            opened.truncate(size)  # holes
+
+    def check() -> None:
+        check_run(
+            tmp_path / "run", [policy(model)], StorageConfig(), versions_to_come=1, tokens=0, device="cpu"
+        )
+
+    with_free(monkeypatch, 3 * GB)
+    lies("0001/searcher/learner/a/rank_0.safetensors", 12 * GB)
+    with pytest.raises(UserError, match=r"3.0 GB free, and a training step writes 16.0 GB more"):
+        check()
+    lies("0001/searcher/learner/b/rank_0.safetensors", 12 * GB)
+    with pytest.raises(UserError, match=r"3.0 GB free, and a training step writes 4.0 GB more"):
+        check()
+    lies("0001/searcher/.model.new/model.safetensors", 1 * GB)
+    check()
+    (tmp_path / "run/iterations/0001/searcher/train.json").write_text("{}")
+    with pytest.raises(UserError, match=r"writes 15.0 GB more"):
+        check()
+
+
 def test_adapters_need_no_checkpoint_of_the_whole_model(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

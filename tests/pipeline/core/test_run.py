@@ -269,12 +269,24 @@ def test_a_run_keeps_to_the_index_that_its_results_come_from(run: RunDirectory) 
     again.keep_to("mended before there was a result")
 
 
-def test_a_run_keeps_to_what_its_complete_shards_come_from(run: RunDirectory) -> None:
+@pytest.mark.parametrize(
+    "written",
+    [
+        "iterations/0001/rollouts/_000000.json",
+        "iterations/0001/rollouts/_loose/000000/tasks.json",
+        "iterations/0000/evaluation.parts/searcher-0/_000003.json",
+        "test/base.parts/searcher-0/_000000.json",
+        "test/base.parts/searcher-0/_loose/000002/tasks.json",
+    ],
+)
+def test_a_run_keeps_to_what_its_written_tasks_come_from(run: RunDirectory, written: str) -> None:
     """Also before its first step is finished: the rest of the phase is to be of the same kind."""
     run.keep_to("old")
-    write_json(run.fresh("1/rollouts") / "_000000.json", {"tasks": []})
+    write_json(run.path / written, {"tasks": []})
     with pytest.raises(UserError, match="another index"):
         restarted(run).keep_to("new")
+    with pytest.raises(UserError, match="another configuration"):
+        restarted(run, "agent.documents=7")
 
 
 # ---------------------------------------------------------------- phases
