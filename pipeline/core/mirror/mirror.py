@@ -11,19 +11,20 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import sha256
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from pipeline.core.errors import UserError
 from pipeline.core.mirror.lease import BEAT_S, Lease, LeaseLost
 from pipeline.core.mirror.manifest import Entry, ManifestOf, read_manifest, write_manifest
 from pipeline.core.mirror.restore import AT_ONCE, CONFIGURATION, restore
-from pipeline.core.mirror.scan import Found, State, complete_files, state_of
+from pipeline.core.mirror.scan import Found, State, checkpoint_of, complete_files, state_of
 from pipeline.core.mirror.store import Store, StoreError
 from pipeline.core.run import MIRROR_FILE, read_json, write_json
 from retriever_service import files
@@ -63,7 +64,11 @@ class MirrorState:
 
 
 class _Moved(Exception):
-    """A file was replaced or went while it was uploaded: the directory has to be looked through again."""
+    """Files were replaced or went while they were uploaded: the directory has to be looked through again."""
+
+
+class _GivenUp(Exception):
+    """The time for what is left is over."""
 
 
 class Mirror:
@@ -84,9 +89,14 @@ class Mirror:
         self._lease = Lease(self.store, self.run, logger.warning)
         self._copied: dict[str, tuple[str, str]] = {}
         """By path the checksum and the object of what is uploaded and in no manifest yet."""
+        self._written: set[str] = set()
+        """All objects that were begun since the last manifest."""
+        self._overtaken: Counter[str | None] = Counter()
+        """How often a checkpoint was replaced while it was uploaded."""
         self._known: dict[str, tuple[State, files.FileRecord]] = {}
         self._manifest, self._written_at = ManifestOf(""), 0.0
         self._stop, self._is_left, self._is_lost = threading.Event(), threading.Event(), False
+        self._deadline, self._is_whole = float("inf"), False
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._heart = threading.Thread(target=self._give_signs_of_life, name="mirror-lease", daemon=True)
 
@@ -99,12 +109,20 @@ class Mirror:
         try:
             with self._status(f"looking at {self.store.url}"):
                 self._lease.acquire()
+                self._heart.start()
                 manifest = read_manifest(self.store)
             self.state = self._enter(manifest)
         except StoreError as error:
+            self._leave()
             raise UserError(
                 f"storage.url cannot be used: {error}. Look at the address, the bucket and the credentials"
             ) from error
+        except LeaseLost as error:
+            self._leave()
+            raise UserError(str(error)) from error
+        except BaseException:
+            self._leave()
+            raise
 
     def _enter(self, manifest: ManifestOf | None) -> MirrorState:
         stored = read_json(self.run / MIRROR_FILE)
@@ -121,6 +139,7 @@ class Mirror:
             with self._status(f"restoring the run from {self.store.url}"):
                 restore(self.store, manifest, self.run)
             # From now on the copy is of this directory: another one that it was of is behind.
+            self._lease.check()
             self._manifest = ManifestOf(new.id, manifest.files)
             write_manifest(self.store, self._manifest)
             new.restoring = False
@@ -136,7 +155,6 @@ class Mirror:
     # ---------------------------------------------------------------- while the run goes on
 
     def __enter__(self) -> Mirror:
-        self._heart.start()
         self._thread.start()
         return self
 
@@ -146,14 +164,16 @@ class Mirror:
         Raises:
             UserError: that cannot be done; not where the block ends by an exception.
         """
+        seconds = END_S if kind is None else CUT_OFF_S
+        self._deadline = time.monotonic() + seconds
         self._stop.set()
-        deadline = time.monotonic() + (END_S if kind is None else CUT_OFF_S)
         with self._status(f"uploading what is left to {self.store.url}"):
-            self._thread.join(max(0.0, deadline - time.monotonic()))
-            error = self._finish(deadline)
-            self._is_left.set()
-        if error is None:
+            # Not for longer: the threads end with the process, also where a store does not answer.
+            self._thread.join(seconds)
+            self._leave()
+        if self._is_whole:
             return
+        error = self.state.last_error or f"an upload did not end within {seconds:g} s"
         message = (
             f"the copy at {self.store.url} is not whole, {self.state.behind} files are missing ({error}). The run "
             f"directory {self.run} is: the same command uploads what is left"
@@ -162,35 +182,32 @@ class Mirror:
             raise UserError(message)
         logger.warning(message)
 
-    def _finish(self, deadline: float) -> str | None:
-        """The last attempts; what keeps them from success."""
-        if self._thread.is_alive():
-            return "an upload does not end"
-        backoff, failures = Backoff(1.0), 0
-        while not self._attempt(at_end=True):
-            failures += 1
-            if self._is_lost or time.monotonic() >= deadline:
-                return self.state.last_error
-            time.sleep(min(backoff.pause_s(failures), MOST_PAUSE_S))
+    def _leave(self) -> None:
+        """Give the URL to the next process, unless something of this one may still be written there."""
         self._is_left.set()
-        self._heart.join(CUT_OFF_S)
+        if self._heart.is_alive():
+            self._heart.join(BEAT_S)
+        if self._heart.is_alive() or self._thread.is_alive():
+            return
         try:
             self._lease.release()
         except (StoreError, LeaseLost) as error:
-            logger.warning(f"{self.store.url} could not be left: {error}")
-        return None
+            logger.debug(f"{self.store.url} could not be left: {error}")
 
     def _work(self) -> None:
-        backoff, failures = Backoff(2.0), 0
-        pause = 0.0
-        while not self._stop.wait(pause):
-            if self._attempt():
-                failures, pause = 0, PERIOD_S
-            else:
-                failures += 1
-                pause = min(backoff.pause_s(failures), MOST_PAUSE_S)
-            if self._is_lost:
+        backoff, failures, pause = Backoff(2.0), 0, 0.0
+        while not self._stop.wait(pause) and not self._is_lost:
+            is_done = self._attempt()
+            failures = 0 if is_done else failures + 1
+            pause = PERIOD_S if is_done else min(backoff.pause_s(failures), MOST_PAUSE_S)
+        backoff, failures = Backoff(1.0), 0
+        while not self._is_lost and time.monotonic() < self._deadline:
+            if self._attempt(at_end=True):
+                self._is_whole = True
                 return
+            failures += 1
+            pause = min(backoff.pause_s(failures), MOST_PAUSE_S)
+            time.sleep(max(0.0, min(pause, self._deadline - time.monotonic())))
 
     def _give_signs_of_life(self) -> None:
         while not self._is_left.wait(BEAT_S):
@@ -207,6 +224,8 @@ class Mirror:
             self._update(at_end)
         except (_Moved, FileNotFoundError):
             return not at_end  # something new is there, and is found at the next look
+        except _GivenUp:
+            return False
         except (StoreError, OSError, RetrieverError, LeaseLost) as error:
             self._is_lost = isinstance(error, LeaseLost)
             if self.state.last_error is None:
@@ -236,12 +255,38 @@ class Mirror:
             return
         self._lease.check()
         self.state.behind = len(new)
-        with ThreadPoolExecutor(AT_ONCE) as threads:
-            keys = list(threads.map(lambda name: self._upload(name, found[name], records[name]), new))
+        with ThreadPool(AT_ONCE) as threads:  # of daemons: an upload that hangs does not keep the process
+            keys = threads.map(lambda name: self._upload(name, found[name], records[name]), new, chunksize=1)
         entries = {name: old[name] for name in found if name not in new}
         for name, key in zip(new, keys, strict=True):
-            entries[name] = Entry(**asdict(records[name]), key=key, mtime=found[name].state[1] / 1e9)
-        self._commit(ManifestOf(self.state.id, entries))
+            if key is not None:
+                entries[name] = Entry(**asdict(records[name]), key=key, mtime=found[name].state[1] / 1e9)
+        behind = self._go_back(entries, [name for name, key in zip(new, keys, strict=True) if key is None])
+        self._commit(ManifestOf(self.state.id, entries), behind)
+
+    def _go_back(self, entries: dict[str, Entry], moved: Sequence[str]) -> int:
+        """Let the copy keep the checkpoint that it has, where files of a newer one moved; how many files did.
+
+        A checkpoint may be replaced sooner than a slow store takes it, and the copy of all else is not to wait for it.
+
+        Raises:
+            _Moved: other files did.
+        """
+        checkpoints = {checkpoint_of(name) for name in moved}
+        if None in checkpoints:
+            raise _Moved
+        for checkpoint in checkpoints:
+            for name in [name for name in entries if checkpoint_of(name) == checkpoint]:
+                del entries[name]
+            old = self._manifest.files
+            entries |= {name: entry for name, entry in old.items() if checkpoint_of(name) == checkpoint}
+            self._overtaken[checkpoint] += 1
+            if self._overtaken[checkpoint] == 2:
+                logger.warning(
+                    f"{checkpoint} was replaced again while it was uploaded to {self.store.url}, whose copy of it is "
+                    "older, or missing; a longer learner.checkpoint_minutes mends that"
+                )
+        return len(moved)
 
     def _record(self, name: str, file: Found) -> files.FileRecord:
         if name not in self._known or self._known[name][0] != file.state or file.content is not None:
@@ -249,35 +294,44 @@ class Mirror:
             self._known[name] = file.state, record
         return self._known[name][1]
 
-    def _upload(self, name: str, file: Found, record: files.FileRecord) -> str:
-        """The object that has it now."""
+    def _upload(self, name: str, file: Found, record: files.FileRecord) -> str | None:
+        """The object that has it now; None if the file was replaced or went meanwhile."""
+        if time.monotonic() >= self._deadline:
+            raise _GivenUp
         checksum, key = self._copied.get(name, ("", ""))
         if checksum == record.sha256:
             return key
         key = self._manifest.key_for(name, record.sha256)
         content = file.content
-        if content is None and record.bytes <= _SMALL:
-            content = file.path.read_bytes()
-            if _record_of(content) != record:
-                raise _Moved(name)
-        if content is not None:
-            self.store.write(key, content)
-        else:
-            self.store.upload(file.path, key)
-            if state_of(file.path) != file.state:
-                raise _Moved(name)
+        try:
+            if content is None and record.bytes <= _SMALL:
+                content = file.path.read_bytes()
+                if _record_of(content) != record:
+                    return None
+            self._written.add(key)
+            if content is not None:
+                self.store.write(key, content)
+            else:
+                self.store.upload(file.path, key)
+                if state_of(file.path) != file.state:
+                    return None
+        except (FileNotFoundError, StoreError):
+            if file.path.exists():
+                raise
+            return None
         self._copied[name] = record.sha256, key
         return key
 
-    def _commit(self, manifest: ManifestOf) -> None:
+    def _commit(self, manifest: ManifestOf, behind: int) -> None:
         self._lease.check()  # again: uploads may take long
         write_manifest(self.store, manifest)
-        garbage = self._manifest.keys - manifest.keys
+        garbage = (self._manifest.keys | self._written) - manifest.keys
         self._manifest, self._written_at = manifest, time.monotonic()
         self._copied.clear()
+        self._written.clear()
         self.state.files = len(manifest.files)
         self.state.bytes = sum(entry.bytes for entry in manifest.files.values())
-        self.state.behind, self.state.updated = 0, datetime.now(UTC).isoformat(timespec="seconds")
+        self.state.behind, self.state.updated = behind, datetime.now(UTC).isoformat(timespec="seconds")
         self._saved(self.state)
         for key in garbage:
             try:

@@ -67,6 +67,12 @@ def complete_files(run: Path, known: Mapping[str, State]) -> dict[str, Found]:
     return {**others, **markers}
 
 
+def checkpoint_of(name: str) -> str | None:
+    """The learner's checkpoint that a file is part of, or marks; None of any other file."""
+    folders = [str(folder) for folder in Path(name).parents if folder.name == "learner"]
+    return folders[0] if folders else None
+
+
 def _is_told(name: str) -> bool:
     """Markers and logs; a model and an index are there as a whole or not at all, with all of their files."""
     path = Path(name)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.mirror import mirror as module
 from pipeline.core.mirror.manifest import read_manifest
 from pipeline.core.mirror.mirror import Mirror
+from pipeline.core.mirror.restore import restore
 from pipeline.core.mirror.scan import complete_files
 from pipeline.core.mirror.store import Store, StoreError
 from pipeline.core.run import RunDirectory, write_atomically, write_json
@@ -312,6 +317,72 @@ def test_a_store_that_is_out_of_reach_or_not_there_is_refused_at_the_start(
         Process(tmp_path / "two", "nosuchprotocol://x")
 
 
+def objects(url: str) -> set[str]:
+    store = Store(url)
+    return {path.split(f"{store._root}/", 1)[1] for path in store._fs.find(store._root)}
+
+
+def test_a_checkpoint_that_changes_faster_than_it_is_uploaded_does_not_keep_the_rest_from_the_copy(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = Process(tmp_path / "run", url)
+    do_work(process.files, 0)
+    until(lambda: "iterations/0000/searcher/train.json" in copied(url))
+    learner = process.files.at("0/searcher/learner")
+    before = {name: content for name, content in copied(url).items() if "/learner/" in name}
+    assert len(before) == 2
+    upload, numbers = Store.upload, iter(range(1000))
+
+    def slowly(self: Store, path: Path, name: str) -> None:
+        upload(self, path, name)
+        if path.parent.parent == learner:
+            write_atomically(path, LARGE.decode("latin-1") + str(next(numbers)))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "upload", slowly)
+        write_atomically(learner / "b/rank_0.pt", LARGE.decode("latin-1"))
+        write_json(learner / "checkpoint.json", {"slot": "b", "before": None})
+        do_work(process.files, 1)
+        until(lambda: "iterations/0001/searcher/train.json" in copied(url) and next(numbers) > 50)
+        there = copied(url)
+    assert {name: content for name, content in there.items() if "0000/searcher/learner/" in name} == before
+    assert caplog.text.count("was replaced again while it was uploaded") == 1
+    process.end()
+    here = contents(tmp_path / "run").items()
+    assert copied(url) == {name: content for name, content in here if "0000/searcher/learner/a" not in name}
+    assert objects(url) == {*read_manifest(Store(url)).keys, "manifest.json"}
+
+
+HANGS = """
+import sys, time
+from pathlib import Path
+from pipeline.core.mirror import mirror
+from pipeline.core.mirror.store import Store
+from tests.pipeline.core.mirror.test_mirror import Process, do_work
+mirror.CUT_OFF_S, mirror.PERIOD_S = 1.0, 0.05
+Store.upload = lambda self, path, name: print("hangs", flush=True) or time.sleep(1000)
+process = Process(Path(sys.argv[1]), sys.argv[2])
+for t in range(20):
+    do_work(process.files, t)
+time.sleep(1)
+process.mirror.__exit__(KeyboardInterrupt)
+print("ends", flush=True)
+"""
+
+
+def test_a_store_that_does_not_answer_keeps_no_process_that_was_stopped(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", HANGS, str(tmp_path / "run"), f"file://{tmp_path}/copy"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=Path(__file__).parents[4],
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.endswith("ends\n") and 0 < ended.stdout.count("hangs") < 20
+    assert "is not whole" in ended.stderr and "an upload did not end within 1 s" in ended.stderr
+
+
 # ---------------------------------------------------------------- two processes
 
 
@@ -339,6 +410,39 @@ def test_what_a_killed_process_left_is_taken_over(
     again.die()
     Process(tmp_path / "there", url).end()  # by another one when it gives no sign of life
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_a_process_that_restores_for_long_keeps_the_url(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BEAT_S", 0.05)
+    first = Process(tmp_path / "gone", url)
+    do_work(first.files, 0)
+    first.end()
+    began, goes_on = threading.Event(), threading.Event()
+
+    def long(*arguments: Any) -> Any:
+        began.set()
+        goes_on.wait(20)
+        return restore(*arguments)
+
+    monkeypatch.setattr(module, "restore", long)
+    with ThreadPoolExecutor(1) as thread:
+        restoring = thread.submit(Process, tmp_path / "here", url)
+        assert began.wait(20)
+        with pytest.raises(UserError, match="belongs to another process"):
+            Process(tmp_path / "there", url)
+        goes_on.set()
+        restoring.result().end()
+    assert contents(tmp_path / "here") == contents(tmp_path / "gone")
+
+
+def test_a_process_that_is_refused_leaves_the_url_to_others(tmp_path: Path, url: str) -> None:
+    Process(tmp_path / "here", url).end()
+    Process(tmp_path / "there", url).end()
+    with pytest.raises(UserError, match="went on in another directory"):
+        Process(tmp_path / "here", url)
+    assert Store(url).read("lease.json") is None
 
 
 def test_a_process_that_was_taken_for_dead_does_not_write_any_more(tmp_path: Path, url: str) -> None:
