@@ -177,15 +177,15 @@ class Shards:
         self._find_loose()
         if (all_of_them := self.counts()).exceed(max_failure_share):
             failed = [n for n, counts in self.complete.items() if counts.infrastructure_failures]
-            loose = [id for id, counts in self.loose.items() if counts.infrastructure_failures]
+            again = {task.id for shard in failed for task in self.members(shard)}
+            again |= {task_id for task_id, counts in self.loose.items() if counts.infrastructure_failures}
+            loose = self._drop_loose(again)
             logger.warning(
                 f"{self.rollouts}: too many trajectories failed for reasons outside of the model; {len(failed)} shards "
-                f"and {len(loose)} tasks of others with failures are made again; last: {all_of_them.last_failure}"
+                f"and {loose} tasks of others are made again; last: {all_of_them.last_failure}"
             )
             for shard in failed:
                 del self.complete[shard]
-            for task_id in loose:
-                del self.loose[task_id]
         self.remove_loose(self.loose)
         self._remove_the_rest()
         if self.complete or self.loose:
@@ -305,6 +305,16 @@ class Shards:
             for task_id, counts in of_set.items()
             if self._index[task_id] // self.tasks_per_shard not in self.complete
         }
+
+    def _drop_loose(self, again: set[str]) -> int:
+        """Drop these tasks, and those in sets with them: a set counts as a whole, and would bring them back."""
+        while sets := [number for number, members in self._loose_sets.items() if members & again]:
+            for number in sets:
+                again |= self._loose_sets.pop(number)
+        dropped = again & self.loose.keys()
+        for task_id in dropped:
+            del self.loose[task_id]
+        return len(dropped)
 
     def _name_of(self, task_id: str) -> dict[str, str] | None:
         index = self._index.get(task_id)

@@ -264,9 +264,21 @@ def test_tasks_whose_failures_ended_a_phase_have_another_chance(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_loose(opened(tmp_path), 0, 3, failing="q3")
-    assert set(opened(tmp_path, share=0.5).loose) == {"q0", "q3"}
-    assert set(opened(tmp_path, share=0.3).loose) == {"q0"}
-    assert "0 shards and 1 tasks of others with failures are made again; last: q3 is down" in caplog.text
+    make_loose(opened(tmp_path), 1)
+    assert set(opened(tmp_path, share=0.5).loose) == {"q0", "q1", "q3"}
+    assert set(opened(tmp_path, share=0.3).loose) == {"q1"}
+    assert "0 shards and 2 tasks of others are made again; last: q3 is down" in caplog.text
+    assert set(opened(tmp_path).loose) == {"q1"}
+
+
+def test_failures_that_are_to_be_made_good_do_not_come_back(tmp_path: Path) -> None:
+    """The weighting actor reads what is written once more when it has died, whatever the share."""
+    make_loose(opened(tmp_path), 0, 4, failing="q0")
+    shards = opened(tmp_path)
+    make(shards, [0], "q0")
+    assert (set(opened(tmp_path).complete), set(opened(tmp_path).loose)) == ({0}, {"q4"})
+    assert opened(tmp_path, share=0.1).to_do() == TASKS
+    assert opened(tmp_path).to_do() == TASKS
 
 
 def test_what_belongs_to_no_shard_is_removed(tmp_path: Path) -> None:
@@ -286,7 +298,7 @@ def test_failures_that_ended_a_phase_have_another_chance(
     make(opened(tmp_path), range(3), "q1", "q4")
     assert sorted(opened(tmp_path, share=0.4).complete) == [0, 1, 2]
     assert sorted(opened(tmp_path, share=0.3).complete) == [1]
-    assert "2 shards and 0 tasks of others with failures are made again; last: q4 is down" in caplog.text
+    assert "2 shards and 0 tasks of others are made again; last: q4 is down" in caplog.text
 
 
 def test_the_log_says_what_is_not_sampled_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
