@@ -23,7 +23,7 @@ from actors.learner_rank import LearnerRank
 from actors.observer import Observer
 from actors.weight_transfer import EngineRef, PushReport, Transport
 from pipeline.core.config import LearnerConfig
-from pipeline.core.errors import UserError
+from pipeline.core.errors import RunError, UserError
 from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import Head
 from pipeline.core.training import TrainReport
@@ -45,7 +45,7 @@ PING_TIMEOUT_S = 30.0
 """How long a rank may take to answer at all, in seconds."""
 
 
-class LearnerError(RuntimeError):
+class LearnerError(RunError):
     """The learner died too often, or did not start in time."""
 
 
@@ -182,7 +182,7 @@ class LearnerGroup:
                 self.close()
                 self._observer.lost("learner", self._name)
                 if isinstance(error, RayActorError) and error.actor_init_failed:
-                    raise  # it would fail again
+                    raise _refusal(error) from error  # it would fail again
                 deaths = deaths + 1 if self._step <= furthest else 1
                 furthest = max(furthest, self._step)
                 if deaths > MAX_RESTARTS:
@@ -351,3 +351,12 @@ class LearnerGroup:
         if silent:
             ranks = ", ".join(str(pings[ping]) for ping in silent)
             raise _Stalled(f"no sign of life from rank {ranks} within {PING_TIMEOUT_S:.0f} s")
+
+
+def _refusal(error: RayActorError) -> UserError | LearnerError:
+    """Why a rank could not be made: Ray tells what its constructor raised as the text of a traceback."""
+    last = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+    name, _, message = last.partition(": ")
+    if name.endswith(UserError.__name__):
+        return UserError(message)
+    return LearnerError(f"a learner rank could not start: {last}")

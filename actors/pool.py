@@ -119,7 +119,7 @@ class EnginePool:
         """Bring `rollout.workers` up; they serve `snapshot`. Those that fail to start come later, at work.
 
         Raises:
-            ClusterError, RayError: fewer than `rollout.min_workers` came up within `cluster.start_timeout_s`.
+            ClusterError: fewer than `rollout.min_workers` came up within `cluster.start_timeout_s`.
         """
         self._model, self._version = snapshot.model, snapshot.version
         self._seats = [Seat(index) for index in range(self.rollout.most_workers)]
@@ -144,7 +144,9 @@ class EnginePool:
     def _give_up_the_start(self, failures: Sequence[RayError]) -> None:
         for failure in failures:
             if not isinstance(failure, GetTimeoutError):
-                raise failure  # it says more than that the others were waited for
+                raise ClusterError(
+                    f"an engine of {self.name} did not start: {in_words(failure)}"
+                ) from failure
         raise ClusterError(
             f"waited {self.cluster.start_timeout_s:.0f} s for the vLLM engines of {self.name} to start "
             f"(cluster.start_timeout_s); the cluster has {resources_in_words()}"

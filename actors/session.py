@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from actors.preflight import check_address, check_nodes, cluster_address
 from pipeline.core.config import ClusterConfig
+from pipeline.core.errors import RunError
 from pipeline.core.preflight import check_machine
 from retriever_service.interrupts import Interrupted
 
@@ -39,7 +40,7 @@ def cpu_environment() -> dict[str, str]:
     }
 
 
-class ClusterError(RuntimeError):
+class ClusterError(RunError):
     """The cluster could not do what was asked: something died too often, or did not come up in time."""
 
 

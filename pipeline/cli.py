@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.core.display import Display
-from pipeline.core.errors import UserError
+from pipeline.core.errors import RunError, UserError
 from pipeline.core.plan.machine import GPU_MEMORY_GIB
 from retriever_service.cli import app as index_app
 from retriever_service.console import (
@@ -36,6 +36,7 @@ from retriever_service.errors import RetrieverError
 
 class _Commands(Commands):
     mendable = (UserError, RetrieverError)
+    failures = (RunError,)
     resumable = ("demo", "train")
 
 

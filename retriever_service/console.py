@@ -39,6 +39,8 @@ class Commands(TyperGroup):
     """Turns what the user can mend into one message and exit code 2, and Ctrl-C or SIGTERM into advice."""
 
     mendable: tuple[type[Exception], ...] = (RetrieverError,)
+    failures: tuple[type[Exception], ...] = ()
+    """Of these the message is enough as well; the exit code is 1."""
     resumable: tuple[str, ...] = ("build", "encode", "encode-with-ray")
 
     def invoke(self, ctx: Any) -> Any:
@@ -46,16 +48,24 @@ class Commands(TyperGroup):
             with interruptible():
                 return super().invoke(ctx)
         except self.mendable as error:
-            say(
-                f"error: {getattr(error, 'cause', error)}", style="bold red"
-            )  # Ray wraps what an actor raised
+            say(f"error: {_own_words(error)}", style="bold red")
             raise typer.Exit(2) from error
+        except self.failures as error:
+            say(f"error: {_own_words(error)}{self._advice(ctx)}", style="bold red")
+            raise typer.Exit(1) from error
         except Interrupted as interrupt:
-            message = f"error: interrupted by {interrupt.name}"
-            if ctx.invoked_subcommand in self.resumable:
-                message += f"; what was finished is kept, go on with: {_this_command(ctx)}"
-            say(message, style="bold red")
+            say(f"error: interrupted by {interrupt.name}{self._advice(ctx)}", style="bold red")
             raise typer.Exit(interrupt.exit_code) from interrupt
+
+    def _advice(self, ctx: Any) -> str:
+        if ctx.invoked_subcommand not in self.resumable:
+            return ""
+        return f"; what was finished is kept, go on with: {_this_command(ctx)}"
+
+
+def _own_words(error: Exception) -> object:
+    """Ray wraps what an actor raised."""
+    return getattr(error, "cause", error)
 
 
 def _this_command(ctx: Any) -> str:

@@ -11,6 +11,7 @@ import os
 import resource
 import shutil
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -74,8 +75,8 @@ def check_run(
         device: what it trains on.
 
     Raises:
-        UserError: a model is incomplete, the run would not outlive its job, or the disk has no room for the next
-            version.
+        UserError: a model is incomplete or a package missing, the run would not outlive its job, or the disk has no
+            room for the next version.
     """
     if _UPLOADS in (whole := run.absolute()).parts:
         raise UserError(
@@ -83,6 +84,7 @@ def check_run(
             "path on a file system that all nodes share"
         )
     check_models(spec.model.path for spec in policies)
+    _check_attention(policies)
     _check_disk(run, policies, storage, versions_to_come, tokens, device)
 
 
@@ -95,6 +97,17 @@ def check_models(paths: Iterable[str]) -> None:
     for path in paths:
         check_model(path)
         local_snapshot(path)
+
+
+def _check_attention(policies: Sequence[PolicySpec]) -> None:
+    needed = any(
+        spec.learner is not None and spec.learner.attention == "flash_attention_2" for spec in policies
+    )
+    if needed and find_spec("flash_attn") is None:
+        raise UserError(
+            "learner.attention: flash_attention_2 needs the package flash-attn, which is not installed here; install "
+            "it on all nodes, or leave learner.attention as it is (packed)"
+        )
 
 
 # ---------------------------------------------------------------- this machine

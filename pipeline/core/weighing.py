@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.core.agents.program import Task
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.config import AgentConfig, WeightingConfig
+from pipeline.core.errors import RunError
 from pipeline.core.evaluation import score_answer
 from pipeline.core.models import load_tokenizer
 from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory, count_stop_reasons
@@ -132,7 +133,7 @@ def summarise_scored(statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, An
         stop_reasons.update(row["stop_reasons"])
     with_weights = [row for row in statistics if row["scored"]]
     if not with_weights:
-        raise RuntimeError(f"no trajectory could be weighted; how they stopped: {dict(stop_reasons)}")
+        raise RunError(f"no trajectory could be weighted; how they stopped: {dict(stop_reasons)}")
     summary = summarise(
         [[_from_json(one) for one in row["scored"]] for row in with_weights],
         [np.array(row["weights"]) for row in with_weights],

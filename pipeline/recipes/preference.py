@@ -27,6 +27,7 @@ from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import Config, Iterations
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
+from pipeline.core.errors import RunError
 from pipeline.core.losses.preference import Dpo
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Episode, Example, Question, StopReason, count_stop_reasons
@@ -143,9 +144,7 @@ class Pairs:
 
     def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         if not any(row["pairs"] for row in statistics):
-            raise RuntimeError(
-                "no question has two trajectories that differ enough; see preference.least_gap"
-            )
+            raise RunError("no question has two trajectories that differ enough; see preference.least_gap")
         means = [
             log_mean_likelihood(np.array(row["log_likelihoods"]))
             for row in statistics

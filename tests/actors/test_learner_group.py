@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from actors import learner_group
 from actors.learner_group import LearnerGroup
 from actors.weight_transfer import EngineRef
+from pipeline.core.errors import UserError
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.records import examples_to_table
 from tests.actors.ranks import (
@@ -79,6 +80,14 @@ class WatchedGroup(LearnerGroup):
     def _start(self) -> None:
         super()._start()
         self.saboteur.pids |= {rank: pid_of(rank) for rank in self.ranks}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_a_rank_refuses_when_it_starts_is_the_users_to_mend_and_not_tried_again(tmp_path: Path) -> None:
+    group = LearnerGroup(TWO_RANKS, str(tmp_path / "gone"), state=None, options=[{"num_cpus": 1}] * 2, seed=7)
+    with pytest.raises(UserError, match=r"^model\.path: .*gone is neither a directory nor a model"):
+        group.train([], WeightedNll(0.0), checkpoints=tmp_path / "learner", phase_seed=1)
+    group.close()
 
 
 @pytest.mark.usefixtures("ray_cluster")

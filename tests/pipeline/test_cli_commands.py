@@ -14,6 +14,7 @@ import yaml
 
 from pipeline.core.config import Config
 from pipeline.core.config.loading import load_config
+from pipeline.core.errors import RunError
 from pipeline.core.run import RunDirectory
 from pipeline.em_report import outcome_of
 from tests.pipeline.commands_support import ROOT, TRAIN
@@ -199,6 +200,19 @@ def test_a_failure_that_is_not_the_users_is_not_hidden(
     result = run_command(*TRAIN)
     assert result.exit_code == 1
     assert isinstance(result.exception, RuntimeError)
+
+
+def test_a_run_that_cannot_go_on_says_why_and_how_to_start_it_again(
+    run_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise RunError("all engines are gone")
+
+    monkeypatch.setattr("pipeline.em.train", lost)
+    result = run_command(*TRAIN)
+    assert result.exit_code == 1
+    said = result.stderr.splitlines()[-1]
+    assert said.startswith("error: all engines are gone; what was finished is kept, go on with: ")
 
 
 def process(*arguments: str) -> subprocess.CompletedProcess[str]:

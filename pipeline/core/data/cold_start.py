@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from pipeline.core.agents.program import Completion, Retrieve, Sampling, derive_seed
 from pipeline.core.agents.search import SearchAgent
 from pipeline.core.data.supervision import GoldStep, PassageOf, Unusable, gold_steps
-from pipeline.core.errors import UserError
+from pipeline.core.errors import RunError, UserError
 from pipeline.core.records import (
     Example,
     Question,
@@ -123,7 +123,7 @@ async def synthesise(
         if trajectory.stop_reason is StopReason.RETRIEVER_BAD_ANSWER:
             logger.warning(f"the cold start skips question {question.id}: {trajectory.detail}")
         elif trajectory.stop_reason.is_infrastructure:
-            raise RuntimeError(f"the cold start of question {question.id} failed: {trajectory.detail}")
+            raise RunError(f"the cold start of question {question.id} failed: {trajectory.detail}")
         if trajectory.stop_reason is not StopReason.ANSWERED:
             return f"agent stopped: {trajectory.stop_reason.value}", None
         if len(renderer.with_gold_answer(trajectory, question.answers[0], 1.0).token_ids) > max_length:

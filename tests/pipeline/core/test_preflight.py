@@ -239,6 +239,26 @@ def test_what_can_be_downloaded_is_left_to_that(hub: Any, monkeypatch: pytest.Mo
     check_models(["somebody/model"])
 
 
+def test_a_package_that_the_learner_would_miss_behind_the_first_sampling_is_missed_at_once(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = PolicySpec(
+        "searcher",
+        ModelConfig(path=str(model)),
+        RolloutConfig(),
+        LearnerConfig(attention="flash_attention_2"),
+    )
+    with_free(monkeypatch, 100 * GB)
+    found = {"flash_attn": None}
+    monkeypatch.setattr("pipeline.core.preflight.find_spec", found.__getitem__)
+    with pytest.raises(
+        UserError, match=r"^learner\.attention: .* needs the package flash-attn, which is not"
+    ):
+        check_run(tmp_path, [spec], StorageConfig(), versions_to_come=1, tokens=0, device="gpu")
+    found["flash_attn"] = object()  # type: ignore[assignment]
+    check_run(tmp_path, [spec], StorageConfig(), versions_to_come=1, tokens=0, device="gpu")
+
+
 # ---------------------------------------------------------------- disk
 
 
