@@ -43,7 +43,7 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import BaseModel
 
-from pipeline.core.config import EXSEARCH, Config, OnDisk
+from pipeline.core.config import EXSEARCH, Config, DataConfig, OnDisk
 from pipeline.core.config.loading import check_keys
 from pipeline.core.errors import UserError
 from retriever_service import files
@@ -304,12 +304,17 @@ def _is_in(key: str, sections: Sequence[str]) -> bool:
 
 
 def _with_absolute_paths(section: BaseModel) -> Json:
-    """A section as it holds in any working directory; a hub name, or what is not there, stays as it is."""
+    """A section as it holds in any working directory; a hub name, or what is not there, stays as it is.
+
+    So does an empty `data.root` that no path starts from: the next start may be in another directory.
+    """
     tree = section.model_dump(mode="json")
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
         if isinstance(value, BaseModel):
             tree[key] = _with_absolute_paths(value)
+        elif isinstance(section, DataConfig) and not value and not section.needs_root:
+            continue
         elif isinstance(value, str) and OnDisk() in field.metadata and Path(value).exists():
             tree[key] = str(Path(value).resolve())
     return tree

@@ -79,6 +79,24 @@ def test_the_kept_configuration_holds_in_any_directory(
     restarted(run, "data.root=../here/data", f"model.path={tmp_path / 'here' / 'model'}")
 
 
+@pytest.mark.parametrize(("train", "is_the_same"), [("/data/train.jsonl", True), ("train.jsonl", False)])
+def test_without_a_root_the_working_directory_matters_to_relative_paths_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, is_the_same: bool
+) -> None:
+    """A submitted job finds itself in another directory each time."""
+    overrides = ("data.root=", "data.corpus=hf:a/corpus", f"data.train={train}")
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = with_a_result(RunDirectory(tmp_path / "run", config(*overrides)))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if is_the_same:
+        restarted(run, *overrides)
+    else:
+        with pytest.raises(UserError, match=r"data\.root: .*here' -> .*elsewhere'"):
+            restarted(run, *overrides)
+
+
 def test_a_hub_name_is_kept_as_it_is(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run", config("model.path=somebody/some-model"))
     assert yaml.safe_load((run.path / "config.yaml").read_text())["model"]["path"] == "somebody/some-model"
