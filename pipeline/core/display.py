@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,6 +61,14 @@ class Advance:
     def _tell(self, begun_at: float | None = None) -> None:
         (task,) = self._progress.tasks
         self._on_move(task.completed, task.total, begun_at)
+
+
+class _LogFile(logging.FileHandler):
+    """The run's log. A full disk is heard of by what cannot go on without it, not by a traceback for each line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class Display:
@@ -130,7 +139,7 @@ class Display:
     def log_to(self, path: Path) -> None:
         """Send the log of this process to a file, and warnings also to the terminal."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(path, encoding="utf-8")
+        file = _LogFile(path, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         terminal = logging.StreamHandler()
         terminal.setLevel(logging.WARNING)

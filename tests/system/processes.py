@@ -49,7 +49,7 @@ def kill_when(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    _await(process, reached)
+    await_(process, reached)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
 
@@ -68,7 +68,7 @@ def stop_when(
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        _await(process, reached)
+        await_(process, reached)
         started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         _, said = process.communicate(timeout=DEADLINE_S)
@@ -77,7 +77,7 @@ def stop_when(
     return process.returncode, said.splitlines()
 
 
-def _await(process: subprocess.Popen[Any], reached: Callable[[], bool]) -> None:
+def await_(process: subprocess.Popen[Any], reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not reached():
         assert process.poll() is None, f"ended by itself with {process.returncode}"

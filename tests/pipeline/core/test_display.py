@@ -254,6 +254,14 @@ def test_the_log_goes_to_a_file_and_warnings_also_to_the_terminal(
     assert capsys.readouterr().err == "WARNING: a worker died\n"
 
 
+def test_a_log_that_cannot_be_written_is_no_page_of_tracebacks(
+    capfd: pytest.CaptureFixture[str], root_logger: logging.Logger
+) -> None:
+    Display().log_to(Path("/dev/full"))
+    logging.getLogger("pipeline.run").warning("a word")
+    assert capfd.readouterr().err == "WARNING: a word\n"
+
+
 def test_a_resumed_run_goes_on_in_its_log(tmp_path: Path, root_logger: logging.Logger) -> None:
     for start in ("first", "second"):
         Display().log_to(tmp_path / "run.log")
