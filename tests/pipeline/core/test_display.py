@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 from collections.abc import Iterator
@@ -236,7 +237,8 @@ def root_logger() -> Iterator[logging.Logger]:
     root.handlers = []
     yield root
     for handler in root.handlers:
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()
     root.handlers = handlers
     root.setLevel(level)
 
