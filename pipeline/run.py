@@ -78,6 +78,8 @@ def open_run(
         display.follow(files.path),
         ray_session(config.cluster),
     ):
+        if mirror is not None and mirror.restored is not None:
+            logger.info(mirror.restored)
         logger.info(
             f"logs of the actors: {files.path / ACTOR_LOGS}; what they and libraries print: {actor_logs()}"
         )

@@ -14,6 +14,7 @@ from pipeline.core.mirror.manifest import read_manifest
 from pipeline.core.mirror.store import Store
 from tests.system.conftest import overrides, random_model
 from tests.system.processes import finish, kill_when
+from tests.system.test_resume import step_when_at_rest
 
 pytestmark = [pytest.mark.system, pytest.mark.chaos, pytest.mark.timeout(1800)]
 
@@ -22,7 +23,8 @@ def test_a_run_whose_machine_is_lost_in_the_m_step_goes_on_from_its_copy(
     world: Path, index: Path, tmp_path: Path, s3: str
 ) -> None:
     settings = overrides(world, index, random_model(tmp_path / "model", "Qwen2"))
-    settings += ["learner.batch_size=1", "learner.epochs=4", "rollout.questions_per_shard=2"]
+    # Training goes on for longer than the copy may be behind.
+    settings += ["learner.batch_size=1", "learner.epochs=40", "rollout.questions_per_shard=2"]
     undisturbed, lost = tmp_path / "undisturbed", tmp_path / "lost"
     finish(undisturbed, settings)
 
@@ -30,8 +32,10 @@ def test_a_run_whose_machine_is_lost_in_the_m_step_goes_on_from_its_copy(
         manifest = read_manifest(Store(s3))
         return manifest is not None and "iterations/0001/searcher/learner/checkpoint.json" in manifest.files
 
-    here = [*settings, f"storage.url={s3}", "learner.checkpoint_minutes=1e-9"]
+    here = [*settings, f"storage.url={s3}", "learner.checkpoint_minutes=0.05"]
     kill_when(lost, here, has_a_checkpoint)
+    step_when_at_rest(lost / "iterations/0001/searcher/learner/checkpoint.json")
+    assert not (lost / "iterations/0001/searcher/train.json").exists()
     shutil.rmtree(lost)
     finish(lost, [*settings, f"storage.url={s3}"])
 

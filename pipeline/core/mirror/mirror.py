@@ -97,6 +97,8 @@ class Mirror:
         self._manifest, self._written_at = ManifestOf(""), 0.0
         self._stop, self._is_left, self._is_lost = threading.Event(), threading.Event(), False
         self._deadline, self._is_whole = float("inf"), False
+        self.restored: str | None = None
+        """What `begin` restored, for a log that begins later."""
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._heart = threading.Thread(target=self._give_signs_of_life, name="mirror-lease", daemon=True)
 
@@ -137,7 +139,8 @@ class Mirror:
             new.restoring = True
             self._saved(new)
             with self._status(f"restoring the run from {self.store.url}"):
-                restore(self.store, manifest, self.run)
+                left_out = restore(self.store, manifest, self.run)
+            self.restored = f"{len(manifest.files) - len(left_out)} files restored from {self.store.url}"
             # From now on the copy is of this directory: another one that it was of is behind.
             self._lease.check()
             self._manifest = ManifestOf(new.id, manifest.files)

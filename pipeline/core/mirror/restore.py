@@ -53,7 +53,6 @@ def restore(
         logger.warning(f"{store.url}: {problem}; it is not restored, and done again where it is needed")
     if CONFIGURATION in damaged:
         raise UserError(f"{store.url}: {CONFIGURATION} of the copy is damaged; choose another storage.url")
-    logger.info(f"{len(missing) - len(damaged)} files restored from {store.url} into {run}")
     return damaged
 
 
