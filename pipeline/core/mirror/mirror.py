@@ -114,16 +114,14 @@ class Mirror:
                 self._heart.start()
                 manifest = read_manifest(self.store)
             self.state = self._enter(manifest)
-        except StoreError as error:
+        except BaseException as error:
             self._leave()
-            raise UserError(
-                f"storage.url cannot be used: {error}. Look at the address, the bucket and the credentials"
-            ) from error
-        except LeaseLost as error:
-            self._leave()
-            raise UserError(str(error)) from error
-        except BaseException:
-            self._leave()
+            if isinstance(error, LeaseLost):
+                raise UserError(str(error)) from error
+            if isinstance(error, StoreError):
+                raise UserError(
+                    f"storage.url cannot be used: {error}. Look at the address, the bucket and the credentials"
+                ) from error
             raise
 
     def _enter(self, manifest: ManifestOf | None) -> MirrorState:
@@ -186,11 +184,11 @@ class Mirror:
         logger.warning(message)
 
     def _leave(self) -> None:
-        """Give the URL to the next process, unless something of this one may still be written there."""
+        """Give the URL to the next process, if it was taken and nothing of this one may still be written there."""
         self._is_left.set()
         if self._heart.is_alive():
             self._heart.join(BEAT_S)
-        if self._heart.is_alive() or self._thread.is_alive():
+        if self._heart.ident is None or self._heart.is_alive() or self._thread.is_alive():
             return
         try:
             self._lease.release()
