@@ -469,13 +469,13 @@ def test_how_a_run_stands_can_be_seen_from_its_copy(
     with pytest.raises(UserError, match="holds no copy of a run"):
         status_of(url)
     process = Process(tmp_path / "run", url)
-    for t in range(2):
-        do_work(process.files, t)
-        process.files.close_iteration(t)
     write_json(
         process.files.path / "progress.json", {"state": "running", "updated": "2026-03-01T12:00:00+00:00"}
     )
-    until(lambda: "progress.json" in copied(url))
+    for t in range(2):
+        do_work(process.files, t)
+        process.files.close_iteration(t)
+    until(lambda: {"progress.json", "iterations/0001/DONE"} <= copied(url).keys())
     found = status_of(url)
     assert (found["run"], found["state"], found["removed_models"]) == (url, "running", {})
     assert next(iter(found["steps"])) == "0/sample"
