@@ -55,7 +55,7 @@ class Worker:
     async def _where(self) -> str:
         return "node"
 
-    async def _start(self, version: int) -> None:
+    async def _start(self, model: str, version: int) -> None:
         self.started_with = version
         if not self.starts:
             raise RayActorError()
