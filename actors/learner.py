@@ -382,10 +382,10 @@ class Learner:
         if model is not None:
             try:
                 self.export(model)
-            finally:  # whatever became of the model, training need not be done again
+            except (UserError, FloatingPointError):  # of all ranks: training need not be done again for it
                 self.finish_checkpoint()
-        else:
-            self.finish_checkpoint()
+                raise
+        self.finish_checkpoint()
 
     def finish_checkpoint(self) -> None:
         """Wait until the checkpoint that was begun counts.

@@ -129,22 +129,22 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
     temporary, replaced = (path.with_name(f".{path.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (temporary, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         write(temporary)
         write_checksums(temporary)
         for file in temporary.rglob("*"):
             files.fsync(file)
+        if path.exists():
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+        files.fsync(path.parent)
     except (OSError, RetrieverError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(
             f"{path}: the model could not be written ({error}). Make room, or mend what else keeps files from being "
             "written, and run the same command again"
         ) from error
-    if path.exists():
-        os.replace(path, replaced)
-    os.replace(temporary, path)
-    files.fsync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -355,8 +356,7 @@ class LearnerGroup:
 
 def _refusal(error: RayActorError) -> UserError | LearnerError:
     """Why a rank could not be made: Ray tells what its constructor raised as the text of a traceback."""
+    if found := re.findall(r"^(?:\w+\.)*UserError: (.*)\Z", str(error), re.MULTILINE | re.DOTALL):
+        return UserError(found[-1].strip())
     last = [line for line in str(error).splitlines() if line.strip()][-1].strip()
-    name, _, message = last.partition(": ")
-    if name.endswith(UserError.__name__):
-        return UserError(message)
     return LearnerError(f"a learner rank could not start: {last}")

@@ -59,7 +59,7 @@ class ColdStart:
             )
             return {SEARCHER: examples}, statistics
 
-        run.make_examples("0/cold_start", [SEARCHER], synthesise)
+        run.make_examples("0/cold_start", [SEARCHER], synthesise, stay=cold_start.mix > 0)
         run.train(
             0,
             SEARCHER,

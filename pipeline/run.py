@@ -72,7 +72,7 @@ def open_run(
     )
     mirror = Mirror(path, config.storage.url, display.status) if config.storage.url is not None else None
     with (
-        RunDirectory(path, config, fill=mirror.begin if mirror is not None else None) as files,
+        _opened(path, config, mirror) as files,
         mirror or nullcontext(),
         Tracker(files.path, config.tracking, files.path.name) as tracker,
         display.follow(files.path),
@@ -91,6 +91,18 @@ def open_run(
         run = Run(config, files, splits, searched, tracker, display, policies)
         with run.start_cluster():
             yield run
+
+
+@contextmanager
+def _opened(path: Path, config: Config, mirror: Mirror | None) -> Iterator[RunDirectory]:
+    try:
+        files = RunDirectory(path, config, fill=mirror.begin if mirror is not None else None)
+    except BaseException:
+        if mirror is not None:
+            mirror.leave()
+        raise
+    with files:
+        yield files
 
 
 def _most_tokens(config: Config, splits: Splits) -> int:
@@ -231,17 +243,21 @@ class Run:
         step: str,
         names: Sequence[str],
         make: Callable[[], tuple[Mapping[str, Sequence[Example]], Json]],
+        *,
+        stay: bool = False,
     ) -> Json:
         """A step ("0/cold_start") of examples that no sampling made, one shard for each of the policies `names`.
 
-        One that is finished is done again if a shard is missing or damaged now.
+        One that is finished is done again if a shard is missing or damaged now, as long as it is to be read.
 
         Args:
             make: gives the examples of each policy, and figures.
+            stay: they are read also when the policies are trained on them.
         """
-        t, _ = _in_iteration(step)
+        t = int(step.split("/")[0])
         shards = {name: self.at(f"{t}/{name}/examples") / "000000.parquet" for name in names}
-        if self.files.finished(step) is not None and not all(map(has_examples, shards.values())):
+        is_read = stay or self._are_still_to_be_read(t, names)
+        if is_read and self.files.finished(step) is not None and not all(map(has_examples, shards.values())):
             self.files.forget(step)
 
         def work() -> Json:

@@ -12,5 +12,5 @@ class UserError(ValueError):
 class RunError(RuntimeError):
     """A run cannot go on, and no mistake of the user's is known: something failed too often, or taught nothing.
 
-    The command line prints the message and how to go on, and exits with code 1; the traceback is in the run's log.
+    The command line prints the message and how to go on, and exits with code 1. The log of the run has the traceback.
     """

@@ -43,7 +43,7 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import BaseModel
 
-from pipeline.core.config import EXSEARCH, Config, DataConfig, OnDisk
+from pipeline.core.config import EXSEARCH, Config, OnDisk
 from pipeline.core.config.loading import check_keys
 from pipeline.core.errors import UserError
 from retriever_service import files
@@ -272,7 +272,9 @@ class RunDirectory(RunFiles):
         except (yaml.YAMLError, ValueError, AttributeError) as error:
             raise UserError(f"{stored} cannot be read ({error}); choose another --run directory") from error
         before, now = flatten(_with_absolute_paths(old)), flatten(_with_absolute_paths(config))
-        free = (*FREE_TO_CHANGE, f"{config.recipe}.iterations", f"{config.recipe}.patience")
+        free = [*FREE_TO_CHANGE, f"{config.recipe}.iterations", f"{config.recipe}.patience"]
+        if not old.starts_from_data_root and not config.starts_from_data_root:
+            free.append("data.root")
         changed = [key for key in now | before if before.get(key) != now.get(key) and not _is_in(key, free)]
         # A run that stopped before its first result, say over a bad corpus, may go on with another configuration.
         if changed and _has_results(stored.parent):
@@ -304,17 +306,12 @@ def _is_in(key: str, sections: Sequence[str]) -> bool:
 
 
 def _with_absolute_paths(section: BaseModel) -> Json:
-    """A section as it holds in any working directory; a hub name, or what is not there, stays as it is.
-
-    So does an empty `data.root` that no path starts from: the next start may be in another directory.
-    """
+    """A section as it holds in any working directory; a hub name, or what is not there, stays as it is."""
     tree = section.model_dump(mode="json")
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
         if isinstance(value, BaseModel):
             tree[key] = _with_absolute_paths(value)
-        elif isinstance(section, DataConfig) and not value and not section.needs_root:
-            continue
         elif isinstance(value, str) and OnDisk() in field.metadata and Path(value).exists():
             tree[key] = str(Path(value).resolve())
     return tree

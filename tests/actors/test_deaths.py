@@ -9,7 +9,10 @@ import pytest
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
 
+from actors import learner_group
 from actors.deaths import DEATHS, in_words
+from actors.learner_group import LearnerError
+from pipeline.core.errors import UserError
 
 ROOM = 1 << 30
 STEP = 64 << 20
@@ -59,3 +62,17 @@ def test_other_deaths_are_said_as_ray_does() -> None:
     assert isinstance(OutOfMemoryError("pages"), DEATHS) and isinstance(RayActorError(), DEATHS)
     assert in_words(OutOfMemoryError("pages")).startswith("Ray's memory monitor ended it")
     assert in_words(RayActorError(error_msg="it is gone")) == "it is gone"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message"),
+    [
+        ("Traceback ...\npipeline.core.errors.UserError: model.path: no\n\nsuch: model", UserError, "model.path: no\n\nsuch: model"),
+        ("Traceback ...\n  raise UserError: x\nValueError: UserError: y", LearnerError, "could not start: ValueError: UserError: y"),
+        ("Traceback ...\ntorch.OutOfMemoryError: CUDA", LearnerError, "a learner rank could not start: torch.Out"),
+    ],
+)  # fmt: skip
+def test_what_a_rank_refuses_is_read_out_of_rays_text(text: str, kind: type, message: str) -> None:
+    refusal = learner_group._refusal(RayActorError(error_msg=text))
+    assert type(refusal) is kind
+    assert message in str(refusal)

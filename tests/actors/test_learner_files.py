@@ -129,6 +129,10 @@ def test_a_model_that_cannot_be_written_leaves_the_one_before(tmp_path: Path, er
 
     path = tmp_path / "model"
     replace_directory(path, lambda at: (at / "whole").write_text("whole"))
+    (tmp_path / "file").write_text("in which no folder can be made")
+    with pytest.raises(UserError, match="could not be written"):
+        replace_directory(tmp_path / "file/model", fail)
+    (tmp_path / "file").unlink()
     with pytest.raises(
         UserError, match=f"could not be written .*{error.args[-1]}.*run the same command again"
     ):

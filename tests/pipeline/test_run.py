@@ -205,9 +205,9 @@ def test_examples_that_no_sampling_made_are_made_again_where_they_are_lost_or_da
         examples = {name: [Example.supervised("q", name, [1], [2, 3])] for name in NAMES}
         return examples, {"questions": 1}
 
-    def start(damage: Callable[[Path], object] | None) -> None:
+    def start(damage: Callable[[Path], object] | None, stay: bool = False) -> None:
         with opened(tmp_path) as run:
-            assert run.make_examples("0/formats", NAMES, make)["questions"] == 1
+            assert run.make_examples("0/formats", NAMES, make, stay=stay)["questions"] == 1
             (shard,) = run.shards(0, "generator")
             assert len(pq.read_table(shard)) == 1
             if damage is not None:
@@ -222,6 +222,15 @@ def test_examples_that_no_sampling_made_are_made_again_where_they_are_lost_or_da
     start(None)
     assert len(made) == 5
     assert [line["values"] for line in metrics(tmp_path)] == [{"questions": 1.0}]
+    with opened(tmp_path) as run:
+        for name in NAMES:
+            train(run, 0, name)
+    start(lambda shard: shard.write_bytes(b"x"))
+    with opened(tmp_path) as run:  # nobody will read it
+        run.make_examples("0/formats", NAMES, make)
+    assert len(made) == 5
+    start(None, stay=True)
+    assert len(made) == 6
 
 
 @pytest.mark.parametrize(

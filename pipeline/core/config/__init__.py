@@ -6,6 +6,7 @@ one line under it: what it does, its unit. `docs/configuration.md` is generated 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -78,6 +79,13 @@ class Config(Section):
     def of_recipe(self) -> Any:
         """The section of the recipe, of the type that its module declares as `Settings`; ExSearch's is `em`."""
         return self.em if self.recipe == EXSEARCH else getattr(self, self.recipe)
+
+    @property
+    def starts_from_data_root(self) -> bool:
+        """Whether a path to data is relative."""
+        data = self.data
+        paths = [*data.corpus, *data.train, *data.dev, *data.test, *self.cold_start.sources]
+        return any(not path.startswith("hf:") and not Path(path).is_absolute() for path in paths)
 
     @model_validator(mode="after")
     def _of_one_recipe(self) -> Config:

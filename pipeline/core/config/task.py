@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -45,12 +44,6 @@ class DataConfig(Section):
     """Use a sample of this many dev questions. Null: all."""
     test_limit: int | None = Field(None, ge=1)
     """Use a sample of this many test questions. Null: all."""
-
-    @property
-    def needs_root(self) -> bool:
-        """Whether a path of this section is relative."""
-        paths = [*self.corpus, *self.train, *self.dev, *self.test]
-        return any(not path.startswith("hf:") and not Path(path).is_absolute() for path in paths)
 
 
 class Tags(Section):

@@ -68,7 +68,7 @@ class _Moved(Exception):
 
 
 class _GivenUp(Exception):
-    """The time for what is left is over."""
+    """An upload was not begun: another one failed, or the time for what is left is over."""
 
 
 class Mirror:
@@ -97,6 +97,8 @@ class Mirror:
         self._manifest, self._written_at = ManifestOf(""), 0.0
         self._stop, self._is_left, self._is_lost = threading.Event(), threading.Event(), False
         self._deadline, self._is_whole = float("inf"), False
+        self._has_failed = threading.Event()
+        """Whether an upload of this look did: the others wait for the next one."""
         self.restored: str | None = None
         """What `begin` restored, for a log that begins later."""
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
@@ -115,7 +117,7 @@ class Mirror:
                 manifest = read_manifest(self.store)
             self.state = self._enter(manifest)
         except BaseException as error:
-            self._leave()
+            self.leave()
             if isinstance(error, LeaseLost):
                 raise UserError(str(error)) from error
             if isinstance(error, StoreError):
@@ -171,7 +173,7 @@ class Mirror:
         with self._status(f"uploading what is left to {self.store.url}"):
             # Not for longer: the threads end with the process, also where a store does not answer.
             self._thread.join(seconds)
-            self._leave()
+            self.leave()
         if self._is_whole:
             return
         error = self.state.last_error or f"an upload did not end within {seconds:g} s"
@@ -183,7 +185,7 @@ class Mirror:
             raise UserError(message)
         logger.warning(message)
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         """Give the URL to the next process, if it was taken and nothing of this one may still be written there."""
         self._is_left.set()
         if self._heart.is_alive():
@@ -256,6 +258,7 @@ class Mirror:
             return
         self._lease.check()
         self.state.behind = len(new)
+        self._has_failed.clear()
         with ThreadPool(AT_ONCE) as threads:  # of daemons: an upload that hangs does not keep the process
             keys = threads.map(lambda name: self._upload(name, found[name], records[name]), new, chunksize=1)
         entries = {name: old[name] for name in found if name not in new}
@@ -274,8 +277,10 @@ class Mirror:
             _Moved: other files did.
         """
         checkpoints = {checkpoint_of(name) for name in moved}
-        if None in checkpoints:
-            raise _Moved
+        for checkpoint in checkpoints:
+            # That of a version that is trained goes when it is needed no more, and no other one stands for it.
+            if checkpoint is None or f"{Path(checkpoint).parent}/train.json" in entries:
+                raise _Moved
         for checkpoint in checkpoints:
             for name in [name for name in entries if checkpoint_of(name) == checkpoint]:
                 del entries[name]
@@ -297,7 +302,7 @@ class Mirror:
 
     def _upload(self, name: str, file: Found, record: files.FileRecord) -> str | None:
         """The object that has it now; None if the file was replaced or went meanwhile."""
-        if time.monotonic() >= self._deadline:
+        if self._has_failed.is_set() or time.monotonic() >= self._deadline:
             raise _GivenUp
         checksum, key = self._copied.get(name, ("", ""))
         if checksum == record.sha256:
@@ -318,6 +323,7 @@ class Mirror:
                     return None
         except (FileNotFoundError, StoreError):
             if file.path.exists():
+                self._has_failed.set()
                 raise
             return None
         self._copied[name] = record.sha256, key

@@ -79,22 +79,36 @@ def test_the_kept_configuration_holds_in_any_directory(
     restarted(run, "data.root=../here/data", f"model.path={tmp_path / 'here' / 'model'}")
 
 
-@pytest.mark.parametrize(("train", "is_the_same"), [("/data/train.jsonl", True), ("train.jsonl", False)])
-def test_without_a_root_the_working_directory_matters_to_relative_paths_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, is_the_same: bool
+@pytest.mark.parametrize("root", ["", "/data"])
+def test_a_root_that_no_path_starts_from_may_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
 ) -> None:
     """A submitted job finds itself in another directory each time."""
-    overrides = ("data.root=", "data.corpus=hf:a/corpus", f"data.train={train}")
+    absolute = (
+        "data.corpus=hf:a/corpus",
+        "data.train=/data/train.jsonl",
+        "cold_start.sources=/data/more.jsonl",
+    )
     for name in ("here", "elsewhere"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    run = with_a_result(RunDirectory(tmp_path / "run", config(*overrides)))
+    run = with_a_result(RunDirectory(tmp_path / "run", config(*absolute, f"data.root={root}")))
     monkeypatch.chdir(tmp_path / "elsewhere")
-    if is_the_same:
-        restarted(run, *overrides)
-    else:
-        with pytest.raises(UserError, match=r"data\.root: .*here' -> .*elsewhere'"):
-            restarted(run, *overrides)
+    run = restarted(run, *absolute, "data.root=")
+    restarted(run, *absolute, "data.root=/other")
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.corpus", "cold_start.sources"])
+def test_a_root_that_a_path_starts_from_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run = with_a_result(RunDirectory(tmp_path / "run", config("data.root=", f"{key}=some.jsonl")))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"data\.root: .*here' -> .*elsewhere'"):
+        restarted(run, "data.root=", f"{key}=some.jsonl")
 
 
 def test_a_hub_name_is_kept_as_it_is(tmp_path: Path) -> None:

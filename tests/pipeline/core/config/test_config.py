@@ -98,6 +98,7 @@ def test_no_more_workers_can_be_demanded_than_there_are() -> None:
 def test_there_can_be_no_fewer_workers_at_most_than_at_the_start() -> None:
     assert "max_workers (1) is less than workers (2)" in refusal(rollout={"workers": 2, "max_workers": 1})
     assert config().rollout.most_workers == config().rollout.workers
+    assert config(rollout={"workers": 2, "max_workers": 3}).rollout.most_workers == 3
 
 
 def test_where_one_worker_is_enough_no_others_are_demanded_or_asked_for() -> None:
@@ -105,7 +106,6 @@ def test_where_one_worker_is_enough_no_others_are_demanded_or_asked_for() -> Non
     one = of_a_cluster.with_one(concurrency=1)
     assert (one.workers, one.min_workers, one.most_workers) == (1, 1, 1)
     assert (one.concurrency, one.samples) == (1, 5)
-    assert config(rollout={"workers": 2, "max_workers": 3}).rollout.most_workers == 3
 
 
 URL = "http://127.0.0.1:8000"

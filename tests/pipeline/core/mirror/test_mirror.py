@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,11 +24,12 @@ from pipeline.core.errors import UserError
 from pipeline.core.mirror import mirror as module
 from pipeline.core.mirror.manifest import read_manifest
 from pipeline.core.mirror.mirror import Mirror
-from pipeline.core.mirror.restore import restore
+from pipeline.core.mirror.restore import AT_ONCE, restore
 from pipeline.core.mirror.scan import complete_files
 from pipeline.core.mirror.store import Store, StoreError
 from pipeline.core.run import RunDirectory, write_atomically, write_json
 from pipeline.core.status import run_status, status_of
+from pipeline.run import _opened
 
 LARGE = bytes(range(256)) * 8192
 """More than is read at once."""
@@ -353,6 +355,52 @@ def test_a_checkpoint_that_changes_faster_than_it_is_uploaded_does_not_keep_the_
     assert objects(url) == {*read_manifest(Store(url)).keys, "manifest.json"}
 
 
+def test_a_checkpoint_that_goes_while_it_is_uploaded_leaves_no_older_one_beside_what_is_trained(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = Process(tmp_path / "run", url)
+    checkpoint(process.files, 0, "a")
+    marker, trained = (f"iterations/0000/searcher/{name}.json" for name in ("learner/checkpoint", "train"))
+    until(lambda: marker in copied(url))
+    process.die()
+    learner, upload = process.files.at("0/searcher/learner"), Store.upload
+
+    def slowly(self: Store, path: Path, name: str) -> None:
+        upload(self, path, name)
+        shutil.rmtree(learner)
+
+    monkeypatch.setattr(Store, "upload", slowly)
+    write_atomically(learner / "b/rank_0.pt", LARGE.decode("latin-1"))
+    write_json(learner / "checkpoint.json", {"slot": "b", "before": None})
+    process.files.once("0/searcher/train", dict)
+    process.mirror._attempt()
+    assert marker in copied(url) and trained not in copied(url)
+    process.mirror._attempt()
+    assert marker not in copied(url) and trained in copied(url)
+
+
+def test_behind_an_upload_that_failed_no_others_of_that_look_are_begun(
+    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = Process(tmp_path / "run", url)
+    until(lambda: bool(copied(url)))
+    process.die()
+    begun: list[str] = []
+
+    def fail(self: Store, path: Path, name: str) -> None:
+        begun.append(name)
+        raise StoreError("503 slow down")
+
+    for t in range(20):
+        do_work(process.files, t)
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "upload", fail)
+        patched.setattr(Store, "write", fail)
+        assert not process.mirror._attempt()
+    assert 1 <= len(begun) <= AT_ONCE
+    assert process.mirror.state.last_error == "503 slow down"
+
+
 HANGS = """
 import sys, time
 from pathlib import Path
@@ -442,6 +490,19 @@ def test_a_process_that_is_refused_leaves_the_url_to_others(tmp_path: Path, url:
     Process(tmp_path / "there", url).end()
     with pytest.raises(UserError, match="went on in another directory"):
         Process(tmp_path / "here", url)
+    assert Store(url).read("lease.json") is None
+
+
+def test_a_process_that_is_refused_for_its_configuration_does_so_too(tmp_path: Path, url: str) -> None:
+    first = Process(tmp_path / "here", url)
+    do_work(first.files, 0)
+    first.end()
+    other = Config(storage=StorageConfig(url=url), seed=1)
+    with (
+        pytest.raises(UserError, match="another configuration"),
+        _opened(tmp_path / "new", other, Mirror(tmp_path / "new", url)),
+    ):
+        pass
     assert Store(url).read("lease.json") is None
 
 
