@@ -67,9 +67,9 @@ def test_other_deaths_are_said_as_ray_does() -> None:
 @pytest.mark.parametrize(
     ("text", "kind", "message"),
     [
-        ("Traceback ...\npipeline.core.errors.UserError: model.path: no\n\nsuch: model", UserError, "model.path: no\n\nsuch: model"),
-        ("Traceback ...\n  raise UserError: x\nValueError: UserError: y", LearnerError, "could not start: ValueError: UserError: y"),
-        ("Traceback ...\ntorch.OutOfMemoryError: CUDA", LearnerError, "a learner rank could not start: torch.Out"),
+        ("Trace\npipeline.core.errors.UserError: model.path: no\n\nsuch: x", UserError, "model.path: no\n\nsuch: x"),
+        ("Trace\n  raise UserError: x\nValueError: UserError: y", LearnerError, "start: ValueError: UserError: y"),
+        ("Trace\ntorch.OutOfMemoryError: CUDA", LearnerError, "a learner rank could not start: torch.Out"),
     ],
 )  # fmt: skip
 def test_what_a_rank_refuses_is_read_out_of_rays_text(text: str, kind: type, message: str) -> None:
