@@ -49,15 +49,18 @@ def kill_when(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    await_(process, reached)
+    _await(process, reached)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
 
 
-def stop_when(
-    run: Path, settings: list[str], reached: Callable[[], bool], number: signal.Signals
+def ended_by(
+    run: Path,
+    settings: list[str],
+    reached: Callable[[], bool],
+    disturb: Callable[[subprocess.Popen[str]], None],
 ) -> tuple[int, list[str]]:
-    """Start the command and send it a signal as soon as `reached` says so; its exit code and what it said in lines.
+    """Start the command and disturb it as soon as `reached` says so; its exit code and what it said in lines.
 
     Fails if a process that it had started outlives it.
     """
@@ -68,16 +71,16 @@ def stop_when(
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        await_(process, reached)
+        _await(process, reached)
         started = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(number)
+        disturb(process)
         _, said = process.communicate(timeout=DEADLINE_S)
     _, alive = psutil.wait_procs(started, timeout=60)
     assert [" ".join(other.cmdline()) for other in alive] == []
     return process.returncode, said.splitlines()
 
 
-def await_(process: subprocess.Popen[Any], reached: Callable[[], bool]) -> None:
+def _await(process: subprocess.Popen[Any], reached: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not reached():
         assert process.poll() is None, f"ended by itself with {process.returncode}"

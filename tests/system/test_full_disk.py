@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.system.conftest import overrides, random_model
-from tests.system.processes import CLI, DEADLINE_S, await_, command, finish, of_its_own
+from tests.system.processes import ended_by, finish
 from tests.system.test_resume import history, sampled, scores, weights
 
 pytestmark = [pytest.mark.system, pytest.mark.chaos, pytest.mark.timeout(1800)]
@@ -29,31 +29,20 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(at)], check=True)
 
 
-@contextlib.contextmanager
-def filled(disk: Path) -> Iterator[None]:
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-    yield
-    ballast.unlink()
-
-
 def fails_when(run: Path, settings: list[str], reached: Callable[[], bool]) -> str:
-    """Start the command, fill the disk as soon as `reached` says so; what it said when it ended."""
-    with subprocess.Popen(
-        command("train", run, settings, CLI),
-        env=of_its_own(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        await_(process, reached)
-        with filled(run.parent):
-            _, said = process.communicate(timeout=DEADLINE_S)
-    assert process.returncode == 2, said
-    assert "Traceback" not in said, said
-    return said.splitlines()[-1]
+    """Start the command, fill the disk as soon as `reached` says so; its last words. Then there is room again."""
+    ballast = run.parent / "ballast"
+
+    def fill(_: object) -> None:
+        with ballast.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+    returned, said = ended_by(run, settings, reached, fill)
+    ballast.unlink()
+    assert returned == 2
+    assert "Traceback" not in "\n".join(said)
+    return said[-1]
 
 
 def test_a_run_whose_disk_fills_up_says_so_and_goes_on_when_there_is_room(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+from operator import methodcaller
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from pipeline.core.run import Json
 from pipeline.core.status import run_status
 from tests.system.conftest import overrides, random_model
-from tests.system.processes import finish, stop_when
+from tests.system.processes import ended_by, finish
 
 pytestmark = [pytest.mark.system, pytest.mark.chaos, pytest.mark.timeout(1800)]
 
@@ -45,7 +46,7 @@ def test_a_run_ends_in_order_at_a_signal_in_any_phase_and_goes_on(
 
     for phase, (number, code) in STOPS.items():
         reached = is_starting_engines if phase == STARTING else (run / phase).exists
-        returned, said = stop_when(run, settings, reached, number)
+        returned, said = ended_by(run, settings, reached, methodcaller("send_signal", number))
         assert returned == code, said
         *_, last = (line for line in said if line)
         go_on = shlex.join(["train", "--run", str(run), *settings])
