@@ -329,9 +329,11 @@ def test_a_checkpoint_that_changes_faster_than_it_is_uploaded_does_not_keep_the_
 ) -> None:
     process = Process(tmp_path / "run", url)
     do_work(process.files, 0)
-    until(lambda: "iterations/0000/searcher/train.json" in copied(url))
-    learner = process.files.at("0/searcher/learner")
-    before = {name: content for name, content in copied(url).items() if "/learner/" in name}
+    checkpoint(process.files, 1, "a")
+    marker = "iterations/0001/searcher/learner/checkpoint.json"
+    until(lambda: marker in copied(url))
+    learner = process.files.at("1/searcher/learner")
+    before = {name: content for name, content in copied(url).items() if "0001/searcher/learner" in name}
     assert len(before) == 2
     upload, numbers = Store.upload, iter(range(1000))
 
@@ -344,14 +346,14 @@ def test_a_checkpoint_that_changes_faster_than_it_is_uploaded_does_not_keep_the_
         patched.setattr(Store, "upload", slowly)
         write_atomically(learner / "b/rank_0.pt", LARGE.decode("latin-1"))
         write_json(learner / "checkpoint.json", {"slot": "b", "before": None})
-        do_work(process.files, 1)
-        until(lambda: "iterations/0001/searcher/train.json" in copied(url) and next(numbers) > 50)
+        write_atomically(process.files.path / "report.json", "{}")
+        until(lambda: copied(url)["report.json"] == b"{}" and next(numbers) > 50)
         there = copied(url)
-    assert {name: content for name, content in there.items() if "0000/searcher/learner/" in name} == before
+    assert {name: content for name, content in there.items() if "0001/searcher/learner" in name} == before
     assert caplog.text.count("was replaced again while it was uploaded") == 1
     process.end()
     here = contents(tmp_path / "run").items()
-    assert copied(url) == {name: content for name, content in here if "0000/searcher/learner/a" not in name}
+    assert copied(url) == {name: content for name, content in here if "0001/searcher/learner/a" not in name}
     assert objects(url) == {*read_manifest(Store(url)).keys, "manifest.json"}
 
 
