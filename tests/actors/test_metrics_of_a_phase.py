@@ -38,7 +38,7 @@ from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from tests.retriever_service.support import write_animals
 
-pytestmark = pytest.mark.component
+pytestmark = [pytest.mark.component, pytest.mark.chaos]
 
 MODEL = "models/tiny-searcher"
 AGENT = AgentConfig(max_turn_tokens=48, max_searches=3, documents=2)
