@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+import torch
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from actors import learner_files, learner_setup
@@ -26,6 +27,7 @@ from actors.weight_transfer import EngineRef, PushReport, Transport
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.losses.loss import Loss
+from pipeline.core.plan.run_plan import SAVES_GPU_MEMORY
 from pipeline.core.policies import Head
 from pipeline.core.training import TrainReport
 from retriever_service.backoff import Backoff
@@ -304,6 +306,8 @@ class LearnerGroup:
             self._ask_for_signs_of_life()
             if isinstance(error.cause, FloatingPointError | UserError):
                 raise UserError(str(error.cause)) from error
+            if isinstance(error.cause, torch.OutOfMemoryError):
+                raise UserError(f"learner, in {method}: {error.cause}; {SAVES_GPU_MEMORY}") from error
             raise
         return list(ray.get(calls))
 

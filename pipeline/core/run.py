@@ -59,6 +59,7 @@ FREE_TO_CHANGE = ("cluster", "storage", "tracking", "rollout.workers", "rollout.
                   "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
                   "retriever.max_attempts", "rollout.max_failure_share", "em.iterations", "em.patience",
                   "learner.num_ranks", "learner.zero_stage", "learner.offload_optimizer", "learner.offload_parameters",
+                  "learner.tokens_per_microbatch", "learner.gradient_checkpointing",
                   "learner.threads_per_rank", "learner.start_timeout_s", "learner.checkpoint_minutes",
                   "learner.max_skipped_steps", "learner.stall_timeout_s")  # fmt: skip
 """Keys that say where and how long a run goes, not what it computes: a resumed run may have others. So do a recipe's

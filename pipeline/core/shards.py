@@ -25,7 +25,8 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -276,22 +277,15 @@ class Shards:
         """
         if not at.side_car.exists():
             return None
-        try:
+        with _told_of(at.side_car):
             rows = _rows(at.side_car)
-            records = files.records_from_json(_read_json(at.side_car)["files"])
             counts = {row["id"]: Counts(**{key: row[key] for key in _COUNTED}) for row in rows}
             are_known = all(
                 self._name_of(row["id"]) == {key: row[key] for key in ("id", "digest")} for row in rows
             )
             if not are_known or (expected is not None and list(counts) != list(expected)):
                 raise RetrieverError(f"{at.side_car} is of other tasks; {_MEND}")
-            for name, path in at.tables().items():
-                files.check_contents(path, records[name], _MEND)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning(f"{at.side_car} cannot be read, or is of an earlier version ({error!r}); {_MEND}")
-        except RetrieverError as error:
-            logger.warning(str(error))
-        else:
+            _check_contents(at.tables(), _read_json(at.side_car)["files"])
             return counts
         return None
 
@@ -343,16 +337,31 @@ def write_examples(shard: Path, examples: Iterable[Example]) -> None:
 
 def has_examples(shard: Path) -> bool:
     """Whether what `write_examples` wrote is there unchanged; if not, the log says why."""
-    try:
-        records = files.records_from_json(_read_json(_side_car(shard)))
-        files.check_contents(shard, records[shard.name], _MEND)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning(f"{_side_car(shard)} cannot be read, or is of an earlier version ({error!r}); {_MEND}")
-    except RetrieverError as error:
-        logger.warning(str(error))
-    else:
+    with _told_of(_side_car(shard)):
+        _check_contents({shard.name: shard}, _read_json(_side_car(shard)))
         return True
     return False
+
+
+@contextmanager
+def _told_of(side_car: Path) -> Iterator[None]:
+    """Whatever shows that files are not there as they were written is told in the log, and goes no further."""
+    try:
+        yield
+    except RetrieverError as error:
+        logger.warning(str(error))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning(f"{side_car} cannot be read, or is of an earlier version ({error!r}); {_MEND}")
+
+
+def _check_contents(tables: Mapping[str, Path], recorded: Mapping[str, Mapping[str, Any]]) -> None:
+    """
+    Raises:
+        RetrieverError: one is not as it was written.
+    """
+    records = files.records_from_json(recorded)
+    for name, path in tables.items():
+        files.check_contents(path, records[name], _MEND)
 
 
 def _side_car(shard: Path) -> Path:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import ray
+import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 
 from actors import learner_group
 from actors.deaths import DEATHS, in_words
-from actors.learner_group import LearnerError
+from actors.learner_group import LearnerError, LearnerGroup
+from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
 
 ROOM = 1 << 30
@@ -76,3 +78,29 @@ def test_what_a_rank_refuses_is_read_out_of_rays_text(text: str, kind: type, mes
     refusal = learner_group._refusal(RayActorError(error_msg=text))
     assert type(refusal) is kind
     assert message in str(refusal)
+
+
+@ray.remote(num_cpus=0)
+class FullRank:
+    """A rank whose GPU is full."""
+
+    def progress(self) -> dict[str, float]:
+        return {"step": 0.0, "num_steps": 1.0, "resumed_at": 0.0}
+
+    def train(self) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.")
+
+
+@pytest.fixture
+def node() -> Iterator[None]:
+    ray.init(address="local", num_cpus=1, include_dashboard=False, logging_level="error", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.component
+def test_a_rank_that_runs_out_of_gpu_memory_is_no_traceback(node: None) -> None:
+    group = object.__new__(LearnerGroup)
+    group.config, group.ranks, group._step = LearnerConfig(), [FullRank.remote()], -1.0
+    with pytest.raises(UserError, match=r"^learner, in train: CUDA .*learner\.tokens_per_microbatch"):
+        group._all("train")

@@ -18,6 +18,10 @@ NEARLY_FULL = 0.95
 """Ray ends processes of a host that is fuller."""
 MOSTLY_IDLE = 0.5
 """Devices that work for less than this share of the time are pointed out."""
+SAVES_GPU_MEMORY = (
+    "lower learner.tokens_per_microbatch or rollout.gpu_memory_utilization, use learner.zero_stage=3, "
+    "learner.gradient_checkpointing=true or learner.offload_optimizer=true, or take more ranks"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +142,7 @@ def _of_small_caches(policies: Sequence[PolicyNeeds], one: Trajectory) -> Iterat
 def _of_gpu(use: Use, node: Node) -> Iterator[str]:
     if use.bytes > node.gpu_memory:
         yield (
-            f"{use.what}: {gib(use.bytes)} of {gib(node.gpu_memory)} ({_largest(use)}); lower "
-            "learner.tokens_per_microbatch or rollout.gpu_memory_utilization, use learner.zero_stage=3, "
-            "learner.gradient_checkpointing=true or learner.offload_optimizer=true, or take more ranks"
+            f"{use.what}: {gib(use.bytes)} of {gib(node.gpu_memory)} ({_largest(use)}); {SAVES_GPU_MEMORY}"
         )
 
 
