@@ -2,8 +2,8 @@
 
 It works while rollouts go on, and does arithmetic only: what the engines had to score came with the episodes. Shards
 are written as soon as all their tasks are in. What is in a shard depends only on the tasks, never on the order in which
-they finish. Tasks that wait for others of their shard are written as soon as they are as many as a shard has, so that
-never more than that is lost.
+they finish. Tasks that wait for others of their shard are written as soon as they are as many as a shard has, after a
+minute, and when the phase is given up: little is lost with the actor, and nothing with a phase that ends in order.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ from pipeline.core.shards import Counts, Shards
 from pipeline.core.weighing import Weigh, Weighted
 
 logger = logging.getLogger(__name__)
+
+WRITE_EVERY_S = 60.0
+"""A task waits no longer than this, in seconds, and until the next one is done, before it is written."""
 
 
 class Weighting:
@@ -65,6 +68,7 @@ class Weighting:
         """Tasks of shards that are not complete."""
         self._unwritten: set[str] = set()
         """Those of them that are nowhere else."""
+        self._written_at = time.monotonic()
         logger.info(
             f"{shards.rollouts}: {len(self._complete)} of {len(shards)} shards are complete, "
             f"{len(self._waiting)} tasks of others are written"
@@ -86,12 +90,17 @@ class Weighting:
             self._unwritten.add(task.id)
             _count(episodes, weighted)
             self._write_if_complete(shard)
-            if len(self._unwritten) >= self._shards.tasks_per_shard:
-                self._shards.write_loose(
-                    {task_id: self._waiting[task_id] for task_id in sorted(self._unwritten)}
-                )
-                self._unwritten.clear()
+            is_due = time.monotonic() - self._written_at >= WRITE_EVERY_S
+            if is_due or len(self._unwritten) >= self._shards.tasks_per_shard:
+                await self.write_waiting()
         return shard in self._complete
+
+    async def write_waiting(self) -> None:
+        """Write the tasks that are nowhere else."""
+        if self._unwritten:
+            self._shards.write_loose({task_id: self._waiting[task_id] for task_id in sorted(self._unwritten)})
+            self._unwritten.clear()
+        self._written_at = time.monotonic()
 
     async def finish(self) -> dict[str, Any]:
         """What `weigh` says of the whole phase.
@@ -187,6 +196,8 @@ class ShardSink:
                 watch.cancel()
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
+        finally:
+            await self._write_waiting()
 
     async def __call__(self, task: Task, counts: Counts, episodes: Any) -> None:
         """Take the reference to a task's episodes.
@@ -224,6 +235,18 @@ class ShardSink:
                 return statistics
             except DEATHS as error:
                 await self._replace(actor, in_words(error))
+
+    async def _write_waiting(self) -> None:
+        """Whatever ends a phase, an interrupt or an error: what is done is written."""
+        if not any(self._in_memory.values()):
+            return
+        try:
+            written = self._actor.write_waiting.remote()
+            await heartbeat.answer(written, self._heartbeat_timeout_s, "cluster.heartbeat_timeout_s")
+        except (Silent, RayError) as error:
+            logger.warning(
+                f"tasks that are done could not be written and are sampled again: {in_words(error)}"
+            )
 
     async def _watch(self) -> None:
         """Replace an actor that does not answer within `cluster.heartbeat_timeout_s`."""

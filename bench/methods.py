@@ -103,7 +103,7 @@ def row(*cells: str) -> str:
 def start_and_best(report: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The tests of what the method started from, and of its best iteration."""
     test = report["test"]
-    return {"start": test["start" if "start" in test else "warm_up"], "best": test["best"]}
+    return {"start": test["start" if "start" in test else "cold_start"], "best": test["best"]}
 
 
 def generated_tokens(iteration: Mapping[str, Any]) -> int:

@@ -44,7 +44,7 @@ def main() -> int:
 def table(reports: dict[str, list[dict[str, Any]]]) -> str:
     """Test EM of the best iteration by weighting and seed, with mean and standard deviation; first the cold start's."""
     runs = next(iter(reports.values()))
-    rows = {"warm-up": [run["test"]["warm_up"]["em"] for run in runs]}
+    rows = {"cold start": [run["test"]["cold_start"]["em"] for run in runs]}
     rows |= {f"`{name}`": [run["test"]["best"]["em"] for run in runs] for name, runs in reports.items()}
     seeds = " | ".join(f"seed {run['seed']}" for run in runs)
     lines = [f"| test EM | {seeds} | mean (sd) |", f"|{'---|' * (len(runs) + 2)}"]

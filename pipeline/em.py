@@ -85,7 +85,7 @@ class ExpectationMaximisation:
             self.test("base", -1)
         self.cold_start(self.run)
         self.dev(0)
-        self.test("warm_up" if starts_cold else "base", 0)
+        self.test("cold_start" if starts_cold else "base", 0)
         if self.config.evaluation.baselines:
             self.test("no_search", 0, think=False, search=False, record=False)
             self.test("one_search", 0, think=False)

@@ -22,25 +22,25 @@ LEGEND = (
     "bound: mean log p(answer) with its standard error; times in seconds; * best;\n"
     "failed: % of questions without a right trajectory"
 )
-TESTS = ("base", "no_search", "one_search", "warm_up", "best")
+TESTS = ("base", "no_search", "one_search", "cold_start", "best")
 
 
 def outcome_of(report: Json) -> Outcome:
     """ExSearch's report, ready to be shown."""
-    row = report["warm_up"]
-    name = "warm-up" if row is not None and "maximisation" in row["phase_seconds"] else "base"
+    row = report["cold_start"]
+    name = "cold start" if row is not None and "maximisation" in row["phase_seconds"] else "base"
     return Outcome(report, COLUMNS, LEGEND, None if row is None else (name, row), TESTS)
 
 
 def em_report(run: RunFiles, config: Config) -> Json:
     """The report as far as the run has come. Scores are percentages, times seconds.
 
-    `iterations` has the EM iterations (1, 2, ...); `warm_up` is iteration 0; `proposal` says whether trajectories were
-    sampled from the model itself, from another distribution, or corrected for that.
+    `iterations` has the EM iterations (1, 2, ...); `cold_start` is iteration 0; `proposal` says whether trajectories
+    were sampled from the model itself, from another distribution, or corrected for that.
     """
     rows = [row for t in range(config.em.iterations + 1) if (row := _em_row(run, t)) is not None]
     return {
-        **report_of(run, config.recipe, config.seed, config.em, rows, start="warm_up"),
+        **report_of(run, config.recipe, config.seed, config.em, rows, start="cold_start"),
         "weighting": config.weighting.method,
         "proposal": _proposal(config.rollout, config.weighting),
     }

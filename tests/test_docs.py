@@ -141,7 +141,7 @@ def test_the_documented_report_has_the_shape_of_a_real_one(tmp_path: Path) -> No
     report = em_report(run, config)
     assert report.keys() == documented.keys()
     assert report["iterations"][0].keys() == row.keys()
-    assert report["warm_up"].keys() == documented["warm_up"].keys()
+    assert report["cold_start"].keys() == documented["cold_start"].keys()
 
 
 def test_the_documented_scores_and_statistics_are_those_that_are_computed() -> None:

@@ -18,7 +18,7 @@ from pipeline.core.config import Config
 from pipeline.core.config.loading import load_config
 from pipeline.core.data.world.writer import write_world
 from pipeline.core.display import Display
-from pipeline.core.run import Json
+from pipeline.core.run import Json, check_directory
 from pipeline.em import train
 
 HOME = Path(__file__).resolve().parents[2]
@@ -36,6 +36,7 @@ def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
     """
     world = run.with_name(f"{run.name}-world")
     config = demo_config(world, overrides)
+    check_directory(run, config)
     check_memory(config, methods.policies(config))
     with ray_session(config.cluster):
         config = demo_config(world, overrides, count_devices())

@@ -53,18 +53,18 @@ def make_plan(config: Config, nodes: Nodes | None, assumptions: Assumptions) -> 
 
 
 def _count(config: Config, split: str) -> int | None:
-    """Questions of a split; None where its files cannot be read here, and a number is assumed."""
+    """Questions of a split; where its files cannot be read here its limit, or None, and a number is assumed."""
     paths = getattr(config.data, split)
     if not paths:
         return 0 if split == "test" else None
-    limit = getattr(config.data, f"{split}_limit")
+    limit: int | None = getattr(config.data, f"{split}_limit")
     try:
         return len(
             read_questions(paths, root=config.data.root, limit=limit, seed=config.seed, hops=config.data.hops)
         )
     except UserError as error:
         logger.warning(f"data.{split} is not read, and a number of questions assumed: {error}")
-        return None
+        return limit
 
 
 def print_plan(plan: RunPlan, console: Console) -> None:

@@ -206,7 +206,9 @@ class Display:
                 self.console.print(groups)
         stops = ", ".join(f"{name} {count}" for name, count in scores["all"]["stop_reasons"].items() if count)
         recall = ", ".join(_number(value) for value in scores["all"]["gold_recall_by_step"])
-        recall = recall or "no gold passages named, or passages without ids"
+        if not recall:
+            searched = scores["all"]["searches"] > 0
+            recall = "no gold passages named, or passages without ids" if searched else "no search was made"
         self.line(f"stop reasons: {stops}\ngold recall after each search: {recall}")
 
 

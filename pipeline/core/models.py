@@ -54,7 +54,10 @@ def _shards(directory: Path) -> list[Path]:
     indexes = (directory / f"{name}.index.json" for name in ("model.safetensors", "pytorch_model.bin"))
     if (index := next((path for path in indexes if path.is_file()), None)) is None:
         return []
-    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"model.path: {index} is damaged ({error!r}); copy or download it again") from error
     return [directory / name for name in sorted(names)]
 
 

@@ -21,7 +21,7 @@ import httpx
 
 from pipeline.core.config import StorageConfig
 from pipeline.core.errors import UserError
-from pipeline.core.models import check_model, local_snapshot, model_size
+from pipeline.core.models import CHECKSUMS, check_export, check_model, local_snapshot, model_size
 from pipeline.core.plan.disk import CHECKPOINT_BYTES, disk_needs
 from pipeline.core.plan.memory import Device, number_format
 from pipeline.core.policies import PolicySpec
@@ -89,7 +89,7 @@ def check_run(
 
 
 def check_models(paths: Iterable[str]) -> None:
-    """Model directories, and hub names that cannot be downloaded, are complete.
+    """Model directories, and hub names that cannot be downloaded, are complete; those that a run exported, unchanged.
 
     Raises:
         UserError: one is not.
@@ -97,6 +97,8 @@ def check_models(paths: Iterable[str]) -> None:
     for path in paths:
         check_model(path)
         local_snapshot(path)
+        if (Path(path) / CHECKSUMS).is_file():
+            check_export(Path(path))
 
 
 def _check_attention(policies: Sequence[PolicySpec]) -> None:

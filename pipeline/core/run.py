@@ -31,10 +31,12 @@ import fcntl
 import json
 import logging
 import math
+import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -190,19 +192,15 @@ class RunDirectory(RunFiles):
     def __init__(self, path: Path, config: Config, fill: Callable[[], None] | None = None) -> None:
         super().__init__(path)
         stored = self.path / "config.yaml"
-        if had_run := stored.exists():
-            self._check(stored, config)
-        elif path.exists() and not _is_empty(path):
-            raise UserError(
-                f"{path} is not empty and holds no run (no config.yaml); choose another --run directory"
-            )
+        had_run = stored.exists()
+        check_directory(path, config)
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path / _LOCK_FILE)
         try:
             if fill is not None:
                 fill()
             if not had_run and stored.exists():
-                self._check(stored, config)
+                check_directory(path, config)
             write_atomically(stored, yaml.safe_dump(_with_absolute_paths(config), sort_keys=False))
         except BaseException:
             self._lock.close()
@@ -253,37 +251,48 @@ class RunDirectory(RunFiles):
         path.mkdir(parents=True)
         return path
 
-    def _check(self, stored: Path, config: Config) -> None:
-        self.check_layout()
-        self._check_same(stored, config)
 
-    @staticmethod
-    def _check_same(stored: Path, config: Config) -> None:
-        try:
-            tree = yaml.safe_load(stored.read_text(encoding="utf-8"))
-            if (recipe := tree.get("recipe", EXSEARCH)) != config.recipe:
-                raise UserError(
-                    f"{stored.parent} holds a run of the recipe {recipe}, not {config.recipe}; choose another --run "
-                    "directory"
-                )
-            check_keys(tree, type(config))
-            old = type(config).model_validate(tree)
-        except UserError as error:
-            raise UserError(f"{stored}: {error}") from error
-        except (yaml.YAMLError, ValueError, AttributeError) as error:
-            raise UserError(f"{stored} cannot be read ({error}); choose another --run directory") from error
-        before, now = flatten(_with_absolute_paths(old)), flatten(_with_absolute_paths(config))
-        free = [*FREE_TO_CHANGE, f"{config.recipe}.iterations", f"{config.recipe}.patience"]
-        if not old.starts_from_data_root and not config.starts_from_data_root:
-            free.append("data.root")
-        changed = [key for key in now | before if before.get(key) != now.get(key) and not _is_in(key, free)]
-        # A run that stopped before its first result, say over a bad corpus, may go on with another configuration.
-        if changed and _has_results(stored.parent):
-            lines = "\n".join(f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
+def check_directory(path: Path, config: Config) -> None:
+    """What `RunDirectory` refuses before it asks whether another process works there.
+
+    Raises:
+        UserError: the directory holds something else, or a run with a configuration that computes something else.
+    """
+    if (stored := path / "config.yaml").exists():
+        RunFiles(path).check_layout()
+        _check_same(stored, config)
+    elif path.exists() and not _is_empty(path):
+        raise UserError(
+            f"{path} is not empty and holds no run (no config.yaml); choose another --run directory"
+        )
+
+
+def _check_same(stored: Path, config: Config) -> None:
+    try:
+        tree = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        if (recipe := tree.get("recipe", EXSEARCH)) != config.recipe:
             raise UserError(
-                f"{stored.parent} holds a run with another configuration; going on with this one would mix two "
-                f"experiments:\n{lines}\nGive the old values, or another --run directory."
+                f"{stored.parent} holds a run of the recipe {recipe}, not {config.recipe}; choose another --run "
+                "directory"
             )
+        check_keys(tree, type(config))
+        old = type(config).model_validate(tree)
+    except UserError as error:
+        raise UserError(f"{stored}: {error}") from error
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        raise UserError(f"{stored} cannot be read ({error}); choose another --run directory") from error
+    before, now = flatten(_with_absolute_paths(old)), flatten(_with_absolute_paths(config))
+    free = [*FREE_TO_CHANGE, f"{config.recipe}.iterations", f"{config.recipe}.patience"]
+    if not old.starts_from_data_root and not config.starts_from_data_root:
+        free.append("data.root")
+    changed = [key for key in now | before if before.get(key) != now.get(key) and not _is_in(key, free)]
+    # A run that stopped before its first result, say over a bad corpus, may go on with another configuration.
+    if changed and _has_results(stored.parent):
+        lines = "\n".join(f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
+        raise UserError(
+            f"{stored.parent} holds a run with another configuration; going on with this one would mix two "
+            f"experiments:\n{lines}\nGive the old values, or another --run directory."
+        )
 
 
 def _is_empty(directory: Path) -> bool:
@@ -331,15 +340,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _lock(path: Path) -> IO[str]:
     """An exclusive lock that ends with this process, however it ends."""
-    file = path.open("w")
+    file = path.open("a+")
     deadline = time.monotonic() + _LOCK_WAIT_S
     while not _try_lock(file):
         if time.monotonic() >= deadline:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
             file.close()
-            raise UserError(
-                f"another process is working on {path.parent}; wait for it or choose another --run"
-            )
+            raise UserError(f"{holder} is working on {path.parent}; wait for it or choose another --run")
         time.sleep(0.05)
+    with suppress(OSError):  # a full disk is told of by whoever has to write
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
     return file
 
 
@@ -375,8 +387,18 @@ def is_worked_on(run: Path) -> bool | None:
 
 
 def read_json(path: Path) -> Json | None:
-    """What `write_json` wrote; None if there is no such file."""
+    """What `write_json` wrote; None if there is no such file.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     if not path.exists():
         return None
-    value: Json = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        value: Json = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); copy it back from where it is whole, or remove it: the same command makes "
+            "it again"
+        ) from error
     return value

@@ -19,6 +19,9 @@ from pipeline.core.records import StopReason
 from pipeline.core.run import MIRROR_FILE, Json, RunFiles, is_worked_on, read_json
 
 SHOWN_WARNINGS = 5
+TELLING_SECONDS, TELLING_SHARE = 60.0, 0.1
+"""How long a phase must have gone on, or how much of it, before its rate says how long the rest will take: what is done
+first comes late and all at once."""
 
 
 def status_of(run: str) -> Json:
@@ -109,7 +112,8 @@ def _phase(process: Json, alive: bool | None) -> Json | None:
     done, total = phase["done"], phase["total"]
     here = done - phase.get("begun_at", 0)  # of this process, whose seconds these are
     rate = here / seconds if here > 0 and seconds > 0 else None
-    left = (total - done) / rate if alive and rate and total else None
+    tells = seconds >= TELLING_SECONDS or (total and here >= TELLING_SHARE * total)
+    left = (total - done) / rate if alive and rate and total and tells else None
     return {**phase, "seconds": seconds, "rate_per_s": rate, "seconds_left": left}
 
 

@@ -32,7 +32,7 @@ from typing import Any
 
 from pipeline.core.config import TrackingConfig
 from pipeline.core.errors import UserError
-from pipeline.core.run import write_atomically
+from pipeline.core.run import read_json, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -262,8 +262,7 @@ def _require(package: str, key: str) -> Any:
 
 
 def _run_ids(run_dir: Path) -> dict[str, str]:
-    path = run_dir / _RUN_IDS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(run_dir / _RUN_IDS_FILE) or {}
 
 
 def _stored_run_id(run_dir: Path, mirror: str) -> str | None:

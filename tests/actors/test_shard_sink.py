@@ -104,6 +104,22 @@ def shards_at(at: Path) -> Shards:
     return shards
 
 
+async def sample_in_loop(
+    at: Path,
+    sink: ShardSink,
+    worker: Worker,
+    disturb: Callable[[int], object],
+    max_restarts: int = 2,
+) -> tuple[Work, Mapping[str, Any]]:
+    """The whole phase; `disturb` is told how many tasks are done."""
+    shards, pool = shards_at(at), Pool(worker)
+    done = len(TASKS) - len(shards.to_do())
+    work = Work(shards.to_do(), done=done, counts=shards.counts())
+    async with sink.at_work(shards, Same(), work, max_restarts=max_restarts):
+        await run_phase(Phase(None, 1, GREEDY, 0.0), work, {"searcher": pool}, sink, disturb)  # type: ignore[arg-type,dict-item]
+        return work, await sink.finish()
+
+
 def sample(
     at: Path,
     sink: ShardSink,
@@ -111,17 +127,7 @@ def sample(
     disturb: Callable[[int], object] = lambda done: None,
     max_restarts: int = 2,
 ) -> tuple[Work, Mapping[str, Any]]:
-    """The whole phase; `disturb` is told how many tasks are done."""
-    shards, pool = shards_at(at), Pool(worker)
-    done = len(TASKS) - len(shards.to_do())
-    work = Work(shards.to_do(), done=done, counts=shards.counts())
-
-    async def phase() -> Mapping[str, Any]:
-        async with sink.at_work(shards, Same(), work, max_restarts=max_restarts):
-            await run_phase(Phase(None, 1, GREEDY, 0.0), work, {"searcher": pool}, sink, disturb)  # type: ignore[arg-type,dict-item]
-            return await sink.finish()
-
-    return work, asyncio.run(phase())
+    return asyncio.run(sample_in_loop(at, sink, worker, disturb, max_restarts))
 
 
 def contents(at: Path) -> dict[str, bytes]:
@@ -146,7 +152,7 @@ class Mortal:
     def __init__(self, *, dies_at: int | None = None, after: bool = False, begins: bool = True) -> None:
         self.actor, self.calls = Weighting(), 0
         self.dies_at, self.after, self.begins, self.is_dead = dies_at, after, begins, False
-        for name in ("ping", "begin", "add", "finish"):
+        for name in ("ping", "begin", "add", "write_waiting", "finish"):
             setattr(self, name, SimpleNamespace(remote=lambda *a, name=name: self._call(name, *a)))
 
     async def _call(self, name: str, *arguments: Any) -> Any:
@@ -225,6 +231,33 @@ def test_an_actor_that_died_between_two_phases_or_while_it_starts_is_replaced(
     sink = sink_of(Mortal(begins=False), Mortal(begins=False), Mortal())
     work, statistics = sample(tmp_path, sink, Worker(lambda value: value))
     assert_is_whole(work, statistics, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["interrupt", "error"])
+def test_what_is_done_when_a_phase_is_given_up_is_not_sampled_again(
+    tmp_path: Path, sink_of: Callable[..., ShardSink], undisturbed: dict[str, bytes], how: str
+) -> None:
+    def give_up(done: int) -> None:
+        if done == 8 and how == "error":
+            raise ClusterError("no more")
+        if done == 8:
+            phase.cancel()
+
+    async def interrupted() -> None:
+        nonlocal phase
+        phase = asyncio.create_task(
+            sample_in_loop(tmp_path, sink_of(Mortal()), Worker(lambda value: value), give_up)
+        )
+        await phase
+
+    phase: asyncio.Task[Any]
+    with pytest.raises((ClusterError, asyncio.CancelledError)):
+        asyncio.run(interrupted())
+    worker = Worker(lambda value: value)
+    work, statistics = sample(tmp_path, sink_of(Mortal()), worker)
+    assert len(worker.served) <= len(TASKS) - 8
+    assert_is_whole(work, statistics, tmp_path)
+    assert contents(tmp_path) == undisturbed
 
 
 def test_deaths_are_counted_by_phase(tmp_path: Path, sink_of: Callable[..., ShardSink]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from actors import weighting as module
 from actors.weighting import Weighting
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.records import (
@@ -163,6 +164,18 @@ def test_an_actor_that_dies_costs_fewer_tasks_than_a_shard_has_in_whatever_order
             waiting.extend(lost)
     assert phase.finish() == expected.finish()
     assert phase.files() == expected.files()
+
+
+def test_what_is_done_does_not_wait_for_long_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = questions(8)
+    phase = Phase(tmp_path, tasks, per_shard=8)
+    phase.add(tasks[0])
+    assert phase.files() == {}
+    monkeypatch.setattr(module, "WRITE_EVERY_S", 0.0)
+    phase.add(tasks[1])
+    assert Phase(tmp_path, tasks, per_shard=8).shards.loose.keys() == {"q0", "q1"}
 
 
 def test_tasks_of_complete_shards_are_taken_and_change_nothing(tmp_path: Path) -> None:

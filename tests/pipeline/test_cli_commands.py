@@ -147,7 +147,7 @@ def test_every_command_explains_itself(run_command: Any, command: list[str]) -> 
 
 # ---------------------------------------------------------------- how a command ends
 
-REPORT = {"run": "run", "iterations": [], "best_iteration": 0, "warm_up": None, "test": {}}
+REPORT = {"run": "run", "iterations": [], "best_iteration": 0, "cold_start": None, "test": {}}
 
 
 @pytest.mark.parametrize(("given", "path"), [(("--run", "a/b"), "a/b"), ((), "runs/config")])

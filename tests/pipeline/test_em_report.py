@@ -40,7 +40,7 @@ def finished_run(run: RunDirectory, iterations: int = 2) -> Config:
     for t in range(iterations + 1):
         run.once(f"{t}/searcher/train", lambda: {"loss": 1.5, "steps": 3})
     evaluated(run, *(10.0 * (t + 1) for t in range(iterations + 1)))
-    for name, version in (("base", -1), ("warm_up", 0), ("one_search", 0), ("best", iterations)):
+    for name, version in (("base", -1), ("cold_start", 0), ("one_search", 0), ("best", iterations)):
         run.once(f"test/{name}", lambda version=version: {"iteration": version} | scores(40.0))  # type: ignore[misc]
     return with_iterations(iterations)
 
@@ -49,7 +49,7 @@ def test_the_report_of_a_finished_run(run: RunDirectory) -> None:
     report = em_report(run, finished_run(run))
     assert report["run"] == "first"
     assert report["best_iteration"] == 2
-    assert set(report["test"]) == {"base", "one_search", "warm_up", "best"}
+    assert set(report["test"]) == {"base", "one_search", "cold_start", "best"}
     assert report["test"]["best"]["em"] == 40.0
     assert [row["iteration"] for row in report["iterations"]] == [1, 2]
     row = report["iterations"][0]
@@ -63,11 +63,11 @@ def test_the_report_of_a_finished_run(run: RunDirectory) -> None:
     assert (report["select_by"], report["weighting"], report["seed"]) == ("em", "likelihood", 0)
 
 
-def test_the_warm_up_is_a_row_of_its_own(run: RunDirectory) -> None:
+def test_the_cold_start_is_a_row_of_its_own(run: RunDirectory) -> None:
     report = em_report(run, finished_run(run))
-    assert report["warm_up"]["iteration"] == 0
-    assert report["warm_up"]["train"]["trajectories"] == 64
-    assert report["warm_up"]["dev"] == scores(10.0)
+    assert report["cold_start"]["iteration"] == 0
+    assert report["cold_start"]["train"]["trajectories"] == 64
+    assert report["cold_start"]["dev"] == scores(10.0)
 
 
 def test_the_report_survives_json(run: RunDirectory, tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_report_survives_json(run: RunDirectory, tmp_path: Path) -> None:
 def test_the_report_of_a_run_that_has_just_begun(run: RunDirectory) -> None:
     report = em_report(run, Config())
     assert report["iterations"] == []
-    assert report["warm_up"] is None
+    assert report["cold_start"] is None
     assert report["best_iteration"] == 0
     assert report["test"] == {}
 

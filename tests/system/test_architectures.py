@@ -49,7 +49,7 @@ def test_one_iteration_changes_the_model_and_reports(
     report = train(load_config(None, settings), tmp_path / "run", Display()).report
 
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
-    assert set(report["test"]) == {"base", "warm_up", "no_search", "one_search", "best"}
+    assert set(report["test"]) == {"base", "cold_start", "no_search", "one_search", "best"}
     (row,) = report["iterations"]
     assert row["train"]["questions"] == 8 and row["train"]["likelihood_bound"] < 0
     assert row["learner"]["steps"] == 2 and row["dev"]["n"] == 4

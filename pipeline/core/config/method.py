@@ -33,7 +33,8 @@ class RolloutConfig(Section):
     concurrency: int = Field(128, ge=1)
     """Agents in flight per worker."""
     questions_per_shard: int = Field(256, ge=1)
-    """Questions per shard of trajectories in the run directory. Of those that are done a killed run loses fewer."""
+    """Questions per shard of trajectories in the run directory. A killed run loses fewer of the questions that were
+    done, and none that was done a minute earlier."""
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     """Share of GPU memory that an engine may take (vLLM). Null: 0.9, where a learner rank shares the GPU 0.7, or 0.4
     without `cluster.take_turns`."""
@@ -45,7 +46,7 @@ class RolloutConfig(Section):
     """Deadline of one model turn, in seconds."""
     max_restarts: int = Field(2, ge=0)
     """How often workers of a policy may die, hang or fail to start in one phase and are replaced; then it goes on
-    without those that fail. So often the weighting actor may die too; then the run stops."""
+    without those that fail. The weighting actor may die as often in one phase; once more, and the run stops."""
     min_workers: int = Field(1, ge=1)
     """With fewer, and none that can be replaced, the run stops. Lost ones are tried again in the next phase. So many
     are enough to start with where the others found no room within `cluster.start_timeout_s`."""

@@ -16,11 +16,11 @@ class Assumptions(Section):
     """Null: as the configuration or the device suggests, see `settled`."""
 
     questions: int | None = Field(None, ge=0)
-    """Training questions. Null: those of data.train, or 100,000 where they cannot be read."""
+    """Training questions. Null: those of data.train; where they cannot be read data.train_limit, or 100,000."""
     dev_questions: int | None = Field(None, ge=0)
-    """Dev questions. Null: those of data.dev, or 1,000."""
+    """Dev questions. Null: those of data.dev; else data.dev_limit, or 1,000."""
     test_questions: int | None = Field(None, ge=0)
-    """Test questions. Null: those of data.test, or 1,000."""
+    """Test questions. Null: those of data.test; else data.test_limit, or 1,000."""
     searches: float | None = Field(None, ge=0)
     """Of a trajectory, on average. Null: four fifths of agent.max_searches."""
     prompt_tokens: float = Field(128.0, gt=0)

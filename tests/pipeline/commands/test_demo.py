@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from actors.placement import plan_placement
-from pipeline.commands.demo import demo_config
+from pipeline.commands.demo import demo_config, run_demo
+from pipeline.core.display import Display
+from pipeline.core.errors import UserError
 from pipeline.em import searcher_of
 
 
@@ -34,6 +36,14 @@ def test_engines_and_ranks_fit_what_the_machine_has(
         [searcher_of(config)], config.cluster, config.retriever, resources, gpu_packages="GPU" in resources
     )
     assert placement.policies["searcher"].transport == transport
+
+
+def test_a_directory_that_holds_something_else_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (run := tmp_path / "run").mkdir()
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        run_demo(run, [], Display())
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_overrides_win() -> None:

@@ -88,12 +88,17 @@ def test_a_training_that_this_machine_cannot_hold_is_refused_before_ray_starts(
     assert "of memory are needed, it has 1.0 GiB (1 x engine of searcher" in message
 
 
+@pytest.mark.parametrize(("override", "questions"), [((), 100_000), (("data.train_limit=400",), 400)])
 def test_questions_that_cannot_be_read_are_assumed_and_it_says_so(
-    run_command: Any, qwen: list[str], caplog: pytest.LogCaptureFixture
+    run_command: Any,
+    qwen: list[str],
+    caplog: pytest.LogCaptureFixture,
+    override: tuple[str, ...],
+    questions: int,
 ) -> None:
-    result = run_command(*qwen, "--gpus", 8, "--json", "data.train=nothing.jsonl")
+    result = run_command(*qwen, "--gpus", 8, "--json", "data.train=nothing.jsonl", *override)
 
-    assert json.loads(result.stdout)["assumptions"]["questions"] == 100_000
+    assert json.loads(result.stdout)["assumptions"]["questions"] == questions
     assert "data.train is not read, and a number of questions assumed" in caplog.text
 
 

@@ -80,7 +80,7 @@ def report(**parts: Any) -> dict[str, Any]:
         "run": "first",
         "iterations": [iteration(1, **BOUND), iteration(2, **BOUND)],
         "best_iteration": 2,
-        "warm_up": iteration(0, trajectories=64),
+        "cold_start": iteration(0, trajectories=64),
         "test": {},
     } | parts
 
@@ -96,14 +96,14 @@ def test_the_report_shows_each_iteration_and_marks_the_best(screen: Screen) -> N
     assert (bound, error) == ("-4.12", "0.46")
     assert cells == ["2.50", "12.5", "41.2", "50.0", "2.35", "12", "8"]
     assert screen.row("2")[:2] == ["*", "-4.12"]
-    assert screen.row("warm-up") == ["41.2", "50.0", "2.35", "12", "8"]
+    assert screen.row("cold start") == ["41.2", "50.0", "2.35", "12", "8"]
 
 
 def test_iteration_0_of_a_run_without_a_cold_start_is_the_base_model(screen: Screen) -> None:
     base = {"iteration": 0, "phase_seconds": {"evaluation": 3.0}, "train": {}, "dev": SCORES}
-    screen.display.outcome(outcome(warm_up=base))
+    screen.display.outcome(outcome(cold_start=base))
     assert screen.row("base") == ["41.2", "50.0", "2.35"]
-    assert "warm-up" not in screen.text
+    assert "cold start" not in screen.text
 
 
 def test_another_recipes_report_has_the_columns_that_the_recipe_gives(screen: Screen) -> None:
@@ -125,17 +125,17 @@ def test_another_recipes_report_has_the_columns_that_the_recipe_gives(screen: Sc
 
 def test_the_report_of_a_run_that_was_stopped_half_way(screen: Screen) -> None:
     half = {"iteration": 1, "phase_seconds": {"expectation": 1.0}, "train": BOUND, "dev": None}
-    screen.display.outcome(outcome(iterations=[half], warm_up=None, best_iteration=0))
+    screen.display.outcome(outcome(iterations=[half], cold_start=None, best_iteration=0))
     assert screen.row("1")[3:] == ["2.50", "12.5", "1"]
     assert "test questions" not in screen.text
 
 
 def test_the_report_shows_the_test_scores_from_the_base_model_to_the_best(screen: Screen) -> None:
-    names = ("best", "base", "warm_up", "one_search", "no_search", "another")
+    names = ("best", "base", "cold_start", "one_search", "no_search", "another")
     screen.display.outcome(outcome(test=dict.fromkeys(names, SCORES)))
     text = screen.text[screen.text.index("test questions") :]
     order = sorted(names, key=text.index)
-    assert order == ["base", "no_search", "one_search", "warm_up", "best", "another"]
+    assert order == ["base", "no_search", "one_search", "cold_start", "best", "another"]
     assert screen.row("best") == ["200", "41.2", "35.0-47.5", "50.0", "45.5", "80.0", "2.35"]
 
 
@@ -175,6 +175,11 @@ def test_scores_show_every_set_and_the_breakdown(screen: Screen) -> None:
 def test_scores_without_gold_passages_say_so(screen: Screen) -> None:
     screen.display.scores(scored(all=WITHOUT_GOLD))
     assert "no gold passages named" in screen.text
+
+
+def test_scores_without_a_search_do_not_blame_the_questions(screen: Screen) -> None:
+    screen.display.scores(scored(all={**WITHOUT_GOLD, "searches": 0.0}))
+    assert "gold recall after each search: no search was made" in screen.text
 
 
 @pytest.mark.parametrize("name", ["[bold]dev[/bold].jsonl", "[/dev]", "data[1].jsonl", "[red]"])

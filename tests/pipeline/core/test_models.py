@@ -103,6 +103,16 @@ def test_an_incomplete_directory_is_refused_before_its_tokenizer_is_loaded(tmp_p
         load_tokenizer(model_directory(tmp_path / "model", "config.json", "model.safetensors"))
 
 
+def test_a_damaged_index_of_weights_is_refused(tmp_path: Path) -> None:
+    weights = ("model-00001-of-00002.safetensors", "model.safetensors.index.json")
+    path = model_directory(tmp_path / "model", "config.json", "tokenizer.json", *weights)
+    (Path(path) / "model.safetensors.index.json").write_text('{"weight_map": ')
+    with pytest.raises(
+        UserError, match=r"model\.safetensors\.index\.json is damaged .* copy or download it again"
+    ):
+        check_model(path)
+
+
 def test_a_damaged_export_is_refused_with_the_mend_that_there_is(tmp_path: Path) -> None:
     model = Path(model_directory(tmp_path / "model", "model.safetensors"))
     write_checksums(model)

@@ -17,7 +17,7 @@ import pipeline
 from pipeline.core import preflight
 from pipeline.core.config import LearnerConfig, LoraConfig, ModelConfig, RolloutConfig, StorageConfig
 from pipeline.core.errors import UserError
-from pipeline.core.models import model_size
+from pipeline.core.models import model_size, write_checksums
 from pipeline.core.policies import PolicySpec
 from pipeline.core.preflight import check_machine, check_models, check_proxies, check_run
 
@@ -291,6 +291,16 @@ def policy(model: Path, lora: LoraConfig | None = None) -> PolicySpec:
 def test_a_model_is_measured_without_reading_its_weights(model: Path) -> None:
     size = model_size(model)
     assert (size.parameters, round(size.bytes, -6)) == (GB, 2 * GB)
+
+
+def test_a_model_that_a_run_exported_is_read_through(model: Path) -> None:
+    (model / "tokenizer.json").write_text("{} ")
+    check_models([str(model)])
+    write_checksums(model)
+    check_models([str(model)])
+    (model / "tokenizer.json").write_text("{}\n")
+    with pytest.raises(UserError, match=r"tokenizer\.json was changed since it was written"):
+        check_models([str(model)])
 
 
 def test_a_disk_too_small_for_the_next_version_is_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,17 @@ def test_a_run_goes_on_with_the_same_configuration(run: RunDirectory) -> None:
 
 
 def test_two_processes_do_not_work_on_one_run(run: RunDirectory) -> None:
-    with pytest.raises(UserError, match=f"another process is working on {run.path}"):
+    holder = f"process {os.getpid()} on {socket.gethostname()}"
+    with pytest.raises(UserError, match=f"^{holder} is working on {run.path}; wait for it"):
         RunDirectory(run.path, config())
     assert restarted(run).path == run.path
+
+
+def test_damaged_figures_are_named_with_their_mend(run: RunDirectory) -> None:
+    run.once("1/sample", lambda: {"value": 1})
+    (damaged := run.at("1/sample.json")).write_text("{")
+    with pytest.raises(UserError, match=rf"^{damaged} is damaged .* or remove it"):
+        run.finished("1/sample")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])

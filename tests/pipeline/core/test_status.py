@@ -80,6 +80,20 @@ def test_a_run_at_work_tells_its_phase_and_the_innermost_one(run: RunDirectory, 
         assert [status(run)["phase"][key] for key in ("done", "total")] == [5, 10]
 
 
+def test_the_first_questions_of_a_phase_say_nothing_of_the_time_left(
+    run: RunDirectory, display: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with display.follow(run.path), display.progress("sampling", 300, "questions") as advance:
+        advance(2)
+        assert status(run)["phase"]["seconds_left"] is None
+        advance(28)
+        phase = status(run)["phase"]
+        assert phase["seconds_left"] == pytest.approx(9 * phase["seconds"])
+        monkeypatch.setattr("pipeline.core.status.TELLING_SECONDS", 0.0)
+        advance.to(2, 300)
+        assert status(run)["phase"]["seconds_left"] > 0
+
+
 def test_what_was_done_before_a_resumed_phase_is_shown_and_not_taken_for_its_speed(
     run: RunDirectory, display: Display
 ) -> None:
