@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,8 @@ class Encoder:
 
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RetrieverError(f"the encoder cannot run on {device!r}: torch finds no GPU; use 'cpu'")
+        if device == "cpu":
+            _fix_kernels()
         if spec.dtype is None:
             spec = dataclasses.replace(spec, dtype=_fast_dtype(device))
         path = bundled_model() if spec.model == BUNDLED_MODEL else spec.model
@@ -169,8 +172,8 @@ class Encoder:
 
         The padded length changes the last bits of a vector, and with them the order of near-equal passages.
         On the CPU it therefore depends on the query alone: only queries that pad to the same multiple of 8
-        tokens share a batch. That is no slower, for padding is work too. On a GPU one padded batch is much
-        faster than several small ones.
+        tokens share a batch (see also `_fix_kernels`). That is no slower, for padding is work too. On a GPU one
+        padded batch is much faster than several small ones.
         """
         prefix = self.spec.query_prefix or ""
         batches = [list(range(len(queries)))]
@@ -221,6 +224,23 @@ class Encoder:
                 f"encoder {self.spec.model} gave infinite or undefined vectors in {self.spec.dtype}"
             )
         return vectors
+
+
+def _fix_kernels() -> None:
+    """Have MKL compute a row alike, whatever the number of rows: on Intel processors it does not by itself.
+
+    MKL reads its environment at the first product of a process; it is too late where there was one before. Processes
+    that are started from this one are to decide for themselves.
+
+    Source: "Strict CNR mode" in Intel's guide to Conditional Numerical Reproducibility of oneMKL.
+    """
+    import torch
+
+    before = os.environ.get("MKL_CBWR")
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+    torch.ones(8, 8) @ torch.ones(8, 8)
+    if before is None:
+        del os.environ["MKL_CBWR"]
 
 
 def bundled_model() -> str:

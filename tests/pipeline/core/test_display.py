@@ -31,8 +31,9 @@ class Screen:
 
     def row(self, first: str) -> list[str]:
         """What stands behind `first` in the table row that begins with it; empty cells leave no trace."""
-        (found,) = [line.split() for line in self.text.splitlines() if line.split()[:1] == [first]]
-        return found[1:]
+        words = first.split()
+        (found,) = [line.split() for line in self.text.splitlines() if line.split()[: len(words)] == words]
+        return found[len(words) :]
 
 
 @pytest.fixture
