@@ -28,7 +28,7 @@ TESTS = ("base", "no_search", "one_search", "cold_start", "best")
 def outcome_of(report: Json) -> Outcome:
     """ExSearch's report, ready to be shown."""
     row = report["cold_start"]
-    name = "cold start" if row is not None and "maximisation" in row["phase_seconds"] else "base"
+    name = "0, cold" if row is not None and "maximisation" in row["phase_seconds"] else "base"
     return Outcome(report, COLUMNS, LEGEND, None if row is None else (name, row), TESTS)
 
 

@@ -97,14 +97,14 @@ def test_the_report_shows_each_iteration_and_marks_the_best(screen: Screen) -> N
     assert (bound, error) == ("-4.12", "0.46")
     assert cells == ["2.50", "12.5", "41.2", "50.0", "2.35", "12", "8"]
     assert screen.row("2")[:2] == ["*", "-4.12"]
-    assert screen.row("cold start") == ["41.2", "50.0", "2.35", "12", "8"]
+    assert screen.row("0, cold") == ["41.2", "50.0", "2.35", "12", "8"]
 
 
 def test_iteration_0_of_a_run_without_a_cold_start_is_the_base_model(screen: Screen) -> None:
     base = {"iteration": 0, "phase_seconds": {"evaluation": 3.0}, "train": {}, "dev": SCORES}
     screen.display.outcome(outcome(cold_start=base))
     assert screen.row("base") == ["41.2", "50.0", "2.35"]
-    assert "cold start" not in screen.text
+    assert "0, cold" not in screen.text
 
 
 def test_another_recipes_report_has_the_columns_that_the_recipe_gives(screen: Screen) -> None:
