@@ -34,7 +34,8 @@ from pipeline.core.weighing import Weigh, Weighted
 logger = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 60.0
-"""A task waits no longer than this, in seconds, and until the next one is done, before it is written."""
+"""Tasks that wait are written with the first that is done so many seconds after the last write: what is lost with the
+actor was done within that time of each other."""
 
 
 class Weighting:

@@ -33,8 +33,8 @@ class RolloutConfig(Section):
     concurrency: int = Field(128, ge=1)
     """Agents in flight per worker."""
     questions_per_shard: int = Field(256, ge=1)
-    """Questions per shard of trajectories in the run directory. A killed run loses fewer of the questions that were
-    done, and none that was done a minute earlier."""
+    """Questions per shard of trajectories in the run directory. Of those that are done a killed run loses a
+    minute's worth at most, and fewer than a shard."""
     gpu_memory_utilization: float | None = Field(None, gt=0, le=1)
     """Share of GPU memory that an engine may take (vLLM). Null: 0.9, where a learner rank shares the GPU 0.7, or 0.4
     without `cluster.take_turns`."""
