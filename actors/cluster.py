@@ -5,15 +5,17 @@ Recipes and commands use nothing else, and nobody else builds engines.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.engine_use import EngineUse
 from actors.observer import Observer
 from actors.policy import Policy, Turns
 from actors.pool import EnginePool, engine_options, engines_per_node
@@ -33,16 +35,25 @@ from retriever_service import interrupts
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.passages.hits import Hit
 
+logger = logging.getLogger(__name__)
+
 Status = Callable[[str], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class SampleReport:
-    """What came of a phase of sampling. `statistics` is what the recipe's `Weigh` says of it."""
+    """What came of a phase of sampling.
+
+    Attributes:
+        statistics: what the recipe's `Weigh` says of it.
+        engines: what those of each policy did, of the workers that are there at the end. Not what was done before this
+            process began, where a phase went on.
+    """
 
     trajectories: int
     generated_tokens: int
     statistics: Mapping[str, Any]
+    engines: Mapping[str, EngineUse] = field(default_factory=dict)
 
 
 class Cluster:
@@ -149,8 +160,10 @@ class Cluster:
                 await run_phase(phase, work, pools, sink, on_progress)
                 return await sink.finish()
 
+        before = _uses(pools)
         statistics = interrupts.run(whole_phase())
-        return SampleReport(work.counts.episodes, work.counts.generated_tokens, statistics)
+        engines = _used_since(before, pools)
+        return SampleReport(work.counts.episodes, work.counts.generated_tokens, statistics, engines)
 
     def greedy(
         self,
@@ -253,3 +266,24 @@ class Cluster:
             return options | {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=bundle)
         return options | {"num_cpus": 0, "scheduling_strategy": strategy}
+
+
+def _uses(pools: Mapping[str, EnginePool]) -> dict[str, dict[Any, EngineUse]]:
+    """By policy, what each worker's engine did so far."""
+    return {pool.name: pool.uses() for pool in pools.values()}
+
+
+def _used_since(
+    before: Mapping[str, Mapping[Any, EngineUse]], pools: Mapping[str, EnginePool]
+) -> dict[str, EngineUse]:
+    """By policy, what its engines did since. Says so where they had to do things twice."""
+    used = {}
+    for name, uses in _uses(pools).items():
+        since = [use - before[name].get(worker, EngineUse()) for worker, use in uses.items()]
+        used[name] = sum(since, EngineUse())
+        if used[name].preemptions:
+            logger.warning(
+                f"{used[name].preemptions} requests to the engines of {name} were thrown out of a full KV cache and "
+                "computed again: lower rollout.concurrency, or leave it out"
+            )
+    return used

@@ -5,7 +5,8 @@ Guarantees:
 - The ids of a completion are exactly those that the model produced, an end-of-sequence id included; its
   log-probabilities are the model's own, before temperature and truncation (but see `record_proposal`).
 - A request's seed decides its tokens: alone or among others, the same (float32 on CPU).
-- `score` equals the sum of a plain forward pass' log-probabilities, whether or not the prefix cache held the text.
+- `score` equals the sum of a plain forward pass' log-probabilities, whether or not the prefix cache held the text. It
+  takes the log-probabilities of few positions at once, however long the text is (`scored_rows`).
 - While a push of weights is under way, or after one failed, nothing is served (`EngineError`); cached keys and values
   never outlive the weights they were computed with.
 - Every wait is bounded; what goes wrong inside vLLM comes out as `EngineError` or `WeightTransferError`.
@@ -23,10 +24,18 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from actors.engine_options import EngineOptions, create_llm, set_environment
+from actors.engine_options import (
+    EngineOptions,
+    agents_that_fit,
+    create_llm,
+    release_memory,
+    set_environment,
+)
+from actors.engine_use import EngineUse, UseCounter
 from actors.weight_bucket import Segment
 from actors.weight_transfer import WeightTransferError
 from pipeline.core.agents.program import Completion, EngineError, Sampling
+from pipeline.core.plan.engine import scored_rows
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -70,7 +79,9 @@ class VllmEngine:
         self._refusal = "the engine has not been started"
         self._pushed_version = 0
         self._push_deadline = 0.0
-        self._asleep = False
+        self._must_be_woken = False
+        self._most_rows = 0
+        self._counter = UseCounter()
         self._segment = Segment()
 
     async def start(self, version: int = 0) -> None:
@@ -82,12 +93,25 @@ class VllmEngine:
         set_environment(self.options)
         # The engine process and its workers check VLLM_ENGINE_READY_TIMEOUT_S themselves: the thread below ends.
         try:
-            llm = await asyncio.to_thread(create_llm, self.options)
+            llm = await asyncio.to_thread(create_llm, self.options, self._counter)
             async with asyncio.timeout(self.options.start_timeout_s):
                 await llm.update_weight_version(str(version))
         except (RuntimeError, ValueError, OSError) as error:
             raise EngineError(f"vLLM could not start with {self.options.model}: {error}") from error
+        self._most_rows = scored_rows(llm.model_config.get_vocab_size())
         self._llm, self._version, self._digest, self._refusal = llm, version, "", ""
+
+    @property
+    def agents_that_fit(self) -> int:
+        """Into the cache of keys and values that the started engine has."""
+        assert self._llm is not None
+        tokens = self._llm.vllm_config.cache_config.kv_cache_size_tokens
+        return agents_that_fit(tokens, self.options.max_model_len)
+
+    @property
+    def use(self) -> EngineUse:
+        """Since the start."""
+        return self._counter.use
 
     def shutdown(self) -> None:
         """Ends the engine process. Requests under way fail."""
@@ -165,30 +189,50 @@ class VllmEngine:
             )
         if start == num_tokens:
             return []
-        wanted = num_tokens - start
-        logprobs = await self._prompt_logprobs(token_ids, skip_cache=False)
-        # Row i of the prompt's log-probabilities comes from position i - 1, so positions that were read from the cache
+        # Row i of a prompt's log-probabilities comes from position i - 1, so positions that were read from the cache
         # have none for the token after them: those that were cached before, and those of a request that was preempted.
-        if len(logprobs) < wanted:
-            logprobs = await self._prompt_logprobs(token_ids, skip_cache=True)
-        if len(logprobs) < wanted:
-            raise EngineError(f"vLLM gave {len(logprobs)} of {wanted} log-probabilities")
-        return [float(logprob) for logprob in logprobs[-wanted:]]
+        # Under a salt of its own a text finds nothing in the cache.
+        logprobs: list[float] = []
+        for salt in (None, f"score {next(self._request_numbers)}"):
+            logprobs = await self._in_pieces(token_ids, start, salt)
+            if len(logprobs) == num_tokens - start:
+                return logprobs
+        raise EngineError(f"vLLM gave {len(logprobs)} of {num_tokens - start} log-probabilities")
 
-    async def _prompt_logprobs(self, token_ids: Sequence[int], *, skip_cache: bool) -> Sequence[float]:
+    async def _in_pieces(self, token_ids: Sequence[int], start: int, salt: str | None) -> list[float]:
+        """`token_logprobs` up to the first piece of which too few came.
+
+        vLLM takes the log-probabilities of every position that it computes for such a request. So where the text is
+        long, what lies before `start` is computed by a request of its own, and the rest a piece after the other.
+        """
+        if len(token_ids) > self._most_rows and start > 1:
+            await self._request(token_ids[: start - 1], _one_token(), salt)
+        logprobs: list[float] = []
+        while (first := start + len(logprobs)) < len(token_ids):
+            # An odd end is the end of no block: else its last position would be cached for the next piece.
+            end = min((first + self._most_rows) | 1, len(token_ids))
+            found = await self._prompt_logprobs(token_ids[:end], salt)
+            logprobs += [float(logprob) for logprob in found[-(end - first) :]]
+            if len(found) < end - first:
+                break
+        return logprobs
+
+    async def _prompt_logprobs(self, token_ids: Sequence[int], salt: str | None) -> Sequence[float]:
         """Of the last tokens of the prompt, as far as they were not read from the cache."""
-        output = await self._request(token_ids, _scoring_params(skip_cache=skip_cache))
+        output = await self._request(token_ids, _one_token(prompt_logprobs=0), salt)
         logprobs: Sequence[float] = output.prompt_logprobs.logprobs
         return logprobs[max(0, (output.num_cached_tokens or 0) + 1 - len(token_ids) + len(logprobs)) :]
 
-    async def _request(self, prompt_ids: Sequence[int], params: SamplingParams) -> RequestOutput:
+    async def _request(
+        self, prompt_ids: Sequence[int], params: SamplingParams, salt: str | None = None
+    ) -> RequestOutput:
         from vllm.exceptions import VLLMError
         from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if self._refusal or self._llm is None:
             raise EngineError(self._refusal)
-        prompt = tokens_input([int(i) for i in prompt_ids])
+        prompt = tokens_input([int(i) for i in prompt_ids], cache_salt=salt)
         output = None
         try:
             async with asyncio.timeout(self.options.request_timeout_s):
@@ -249,7 +293,7 @@ class VllmEngine:
         self._version, self._digest, self._refusal = version, "", ""
 
     async def sleep(self, timeout_s: float) -> None:
-        """Gives the GPU's memory to others: drops the weights and all cached keys and values.
+        """Gives its memory to others: drops the weights and all cached keys and values.
 
         Running requests end first. Nothing is served until the next push or `reload`, which wakes the engine:
         the memory of the weights before they arrive, that of the cache when they are whole.
@@ -260,12 +304,11 @@ class VllmEngine:
         self._refusal = "the engine is asleep"
         self._push_deadline = asyncio.get_running_loop().time() + timeout_s
         async with self._push_step("falling asleep") as llm:
-            await llm.sleep(level=2, mode="wait")
-        self._asleep = True
+            self._must_be_woken = await release_memory(llm)
 
     async def _wake(self, llm: AsyncLLM, *parts: str) -> None:
-        if self._asleep:
-            self._asleep = not await llm.wake_up(list(parts))
+        if self._must_be_woken:
+            self._must_be_woken = not await llm.wake_up(list(parts))
 
     @property
     def is_dead(self) -> bool:
@@ -394,17 +437,19 @@ def _completion(output: RequestOutput) -> Completion:
     return Completion(list(generated.token_ids), list(logprobs.logprobs), generated.text, stop, reason)
 
 
-def _scoring_params(*, skip_cache: bool) -> SamplingParams:
+def _one_token(prompt_logprobs: int | None = None) -> SamplingParams:
+    """Of a request that is made for its prompt."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    # Without detokenize=False vLLM decodes the token ids of cached positions, which it never set.
+    # Without detokenize=False vLLM decodes the token ids of cached positions, which it never set. Without the last
+    # line it does not read the cache where it is asked for log-probabilities of a prompt.
     return SamplingParams(
         max_tokens=1,
         temperature=0.0,
-        prompt_logprobs=0,
+        prompt_logprobs=prompt_logprobs,
         flat_logprobs=True,
-        skip_reading_prefix_cache=skip_cache,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_reading_prefix_cache=False,
     )

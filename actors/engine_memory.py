@@ -1,11 +1,16 @@
-"""The shared memory between an engine's processes: it must not outlive them, however they end."""
+"""An engine's memory on the host: what its processes share must not outlive them, and asleep they keep little."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
+import torch
 
 _NAMES = "/dev/shm/psm_"  # what Python's `multiprocessing.shared_memory` calls its segments
 
@@ -21,3 +26,19 @@ def remove_names() -> None:
             for mapping in process.memory_maps():
                 if mapping.path.startswith(_NAMES):
                     Path(mapping.path).unlink(missing_ok=True)
+
+
+def drop_contents(tensors: Iterable[torch.Tensor]) -> None:
+    """Give the pages of CPU tensors back to the kernel. The tensors stay: they read as zeros, and can be filled again.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        first = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = (storage.data_ptr() + storage.nbytes() - first) // mmap.PAGESIZE * mmap.PAGESIZE
+        if size > 0 and libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED):
+            error = ctypes.get_errno()
+            raise OSError(error, f"madvise: {os.strerror(error)}")

@@ -12,14 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from actors import engine_memory
+from actors.engine_use import UseCounter
 from actors.weight_transfer import Transport, backend_name
-from pipeline.core.plan.memory import number_format
+from pipeline.core.plan.memory import Device, number_format
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _GIB = 2**30
+MOST_AGENTS: dict[Device, int] = {"gpu": 512, "cpu": 128}
+"""In flight per engine where `rollout.concurrency` leaves it open."""
 GPU_BATCHED_TOKENS = 8_192
 CPU_BATCHED_TOKENS = 4_096
 """Tokens that an engine computes in one step, prompts and continuations together; see `batched_tokens`."""
@@ -58,18 +61,37 @@ class EngineOptions:
     """Completions carry log-probabilities of the distribution that was sampled from, after temperature and truncation,
     instead of the model's own."""
     sleeps: bool = False
-    """The engine can `sleep`: it then holds its GPU memory in a form that it can give back. Not on CPUs."""
+    """The engine can `sleep`: on a GPU it then holds its memory in a form that it can give back."""
     request_timeout_s: float = 600.0
     """Longest that one request may take, waiting in the engine's queue included, in seconds."""
 
 
-def create_llm(options: EngineOptions) -> AsyncLLM:
-    """A running engine; `set_environment` comes first."""
+def create_llm(options: EngineOptions, counter: UseCounter) -> AsyncLLM:
+    """A running engine that is counted; `set_environment` comes first."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    llm = AsyncLLM.from_engine_args(_engine_args(options))
+    llm = AsyncLLM.from_engine_args(
+        _engine_args(options), stat_loggers=[lambda vllm_config, engine_index: counter]
+    )
     engine_memory.remove_names()
     return llm
+
+
+async def release_memory(llm: AsyncLLM) -> bool:
+    """Drops weights and cached keys and values when no request runs any more.
+
+    Returns:
+        whether the memory must be asked for (`wake_up`) before new weights arrive.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        await llm.sleep(level=2, mode="wait")
+        return True
+    # vLLM has no such thing on CPUs.
+    await llm.pause_generation(mode="wait", clear_cache=True)
+    await llm.collective_rpc("release_memory")
+    return False
 
 
 def set_environment(options: EngineOptions) -> None:
@@ -93,6 +115,16 @@ def batched_tokens(max_model_len: int, max_num_seqs: int, *, on_cpu: bool) -> in
         return max(max_model_len, max_num_seqs, CPU_BATCHED_TOKENS)
     # Most of an agent's tokens are prompt; vLLM's default here is 2,048.
     return max(GPU_BATCHED_TOKENS, max_num_seqs)
+
+
+def agents_that_fit(cache_tokens: int, max_model_len: int) -> int:
+    """As many as a cache holds that are half as long as they may become: their mean, at worst."""
+    return max(1, 2 * cache_tokens // max_model_len)
+
+
+def in_flight(concurrency: int | None, fit: int, most: int) -> int:
+    """Agents of an engine: as configured, or as many as fit into its cache, `most` at most."""
+    return concurrency if concurrency is not None else min(fit, most)
 
 
 def _engine_args(options: EngineOptions) -> AsyncEngineArgs:

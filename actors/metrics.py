@@ -160,6 +160,11 @@ EPISODES = Counter(
     "phase",
     "reason",
 )
+PROMPT_TOKENS = Counter("prompt_tokens", "Tokens of prompts that engines looked up in their cache.", "policy")
+CACHED_TOKENS = Counter("cached_prompt_tokens", "Of them those that were found there.", "policy")
+PREEMPTIONS = Counter(
+    "preemptions", "Requests that were thrown out of a full cache and computed again.", "policy"
+)
 GENERATED_TOKENS = Counter("generated_tokens", "Tokens in the episodes that ended.", "policy", "phase")
 SEARCHES = Counter(
     "searches", "Searches by their outcome: found, or the kind of the failure.", "policy", "phase", "outcome"

@@ -48,7 +48,7 @@ class Placement:
     bundles: list[dict[str, float]]
     policies: dict[str, PolicyPlacement]
     take_turns: bool
-    """Engines sleep while a learner trains, and learners keep on the GPU only their weights while engines sample."""
+    """Engines sleep while a learner trains. On GPUs learners keep there only their weights while engines sample."""
 
 
 def plan_placement(
@@ -121,7 +121,7 @@ def _on_cpus(policies: Sequence[PolicySpec], cluster: ClusterConfig, cpus: int) 
             )
             for policy in policies
         },
-        take_turns=False,
+        take_turns=ranks > 0 and cluster.take_turns,
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import ray
 
-from actors.engine_options import batched_tokens
+from actors.engine_options import MOST_AGENTS, agents_that_fit, batched_tokens, in_flight
 from actors.placement import Placement, PolicyPlacement, plan_placement
 from actors.preflight import cluster_address
 from actors.session import has_gpu_packages
@@ -21,7 +21,15 @@ from pipeline.core.plan.disk import disk_needs
 from pipeline.core.plan.engine import EngineLoad, EngineNeeds, engine_needs
 from pipeline.core.plan.learner import RankLoad, rank_memory, trained_parameters
 from pipeline.core.plan.machine import Node, Nodes, this_machine
-from pipeline.core.plan.memory import ACCELERATOR_CONTEXT, BYTES, GIB, Dtype, Memory, number_format
+from pipeline.core.plan.memory import (
+    ACCELERATOR_CONTEXT,
+    BYTES,
+    GIB,
+    Device,
+    Dtype,
+    Memory,
+    number_format,
+)
 from pipeline.core.plan.needs import Layout, PolicyNeeds, Tenant
 from pipeline.core.plan.phases import phases_of
 from pipeline.core.plan.run_plan import RunPlan
@@ -164,7 +172,7 @@ def _policy_needs(spec: PolicySpec, placement: Placement, node: Node, one: Traje
         engines=len(own.engine_bundles),
         engine=engine,
         tensor_parallel=spec.rollout.tensor_parallel_size if spec.rollout else 1,
-        concurrency=spec.rollout.concurrency if spec.rollout else 0,
+        concurrency=_agents(spec.rollout, engine, spec.model.max_length, placement.device),
         ranks=len(own.rank_bundles),
         rank=rank,
         resting_bytes=on_rank + ACCELERATOR_CONTEXT if rank and placement.device == "gpu" else 0,
@@ -182,20 +190,32 @@ def _engine(
     node: Node,
 ) -> EngineNeeds:
     on_cpu = placement.device == "cpu"
+    most = rollout.concurrency or MOST_AGENTS[placement.device]
     return engine_needs(
         shape,
         EngineLoad(
             device=placement.device,
             dtype=number_format(rollout.dtype, placement.device),
             max_length=spec.model.max_length,
-            concurrency=rollout.concurrency,
-            batched_tokens=batched_tokens(spec.model.max_length, rollout.concurrency, on_cpu=on_cpu),
+            concurrency=most,
+            batched_tokens=batched_tokens(spec.model.max_length, most, on_cpu=on_cpu),
             scored_tokens=spec.model.max_length,
             gpu_memory=node.gpu_memory,
             gpu_share=own.gpu_memory_utilization,
             cache_bytes=int(rollout.kv_cache_gib * GIB),
             tensor_parallel=rollout.tensor_parallel_size,
         ),
+    )
+
+
+def _agents(
+    rollout: RolloutConfig | None, engine: EngineNeeds | None, max_length: int, device: Device
+) -> int:
+    """In flight per engine."""
+    if rollout is None or engine is None:
+        return 0
+    return in_flight(
+        rollout.concurrency, agents_that_fit(engine.cache.tokens, max_length), MOST_AGENTS[device]
     )
 
 

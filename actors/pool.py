@@ -25,7 +25,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError
 
 from actors.deaths import in_words
-from actors.engine_options import EngineOptions
+from actors.engine_options import MOST_AGENTS, EngineOptions, in_flight
+from actors.engine_use import EngineUse
 from actors.observer import Observer
 from actors.placement import PolicyPlacement
 from actors.retriever import RetrieverClient
@@ -62,7 +63,7 @@ def engine_options(
         dtype=rollout.dtype,
         tensor_parallel_size=rollout.tensor_parallel_size,
         max_model_len=spec.model.max_length,
-        max_num_seqs=rollout.concurrency,
+        max_num_seqs=rollout.concurrency or MOST_AGENTS["cpu" if on_cpu else "gpu"],
         gpu_memory_utilization=placement.gpu_memory_utilization,
         kv_cache_gib=rollout.kv_cache_gib,
         enforce_eager=rollout.enforce_eager or on_cpu,
@@ -103,6 +104,8 @@ class EnginePool:
         self.name, self.options, self.rollout, self.cluster = name, options, rollout, cluster
         self.serving: int | None = None
         """The version that every engine serves; None while they sleep, or after a push that failed."""
+        self.agents_per_worker = rollout.concurrency or 1
+        """In flight at once; of workers that have started."""
         self._seats: list[Seat] = []
         self._placement, self._room = placement, room
         self._retriever, self._observer = retriever, observer or Observer()
@@ -131,15 +134,26 @@ class EnginePool:
         answers = outcomes(calls, self.cluster.start_timeout_s)
         for seat, node in zip(seats, answers, strict=False):
             seat.node = str(node)
-        starts = zip(seats, answers[len(seats) :], strict=True)
+        starts = list(zip(seats, answers[len(seats) :], strict=True))
         failures = [(seat, answer) for seat, answer in starts if isinstance(answer, RayError)]
         if len(seats) - len(failures) < self.rollout.min_workers:
             self._give_up_the_start([failure for _, failure in failures])
         for seat, failure in failures:
             self.lost(seat.worker, f"its engine did not start: {in_words(failure)}")
+        self._agree_on_agents(min(answer for _, answer in starts if not isinstance(answer, RayError)))
         for seat in self._present():
             self._observer.is_up("rollout", self.name, seat.index)
         self.serving = snapshot.version
+
+    def _agree_on_agents(self, fit: int) -> None:
+        wanted = self.rollout.concurrency
+        self.agents_per_worker = in_flight(wanted, fit, self.options.max_num_seqs)
+        if wanted is not None and wanted > fit:
+            logger.warning(
+                f"the KV cache of an engine of {self.name} holds {fit} agents of half of model.max_length, fewer than "
+                f"rollout.concurrency: {wanted}. If they are as long on average, what an agent has read is computed "
+                "again in its next turn; leave the key out, and as many are in flight as fit"
+            )
 
     def _give_up_the_start(self, failures: Sequence[RayError]) -> None:
         for failure in failures:
@@ -262,6 +276,16 @@ class EnginePool:
     def lose_silent(self) -> None:
         """Lose the workers that died or hang, before something that would wait for them."""
         self._all("ping", timeout_s=self.cluster.heartbeat_timeout_s)
+
+    def uses(self) -> dict[Any, EngineUse]:
+        """What each worker's engine did since its start; of those that answer."""
+        workers = [seat.worker for seat in self._present()]
+        answers = outcomes([worker.use.remote() for worker in workers], self.cluster.heartbeat_timeout_s)
+        return {
+            worker: answer
+            for worker, answer in zip(workers, answers, strict=True)
+            if isinstance(answer, EngineUse)
+        }
 
     def receivers(self) -> list[EngineRef]:
         """The engines as a push sees them."""

@@ -27,7 +27,8 @@ from actors import metrics
 from actors.actor_log import Identity, introduce
 from actors.deaths import DEATHS
 from actors.engine import VllmEngine, WeightState
-from actors.engine_options import EngineOptions
+from actors.engine_options import EngineOptions, in_flight
+from actors.engine_use import EngineUse
 from actors.retriever import RetrieverClient
 from pipeline.core.agents.program import (
     Completion,
@@ -102,7 +103,7 @@ class RolloutWorker:
     Args:
         options: of the vLLM engine; `start` names the model.
         retriever: client of the retriever replicas.
-        concurrency: episodes in flight.
+        concurrency: episodes in flight. None: as many as fit into the engine's cache.
         identity: under which it logs and counts.
     """
 
@@ -113,26 +114,39 @@ class RolloutWorker:
         options: EngineOptions,
         retriever: RetrieverClient,
         *,
-        concurrency: int,
+        concurrency: int | None,
         identity: Identity | None = None,
     ) -> None:
         introduce(identity)
         self.retriever = retriever
         self.engine = VllmEngine(options)
-        self._slots = asyncio.Semaphore(concurrency)
+        self._concurrency = concurrency
 
     async def where(self) -> str:
         """The id of this worker's node. Answers before there is an engine: as soon as Ray has found room."""
         return str(ray.get_runtime_context().get_node_id())
 
-    async def start(self, model: str, version: int) -> None:
-        """Bring the engine up with policy version `version`, which directory `model` holds."""
+    async def start(self, model: str, version: int) -> int:
+        """Bring the engine up with policy version `version`, which directory `model` holds.
+
+        Returns:
+            how many agents fit into its cache (`agents_that_fit`).
+        """
         began = time.perf_counter()
         # Not that of the constructor: a worker may have waited long for its place.
         self.engine.options = replace(self.engine.options, model=model)
         await self.engine.start(version)
-        logger.info(f"the engine is up after {time.perf_counter() - began:.1f} s, with {model}")
+        fit = self.engine.agents_that_fit
+        self._slots = asyncio.Semaphore(in_flight(self._concurrency, fit, self.engine.options.max_num_seqs))
+        logger.info(
+            f"the engine is up after {time.perf_counter() - began:.1f} s, with {model}; {fit} agents fit into its cache"
+        )
         self._say_version()
+        return fit
+
+    async def use(self) -> EngineUse:
+        """What the engine did since its start."""
+        return self.engine.use
 
     async def ping(self) -> None:
         """Answers if this process and its engine's do."""

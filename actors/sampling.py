@@ -156,7 +156,7 @@ class _Run:
 
     async def _hire(self, tasks: asyncio.TaskGroup) -> None:
         """Every worker, as it comes, takes so many tasks at once that its engine is never short of episodes."""
-        at_once = math.ceil(self.home.rollout.concurrency / self.phase.samples) + 1
+        at_once = math.ceil(self.home.agents_per_worker / self.phase.samples) + 1
         numbers = itertools.count()
         while True:
             crew = _Crew(await self.home.hired(), at_once)

@@ -29,6 +29,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
+from actors.engine_memory import drop_contents
 from actors.weight_bucket import Digest, Manifest
 from actors.weight_transfer import WeightTransferError, register
 
@@ -227,6 +228,15 @@ class WeightReceipts:
     def refresh_tied_heads(self) -> None:
         """To be called after vLLM's own `reload_weights`."""
         refresh_tied_heads(tied_heads(self.model_runner.get_model()))
+
+    def release_memory(self) -> None:
+        """On CPUs: give back the memory of weights and of cached keys and values. The next update fills it again."""
+        model = self.model_runner.get_model()
+        for layer in model.modules():
+            if hasattr(layer, "cpu_linear"):
+                # It holds a copy of the weight, packed for its kernel; the update makes another one.
+                layer.cpu_linear = torch.nn.functional.linear
+        drop_contents([*self.model_runner.kv_caches, *model.parameters()])
 
     def discard_weight_update(self) -> None:
         """Lets a new update start although the last one never finished."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from actors.engine_use import EngineUse
 from actors.rollout import RolloutRequest
 from pipeline.core.agents.program import Completion, Task, derive_seed
 from pipeline.core.agents.transcript import Transcript
@@ -27,6 +28,8 @@ from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
 VOCABULARY = 256
+AGENTS_THAT_FIT = 10**6
+"""Into an engine's cache: it has none."""
 HITS = tuple(
     Hit(Passage(f"p{n}", f"Title {n}", "A passage of some length about this and that. " * 8), 1.0)
     for n in range(3)
@@ -134,8 +137,12 @@ class Host:
     async def where(self, number: int) -> str:
         return str(ray.get_runtime_context().get_node_id())
 
-    async def start(self, number: int, model: str, version: int) -> None:
+    async def start(self, number: int, model: str, version: int) -> int:
         self._version = version
+        return AGENTS_THAT_FIT
+
+    async def use(self, number: int) -> EngineUse:
+        return EngineUse()
 
     async def ping(self, number: int) -> None:
         pass

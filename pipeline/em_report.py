@@ -29,7 +29,19 @@ def outcome_of(report: Json) -> Outcome:
     """ExSearch's report, ready to be shown."""
     row = report["cold_start"]
     name = "0, cold" if row is not None and "maximisation" in row["phase_seconds"] else "base"
-    return Outcome(report, COLUMNS, LEGEND, None if row is None else (name, row), TESTS)
+    legend = LEGEND + "".join(_of_engines(iteration) for iteration in report["iterations"][-1:])
+    return Outcome(report, COLUMNS, legend, None if row is None else (name, row), TESTS)
+
+
+def _of_engines(row: Json) -> str:
+    """Whether the engines had room for their agents in the E-step, in words."""
+    use = row["train"].get("engines", {}).get(SEARCHER)
+    if use is None:
+        return ""
+    return (
+        f"\nlast E-step: {use['cache_hits']:.0f}% of prompt tokens were in the engines' cache, {use['preemptions']} "
+        "preemptions"
+    )
 
 
 def em_report(run: RunFiles, config: Config) -> Json:

@@ -234,7 +234,8 @@ class Run:
             policies, title = self._at(roles), f"iteration {t}: sampling"
             report = self._sample(shards, "sample", title, program, policies, weigh, samples, sampling)
             counts = {"trajectories": report.trajectories, "generated_tokens": report.generated_tokens}
-            return {**report.statistics, **counts}
+            engines = {name: use.figures() for name, use in report.engines.items()}
+            return {**report.statistics, **counts, "engines": engines}
 
         return self.once(f"{t}/sample", work)
 

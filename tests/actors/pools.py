@@ -14,6 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from actors import pool as pool_module
 from actors import shift as shift_module
 from actors.engine_options import EngineOptions
+from actors.engine_use import EngineUse
 from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
 from pipeline.core.agents.program import EngineError
@@ -42,6 +43,7 @@ class Worker:
         room: seconds until there is a place for it.
         start, ping: what comes of these calls.
         node: where it lives.
+        fit: agents that fit into its cache.
     """
 
     def __init__(
@@ -51,20 +53,24 @@ class Worker:
         *,
         room: float = 0.0,
         node: str = "node",
+        fit: int = 1000,
     ) -> None:
+        self.fit, self.done = fit, EngineUse()
         self.version: int | None = None
         self.loaded: str | None = None
         self.killed = False
         self.where = _method(lambda: self._answer(room, node))
         self.ping = _method(lambda: self._answer(ping))
         self.start = _method(lambda model, version: self._serve(start, model, version))
+        self.use = _method(lambda: self._answer(ping, self.done))
         self.reload = _method(lambda model, version, seconds: self._serve(0.0, model, version))
 
-    async def _serve(self, outcome: Exception | float, model: str, version: int) -> None:
+    async def _serve(self, outcome: Exception | float, model: str, version: int) -> int:
         await self._answer(outcome)
         self.version, self.loaded = version, model
+        return self.fit
 
-    async def _answer(self, outcome: Exception | float, value: str = "") -> str:
+    async def _answer(self, outcome: Exception | float, value: Any = "") -> Any:
         if isinstance(outcome, Exception):
             raise outcome
         await asyncio.sleep(outcome)

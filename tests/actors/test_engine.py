@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from actors.engine import VllmEngine
 from actors.engine_options import EngineOptions
@@ -273,12 +275,13 @@ class ScriptedEngine(VllmEngine):
 
     def __init__(self, *answers: tuple[int, list[float]]) -> None:
         super().__init__(EngineOptions(model="none", max_model_len=64))
+        self._most_rows = 64
         self.answers = list(answers)
-        self.skipped_cache: list[bool] = []
+        self.salted: list[bool] = []
 
-    async def _request(self, prompt_ids: Any, params: Any) -> Any:
+    async def _request(self, prompt_ids: Any, params: Any, salt: str | None = None) -> Any:
         cached, rows = self.answers.pop(0)
-        self.skipped_cache.append(params.skip_reading_prefix_cache)
+        self.salted.append(salt is not None)
         return SimpleNamespace(num_cached_tokens=cached, prompt_logprobs=SimpleNamespace(logprobs=rows))
 
 
@@ -288,7 +291,7 @@ GARBAGE = [9.0] * 3
 
 
 @pytest.mark.parametrize(
-    ("answers", "skipped"),
+    ("answers", "salted"),
     [
         ([(0, WHOLE)], [False]),
         ([(3, GARBAGE + WHOLE[3:])], [False]),  # rows of cached positions come back unset
@@ -298,12 +301,12 @@ GARBAGE = [9.0] * 3
     ],
 )
 def test_scores_are_of_all_tokens_asked_for_whatever_was_read_from_the_cache(
-    answers: list[tuple[int, list[float]]], skipped: list[bool]
+    answers: list[tuple[int, list[float]]], salted: list[bool]
 ) -> None:
     engine = ScriptedEngine(*answers)
 
     assert asyncio.run(engine.token_logprobs(list(range(8)), 4)) == WHOLE[3:]
-    assert engine.skipped_cache == skipped
+    assert engine.salted == salted
 
 
 def test_a_sum_over_too_few_tokens_is_never_given_out() -> None:
@@ -311,3 +314,97 @@ def test_a_sum_over_too_few_tokens_is_never_given_out() -> None:
 
     with pytest.raises(EngineError, match="2 of 4"):
         asyncio.run(engine.score(list(range(8)), 4))
+
+
+class CachingEngine(VllmEngine):
+    """Caches whole blocks as vLLM does, and keeps how many rows each request took. Row i of a text is -i."""
+
+    def __init__(self, most_rows: int, block: int) -> None:
+        super().__init__(EngineOptions(model="none", max_model_len=10_000))
+        self._most_rows, self.block = most_rows, block
+        self.cached: set[tuple[str | None, tuple[int, ...]]] = set()
+        self.rows: list[int] = []
+
+    async def _request(self, prompt_ids: Any, params: Any, salt: str | None = None) -> Any:
+        ids = tuple(prompt_ids)
+        ends = range(self.block, len(ids) + 1, self.block)
+        # The last position is always computed, for the token that follows.
+        found = max((end for end in ends if (salt, ids[:end]) in self.cached and end < len(ids)), default=0)
+        self.cached |= {(salt, ids[:end]) for end in ends}
+        if params.prompt_logprobs is None:
+            return SimpleNamespace()
+        rows = [-float(i) for i in range(found + 1, len(ids))]
+        self.rows.append(len(rows))
+        return SimpleNamespace(num_cached_tokens=found, prompt_logprobs=SimpleNamespace(logprobs=rows))
+
+
+@given(
+    length=st.integers(2, 300),
+    start=st.integers(1, 300),
+    seen=st.integers(0, 300),
+    most_rows=st.integers(1, 100),
+    block=st.sampled_from([2, 16, 128]),
+)
+def test_however_long_a_text_is_few_log_probabilities_are_taken_at_once(
+    length: int, start: int, seen: int, most_rows: int, block: int
+) -> None:
+    """Also where the cache holds some of it, or all."""
+    engine, ids = CachingEngine(most_rows, block), list(range(length))
+    start = min(start, length)
+    asyncio.run(engine._request(ids[:seen], SimpleNamespace(prompt_logprobs=None)))
+
+    assert asyncio.run(engine.token_logprobs(ids, start)) == [-float(i) for i in range(start, length)]
+    assert max(engine.rows, default=0) <= most_rows + 1 + block
+
+
+@pytest.mark.parametrize("start", [1, 100, 128, 129, 256, 299])
+@pytest.mark.parametrize("seen", [0, 300])
+def test_scores_in_pieces_are_those_of_a_forward_pass(
+    shared_engine: EngineFixture,
+    hf_model: HfModel,
+    monkeypatch: pytest.MonkeyPatch,
+    start: int,
+    seen: int,
+) -> None:
+    monkeypatch.setattr(shared_engine.engine, "_most_rows", 40)
+    ids = prompt(300, seed=1000 + start + seen)
+    if seen:
+        generate(shared_engine, ids[:seen], replace(GREEDY, max_tokens=1))
+
+    scored = shared_engine.run(shared_engine.engine.token_logprobs(ids, start))
+
+    np.testing.assert_allclose(scored, hf_model.logprobs(ids)[start - 1 :], atol=1e-4)
+
+
+# ---------------------------------------------------------------- asleep
+
+
+def test_an_engine_that_sleeps_serves_nothing_and_then_what_it_loads(shared_engine: EngineFixture) -> None:
+    engine, ids = shared_engine.engine, prompt(40, seed=77)
+    awake, score_awake = generate(shared_engine, ids, SAMPLE), score(shared_engine, ids, 20)
+
+    shared_engine.run(engine.sleep(60.0))
+    with pytest.raises(EngineError, match="asleep"):
+        generate(shared_engine, ids, SAMPLE)
+    shared_engine.run(engine.reload(str(shared_engine.model_path), 0, 60.0))
+
+    assert generate(shared_engine, ids, SAMPLE) == awake
+    assert score(shared_engine, ids, 20) == pytest.approx(score_awake, abs=1e-5)
+
+
+# ---------------------------------------------------------------- what it did
+
+
+def test_prompt_tokens_and_those_found_in_the_cache_are_counted(shared_engine: EngineFixture) -> None:
+    ids, before = prompt(300, seed=78), shared_engine.engine.use
+    generate(shared_engine, ids, replace(GREEDY, max_tokens=1))
+    generate(shared_engine, ids, replace(GREEDY, max_tokens=1))
+
+    used = shared_engine.engine.use - before
+    assert (used.prompt_tokens, used.preemptions) == (600, 0)
+    assert used.cached_tokens == 256  # blocks of 128
+
+
+def test_the_cache_has_room_for_some_agents(shared_engine: EngineFixture) -> None:
+    """0.25 GiB for keys and values of 2 layers, one head of 32, float32: 512 bytes a token, 256 tokens an agent."""
+    assert shared_engine.engine.agents_that_fit == pytest.approx(2**28 / 512 / 256, rel=0.01)

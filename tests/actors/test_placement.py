@@ -228,8 +228,10 @@ def test_engines_and_ranks_that_share_gpus_take_turns_with_the_memory_by_default
     assert placement.gpu_memory_utilization == utilization
 
 
-def test_on_cpus_nobody_sleeps() -> None:
-    assert not plan(workers=2, ranks=2).take_turns
+@pytest.mark.parametrize("take_turns", [True, False])
+def test_on_cpus_engines_sleep_while_the_learner_trains_unless_told_otherwise(take_turns: bool) -> None:
+    assert plan(workers=2, ranks=2, take_turns=take_turns).take_turns == take_turns
+    assert not plan(workers=2, ranks=0).take_turns
 
 
 # ---------------------------------------------------------------- several policies

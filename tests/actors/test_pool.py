@@ -8,6 +8,8 @@ import logging
 import pytest
 from ray.exceptions import RayActorError
 
+from actors.engine_options import EngineOptions
+from actors.engine_use import EngineUse
 from actors.session import ClusterError
 from tests.actors.pools import (
     ENGINE_ERROR,
@@ -166,3 +168,34 @@ def test_an_error_of_the_work_itself_comes_out_as_it_is() -> None:
 
     with pytest.raises(ZeroDivisionError):
         asyncio.run(work())
+
+
+# ---------------------------------------------------------------- how many agents
+
+
+def test_as_many_agents_are_in_flight_as_fit_into_the_smallest_cache() -> None:
+    assert started(Worker(fit=90), Worker(fit=80), size=2).agents_per_worker == 80
+
+
+def test_but_no_more_than_an_engine_takes_at_once() -> None:
+    assert started(Worker(fit=10_000)).agents_per_worker == EngineOptions("model").max_num_seqs
+
+
+def test_more_agents_than_fit_are_taken_where_they_are_asked_for_and_it_is_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert started(Worker(fit=90), concurrency=100).agents_per_worker == 100
+    assert "holds 90 agents of half of model.max_length, fewer than rollout.concurrency: 100" in caplog.text
+
+
+def test_what_fits_is_taken_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    assert started(Worker(fit=100), concurrency=100).agents_per_worker == 100
+    assert caplog.text == ""
+
+
+def test_uses_are_of_the_workers_that_answer() -> None:
+    working, hanging = Worker(), Worker(ping=NEVER)
+    pool = started(working, hanging, size=2)
+    working.done = EngineUse(prompt_tokens=100, cached_tokens=80)
+
+    assert pool.uses() == {working: EngineUse(prompt_tokens=100, cached_tokens=80)}

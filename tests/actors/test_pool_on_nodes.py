@@ -48,8 +48,9 @@ class Worker:
     async def where(self) -> str:
         return self.node
 
-    async def start(self, model: str, version: int) -> None:
+    async def start(self, model: str, version: int) -> int:
         self.version = version
+        return 100
 
     async def ping(self) -> None:
         pass

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.config import Config, EmConfig
 from pipeline.core.run import RunDirectory, RunFiles, write_json
-from pipeline.em_report import em_report
+from pipeline.em_report import em_report, outcome_of
 from tests.pipeline.report_support import evaluated, scores
 
 TRAIN = {
@@ -116,3 +116,14 @@ def test_the_report_says_what_the_trajectories_were_sampled_from(
     run: RunDirectory, settings: dict[str, Any], expected: str
 ) -> None:
     assert em_report(run, Config.model_validate(settings))["proposal"] == expected
+
+
+def test_a_reader_is_told_how_much_the_engines_had_cached(run: RunDirectory) -> None:
+    use = {"prompt_tokens": 1000, "cache_hits": 87.4, "preemptions": 3}
+    config = finished_run(run)
+    run.forget("2/sample")
+    run.once("2/sample", lambda: TRAIN | {"engines": {"searcher": use}})
+
+    legend = outcome_of(em_report(run, config)).legend
+
+    assert legend.endswith("last E-step: 87% of prompt tokens were in the engines' cache, 3 preemptions")

@@ -21,8 +21,9 @@ class ClusterConfig(Section):
     """Engines and learner share the same GPUs, one working after the other. `auto`: if there are too few GPUs
     for both."""
     take_turns: bool = True
-    """Where engines and learner share GPUs, also with their memory: engines give theirs back while the learner trains,
-    the learner keeps only its weights there while engines sample. False: both keep what they have."""
+    """Where engines and learner share devices, also with their memory: engines give theirs back while the learner
+    trains, and on GPUs the learner keeps only its weights there while engines sample. False: both keep what they
+    have."""
     park_learners: Literal["memory", "disk"] = "memory"
     """Where a policy's learner waits while another policy trains. memory: its processes stay. disk: they end, and start
     again from the last checkpoint."""

@@ -30,8 +30,9 @@ class RolloutConfig(Section):
     """Nucleus sampling; 1 is off."""
     top_k: int = Field(0, ge=0)
     """Top-k sampling; 0 is off."""
-    concurrency: int = Field(128, ge=1)
-    """Agents in flight per worker."""
+    concurrency: int | None = Field(None, ge=1)
+    """Agents in flight per worker. Null: as many as the engine's KV cache holds when each is half of
+    `model.max_length` long, at most 512 on GPUs and 128 on CPUs."""
     questions_per_shard: int = Field(256, ge=1)
     """Questions per shard of trajectories in the run directory. Of those that are done a killed run loses a
     minute's worth at most, and fewer than a shard."""

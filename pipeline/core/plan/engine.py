@@ -23,6 +23,15 @@ GPU_OVERHEAD = 3 * GIB
 ENGINE_LIBRARIES = {"cpu": 1600 * 2**20, "gpu": 8 * GIB}
 """Of an engine's processes on the host (actor, scheduler, worker): Python, torch, vLLM. Measured on CPUs
 (`bench.plan`); on GPUs an estimate."""
+SCORED_BYTES = GIB
+"""For logits and log-probabilities of a text that is scored, about. On a GPU they are outside of vLLM's own budget."""
+GPU_LOGIT_ROWS = 1024
+"""Positions of which vLLM takes them at once on GPUs (`vllm/v1/worker/gpu/sample/prompt_logprob.py`)."""
+
+
+def scored_rows(vocabulary: int) -> int:
+    """Positions of a text whose log-probabilities an engine takes at once, with logits in float32."""
+    return max(1, SCORED_BYTES // (8 * vocabulary))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +43,7 @@ class EngineLoad:
         gpu_share: u of them that the engine may take.
         cache_bytes: for keys and values on a CPU.
         batched_tokens: most that are computed in one step.
-        scored_tokens: most of one prompt whose log-probabilities are asked for.
+        scored_tokens: most of one text that is scored.
     """
 
     device: Device
@@ -77,6 +86,7 @@ def engine_needs(shape: ModelShape, load: EngineLoad) -> EngineNeeds:
                 ("weights", weights, "gpu"),
                 ("KV cache", cache.bytes, "gpu"),
                 ("context, activations, graphs", GPU_OVERHEAD, "gpu"),
+                ("log-probabilities", _log_probabilities(shape, load), "gpu"),
                 ("libraries", ENGINE_LIBRARIES["gpu"], "host"),
             ]
         )
@@ -107,6 +117,8 @@ def _step(shape: ModelShape, load: EngineLoad) -> int:
 
 
 def _log_probabilities(shape: ModelShape, load: EngineLoad) -> int:
-    """Logits and their normalised form in float32, of the tokens that are sampled or those of a scored prompt."""
-    rows = max(load.concurrency, load.scored_tokens)
+    """Logits and their normalised form in float32, of a piece of a text that is scored. Those of the tokens that are
+    sampled are in vLLM's budget on a GPU."""
+    rows = min(load.scored_tokens, scored_rows(shape.vocabulary))
+    rows = max(rows, GPU_LOGIT_ROWS if load.device == "gpu" else load.concurrency)
     return rows * shape.vocabulary * (BYTES[load.dtype] + 4)

@@ -37,6 +37,10 @@ class Memory:
         """Bytes there."""
         return sum(part.bytes for part in self.components if part.where == where)
 
+    def only(self, *names: str) -> Memory:
+        """These components."""
+        return Memory(tuple(part for part in self.components if part.name in names))
+
     def of(self, name: str) -> int:
         """Bytes of one component, wherever it is; 0 if there is none of that name."""
         return sum(part.bytes for part in self.components if part.name == name)

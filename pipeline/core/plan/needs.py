@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.core.plan.engine import EngineNeeds
@@ -14,6 +14,10 @@ SHARED_PROCESSES = int(1.3 * GIB)
 """Of driver and weighting actor. An estimate."""
 RETRIEVER = GIB // 2
 """Of a retriever actor, without its encoder and index, of which nothing is known here. An estimate."""
+ASLEEP = ("libraries",)
+"""What an engine on CPUs keeps while a learner trains."""
+AT_REST = ("weights", "master copy", "Adam", "gradients", "libraries")
+"""What a rank on CPUs keeps while engines sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,20 +109,37 @@ def gpu_uses(policies: Sequence[PolicyNeeds], layout: Layout) -> list[Use]:
 
 
 def host_uses(policies: Sequence[PolicyNeeds], layout: Layout, retrievers: int) -> list[Use]:
-    """Of each node. Engines and ranks of a CPU stay where they are while others work."""
-    held = {(p.name, "engine"): p.engine.memory for p in policies if p.engine is not None}
-    held |= {(p.name, "rank"): p.rank for p in policies if p.rank is not None}
-    uses = []
-    for number, tenants in enumerate(layout.nodes):
-        here = Counter((tenant.policy, tenant.kind) for tenant in tenants)
-        shares = [
-            (f"{count} x {kind} of {policy}", count * held[policy, kind].on("host"))
-            for (policy, kind), count in here.items()
-        ]
-        own = -(-retrievers // len(layout.nodes)) * RETRIEVER + (SHARED_PROCESSES if number == 0 else 0)
-        parts = (*shares, ("driver, weighting, retriever", own))
-        uses.append(Use(f"host {number}", sum(size for _, size in parts), parts))
-    return uses
+    """Of each node, when it is fullest. Where CPUs take turns, engines and ranks have not all of theirs at a time."""
+    return [
+        max((_of_host(number, held, layout, retrievers) for held in _moments(policies, layout)), key=_bytes)
+        for number in range(len(layout.nodes))
+    ]
+
+
+def _moments(policies: Sequence[PolicyNeeds], layout: Layout) -> list[dict[tuple[str, str], Memory]]:
+    """What engines and ranks of each policy hold: while engines sample, and while each policy is trained."""
+    engines = {(p.name, "engine"): p.engine.memory for p in policies if p.engine is not None}
+    ranks = {(p.name, "rank"): p.rank for p in policies if p.rank is not None}
+    if layout.device == "gpu" or not layout.take_turns:
+        return [engines | ranks]
+    asleep = {who: held.only(*ASLEEP) for who, held in engines.items()}
+    at_rest = {who: held.only(*AT_REST) for who, held in ranks.items()}
+    return [engines | at_rest, *(asleep | at_rest | {who: held} for who, held in ranks.items())]
+
+
+def _of_host(number: int, held: Mapping[tuple[str, str], Memory], layout: Layout, retrievers: int) -> Use:
+    here = Counter((tenant.policy, tenant.kind) for tenant in layout.nodes[number])
+    shares = [
+        (f"{count} x {kind} of {policy}", count * held[policy, kind].on("host"))
+        for (policy, kind), count in here.items()
+    ]
+    own = -(-retrievers // len(layout.nodes)) * RETRIEVER + (SHARED_PROCESSES if number == 0 else 0)
+    parts = (*shares, ("driver, weighting, retriever", own))
+    return Use(f"host {number}", sum(size for _, size in parts), parts)
+
+
+def _bytes(use: Use) -> int:
+    return use.bytes
 
 
 def _use(what: str, tenants: Sequence[Memory], further: int = 0) -> Use:

@@ -35,7 +35,7 @@ def phases_of(
             trajectories=trajectories,
             engines=searcher.engines,
             devices=_devices(layout, node, searcher.engines, searcher.tensor_parallel),
-            concurrency=rollout.concurrency,
+            concurrency=searcher.concurrency,
             dtype=number_format(rollout.dtype, layout.device),
             token_bytes=searcher.engine.cache.token_bytes // searcher.tensor_parallel,
         )

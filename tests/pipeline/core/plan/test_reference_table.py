@@ -58,7 +58,10 @@ def test_an_engine(
     assert in_gib(needs.memory.of("weights")) == pytest.approx(weights, abs=0.05)  # 2F
     assert in_gib(needs.memory.of("context, activations, graphs")) == 3  # an estimate
     assert in_gib(needs.memory.of("KV cache")) == pytest.approx(cache, abs=0.1)  # the rest of the share
-    assert needs.memory.on("gpu") <= share * GPU
+    # Outside of the share, and not in the table: log-probabilities of some 1,024 positions of a text that is scored.
+    scored = needs.memory.of("log-probabilities")
+    assert scored == pytest.approx(1_024 * shape.vocabulary * (2 + 4), rel=0.05)
+    assert needs.memory.on("gpu") - scored <= share * GPU
     assert needs.cache.tokens == pytest.approx(tokens, rel=0.01)
     assert needs.cache.token_bytes == token_bytes  # 2 x 2 x L x KV heads x head size
 

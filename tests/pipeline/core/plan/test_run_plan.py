@@ -99,6 +99,22 @@ def test_a_host_that_is_too_small_is_refused_with_who_needs_most() -> None:
         made.check()
 
 
+def test_on_cpus_that_take_turns_a_host_holds_one_after_the_other() -> None:
+    engine = memory([("KV cache", 20 * GIB, "host"), ("libraries", 2 * GIB, "host")])
+    rank = memory([("Adam", 4 * GIB, "host"), ("activations", 30 * GIB, "host"), ("libraries", GIB, "host")])
+    needs = policy(engine, rank)
+
+    def held(**options: Any) -> dict[str, int]:
+        (use,) = plan(needs, device="cpu", **options).hosts()
+        return {name: size // GIB for name, size in use.parts[:2]}
+
+    assert held(turns=False) == {"1 x engine of searcher": 22, "1 x rank of searcher": 35}
+    # Training needs more than sampling does: the engine keeps its libraries.
+    assert held(turns=True) == {"1 x engine of searcher": 2, "1 x rank of searcher": 35}
+    needs = policy(engine, rank.only("Adam", "libraries"))
+    assert held(turns=True) == {"1 x engine of searcher": 22, "1 x rank of searcher": 5}
+
+
 def test_a_host_of_unknown_size_is_not_judged() -> None:
     assert plan(policy(holding(60, host=20), holding(70, host=40)), host=0).refusals() == []
 
