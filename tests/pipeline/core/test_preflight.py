@@ -19,7 +19,7 @@ from pipeline.core.config import LearnerConfig, LoraConfig, ModelConfig, Rollout
 from pipeline.core.errors import UserError
 from pipeline.core.models import model_size, write_checksums
 from pipeline.core.policies import PolicySpec
-from pipeline.core.preflight import check_machine, check_models, check_proxies, check_run
+from pipeline.core.preflight import check_machine, check_models, check_proxies, check_run, lacks_to_compile
 
 GB = 10**9
 
@@ -141,6 +141,39 @@ def test_the_address_of_a_service_is_no_port_of_vllm(
     check_machine(starts_ray=True, environment=environment, cwd=tmp_path)
     assert "VLLM_PORT" not in environment
     assert "VLLM_PORT is tcp://10.0.0.1:8000" in caplog.text and "enableServiceLinks" in caplog.text
+
+
+@pytest.fixture
+def headers(tmp_path: Path) -> Path:
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include/Python.h").touch()
+    return tmp_path / "include"
+
+
+def test_a_compiler_and_the_header_files_of_python_are_all_that_kernels_need(headers: Path) -> None:
+    assert lacks_to_compile({"CC": "cc", "PATH": ""}, headers) == ""
+
+
+def test_without_a_compiler_kernels_cannot_be_compiled(tmp_path: Path, headers: Path) -> None:
+    environment = {"PATH": str(tmp_path / "bin")}
+    assert "no C compiler (gcc, clang or $CC)" in lacks_to_compile(environment, headers)
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/clang").touch(0o755)
+    assert lacks_to_compile(environment, headers) == ""
+
+
+def test_without_the_header_files_of_python_kernels_cannot_be_compiled(headers: Path) -> None:
+    (headers / "Python.h").unlink()
+    assert f"{headers} has no Python.h" in lacks_to_compile({"CC": "cc"}, headers)
+
+
+def test_engines_on_this_machines_gpus_are_refused_without_a_compiler(tmp_path: Path) -> None:
+    nothing = {"PATH": str(tmp_path)}
+    with pytest.raises(UserError, match="no C compiler"):
+        check_machine(starts_ray=True, on_gpus=True, environment=dict(nothing), cwd=tmp_path)
+    check_machine(starts_ray=False, on_gpus=True, environment=dict(nothing), cwd=tmp_path)
+    check_machine(starts_ray=True, on_gpus=False, environment=dict(nothing), cwd=tmp_path)
 
 
 def test_little_shared_memory_is_warned_of(
