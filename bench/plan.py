@@ -2,11 +2,13 @@
 
     python -m bench.plan [--directory DIR] [--all] [0.1M] [3M] [60M] [250M]
     python -m bench.plan --allocators [MODEL ...]
+    python -m bench.plan --asleep [MODEL ...]
 
 Qwen2-architecture models with random weights. A learner rank trains a few steps on full rows, an engine serves and
 scores more requests than it takes at once; both as in a run's actors, one after the other. Prints a Markdown table:
 most anonymous memory (`bench.peaks`), predicted and measured, and of what the prediction is made. `--allocators`: what
 the rank holds with glibc in place of our allocator on CPUs, and what the processor time of each is, start included.
+`--asleep`: what an engine keeps while it sleeps.
 """
 
 from __future__ import annotations
@@ -23,10 +25,11 @@ from rich.console import Console
 from actors.engine_options import batched_tokens
 from actors.session import cpu_environment
 from bench.measure import print_table
-from bench.peaks import Measured, measure
+from bench.peaks import Measured, asleep, measure
 from pipeline.core.plan.engine import EngineLoad, engine_needs
 from pipeline.core.plan.learner import RankLoad, rank_memory
 from pipeline.core.plan.memory import GIB, Memory
+from pipeline.core.plan.needs import ASLEEP
 from pipeline.core.plan.shape import read_shape
 
 if TYPE_CHECKING:
@@ -91,6 +94,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="where the models are kept; default: nowhere")
     parser.add_argument("--all", action="store_true", help="also other settings of the rank")
     parser.add_argument("--allocators", action="store_true", help="the rank with several allocators")
+    parser.add_argument("--asleep", action="store_true", help="the engine awake and asleep")
     parser.add_argument("models", nargs="*", default=list(MODELS), help=f"of {', '.join(MODELS)}")
     arguments = parser.parse_args()
     rows: list[list[str]] = []
@@ -98,13 +102,18 @@ def main() -> None:
         for name in arguments.models:
             path = (arguments.directory or Path(scratch)) / name
             _save_model(path, model_config(name))
-            rows += _allocators(name, path) if arguments.allocators else _plan(name, path, arguments.all)
-    print_table(
-        "model; allocator; peak of the rank (MB); processor time (s)"
-        if arguments.allocators
-        else "model; process; predicted (MB); measured; ratio; of which libraries; the rest",
-        rows,
-    )
+            if arguments.allocators:
+                rows += _allocators(name, path)
+            elif arguments.asleep:
+                rows += _asleep(name, path)
+            else:
+                rows += _plan(name, path, arguments.all)
+    header = "model; process; predicted (MB); measured; ratio; of which libraries; the rest"
+    if arguments.allocators:
+        header = "model; allocator; peak of the rank (MB); processor time (s)"
+    if arguments.asleep:
+        header = "model; engine awake (MB); asleep; predicted asleep"
+    print_table(header, rows)
 
 
 def model_config(name: str) -> Qwen2Config:
@@ -141,6 +150,13 @@ def _allocators(name: str, path: Path) -> list[list[str]]:
         measured = _measure(f"{name}: {allocator}", "rank", path, _rank_settings(RANK), environment)
         rows.append([name, allocator, f"{measured.bytes / 1e6:,.0f}", f"{measured.cpu_s:.1f}"])
     return rows
+
+
+def _asleep(name: str, path: Path) -> list[list[str]]:
+    predicted = engine_needs(read_shape(str(path)), ENGINE).memory.only(*ASLEEP).on("host")
+    with Console(stderr=True).status(f"{name}: engine"):
+        held = asleep(path, dict(ENGINE_SETTINGS), cpu_environment())
+    return [[name, *(f"{size / 1e6:,.0f}" for size in (held["awake"], held["asleep"], predicted))]]
 
 
 def _plan(name: str, path: Path, every_rank: bool) -> list[list[str]]:

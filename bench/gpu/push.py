@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from actors.weight_transfer import SharedMemorySender, VllmSender, WeightSender
+import torch
+
+from actors import learner_setup
+from actors.weight_transfer import SharedMemorySender, Transport, VllmSender, WeightSender
 from bench.gpu.engine import Reference, distance
 from bench.gpu.hosted import HostedEngine, engine_options, hosted
 from bench.gpu.learner import make_learner
-from bench.gpu.limits import copy_rate
+from bench.gpu.limits import copy_rate, seconds
 from bench.gpu.models import random_examples, random_model
 from bench.gpu.rows import Row, Size, at_most
 from pipeline.core.config import LearnerConfig
@@ -25,10 +31,10 @@ def run(device: str, scratch: Path) -> list[Row]:
         LearnerConfig(dtype="bfloat16", zero_stage=2, batch_size=4, learning_rate=1e-3, warmup_ratio=0.0),
         model,
     )
-    limit = copy_rate(device) / 2
     rows = []
-    for transport in ("ipc", "shared_memory") if device == "cuda" else ("shared_memory",):
-        with hosted(engine_options(model, device, dtype="bfloat16", weight_transport=transport)) as host:
+    for transport, limit, what in ways(device):
+        options = engine_options(model, device, dtype="bfloat16", weight_transport=transport)
+        with on_gpu(1 if transport == "nccl" else 0), hosted(options) as host:
             rates, nbytes = [], 0
             for version in range(1, PUSHES + 1):
                 few = random_examples(size, count=4, shortest=100, longest=200)
@@ -43,7 +49,7 @@ def run(device: str, scratch: Path) -> list[Row]:
             rows += [
                 Row(f"{name}: first, with the meeting", rates[0] / 1e9, "GB/s"),
                 Row(name, rate / 1e9, "GB/s"),
-                Row(f"{name}: of a memory copy", 100 * rate / limit, "%"),
+                Row(f"{name}: of {what} ({limit / 1e9:.0f} GB/s)", 100 * rate / limit, "%"),
             ]
             learner.export(scratch / "exported")
             reference = Reference(scratch / "exported")
@@ -54,20 +60,57 @@ def run(device: str, scratch: Path) -> list[Row]:
                 at_most(f"push, {transport}: served against exported, log-probability", worst, "nats", 0.5)
             )
     learner.shutdown()
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        rows.append(Row("push, nccl: needs two GPUs, not run", 0, ""))
     return rows
 
 
-def sender(learner, host: HostedEngine, transport: str) -> WeightSender:  # type: ignore[no-untyped-def]
+def ways(device: str) -> list[tuple[Transport, float, str]]:
+    """The transports that can be tried here, each with what limits it: bytes a second, and its name."""
+    if device == "cpu":
+        return [("shared_memory", copy_rate("cpu") / 2, "a memory copy")]
+    found: list[tuple[Transport, float, str]] = [
+        ("ipc", copy_rate("cuda") / 2, "a copy within the GPU"),
+        ("shared_memory", transfer_rate("cuda:0", "cpu"), "a copy to the host"),
+    ]
+    if torch.cuda.device_count() > 1:
+        found.append(("nccl", transfer_rate("cuda:0", "cuda:1"), "a copy to the other GPU"))
+    return found
+
+
+def transfer_rate(source: str, target: str) -> float:
+    """Bytes per second of a copy from one device's memory to another's."""
+    data = torch.empty(1 << 30, dtype=torch.uint8, device=source)
+    there = torch.empty(1 << 30, dtype=torch.uint8, device=target, pin_memory=target == "cpu")
+    return data.numel() / seconds(lambda: there.copy_(data), "cuda", repeats=3)
+
+
+@contextmanager
+def on_gpu(number: int) -> Iterator[None]:
+    """Processes that are started meanwhile see that GPU only."""
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = before.split(",") if before else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[number] if visible else ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before
+
+
+def sender(learner, host: HostedEngine, transport: Transport) -> WeightSender:  # type: ignore[no-untyped-def]
     """As `actors.learner.LearnerRank.push` makes it."""
     if transport == "shared_memory":
         return SharedMemorySender(host, learner.named_weights, deadline_s=120)
     return VllmSender(
-        "ipc",
+        transport,
         host,
         learner.named_weights,
         rank=0,
         master_address="127.0.0.1",
-        master_port=0,
+        master_port=learner_setup.free_address()[1] if transport == "nccl" else 0,
         deadline_s=120,
         largest_tensor_bytes=learner.largest_tensor_bytes(),
     )

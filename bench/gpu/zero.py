@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from bench.gpu.learner import make_learner
@@ -21,45 +23,58 @@ TOLERANCES = {"float32": (1e-4, 2e-2), "bfloat16": (2e-2, 1.0)}
 """Relative difference of the loss of any step, and of the whole change of the weights."""
 
 
+Layout = tuple[str, int]
+"""Number format and ZeRO stage."""
+ON_GPU: list[Layout] = [(dtype, stage) for dtype in ("float32", "bfloat16") for stage in (1, 2, 3)]
+ON_CPU: list[Layout] = [("float32", 1), ("bfloat16", 3)]
+
+
 def run(device: str, scratch: Path) -> list[Row]:
-    expected = steps_in_process("cpu", "float32", 0, scratch / "cpu.pt")
-    start = reference_weights()
-    rows = []
-    for dtype in ("float32", "bfloat16"):
-        for stage in (1, 2, 3):
-            found = steps_in_process(device, dtype, stage, scratch / f"{dtype}-{stage}.pt")
-            loss = max(abs(a - b) / b for a, b in zip(found["losses"], expected["losses"], strict=True))
-            change = sum(float((w - start[n]).square().sum()) for n, w in expected["weights"].items())
-            error = sum(
-                float((found["weights"][n].float() - w).square().sum())
-                for n, w in expected["weights"].items()
-            )
-            name = f"ZeRO-{stage}, {dtype}, against the CPU"
-            loss_bound, weight_bound = TOLERANCES[dtype]
-            rows.append(at_most(f"{name}: loss, relative difference", loss, "", loss_bound))
-            rows.append(
-                at_most(
-                    f"{name}: change of the weights, relative error",
-                    (error / change) ** 0.5,
-                    "",
-                    weight_bound,
-                )
-            )
-    return rows
-
-
-def steps_in_process(device: str, dtype: str, stage: int, out: Path) -> dict:  # type: ignore[type-arg]
-    """What `take_steps` finds, in a process of its own: a process group, and a choice of device, are for life."""
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
-    subprocess.run(
-        [sys.executable, "-m", "bench.gpu.zero", str(out), dtype, str(stage)], env=environment, check=True
+    layouts = ON_GPU if device == "cuda" else ON_CPU
+    expected, *found = steps_in_processes(
+        [("cpu", ("float32", 0)), *((device, one) for one in layouts)], scratch
     )
-    found: dict = torch.load(out)  # type: ignore[type-arg]
-    return found
+    start = reference_weights()
+    return [
+        row
+        for layout, one in zip(layouts, found, strict=True)
+        for row in compare(layout, one, expected, start)
+    ]
 
 
-def take_steps(out: Path, dtype: str, stage: int) -> None:
-    """Three optimiser steps on the shipped tiny model; losses and final weights to `out`."""
+def compare(
+    layout: Layout, found: dict[str, Any], expected: dict[str, Any], start: dict[str, torch.Tensor]
+) -> list[Row]:
+    dtype, stage = layout
+    loss = max(abs(a - b) / b for a, b in zip(found["losses"], expected["losses"], strict=True))
+    change = sum(float((w - start[n]).square().sum()) for n, w in expected["weights"].items())
+    error = sum(
+        float((found["weights"][n].float() - w).square().sum()) for n, w in expected["weights"].items()
+    )
+    name = f"ZeRO-{stage}, {dtype}, against the CPU"
+    loss_bound, weight_bound = TOLERANCES[dtype]
+    return [
+        at_most(f"{name}: loss, relative difference", loss, "", loss_bound),
+        at_most(f"{name}: change of the weights, relative error", (error / change) ** 0.5, "", weight_bound),
+    ]
+
+
+def steps_in_processes(runs: list[tuple[str, Layout]], scratch: Path) -> list[dict[str, Any]]:
+    """What `take_steps` finds for each (device, layout), all at once, in processes of their own: a process group, and a
+    choice of device, are for life."""
+    processes = []
+    for number, (device, (dtype, stage)) in enumerate(runs):
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+        command = [sys.executable, "-m", "bench.gpu.zero", str(scratch / f"{number}.pt"), dtype, str(stage)]
+        processes.append(subprocess.Popen(command, env=environment))
+    for process in processes:
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+    return [torch.load(scratch / f"{number}.pt") for number in range(len(runs))]
+
+
+def take_steps(out: Path, dtype: Any, stage: Any) -> None:
+    """Three optimiser steps on the shipped tiny model; losses, and weights afterwards, to `out`."""
     config = LearnerConfig(
         zero_stage=stage,
         dtype=dtype,
@@ -77,8 +92,6 @@ def take_steps(out: Path, dtype: str, stage: int) -> None:
 
 def examples() -> list[Example]:
     """24 short random examples for the tiny model's vocabulary, of different weights."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
     made = []
     for number in range(24):
