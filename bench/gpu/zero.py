@@ -19,40 +19,48 @@ from pipeline.core.config import LearnerConfig
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.records import Example
 
-TOLERANCES = {"float32": (1e-4, 2e-2), "bfloat16": (2e-2, 1.0)}
-"""Relative difference of the loss of any step, and of the whole change of the weights."""
-
-
+TOLERANCES = {"float32": (1e-4, 2e-2), "bfloat16": (2e-2, 0.3)}
+"""Relative difference of the loss of any step, and of the whole change of the weights, to the same format on a CPU."""
+FIRST = 5e-3
+"""Relative difference of the first step's loss to float32, when no weight has changed yet."""
 Layout = tuple[str, int]
 """Number format and ZeRO stage."""
+REFERENCES: dict[str, Layout] = {"float32": ("float32", 0), "bfloat16": ("bfloat16", 1)}
 ON_GPU: list[Layout] = [(dtype, stage) for dtype in ("float32", "bfloat16") for stage in (1, 2, 3)]
 ON_CPU: list[Layout] = [("float32", 1), ("bfloat16", 3)]
 
 
 def run(device: str, scratch: Path) -> list[Row]:
+    """Each number format against itself on a CPU: in bfloat16 most weights do not move in the first steps, since a step
+    is smaller than half of the distance to the next number, until the float32 copy has moved far enough."""
     layouts = ON_GPU if device == "cuda" else ON_CPU
-    expected, *found = steps_in_processes(
-        [("cpu", ("float32", 0)), *((device, one) for one in layouts)], scratch
-    )
+    runs = [*(("cpu", layout) for layout in REFERENCES.values()), *((device, layout) for layout in layouts)]
+    float32, bfloat16, *found = steps_in_processes(runs, scratch)
     start = reference_weights()
-    return [
-        row
-        for layout, one in zip(layouts, found, strict=True)
-        for row in compare(layout, one, expected, start)
-    ]
+    rows = []
+    for (dtype, stage), one in zip(layouts, found, strict=True):
+        name = f"ZeRO-{stage}, {dtype}, against the CPU"
+        rows += compare(name, one, float32 if dtype == "float32" else bfloat16, start, *TOLERANCES[dtype])
+        if dtype == "bfloat16":
+            first = abs(one["losses"][0] / float32["losses"][0] - 1)
+            rows.append(at_most(f"{name} in float32: first loss, relative difference", first, "", FIRST))
+    return rows
 
 
 def compare(
-    layout: Layout, found: dict[str, Any], expected: dict[str, Any], start: dict[str, torch.Tensor]
+    name: str,
+    found: dict[str, Any],
+    expected: dict[str, Any],
+    start: dict[str, torch.Tensor],
+    loss_bound: float,
+    weight_bound: float,
 ) -> list[Row]:
-    dtype, stage = layout
     loss = max(abs(a - b) / b for a, b in zip(found["losses"], expected["losses"], strict=True))
-    change = sum(float((w - start[n]).square().sum()) for n, w in expected["weights"].items())
+    change = sum(float((w.float() - start[n]).square().sum()) for n, w in expected["weights"].items())
     error = sum(
-        float((found["weights"][n].float() - w).square().sum()) for n, w in expected["weights"].items()
+        float((found["weights"][n].float() - w.float()).square().sum())
+        for n, w in expected["weights"].items()
     )
-    name = f"ZeRO-{stage}, {dtype}, against the CPU"
-    loss_bound, weight_bound = TOLERANCES[dtype]
     return [
         at_most(f"{name}: loss, relative difference", loss, "", loss_bound),
         at_most(f"{name}: change of the weights, relative error", (error / change) ** 0.5, "", weight_bound),
