@@ -44,13 +44,13 @@ $(READY): $(LOCK) pyproject.toml
 	fi
 	if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then
 	  python=""
-	  for candidate in $(or $(PYTHON),python3.11 python3 python3.12 python3.13); do
+	  for candidate in $(or $(PYTHON),python3.11 python3.12 python3 python3.13); do
 	    if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
 	      python=$$candidate; break
 	    fi
 	  done
 	  if [ -z "$$python" ]; then
-	    echo "No Python 3.11 or newer with its venv module among: $(or $(PYTHON),python3.11 python3 python3.12 python3.13)." >&2
+	    echo "No Python 3.11 or newer with its venv module among: $(or $(PYTHON),python3.11 python3.12 python3 python3.13)." >&2
 	    echo "Install one (Debian, Ubuntu: apt install python3.11 python3.11-venv) or name it: make setup PYTHON=/path/to/python3.11" >&2
 	    exit 1
 	  fi
@@ -119,7 +119,7 @@ COMPILE := $(UV) pip compile pyproject.toml --extra dev --constraint requirement
 TORCH_CPU_SOURCE ?= --extra-index-url $(TORCH_CPU_INDEX) --index-strategy unsafe-best-match
 
 define LOCK_HEADER
-# Every package of this set, pinned, for Python 3.11 on Linux x86-64. Written by `make lock` (uv pip compile) from
+# Every package of this set, pinned, for Python 3.11 and 3.12 on Linux x86-64. Written by `make lock` (uv pip compile) from
 # pyproject.toml and constraints.txt; `make setup` installs it with `pip install --no-deps`.
 endef
 define CPU_HEADER

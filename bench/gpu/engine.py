@@ -33,7 +33,7 @@ def run(device: str, scratch: Path) -> list[Row]:
     prompts = [tokenizer(f"Question: {question}\n<think>").input_ids for question in QUESTIONS]
     reference = Reference(TOKENIZER)
     rows = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16") if device == "cuda" else ("float32",):
         options = engine_options(TOKENIZER, device, dtype=dtype)
         started = time.perf_counter()
         with hosted(options) as host:

@@ -35,7 +35,7 @@ def test_without_a_gpu_the_check_says_so_and_touches_nothing(tmp_path: Path) -> 
     assert "no GPU" in done.stderr and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("part", ["limits", "attention", "sleep"])
+@pytest.mark.parametrize("part", ["limits", "attention"])
 def test_a_part_gives_figures_within_their_bounds(part: str, tmp_path: Path) -> None:
     assert gpu.check([part], "cpu", tmp_path) == 0
 
@@ -43,15 +43,14 @@ def test_a_part_gives_figures_within_their_bounds(part: str, tmp_path: Path) -> 
     assert found["rows"] and not found["error"]
 
 
-@pytest.mark.component
 @pytest.mark.parametrize(
     "part",
     [
-        *("learner", "large"),
         *(
-            pytest.param(part, marks=pytest.mark.chaos)
-            for part in ("engine", "push", "generation", "encoder")
+            pytest.param(part, marks=pytest.mark.component)
+            for part in ("learner", "large", "zero", "engine", "push", "sleep", "generation", "encoder")
         ),
+        pytest.param("em", marks=pytest.mark.system),
     ],
 )
 def test_a_part_with_real_engines_and_learners_gives_figures_within_their_bounds(
