@@ -35,6 +35,8 @@ class Part:
     limit_s: int
 
 
+CPU_PATIENCE = 3
+"""Limits of a CPU are so many times those of a GPU: it may be slow, and busy."""
 PARTS = {
     "limits": Part("limits:run", "memory copy and matrix product of the device itself", 120),
     "attention": Part("attention:run", "packed attention: value, gradient, speed", 180),
@@ -100,6 +102,7 @@ def check(names: list[str], device: str, out: Path) -> int:
 
 def run_part(name: str, device: str, out: Path) -> tuple[list[Row], str]:
     """What a part found, and why it failed ("" if it did not)."""
+    limit_s = PARTS[name].limit_s * (1 if device == "cuda" else CPU_PATIENCE)
     with tempfile.TemporaryDirectory() as scratch, (out / f"{name}.log").open("wb") as log:
         result = Path(scratch) / "rows.json"
         code = f"from bench.gpu.__main__ import child; child({name!r}, {device!r}, {scratch!r})"
@@ -107,9 +110,9 @@ def run_part(name: str, device: str, out: Path) -> tuple[list[Row], str]:
             [sys.executable, "-c", code], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            exit_code = process.wait(PARTS[name].limit_s)
+            exit_code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            return [], f"took more than {PARTS[name].limit_s} s; see {log.name}"
+            return [], f"took more than {limit_s} s; see {log.name}"
         finally:
             end_group(process)
         if exit_code != 0:
