@@ -75,8 +75,8 @@ def check_run(
         device: what it trains on.
 
     Raises:
-        UserError: a model is incomplete or a package missing, the run would not outlive its job, or the disk has no
-            room for the next version.
+        UserError: a model is incomplete or cannot be trained on packed rows, a package is missing, the run would not
+            outlive its job, or the disk has no room for the next version.
     """
     if _UPLOADS in (whole := run.absolute()).parts:
         raise UserError(
@@ -110,6 +110,12 @@ def _check_attention(policies: Sequence[PolicySpec]) -> None:
             "learner.attention: flash_attention_2 needs the package flash-attn, which is not installed here; install "
             "it on all nodes, or leave learner.attention as it is (packed)"
         )
+    # It needs torch and transformers, which take seconds to import.
+    from pipeline.core.attention_check import check_attention
+
+    for spec in policies:
+        if spec.learner is not None and spec.head != "embedding":
+            check_attention(spec.model.path, spec.learner.attention)
 
 
 # ---------------------------------------------------------------- this machine
