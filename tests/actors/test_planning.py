@@ -61,6 +61,7 @@ def test_qwen_on_eight_shared_gpus(qwen: str) -> None:
     assert searcher.engine is not None
     assert searcher.engine.cache.tokens == pytest.approx(722_000, rel=0.01)
     assert in_gib(searcher.push_bytes) == pytest.approx(14.2, abs=0.05)
+    assert (searcher.engines, searcher.ranks, searcher.transport) == (8, 8, "ipc")
     assert [(t.kind, t.number) for t in made.layout.nodes[0]] == [
         (kind, number) for kind in ("engine", "rank") for number in range(8)
     ]
