@@ -51,7 +51,7 @@ def compare(
     """Outputs and gradients against float32, one call per segment."""
     window = shape[3]
     inputs = make_inputs(shape, sum(lengths), device)
-    kernel = varlen if takes_varlen(inputs[0], 0.0) else per_segment
+    kernel = varlen if takes_varlen(inputs[0], inputs[2], 0.0) else per_segment
     query, key, value = (x.detach().float().requires_grad_() for x in inputs)
     exact = (query, key, value)
     reference = attend(per_segment, exact, lengths, window)

@@ -86,8 +86,8 @@ def check_run(
         device: what it trains on.
 
     Raises:
-        UserError: a model is incomplete or a package missing, the run would not outlive its job, or the disk has no
-            room for the next version.
+        UserError: a model is incomplete or cannot be trained on packed rows, a package is missing, the run would not
+            outlive its job, or the disk has no room for the next version.
     """
     if _UPLOADS in (whole := run.absolute()).parts:
         raise UserError(
@@ -122,6 +122,12 @@ def _check_attention(policies: Sequence[PolicySpec]) -> None:
             "it on all nodes (.venv/bin/pip install --no-build-isolation flash-attn, which needs nvcc), or leave "
             "learner.attention as it is (packed)"
         )
+    # It needs torch and transformers, which take seconds to import.
+    from pipeline.core.attention_check import check_attention
+
+    for spec in policies:
+        if spec.learner is not None and spec.head != "embedding":
+            check_attention(spec.model.path, spec.learner.attention)
 
 
 # ---------------------------------------------------------------- this machine

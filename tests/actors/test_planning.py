@@ -62,6 +62,7 @@ def test_qwen_on_eight_shared_gpus(qwen: str) -> None:
     assert searcher.engine is not None
     assert searcher.engine.cache.tokens == pytest.approx(722_000, rel=0.01)
     assert in_gib(searcher.push_bytes) == pytest.approx(14.2, abs=0.05)
+    assert (searcher.engines, searcher.ranks, searcher.transport) == (8, 8, "ipc")
     assert [(t.kind, t.number) for t in made.layout.nodes[0]] == [
         (kind, number) for kind in ("engine", "rank") for number in range(8)
     ]
@@ -70,7 +71,11 @@ def test_qwen_on_eight_shared_gpus(qwen: str) -> None:
 def test_at_once_on_the_same_gpus_qwen_has_little_room_for_its_agents(qwen: str) -> None:
     """The reference table's layout: both on a GPU, 0.45 of it for the engine: 348,000 tokens for 256 agents."""
     both = config(
-        "qwen2.5-7b-8gpu.yaml", qwen, "cluster.take_turns=false", "rollout.gpu_memory_utilization=0.45"
+        "qwen2.5-7b-8gpu.yaml",
+        qwen,
+        "cluster.take_turns=false",
+        "rollout.gpu_memory_utilization=0.45",
+        "rollout.concurrency=256",
     )
     made = plan(both, gpu_nodes(1, 8, 79.6, None))
 
@@ -80,28 +85,63 @@ def test_at_once_on_the_same_gpus_qwen_has_little_room_for_its_agents(qwen: str)
     assert "1,363 for each of rollout.concurrency=256 agents" in warning
 
 
-def test_llama_on_four_nodes(llama: str) -> None:
-    made = plan(config("llama3.1-8b-4x8gpu.yaml", llama), gpu_nodes(4, 8, 79.6, None))
+def test_llama_on_four_nodes_that_share_all_gpus(llama: str) -> None:
+    made = plan(config("llama3.1-8b-4x8gpu.yaml", llama), gpu_nodes(4, 8, 79.6, 1024))
 
-    assert made.refusals() == []
+    assert (made.layout.shared, made.layout.take_turns, made.refusals(), made.warnings()) == (
+        True,
+        True,
+        [],
+        [],
+    )
+    sampling, training = made.gpus()
+    assert in_gib(sampling.bytes) == pytest.approx(0.7 * 79.6 + 0.5 + 2, rel=0.02)
+    # As in the reference table, with 32 ranks in place of 16.
+    assert in_gib(training.bytes) == pytest.approx(25 - (0.9 + 5.6 + 1.9) / 2 + 2, rel=0.1)
+    (searcher,) = made.policies
+    assert (searcher.engines, searcher.ranks, searcher.transport) == (32, 32, "ipc")
+    assert [[(t.kind, t.number) for t in node] for node in made.layout.nodes] == [
+        [(kind, 8 * number + k) for kind in ("engine", "rank") for k in range(8)] for number in range(4)
+    ]
+
+
+def test_llama_on_four_nodes_apart(llama: str) -> None:
+    made = plan(config("llama3.1-8b-4x8gpu-apart.yaml", llama), gpu_nodes(4, 8, 79.6, 1024))
+
+    assert (made.layout.shared, made.layout.take_turns, made.refusals()) == (False, False, [])
     engine, rank = made.gpus()
-    assert in_gib(engine.bytes) == pytest.approx(0.9 * 79.6 + 0.7, abs=0.1)
-    assert in_gib(rank.bytes) == pytest.approx(25, abs=0.5)
+    assert in_gib(engine.bytes) == pytest.approx(71.6, rel=0.1)
+    assert in_gib(rank.bytes) == pytest.approx(25, rel=0.1)
+    assert made.policies[0].transport == "nccl"
     # Packed: two nodes generate, two learn.
     kinds = [{tenant.kind for tenant in node} for node in made.layout.nodes]
     assert kinds == [{"engine"}, {"engine"}, {"rank"}, {"rank"}]
-    assert [warning for warning in made.warnings() if "idle" in warning]
+    (warning,) = made.warnings()
+    assert "idle" in warning and "cluster.colocate=yes" in warning
+
+
+def test_sharing_all_gpus_makes_an_iteration_twice_as_fast(llama: str) -> None:
+    """The figures in the comments of both files."""
+
+    def minutes(name: str) -> list[int]:
+        phases = plan(config(name, llama), gpu_nodes(4, 8, 79.6, None)).phases
+        return [round(phase.seconds / 60) for phase in phases if phase.name in ("E-step", "M-step")]
+
+    assert minutes("llama3.1-8b-4x8gpu.yaml") == [26, 142]
+    assert minutes("llama3.1-8b-4x8gpu-apart.yaml") == [48, 284]
 
 
 def test_a_model_that_a_gpu_cannot_hold_is_refused(llama: str) -> None:
-    small = config("llama3.1-8b-4x8gpu.yaml", llama, "learner.zero_stage=1")
+    small = config("llama3.1-8b-4x8gpu-apart.yaml", llama, "learner.zero_stage=1")
 
     with pytest.raises(UserError, match=r"GPU of a learner rank: .* of 23.6 GiB .*learner.zero_stage=3"):
         plan(small, gpu_nodes(4, 8, 23.6, None)).check()
 
 
 def test_an_engine_larger_than_a_node_is_refused(llama: str) -> None:
-    wide = config("llama3.1-8b-4x8gpu.yaml", llama, "rollout.tensor_parallel_size=8", "rollout.workers=2")
+    wide = config(
+        "llama3.1-8b-4x8gpu-apart.yaml", llama, "rollout.tensor_parallel_size=8", "rollout.workers=2"
+    )
 
     with pytest.raises(UserError, match="no room for 8 GPUs in one"):
         plan(wide, gpu_nodes(8, 4, 79.6, None))

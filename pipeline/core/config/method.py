@@ -148,7 +148,7 @@ class LearnerConfig(Section):
     """Token budget of one packed row; an example must fit."""
     attention: Attention = "packed"
     """packed: torch's own kernels, each example of a row by itself. flash_attention_2: that package, where it is
-    installed. eager: plain matrix products, slow and for comparison."""
+    installed. eager: plain matrix products, slow; for comparison, and for soft-capping (Gemma 2)."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all parameters."""
     threads_per_rank: int | None = Field(None, ge=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Gemma2Config
 
 import pipeline
 from pipeline.core import preflight
@@ -290,6 +291,23 @@ def test_a_package_that_the_learner_would_miss_behind_the_first_sampling_is_miss
         check_run(tmp_path, [spec], StorageConfig(), versions_to_come=1, tokens=0, device="gpu")
     found["flash_attn"] = object()  # type: ignore[assignment]
     check_run(tmp_path, [spec], StorageConfig(), versions_to_come=1, tokens=0, device="gpu")
+
+
+def test_a_model_that_packed_rows_would_compute_otherwise_is_refused_before_anything_starts(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_free(monkeypatch, 100 * GB)
+    Gemma2Config(num_hidden_layers=2).save_pretrained(model)
+
+    def check(**learner: Any) -> None:
+        spec = PolicySpec("a", ModelConfig(path=str(model)), RolloutConfig(), LearnerConfig(**learner))
+        check_run(tmp_path, [spec], StorageConfig(), versions_to_come=1, tokens=0, device="gpu")
+
+    with pytest.raises(
+        UserError, match=r"^learner\.attention: packed .* softcap; set learner\.attention=eager"
+    ):
+        check()
+    check(attention="eager")
 
 
 # ---------------------------------------------------------------- disk
