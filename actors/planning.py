@@ -164,7 +164,7 @@ def _policy_needs(spec: PolicySpec, placement: Placement, node: Node, one: Traje
     rank = _rank(spec, spec.learner, shape, placement, one) if spec.learner else None
     weights = BYTES[_format(spec.learner, placement)] * shape.parameters
     pushes = spec.rollout is not None and spec.learner is not None
-    on_rank = weights // spec.learner.num_ranks if spec.learner and spec.learner.zero_stage == 3 else weights
+    on_rank = _resting_weights(spec.learner, weights) if spec.learner else 0
     return PolicyNeeds(
         name=spec.name,
         model=spec.model.path,
@@ -206,6 +206,13 @@ def _engine(
             tensor_parallel=rollout.tensor_parallel_size,
         ),
     )
+
+
+def _resting_weights(learner: LearnerConfig, weights: int) -> int:
+    """Bytes of the model on the GPU of a rank that does not train."""
+    if learner.offload_parameters:
+        return 0
+    return weights // learner.num_ranks if learner.zero_stage == 3 else weights
 
 
 def _agents(

@@ -31,12 +31,16 @@ def run(device: str, scratch: Path) -> list[Row]:
     subprocess.run(command, check=True)
     report = json.loads((run_directory / "report.json").read_text(encoding="utf-8"))
     rows = [Row(f"demo, {name}: test EM", float(scores["em"]), "") for name, scores in report["test"].items()]
-    for phase in ("expectation", "maximisation", "evaluation"):
-        for number in (0, 1):
-            path = run_directory / "iterations" / f"{number:04d}" / f"{phase}.json"
-            rows.append(
-                Row(f"demo, iteration {number}: {phase}", json.loads(path.read_text())["seconds"], "s")
-            )
+    for iteration in (report["cold_start"], *report["iterations"]):
+        rows += [
+            Row(f"demo, iteration {iteration['iteration']}: {phase}", seconds, "s")
+            for phase, seconds in iteration["phase_seconds"].items()
+        ]
+    (engines,) = report["iterations"][-1]["train"]["engines"].values()
+    rows += [
+        Row("demo: prompt tokens in the engines' cache", engines["cache_hits"], "%"),
+        Row("demo: preemptions", engines["preemptions"], ""),
+    ]
     best, start = (float(report["test"][name]["em"]) for name in ("best", "cold_start"))
     return [
         *rows,
