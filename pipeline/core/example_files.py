@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import UserError
@@ -20,6 +21,12 @@ from pipeline.core.record_tables import (
 )
 from pipeline.core.records import Example, StoredOutline
 
+ROWS_AT_ONCE = 64
+"""Of a shard, however many it has: to read rows takes several times the memory that they have afterwards."""
+
+BUFFER_BYTES = 256 << 10
+"""Of the file, for each column."""
+
 
 def read_outlines(shard: Path) -> list[StoredOutline]:
     """Of all examples of a shard; their token ids are not read.
@@ -27,20 +34,34 @@ def read_outlines(shard: Path) -> list[StoredOutline]:
     Raises:
         UserError: it holds something else.
     """
-    with _told_of(shard), pq.ParquetFile(shard) as file:
-        require_columns(file.schema_arrow.names, EXAMPLE_SCHEMA)
-        return outlines_from_table(file.read(OUTLINE_SCHEMA.names))
+    with _told_of(shard):
+        return [one for _, table in _tables(shard, OUTLINE_SCHEMA) for one in outlines_from_table(table)]
 
 
 def read_examples(shard: Path, rows: npt.NDArray[np.int64] | None = None) -> list[Example]:
-    """Those of these rows, or all of a shard. They hold on to no more of it than themselves.
+    """All of a shard, or those of these rows, which ascend. They hold no memory of the others.
 
     Raises:
         UserError: it holds something else.
     """
-    with _told_of(shard), pq.ParquetFile(shard) as file:
-        table = file.read(EXAMPLE_SCHEMA.names)
-        return examples_from_table(table if rows is None else table.take(rows))
+    found: list[Example] = []
+    with _told_of(shard):
+        for first, table in _tables(shard, EXAMPLE_SCHEMA):
+            if rows is not None:
+                start, end = np.searchsorted(rows, (first, first + len(table)))
+                table = table.take(rows[start:end] - first)
+            found += examples_from_table(table)
+    return found
+
+
+def _tables(shard: Path, schema: pa.Schema) -> Iterator[tuple[int, pa.Table]]:
+    """These columns of a shard, some rows after the other, with the number of the first of them."""
+    with pq.ParquetFile(shard, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
+        require_columns(file.schema_arrow.names, EXAMPLE_SCHEMA)
+        first = 0
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=schema.names):
+            yield first, pa.Table.from_batches([batch])
+            first += len(batch)
 
 
 @contextmanager

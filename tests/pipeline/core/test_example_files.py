@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,20 @@ def test_chosen_examples_come_in_full_and_hold_no_others(shard: Path) -> None:
         np.testing.assert_array_equal(example.loss_mask, make(number).loss_mask)
     assert held < 2 * len(rows) * LENGTH * 4
     assert [example.id for example in read_examples(shard)] == [f"q{number}" for number in range(ROWS)]
+
+
+def most_memory_of_reading(shard: Path) -> int:
+    """Of Arrow, since this process began."""
+    outlines, chosen = read_outlines(shard), read_examples(shard, np.arange(0, 2048, 128))
+    assert (len(outlines), len(chosen)) == (2048, 16)
+    return int(pa.default_memory_pool().max_memory())
+
+
+def test_a_large_shard_is_never_in_memory_as_a_whole(tmp_path: Path) -> None:
+    shard, table = tmp_path / "large.parquet", examples_to_table([make(number) for number in range(64)])
+    pq.write_table(pa.concat_tables([table] * 32), shard)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
+        assert processes.submit(most_memory_of_reading, shard).result() < 32 * table.nbytes / 2
 
 
 def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
