@@ -71,6 +71,19 @@ def is_so_anywhere(*here: bool) -> list[bool]:
 _OURS = (OSError, UserError, RetrieverError)
 
 
+def on_each_rank(work: Callable[[], T]) -> T:
+    """Run `work` on every rank; each gets its own result, or all the error of the first one that has one."""
+    failure: Exception | None = None
+    try:
+        mine = work()
+    except _OURS as error:
+        failure = error
+    for one in gathered(failure):
+        if one is not None:
+            raise one
+    return mine
+
+
 def on_rank_zero(work: Callable[[], T]) -> T:
     """Run `work` on rank 0; all ranks get its result, or its error: a full disk leaves nobody waiting."""
     outcome: list[Any] = [None]

@@ -28,20 +28,15 @@ import torch.distributed as dist
 from actors import learner_files, learner_setup, learner_state, learner_weights
 from actors.checkpointer import Checkpointer
 from actors.collectives import gathered, on_rank_zero
-from actors.learner_outputs import ModelOutputs, Sums, check_streams, read_examples, rows_of
+from actors.learner_examples import PhaseExamples
+from actors.learner_outputs import ModelOutputs, Sums, rows_of
 from actors.weight_transfer import Bucket
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
 from pipeline.core.losses.loss import Loss, Outputs, Prepared, Terms
-from pipeline.core.packing import (
-    OptimizerStep,
-    PackedBatch,
-    collate,
-    packing_efficiency,
-    plan_epoch,
-)
+from pipeline.core.packing import OptimizerStep, PackedBatch, collate, packing_efficiency, plan_epoch
 from pipeline.core.policies import Head
-from pipeline.core.records import Example
+from pipeline.core.records import Example, Outline
 from pipeline.core.schedule import learning_rate_at
 from pipeline.core.training import TrainReport
 from pipeline.core.training_phase import Phase, phase_key
@@ -134,7 +129,7 @@ class Learner:
         one in `checkpoints`.
 
         Args:
-            examples: records, or Parquet shards of them that every rank reads itself.
+            examples: records, or Parquet shards of them. Every rank reads of these what it will compute itself.
             loss: what is minimised.
             phase_seed: seed of the order of the examples.
             learning_rate, epochs: in place of the configured ones.
@@ -149,22 +144,25 @@ class Learner:
             FloatingPointError: the loss or the gradient of more than `learner.max_skipped_steps` steps is not finite.
                 No weight has changed by it.
         """
-        records = read_examples(examples)
-        check_streams(records, loss, self.head)
-        peak, prepared = learning_rate or self.config.learning_rate, loss.prepare(records)
+        records = PhaseExamples(examples, loss, self.head)
+        outlines = records.outlines
+        peak, prepared = learning_rate or self.config.learning_rate, loss.prepare(outlines)
         # An example that is not computed counts in its batch's normaliser only: it has no length to compute.
-        lengths = [len(e.token_ids) if c else 0 for e, c in zip(records, prepared.computed, strict=True)]
+        lengths = [o.length if c else 0 for o, c in zip(outlines, prepared.computed, strict=True)]
         if not any(lengths):
             logger.warning("no training example has a say: the phase leaves the model as it is")
-        plan = self._plan(records, lengths, phase_seed, epochs or self.config.epochs) if any(lengths) else []
+        plan = self._plan(outlines, lengths, phase_seed, epochs or self.config.epochs) if any(lengths) else []
 
-        phase = self._enter_phase(phase_key(records, loss, phase_seed, peak, len(plan)), checkpoints, start)
+        key = phase_key(records.digests, loss, phase_seed, peak, len(plan))
+        phase = self._enter_phase(key, checkpoints, start)
         where = {"num_steps": len(plan), "resumed_at": phase.resumed_at}
         self._progress = {"step": len(phase.history), **where}
+        to_do = plan[len(phase.history) :]
+        own = records.load(k for step in to_do for pack in step.packs[self.rank] for k in pack)
         self._end_rest()
         self.engine.train()
         last_checkpoint = time.monotonic()
-        for step in plan[len(phase.history) :]:
+        for step in to_do:
             started = time.perf_counter()
             rate = learning_rate_at(
                 len(phase.applied),
@@ -173,13 +171,13 @@ class Learner:
                 warmup_ratio=self.config.warmup_ratio,
                 min_ratio=self.config.min_learning_rate_ratio,
             )
-            phase.history.append(self._optimizer_step(step, records, loss, prepared, rate))
+            phase.history.append(self._optimizer_step(step, own, loss, prepared, rate))
             phase.seconds += time.perf_counter() - started
             self._progress = {"step": len(phase.history), **where, **phase.history[-1]}
             if phase.skipped > self.config.max_skipped_steps:
                 self.finish_checkpoint()
                 raise FloatingPointError(
-                    self._too_many_skipped(phase, len(plan), [records[k].id for k in step.examples])
+                    self._too_many_skipped(phase, len(plan), [outlines[k].id for k in step.examples])
                 )
             if on_step is not None:
                 on_step(phase.history[-1])
@@ -193,7 +191,7 @@ class Learner:
         fill, balance = packing_efficiency(plan, lengths, self.config.tokens_per_microbatch)
         computed = [k for step in plan for k in step.examples if lengths[k]]
         return TrainReport(
-            examples=len(records),
+            examples=len(outlines),
             skipped_examples=lengths.count(0),
             learning_rate=peak,
             steps=len(phase.history),
@@ -201,7 +199,7 @@ class Learner:
             resumed_at=phase.resumed_at,
             damaged_checkpoints=phase.problems,
             averages=phase.averages(),
-            trained_tokens=sum(records[k].num_targets for k in computed),
+            trained_tokens=sum(outlines[k].num_targets for k in computed),
             total_tokens=sum(lengths[k] for k in computed),
             seconds=phase.seconds,
             pack_fill=fill,
@@ -235,9 +233,9 @@ class Learner:
         return self._progress
 
     def _plan(
-        self, records: Sequence[Example], lengths: Sequence[int], phase_seed: int, epochs: int
+        self, outlines: Sequence[Outline], lengths: Sequence[int], phase_seed: int, epochs: int
     ) -> list[OptimizerStep]:
-        units = [example.unit for example in records]
+        units = [outline.unit for outline in outlines]
         return [
             step
             for epoch in range(epochs)
@@ -289,7 +287,7 @@ class Learner:
     def _optimizer_step(
         self,
         step: OptimizerStep,
-        records: Sequence[Example],
+        own: Mapping[int, Example],
         loss: Loss,
         prepared: Prepared,
         learning_rate: float,
@@ -302,7 +300,7 @@ class Learner:
         for index, pack in enumerate(packs):
             last = index == len(packs) - 1
             self.engine.set_gradient_accumulation_boundary(last)
-            terms = self._terms(collate(pack, records, loss.streams, prepared.streams), loss, normaliser)
+            terms = self._terms(collate(pack, own, loss.streams, prepared.streams), loss, normaliser)
             sums.add(terms)
             if last:
                 total, metrics = sums.over_all_ranks()

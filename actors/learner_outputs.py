@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from actors.collectives import gathered
-from pipeline.core.errors import UserError
-from pipeline.core.losses.loss import Form, Loss, Output, Rows, Terms
+from pipeline.core.losses.loss import Output, Rows, Terms
 from pipeline.core.losses.token_logprobs import token_logprobs
 from pipeline.core.packing import PackedBatch
 from pipeline.core.policies import Head
-from pipeline.core.records import Example, Numbers, examples_from_table
 
 OF_HEAD: dict[Head, tuple[Output, ...]] = {
     "lm": ("logprobs", "logits"),
@@ -117,66 +112,3 @@ def rows_of(batch: PackedBatch, device: torch.device) -> Rows:
         numbers=on_device(batch.numbers),
         streams=on_device(batch.streams),
     )
-
-
-def read_examples(examples: Sequence[Example] | Sequence[str | Path]) -> list[Example]:
-    """Records, or those of Parquet shards.
-
-    Raises:
-        UserError: a shard that holds something else.
-    """
-    records: list[Example] = []
-    for item in examples:
-        if isinstance(item, Example):
-            records.append(item)
-            continue
-        try:
-            records += examples_from_table(pq.read_table(item))
-        except ValueError as error:
-            raise UserError(f"{item} holds no training examples: {error}") from error
-    return records
-
-
-def check_streams(examples: Sequence[Example], loss: Loss, head: Head) -> None:
-    """
-    Raises:
-        UserError: an example without a stream that the loss needs, or with one of another form or that is not finite on
-            the targets; a head that does not give what the loss needs.
-    """
-    needs = f"{type(loss).__name__} needs"
-    if loss.output not in OF_HEAD[head]:
-        raise UserError(f"{needs} {loss.output}, which a head {head} does not give")
-    for example in examples:
-        for name, form in loss.streams.items():
-            values = example.streams.get(name)
-            if values is None:
-                raise UserError(
-                    f"{needs} the stream {name}, which example {example.id} has not; it has "
-                    f"{', '.join(example.streams) or 'none'}"
-                )
-            if not _has_form(values, form):
-                raise UserError(
-                    f"{needs} the stream {name} as {_FORMS[form]}; that of example {example.id} has the shape "
-                    f"{list(values.shape)}"
-                )
-            on_targets = values[1:][example.loss_mask[1:]] if form == "tokens" and len(values) > 1 else values
-            if not np.isfinite(on_targets).all():
-                raise UserError(f"{needs} a finite stream {name}; that of example {example.id} is not")
-
-
-_FORMS: dict[Form, str] = {
-    "number": "one number",
-    "tokens": "one number per token, or one for all",
-    "rows": "a row of numbers per target",
-}
-
-
-def _has_form(values: Numbers, form: Form) -> bool:
-    """Whether it is as a loss wants it; that the lengths fit has been seen to by `Example`."""
-    match form:
-        case "number":
-            return values.shape == (1,)
-        case "tokens":
-            return values.ndim == 1
-        case "rows":
-            return values.ndim == 2

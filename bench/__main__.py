@@ -1,4 +1,4 @@
-"""Run all benchmarks, or those named: `python -m bench [learner] [checkpoint] [encode] [retrieval] [push] [scale]`."""
+"""Run all benchmarks, or those named: `python -m bench [NAME ...]`; the names are those of `BENCHMARKS`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from bench import checkpoint, encode, learner, push, retrieval, scale
+from bench import checkpoint, encode, examples, learner, push, retrieval, scale
 from bench.measure import HEADER
 
 BENCHMARKS = {
     "learner": learner.run,
+    "examples": examples.run,
     "checkpoint": checkpoint.run,
     "encode": encode.run,
     "retrieval": retrieval.run,

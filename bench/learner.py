@@ -28,8 +28,12 @@ def run() -> list[Ratio]:
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
         save_model(model)
-        examples = make_examples()
-        ours, limit = in_turn(_packed(model, examples), _padded(model, examples))
+        examples, learner = make_examples(), make_learner(model)
+        ours, limit = in_turn(
+            lambda: learner.train(examples, WeightedNll(), phase_seed=0).total_tokens_per_s,
+            _padded(model, examples),
+        )
+        learner.shutdown()
     return [Ratio("M-step, 1 rank", "plain torch loop, padded", "tokens", ours, limit, goal=1.3)]
 
 
@@ -75,11 +79,6 @@ def make_learner(model: Path) -> Learner:
         port = listener.getsockname()[1]
     config = LearnerConfig(batch_size=BATCH, dtype="float32", zero_stage=0, tokens_per_microbatch=4096)
     return Learner(config, model, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
-
-
-def _packed(model: Path, examples: list[Example]):  # type: ignore[no-untyped-def]
-    learner = make_learner(model)
-    return lambda: learner.train(examples, WeightedNll(), phase_seed=0).total_tokens_per_s
 
 
 def _padded(model: Path, examples: list[Example]):  # type: ignore[no-untyped-def]

@@ -22,7 +22,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline.cold_start import ColdStart
 from pipeline.core.agents.program import Sampling, derive_seed
@@ -31,9 +30,10 @@ from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import Config
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
+from pipeline.core.example_files import read_examples, read_outlines
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.policies import PolicySpec
-from pipeline.core.records import examples_from_table, examples_to_table
+from pipeline.core.record_tables import examples_to_table
 from pipeline.core.report import Outcome, best_iteration, should_stop
 from pipeline.core.run import Json, write_json, write_table
 from pipeline.core.weighing import SearchWeights
@@ -128,13 +128,12 @@ class ExpectationMaximisation:
 
     def mixed_in(self, t: int, shards: Sequence[Path]) -> Path:
         """A shard of cold-start examples beside the weighted ones, with their average weight per trained token."""
-        weighted = [e for shard in shards for e in examples_from_table(pq.read_table(shard))]
+        weighted = [outline for shard in shards for outline in read_outlines(shard)]
         (first,) = self.run.shards(0, SEARCHER)
-        tokens = sum(e.num_targets for e in weighted)
-        weight = sum(e.number("weight") * e.num_targets for e in weighted) / max(1, tokens)
+        tokens = sum(o.num_targets for o in weighted)
+        weight = sum(o.number("weight") * o.num_targets for o in weighted) / max(1, tokens)
         rng = random.Random(derive_seed(self.config.seed, "mix", t))
-        cold_start = examples_from_table(pq.read_table(first))
-        chosen = rng.choices(cold_start, k=round(self.config.cold_start.mix * len(weighted)))
+        chosen = rng.choices(read_examples(first), k=round(self.config.cold_start.mix * len(weighted)))
         mixed = [
             replace(example, id=f"mix/{n}", unit=f"mix/{n}", streams={"weight": np.array([weight])})
             for n, example in enumerate(chosen)

@@ -31,7 +31,8 @@ from pipeline.core.mirror.mirror import Mirror
 from pipeline.core.models import check_export
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.preflight import check_run
-from pipeline.core.records import Example, Question, trajectories_to_table
+from pipeline.core.record_tables import trajectories_to_table
+from pipeline.core.records import Example, Question
 from pipeline.core.report import scalars, should_stop, step_report
 from pipeline.core.retention import remove_what_need_not_stay
 from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index

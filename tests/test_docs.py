@@ -22,7 +22,8 @@ from pipeline.core.config.loading import all_keys, load_config
 from pipeline.core.evaluation import evaluate
 from pipeline.core.plan.assumptions import Assumptions
 from pipeline.core.plan.machine import gpu_nodes
-from pipeline.core.records import EXAMPLE_SCHEMA, TRAJECTORY_SCHEMA, Question, StopReason
+from pipeline.core.record_tables import EXAMPLE_SCHEMA, TRAJECTORY_SCHEMA
+from pipeline.core.records import Question, StopReason
 from pipeline.core.run import RunDirectory
 from pipeline.core.status import run_status
 from pipeline.core.weighting import WeightingSummary

@@ -15,7 +15,8 @@ from pipeline.core.errors import UserError
 from pipeline.core.evaluation import evaluate
 from pipeline.core.policies import PolicySpec
 from pipeline.core.preflight import check_models
-from pipeline.core.records import Question, trajectories_to_table
+from pipeline.core.record_tables import trajectories_to_table
+from pipeline.core.records import Question
 from pipeline.core.report import best_iteration, models_of
 from pipeline.core.retrieval import what_is_searched
 from pipeline.core.run import Json, RunFiles, write_json, write_table

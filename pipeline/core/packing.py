@@ -170,7 +170,7 @@ def _spread(
 
 def collate(
     pack: Pack,
-    examples: Sequence[Example],
+    examples: Sequence[Example] | Mapping[int, Example],
     names: Iterable[str] = (),
     derived: Mapping[str, Sequence[float]] | None = None,
 ) -> PackedBatch:
@@ -180,6 +180,7 @@ def collate(
     one dummy token with a target, no example and no stream, so that its rank still runs forward and backward.
 
     Args:
+        examples: those of the pack, by their number; others need not be there.
         names: the streams to lay out; all examples have them.
         derived: further streams, one number for every example of the phase (`Prepared.streams`).
     """

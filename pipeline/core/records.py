@@ -1,4 +1,4 @@
-"""The records that move between the parts of ExSearch, all frozen, and their columnar (Arrow) form.
+"""The records that move between the parts of ExSearch, all frozen.
 
 Data moves forward once: `Question` -> `Trajectory` (sampled by a rollout worker) -> `Example` (made by the weighting
 actor) -> learner. Nothing is parsed out of text again once it is a record, and nothing is tokenised again
@@ -7,17 +7,14 @@ once it is token ids.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 
-from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
 TokenIds = npt.NDArray[np.int32]
@@ -185,6 +182,57 @@ class ScoreRequest:
         return cls(np.asarray(token_ids, dtype=np.int32), start)
 
 
+class Outline(Protocol):
+    """What is known of a training example without its tokens; an `Example` is one."""
+
+    @property
+    def id(self) -> str:
+        """As in `Example`; the others too."""
+
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are trained on and have a token before them in the example."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the streams, by name."""
+
+    def number(self, stream: str) -> float:
+        """A stream of one number.
+
+        Raises:
+            ValueError: it is not there, or has several.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOutline:
+    """The outline of an example that is on disk. `numbers` are the streams of one number."""
+
+    id: str
+    unit: str
+    length: int
+    num_targets: int
+    shapes: Mapping[str, tuple[int, ...]]
+    numbers: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        _check_streams(self)
+
+    def number(self, stream: str) -> float:
+        if stream not in self.numbers:
+            raise _not_one_number(self, stream)
+        return self.numbers[stream]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
     """A training example: token ids, which of them are targets, and the numbers that a loss needs.
@@ -210,13 +258,7 @@ class Example:
             raise ValueError(
                 f"example {self.id}: {len(self.token_ids)} ids and {len(self.loss_mask)} mask flags"
             )
-        for name, values in self.streams.items():
-            fits = len(values) in ((1, len(self.token_ids)) if values.ndim == 1 else (self.num_targets,))
-            if not fits:
-                raise ValueError(
-                    f"example {self.id}: stream {name} has the shape {list(values.shape)}; it must have one number, "
-                    f"one per token ({len(self.token_ids)}), or a row per target ({self.num_targets})"
-                )
+        _check_streams(self)
 
     @classmethod
     def of(cls, trajectory: Trajectory, **streams: float) -> Example:
@@ -244,165 +286,44 @@ class Example:
         )
 
     @property
+    def length(self) -> int:
+        return len(self.token_ids)
+
+    @property
     def num_targets(self) -> int:
-        """Tokens that are trained on and have a token before them in the example."""
-        return int(self.loss_mask[1:].sum())
+        return count_targets(self.loss_mask)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: values.shape for name, values in self.streams.items()}
 
     def number(self, stream: str) -> float:
-        """A stream of one number.
-
-        Raises:
-            ValueError: it is not there, or has several.
-        """
         values = self.streams.get(stream)
         if values is None or len(values) != 1:
-            found = "no" if values is None else len(values)
-            raise ValueError(f"example {self.id} must have one number as {stream}, has {found}")
+            raise _not_one_number(self, stream)
         return float(values[0])
 
 
-_HIT = pa.struct(
-    [("id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("score", pa.float32())]
-)
-_STEP = pa.struct([("query", pa.string()), ("hits", pa.list_(_HIT)), ("record", pa.string())])
-
-TRAJECTORY_SCHEMA = pa.schema(
-    [
-        ("question_id", pa.string()),
-        ("sample", pa.int32()),
-        ("policy_version", pa.int32()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("loss_mask", pa.list_(pa.bool_())),
-        ("logprobs", pa.list_(pa.float32())),
-        ("answer_start", pa.int32()),
-        ("steps", pa.list_(_STEP)),
-        ("answer", pa.string()),
-        ("stop_reason", pa.string()),
-        ("detail", pa.string()),
-        ("role", pa.string()),
-        ("log_likelihoods", pa.list_(pa.float64())),
-        ("proposal_logprobs", pa.list_(pa.float32())),
-    ]
-)
-
-EXAMPLE_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("unit", pa.string()),
-        ("role", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),
-        ("loss_mask", pa.list_(pa.bool_())),
-        # `width` is R of a stream of rows, else 0.
-        (
-            "streams",
-            pa.map_(pa.string(), pa.struct([("values", pa.list_(pa.float64())), ("width", pa.int32())])),
-        ),
-    ]
-)
+def count_targets(loss_mask: Mask) -> int:
+    return int(np.count_nonzero(loss_mask[1:]))
 
 
-def _plain(value: Any) -> Any:
-    """A record as the nested lists and dictionaries that Arrow takes."""
-    if isinstance(value, Hit):
-        return dataclasses.asdict(value.passage) | {"score": value.score}
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def trajectories_to_table(trajectories: Iterable[Trajectory]) -> pa.Table:
-    """One row per trajectory, `TRAJECTORY_SCHEMA`."""
-    return pa.Table.from_pylist([_plain(t) for t in trajectories], schema=TRAJECTORY_SCHEMA)
-
-
-def examples_to_table(examples: Iterable[Example]) -> pa.Table:
-    """One row per example, `EXAMPLE_SCHEMA`."""
-    rows = [
-        _plain(example)
-        | {
-            "streams": [
-                (name, {"values": values.ravel(), "width": 0 if values.ndim == 1 else values.shape[1]})
-                for name, values in example.streams.items()
-            ]
-        }
-        for example in examples
-    ]
-    return pa.Table.from_pylist(rows, schema=EXAMPLE_SCHEMA)
-
-
-def _hit(row: dict[str, Any]) -> Hit:
-    return Hit(passage=Passage(id=row["id"], title=row["title"], text=row["text"]), score=row["score"])
-
-
-def _step(row: dict[str, Any]) -> Step:
-    return Step(query=row["query"], hits=tuple(_hit(h) for h in row["hits"]), record=row["record"])
-
-
-def _floats(values: list[float] | None) -> Floats | None:
-    return None if values is None else np.asarray(values, dtype=np.float32)
-
-
-def trajectories_from_table(table: pa.Table) -> list[Trajectory]:
-    """Inverse of `trajectories_to_table`.
-
-    Raises:
-        ValueError: the table has other columns.
+def _check_streams(example: Outline) -> None:
     """
-    _check_columns(table, TRAJECTORY_SCHEMA)
-    return [
-        Trajectory(
-            question_id=row["question_id"],
-            sample=row["sample"],
-            policy_version=row["policy_version"],
-            token_ids=np.asarray(row["token_ids"], dtype=np.int32),
-            loss_mask=np.asarray(row["loss_mask"], dtype=np.bool_),
-            logprobs=np.asarray(row["logprobs"], dtype=np.float32),
-            answer_start=row["answer_start"],
-            steps=tuple(_step(s) for s in row["steps"]),
-            answer=row["answer"],
-            stop_reason=StopReason(row["stop_reason"]),
-            detail=row["detail"],
-            role=row["role"],
-            log_likelihoods=tuple(row["log_likelihoods"]),
-            proposal_logprobs=_floats(row["proposal_logprobs"]),
-        )
-        for row in table.to_pylist()
-    ]
-
-
-def examples_from_table(table: pa.Table) -> list[Example]:
-    """Inverse of `examples_to_table`.
-
     Raises:
-        ValueError: the table has other columns.
+        ValueError: a stream that fits neither the example nor its tokens nor its targets.
     """
-    _check_columns(table, EXAMPLE_SCHEMA)
-    return [
-        Example(
-            id=row["id"],
-            unit=row["unit"],
-            role=row["role"],
-            token_ids=np.asarray(row["token_ids"], dtype=np.int32),
-            loss_mask=np.asarray(row["loss_mask"], dtype=np.bool_),
-            streams={name: _stream(**stored) for name, stored in row["streams"]},
-        )
-        for row in table.to_pylist()
-    ]
+    for name, shape in example.shapes.items():
+        if shape[0] not in ((1, example.length) if len(shape) == 1 else (example.num_targets,)):
+            raise ValueError(
+                f"example {example.id}: stream {name} has the shape {list(shape)}; it must have one number, one per "
+                f"token ({example.length}), or a row per target ({example.num_targets})"
+            )
 
 
-def _stream(values: list[float], width: int) -> Numbers:
-    flat = np.asarray(values, dtype=np.float64)
-    return flat.reshape(-1, width) if width else flat
-
-
-def _check_columns(table: pa.Table, schema: pa.Schema) -> None:
-    if missing := [name for name in schema.names if name not in table.column_names]:
-        raise ValueError(
-            f"the columns {', '.join(missing)} are missing: the file holds something else, or was written by another "
-            "version; make it again"
-        )
+def _not_one_number(example: Outline, stream: str) -> ValueError:
+    found = example.shapes[stream][0] if stream in example.shapes else "no"
+    return ValueError(f"example {example.id} must have one number as {stream}, has {found}")
 
 
 def count_stop_reasons(trajectories: Sequence[Trajectory]) -> dict[str, int]:

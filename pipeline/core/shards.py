@@ -35,15 +35,13 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from pipeline.core.agents.program import Task
-from pipeline.core.records import (
-    Episode,
-    Example,
-    Trajectory,
+from pipeline.core.record_tables import (
     examples_from_table,
     examples_to_table,
     trajectories_from_table,
     trajectories_to_table,
 )
+from pipeline.core.records import Episode, Example, Trajectory
 from pipeline.core.run import write_json, write_table
 from pipeline.core.weighing import Weighted
 from retriever_service import files

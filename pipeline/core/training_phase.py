@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,13 +56,18 @@ class Phase:
         return {**means, "grad_norm": float(np.average([step["grad_norm"] for step in applied]))}
 
 
-def phase_key(records: Sequence[Example], loss: Loss, *settings: float) -> str:
-    """Fingerprint of a phase: its examples, its loss and the settings that its steps depend on."""
-    digest = hashlib.sha256(repr((loss, settings)).encode())
-    for record in records:
-        digest.update(f"{record.id} {record.unit}".encode())
-        digest.update(record.token_ids.tobytes())
-        digest.update(record.loss_mask.tobytes())
-        for name in sorted(record.streams):
-            digest.update(name.encode() + record.streams[name].tobytes())
+def phase_key(examples: Sequence[str], loss: Loss, *settings: float) -> str:
+    """Fingerprint of a phase: digests of its examples, its loss and the settings that its steps depend on."""
+    return hashlib.sha256(repr((examples, loss, settings)).encode()).hexdigest()
+
+
+def digest_of(examples: Iterable[Example]) -> str:
+    """Changes when any of these examples does."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.id} {example.unit}".encode())
+        digest.update(example.token_ids.tobytes())
+        digest.update(example.loss_mask.tobytes())
+        for name in sorted(example.streams):
+            digest.update(name.encode() + example.streams[name].tobytes())
     return digest.hexdigest()

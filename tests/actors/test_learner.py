@@ -22,7 +22,8 @@ from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.packing import plan_epoch
-from pipeline.core.records import Example, examples_to_table
+from pipeline.core.record_tables import examples_to_table
+from pipeline.core.records import Example
 from pipeline.core.schedule import learning_rate_at
 from tests.actors.ranks import (
     CONFIG,

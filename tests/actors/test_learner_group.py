@@ -18,7 +18,7 @@ from actors.learner_group import LearnerGroup
 from actors.weight_transfer import EngineRef
 from pipeline.core.errors import UserError
 from pipeline.core.losses.likelihood import WeightedNll
-from pipeline.core.records import examples_to_table
+from pipeline.core.record_tables import examples_to_table
 from tests.actors.ranks import (
     AFTER_EACH_STEP,
     CONFIG,

@@ -17,14 +17,8 @@ from hypothesis import strategies as st
 from actors import weighting as module
 from actors.weighting import Weighting
 from pipeline.core.agents.transcript import Transcript
-from pipeline.core.records import (
-    Episode,
-    Example,
-    Question,
-    StopReason,
-    examples_from_table,
-    trajectories_from_table,
-)
+from pipeline.core.record_tables import examples_from_table, trajectories_from_table
+from pipeline.core.records import Episode, Example, Question, StopReason
 from pipeline.core.shards import Shards
 from pipeline.core.weighing import Weighted
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.config.loading import load_config
-from pipeline.core.records import trajectories_from_table
+from pipeline.core.record_tables import trajectories_from_table
 from pipeline.core.run import RunDirectory
 from tests.pipeline.commands_support import COLD_START, TRAIN, passage, question
 from tests.retriever_service.fake_engine import ANIMALS

@@ -23,7 +23,8 @@ from pipeline.core.errors import UserError
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.models import write_checksums
 from pipeline.core.policies import PolicySpec, Snapshot
-from pipeline.core.records import Episode, Example, Question, StopReason, trajectories_from_table
+from pipeline.core.record_tables import trajectories_from_table
+from pipeline.core.records import Episode, Example, Question, StopReason
 from pipeline.core.run import Json, RunDirectory, write_json
 from pipeline.core.shards import Shards
 from pipeline.core.tracking import Tracker

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.core.config.loading import load_config
 from pipeline.core.display import Display
-from pipeline.core.records import examples_from_table, trajectories_from_table
+from pipeline.core.record_tables import examples_from_table, trajectories_from_table
 from retriever_service.index.store import read_manifest
 from tests.system.conftest import TOKEN, overrides, random_model
 

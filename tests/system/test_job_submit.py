@@ -13,7 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core.records import trajectories_from_table
+from pipeline.core.record_tables import trajectories_from_table
 from pipeline.core.status import run_status
 from tests.system.conftest import overrides, random_model
 from tests.system.ray_start import Nodes, await_, shared_memory, two_nodes

@@ -23,7 +23,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from pipeline.core.records import Trajectory, trajectories_from_table
+from pipeline.core.record_tables import trajectories_from_table
+from pipeline.core.records import Trajectory
 from tests.system.conftest import SEARCHER, overrides
 from tests.system.machines import Machines, kill, tree
 from tests.system.moments import CHECKPOINT, E_STEP, EVALUATION, M_STEP, PUSH, SCORING, VARIABLE, Moments

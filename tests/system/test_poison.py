@@ -13,7 +13,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core.records import StopReason, examples_from_table, trajectories_from_table
+from pipeline.core.record_tables import examples_from_table, trajectories_from_table
+from pipeline.core.records import StopReason
 from retriever_service.search.engine import SearchEngine
 from tests.system.conftest import SEARCHER, overrides
 from tests.system.processes import finish

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from pipeline.core.records import examples_from_table, trajectories_from_table
+from pipeline.core.record_tables import examples_from_table, trajectories_from_table
 from tests.system.conftest import overrides, random_model
 from tests.system.processes import finish, kill_when
 

@@ -30,14 +30,8 @@ from pipeline.core.agents.program import Completion, Retrieve, Sampling, derive_
 from pipeline.core.agents.search import SearchAgent
 from pipeline.core.data.supervision import GoldStep, PassageOf, Unusable, gold_steps
 from pipeline.core.errors import RunError, UserError
-from pipeline.core.records import (
-    Example,
-    Question,
-    StopReason,
-    Trajectory,
-    trajectories_from_table,
-    trajectories_to_table,
-)
+from pipeline.core.record_tables import trajectories_from_table, trajectories_to_table
+from pipeline.core.records import Example, Question, StopReason, Trajectory
 from pipeline.core.renderer import Renderer, Turn
 from pipeline.core.run import Json, write_table
 from retriever_service.passages.corpus import Passage

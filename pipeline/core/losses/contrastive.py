@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from pipeline.core.losses.loss import Form, Output, Outputs, Prepared, Rows, Terms
-from pipeline.core.records import Example
+from pipeline.core.records import Outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class InfoNce:
     streams: ClassVar[Mapping[str, Form]] = {"is_query": "number", "group": "number"}
     reference: ClassVar[str | None] = None
 
-    def prepare(self, examples: Sequence[Example]) -> Prepared:
+    def prepare(self, examples: Sequence[Outline]) -> Prepared:
         queries = [(e.unit, e.number("group")) for e in examples if e.number("is_query")]
         passages = Counter((e.unit, e.number("group")) for e in examples if not e.number("is_query"))
         if wrong := [key for key in queries if passages[key] != 1]:

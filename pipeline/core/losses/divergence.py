@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.core.errors import UserError
 from pipeline.core.losses.loss import Form, Output, Outputs, Prepared, Rows, Terms
 from pipeline.core.losses.token_logprobs import rows_per_chunk
-from pipeline.core.records import Example
+from pipeline.core.records import Outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Divergence:
     def streams(self) -> Mapping[str, Form]:
         return {} if self.reference is not None else {"reference_logits": "rows"}
 
-    def prepare(self, examples: Sequence[Example]) -> Prepared:
+    def prepare(self, examples: Sequence[Outline]) -> Prepared:
         sizes = [example.num_targets for example in examples]
         return Prepared(sizes=sizes, computed=[size > 0 for size in sizes])
 

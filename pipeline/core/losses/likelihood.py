@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 
 from pipeline.core.losses.loss import Form, Output, Outputs, Prepared, Rows, Terms
-from pipeline.core.records import Example
+from pipeline.core.records import Outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class WeightedNll:
     streams: ClassVar[Mapping[str, Form]] = {"weight": "number"}
     reference: ClassVar[str | None] = None
 
-    def prepare(self, examples: Sequence[Example]) -> Prepared:
+    def prepare(self, examples: Sequence[Outline]) -> Prepared:
         num_tokens = [example.num_targets for example in examples]
         exact = iteration_weights([example.number("weight") for example in examples], num_tokens)
         weights = [v if v >= self.negligible_weight else 0.0 for v in exact]

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from pipeline.core.records import Example
+from pipeline.core.records import Outline
 
 Output = Literal["logprobs", "logits", "values", "embeddings"]
 
@@ -105,7 +105,7 @@ class Loss(Protocol):
     def reference(self) -> str | None:
         """Model directory of a frozen model whose logits on the same tokens it needs; None: of none."""
 
-    def prepare(self, examples: Sequence[Example]) -> Prepared:
+    def prepare(self, examples: Sequence[Outline]) -> Prepared:
         """
         Raises:
             ValueError: an example that this loss cannot take.

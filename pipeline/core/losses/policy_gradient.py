@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 
 from pipeline.core.losses.loss import Form, Output, Outputs, Prepared, Rows, Terms
-from pipeline.core.records import Example
+from pipeline.core.records import Outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class ClippedRatio:
         own: dict[str, Form] = {"advantage": "tokens", "old_logprob": "tokens"}
         return own | {"reference_logprob": "tokens"} if self.kl_coefficient else own
 
-    def prepare(self, examples: Sequence[Example]) -> Prepared:
+    def prepare(self, examples: Sequence[Outline]) -> Prepared:
         return _all_tokens(examples)
 
     def terms(self, outputs: Outputs, rows: Rows, normaliser: float) -> Terms:
@@ -73,7 +73,7 @@ class ClippedValue:
     def streams(self) -> Mapping[str, Form]:
         return {"return": "tokens"} if self.clip is None else {"return": "tokens", "old_value": "tokens"}
 
-    def prepare(self, examples: Sequence[Example]) -> Prepared:
+    def prepare(self, examples: Sequence[Outline]) -> Prepared:
         return _all_tokens(examples)
 
     def terms(self, outputs: Outputs, rows: Rows, normaliser: float) -> Terms:
@@ -86,6 +86,6 @@ class ClippedValue:
         return Terms(errors.sum() / (2 * normaliser), {"squared_error": (errors.detach().sum(), len(errors))})
 
 
-def _all_tokens(examples: Sequence[Example]) -> Prepared:
+def _all_tokens(examples: Sequence[Outline]) -> Prepared:
     sizes = [example.num_targets for example in examples]
     return Prepared(sizes=sizes, computed=[size > 0 for size in sizes])

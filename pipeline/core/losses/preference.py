@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pipeline.core.losses.loss import Form, Output, Outputs, Prepared, Rows, Terms
-from pipeline.core.records import Example
+from pipeline.core.records import Outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class _PairLoss(ABC):
     streams: ClassVar[Mapping[str, Form]] = {"label": "number"}
     reference: ClassVar[str | None] = None
 
-    def prepare(self, examples: Sequence[Example]) -> Prepared:
+    def prepare(self, examples: Sequence[Outline]) -> Prepared:
         check_pairs(examples)
         # Each member of a pair is half of it.
         return Prepared(
@@ -101,7 +101,7 @@ class SimPo(_PairLoss):
         return self.beta * (means[chosen] - means[rejected]) - self.gamma
 
 
-def check_pairs(examples: Sequence[Example]) -> None:
+def check_pairs(examples: Sequence[Outline]) -> None:
     """
     Raises:
         ValueError: a unit that is not one chosen and one rejected example.

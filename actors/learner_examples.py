@@ -1,0 +1,127 @@
+"""The training examples of one phase, as one rank of the learner sees them: something of all, all of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+
+from actors.collectives import gathered, on_each_rank
+from actors.learner_outputs import OF_HEAD
+from pipeline.core.errors import UserError
+from pipeline.core.example_files import read_examples, read_outlines
+from pipeline.core.losses.loss import Form, Loss
+from pipeline.core.policies import Head
+from pipeline.core.records import Example, Outline
+from pipeline.core.training_phase import digest_of
+from retriever_service.files import record_file
+
+
+class PhaseExamples:
+    """All ranks make one, and call its methods, together and with the same arguments but for `own`.
+
+    What it keeps of examples on disk grows with their number and not with their tokens, until a rank loads its own.
+
+    Attributes:
+        outlines: of all examples, in their order.
+        digests: of the contents of the examples; they change when these do.
+
+    Args:
+        examples: records, or Parquet shards of them.
+        loss, head: what will be made of them.
+
+    Raises:
+        UserError: on all ranks; a shard that holds something else, an example without a stream that the loss needs, or
+            with one of another form or that is not finite, a head that does not give what the loss needs.
+    """
+
+    def __init__(self, examples: Sequence[Example] | Sequence[str | Path], loss: Loss, head: Head) -> None:
+        self._loss = loss
+        self._records = [item for item in examples if isinstance(item, Example)]
+        self._shards = [Path(item) for item in examples if not isinstance(item, Example)]
+        ranks, mine = dist.get_world_size(), self._shards[dist.get_rank() :: dist.get_world_size()]
+        looked_at = gathered(
+            on_each_rank(lambda: [(read_outlines(shard), record_file(shard).sha256) for shard in mine])
+        )
+        by_shard = [looked_at[number % ranks][number // ranks] for number in range(len(self._shards))]
+        self.digests = [digest_of(self._records), *(digest for _, digest in by_shard)]
+        self.outlines: list[Outline] = list(self._records)
+        self._first: list[int] = []  # of each shard, which example its first one is
+        for outlines, _ in by_shard:
+            self._first.append(len(self.outlines))
+            self.outlines += outlines
+        _check_outlines(self.outlines, loss, head)
+
+    def load(self, own: Iterable[int]) -> Mapping[int, Example]:
+        """The examples of these numbers, which this rank computes.
+
+        Raises:
+            UserError: on all ranks; one has a stream that is not finite on the targets, or contradicts itself.
+        """
+        return on_each_rank(lambda: self._load(sorted(set(own))))
+
+    def _load(self, own: Sequence[int]) -> dict[int, Example]:
+        in_memory, *by_shard = np.split(np.array(own, dtype=np.int64), np.searchsorted(own, self._first))
+        found = {k: self._records[k] for k in in_memory.tolist()}
+        for shard, first, numbers in zip(self._shards, self._first, by_shard, strict=True):
+            if len(numbers):
+                found |= zip(numbers.tolist(), read_examples(shard, numbers - first), strict=True)
+        for example in found.values():
+            _check_values(example, self._loss)
+        return found
+
+
+def _check_outlines(outlines: Sequence[Outline], loss: Loss, head: Head) -> None:
+    needs = f"{type(loss).__name__} needs"
+    if loss.output not in OF_HEAD[head]:
+        raise UserError(f"{needs} {loss.output}, which a head {head} does not give")
+    for outline in outlines:
+        for name, form in loss.streams.items():
+            shape = outline.shapes.get(name)
+            if shape is None:
+                raise UserError(
+                    f"{needs} the stream {name}, which example {outline.id} has not; it has "
+                    f"{', '.join(outline.shapes) or 'none'}"
+                )
+            if not _has_form(shape, form):
+                raise UserError(
+                    f"{needs} the stream {name} as {_FORMS[form]}; that of example {outline.id} has the shape "
+                    f"{list(shape)}"
+                )
+            if shape == (1,) and not math.isfinite(outline.number(name)):
+                raise _not_finite(loss, name, outline)
+
+
+def _check_values(example: Example, loss: Loss) -> None:
+    for name in loss.streams:
+        values = example.streams[name]
+        on_targets = values[1:][example.loss_mask[1:]] if values.ndim == 1 and len(values) > 1 else values
+        if not np.isfinite(on_targets).all():
+            raise _not_finite(loss, name, example)
+
+
+def _not_finite(loss: Loss, stream: str, example: Outline) -> UserError:
+    return UserError(
+        f"{type(loss).__name__} needs a finite stream {stream}; that of example {example.id} is not"
+    )
+
+
+_FORMS: dict[Form, str] = {
+    "number": "one number",
+    "tokens": "one number per token, or one for all",
+    "rows": "a row of numbers per target",
+}
+
+
+def _has_form(shape: tuple[int, ...], form: Form) -> bool:
+    """Whether it is as a loss wants it; that the lengths fit has been seen to by the outline."""
+    match form:
+        case "number":
+            return shape == (1,)
+        case "tokens":
+            return len(shape) == 1
+        case "rows":
+            return len(shape) == 2

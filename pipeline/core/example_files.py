@@ -1,0 +1,72 @@
+"""Parquet files of training examples: what is known of all of them at little cost, and chosen ones in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import UserError
+from pipeline.core.record_tables import (
+    EXAMPLE_SCHEMA,
+    OUTLINE_SCHEMA,
+    examples_from_table,
+    outlines_from_table,
+    require_columns,
+)
+from pipeline.core.records import Example, StoredOutline
+
+ROWS_AT_ONCE = 64
+"""Of a shard, however many it has: to read rows takes several times the memory that they have afterwards."""
+
+BUFFER_BYTES = 256 << 10
+"""Of the file, for each column."""
+
+
+def read_outlines(shard: Path) -> list[StoredOutline]:
+    """Of all examples of a shard; their token ids are not read.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    with _told_of(shard):
+        return [one for _, table in _tables(shard, OUTLINE_SCHEMA) for one in outlines_from_table(table)]
+
+
+def read_examples(shard: Path, rows: npt.NDArray[np.int64] | None = None) -> list[Example]:
+    """All of a shard, or those of these rows, which ascend. They hold no memory of the others.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    found: list[Example] = []
+    with _told_of(shard):
+        for first, table in _tables(shard, EXAMPLE_SCHEMA):
+            if rows is not None:
+                start, end = np.searchsorted(rows, (first, first + len(table)))
+                table = table.take(rows[start:end] - first)
+            found += examples_from_table(table)
+    return found
+
+
+def _tables(shard: Path, schema: pa.Schema) -> Iterator[tuple[int, pa.Table]]:
+    """These columns of a shard, some rows after the other, with the number of the first of them."""
+    with pq.ParquetFile(shard, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
+        require_columns(file.schema_arrow.names, EXAMPLE_SCHEMA)
+        first = 0
+        for batch in file.iter_batches(ROWS_AT_ONCE, columns=schema.names):
+            yield first, pa.Table.from_batches([batch])
+            first += len(batch)
+
+
+@contextmanager
+def _told_of(shard: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{shard} holds no training examples: {error}") from error
