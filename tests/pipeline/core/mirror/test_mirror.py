@@ -184,7 +184,7 @@ def test_a_run_killed_at_any_upload_is_restored_as_it_once_was(
 ) -> None:
     """Whatever was last written there: markers speak only of what is there too, and every file is one of the run's."""
     real = Store.write
-    for number in range(0, 30, 3):
+    for number in range(0, 30, 5):
         url, run = f"memory://killed-{number}", tmp_path / f"run-{number}"
         left = number
 
