@@ -27,7 +27,7 @@ Layout = tuple[str, int]
 """Number format and ZeRO stage."""
 REFERENCES: dict[str, Layout] = {"float32": ("float32", 0), "bfloat16": ("bfloat16", 1)}
 ON_GPU: list[Layout] = [(dtype, stage) for dtype in ("float32", "bfloat16") for stage in (1, 2, 3)]
-ON_CPU: list[Layout] = [("float32", 1), ("bfloat16", 3)]
+ON_CPU: list[Layout] = [("bfloat16", 3)]
 
 
 def run(device: str, scratch: Path) -> list[Row]:
