@@ -22,7 +22,7 @@ from actors.pool import EnginePool, engine_options, engines_per_node
 from actors.reservation import reserve
 from actors.retrievers import Retrievers
 from actors.sampling import OnProgress, Phase, Work, run_phase
-from actors.session import cpu_environment
+from actors.session import actor_environment
 from actors.weighting import ShardSink
 from pipeline.core.agents.program import GREEDY, Program, Sampling, Task
 from pipeline.core.config import ClusterConfig, RetrieverConfig
@@ -81,11 +81,11 @@ class Cluster:
     ) -> None:
         self.config, self._observer = cluster, observer or Observer()
         policies, self.placement, self._group = reserve(policies, cluster, retriever)
-        self._runtime_env = {"env_vars": cpu_environment()} if self.placement.device == "cpu" else {}
+        self._runtime_env = {"env_vars": actor_environment(on_gpu=self.placement.device == "gpu")}
         self._retrievers = Retrievers(
             retriever,
             searched,
-            runtime_env=self._runtime_env,
+            runtime_env={"env_vars": actor_environment(on_gpu=retriever.torch_device == "cuda")},
             start_timeout_s=cluster.start_timeout_s,
             observer=self._observer,
         )

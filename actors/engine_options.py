@@ -17,6 +17,7 @@ from actors import engine_memory
 from actors.engine_use import UseCounter
 from actors.weight_transfer import Transport, backend_name
 from pipeline.core.plan.memory import Device, number_format
+from retriever_service.machine import available_cores, share_of_cores
 
 if TYPE_CHECKING:
     from vllm import AsyncEngineArgs
@@ -53,8 +54,9 @@ class EngineOptions:
     enforce_eager: bool = False
     """Skip compilation and CUDA graphs: quick start, slower generation."""
     num_threads: int | None = None
-    """Threads on CPUs, not bound to cores, so that other processes may share them. Null: vLLM binds one thread to each
-    core it may use."""
+    """Threads on CPUs, not bound to cores, so that other processes may share them. Null: see `engines_per_node`."""
+    engines_per_node: int | None = None
+    """On CPUs so many engines divide the cores of their node. Null: vLLM binds one thread to each core it may use."""
     weight_transport: Transport = "shared_memory"
     """How pushed weights arrive (actors.weight_transfer)."""
     start_timeout_s: float = 900.0
@@ -111,9 +113,12 @@ def set_environment(options: EngineOptions) -> None:
     if torch.version.cuda is not None:
         # A fork of a process that has so much as counted its GPUs cannot use them.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
-    if options.num_threads is not None:
+    threads = options.num_threads
+    if threads is None and options.engines_per_node is not None:
+        threads = share_of_cores(available_cores(), options.engines_per_node)
+    if threads is not None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        os.environ["OMP_NUM_THREADS"] = str(options.num_threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
     if options.weight_transport == "ipc":
         # CUDA memory handles can only be pickled; they come from our own learner.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"

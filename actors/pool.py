@@ -37,7 +37,6 @@ from actors.shift import Shift
 from actors.weight_transfer import EngineRef
 from pipeline.core.config import ClusterConfig, RolloutConfig
 from pipeline.core.policies import PolicySpec, Snapshot
-from retriever_service.machine import available_cores
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +66,7 @@ def engine_options(
         gpu_memory_utilization=placement.gpu_memory_utilization,
         kv_cache_gib=rollout.kv_cache_gib,
         enforce_eager=rollout.enforce_eager or on_cpu,
-        # Nodes are taken to be like the driver's.
-        num_threads=max(1, available_cores() // engines_per_node) if on_cpu else None,
+        engines_per_node=engines_per_node if on_cpu else None,
         weight_transport=placement.transport,
         start_timeout_s=cluster.start_timeout_s,
         request_timeout_s=rollout.timeout_s,
@@ -337,6 +335,6 @@ class EnginePool:
 
 
 def engines_per_node(workers: int) -> int:
-    """Of so many engines, on the node that has most of them."""
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    return math.ceil(workers / nodes)
+    """Of so many engines, on the node that has most of them. Nodes without CPUs, such as a head, have none."""
+    nodes = sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
+    return math.ceil(workers / max(1, nodes))

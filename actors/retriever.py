@@ -25,10 +25,13 @@ import ray.exceptions
 
 from actors import metrics
 from actors.actor_log import Identity, introduce
+from actors.homes import gpus_here, threads_of_replica
 from pipeline.core.agents.program import Retrieve
 from pipeline.core.config import RetrieverConfig
 from retriever_service.backoff import Backoff
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
+from retriever_service.index.local_copy import LocalCopy
+from retriever_service.index.read_ahead import read_ahead
 from retriever_service.machine import available_cores
 from retriever_service.passages.hits import Hit
 from retriever_service.search.engine import CACHED_QUERIES, SearchEngine
@@ -56,12 +59,14 @@ class Health:
 
 @ray.remote(max_concurrency=MAX_CONCURRENT_CALLS)
 class RetrieverActor(BatchingSearcher[SearchEngine]):
-    """A replica of the retriever. It loads in the background; await `ready` before use.
+    """A replica of the retriever. It loads, and reads the index ahead, in the background; await `ready` before use.
 
     Args:
         index_dir: a built index, on a path that the actor's node sees; replicas on one node share its pages.
         encoder, device, search_parameters, cached_queries: see `SearchEngine.open`.
-        num_threads: the same; None on CPUs: all that the actor's node gives it.
+        num_threads: the same; None for the replica's share of its node's cores.
+        on_node: replicas that share its node, this one included.
+        local_copy: folder of this node, where the index is copied to and opened; None opens it where it is.
         max_batch, max_waiting: see `BatchingSearcher`.
         identity: under which it logs and counts.
     """
@@ -73,6 +78,8 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         encoder: EncoderSpec | None = None,
         device: str = "cpu",
         num_threads: int | None = None,
+        on_node: int = 1,
+        local_copy: str | None = None,
         search_parameters: str = "",
         cached_queries: int = CACHED_QUERIES,
         max_batch: int = 128,
@@ -81,14 +88,18 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
     ) -> None:
         introduce(identity)
         self._process = uuid.uuid4().hex
-        if num_threads is None and device == "cpu":
-            num_threads = available_cores()  # Ray has told OpenMP to use one, as the actor reserves none
+        self._copy: LocalCopy | None = None
+        """Held as long as this process lives, so that nobody removes it."""
+        # Also beside a GPU: Ray has told OpenMP to use one, as the actor reserves none.
+        threads = num_threads or threads_of_replica(available_cores(), on_node, gpus_here())
+        logger.info(f"searches with {threads} threads")
         load = partial(
-            _open,
+            self._open,
             index_dir,
+            local_copy,
             encoder=encoder,
             device=device,
-            num_threads=num_threads,
+            num_threads=threads,
             search_parameters=search_parameters,
             cached_queries=cached_queries,
         )
@@ -102,6 +113,18 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         """Answers as long as this process does, whatever its owner thread is busy with."""
         return Health(self._process, (await self.stats()).in_hand_s)
 
+    def _open(self, index_dir: str | Path, local_copy: str | None, **options: Any) -> SearchEngine:
+        """An engine that answers its first batch as fast as later ones."""
+        began = time.perf_counter()
+        if local_copy is not None:
+            self._copy = _copied(index_dir, local_copy)
+            index_dir = self._copy.directory
+        engine = SearchEngine.open(index_dir, **options)
+        read_ahead(index_dir)
+        engine.first_search()
+        logger.info(f"opened {index_dir} in {time.perf_counter() - began:.1f} s: {engine.fingerprint}")
+        return engine
+
     def _note_batch(self, num_queries: int, seconds: float) -> None:
         metrics.QUERIES.add(num_queries)
         metrics.QUEUE.set(self.waiting)
@@ -109,11 +132,11 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         metrics.BATCH_SECONDS.observe(seconds)
 
 
-def _open(index_dir: str | Path, **options: Any) -> SearchEngine:
-    began = time.perf_counter()
-    engine = SearchEngine.open(index_dir, **options)
-    logger.info(f"opened {index_dir} in {time.perf_counter() - began:.1f} s: {engine.fingerprint}")
-    return engine
+def _copied(index_dir: str | Path, folder: str) -> LocalCopy:
+    try:
+        return LocalCopy(index_dir, folder)
+    except RetrieverError as error:
+        raise RetrieverError(f"retriever.local_copy: {error}") from error
 
 
 class Replica(Protocol):

@@ -11,9 +11,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import heartbeat
 from actors.heartbeat import Silent
+from actors.homes import homes, rooms
 from actors.observer import Observer
 from actors.retriever import ActorReplica, HttpReplica, RetrieverActor, RetrieverClient, client_of
 from actors.session import wait_for
@@ -63,7 +65,7 @@ class Retrievers:
 
     def wait(self) -> None:
         """Until every replica answers."""
-        what = "retrievers to open their index (cluster.start_timeout_s)"
+        what = "retrievers to read their index (cluster.start_timeout_s)"
         wait_for([actor.ready.remote() for actor in self._actors], self._start_timeout_s, what)
         found = wait_for([actor.health.remote() for actor in self._actors], self._start_timeout_s, what)
         self._processes = {number: health.process for number, health in enumerate(found)}
@@ -139,20 +141,29 @@ class Retrievers:
         self._actors = []
 
     def _start(self, index: Path) -> None:
-        self._actors = [self._new_actor(index, number) for number in range(self.config.replicas)]
+        where = homes(self.config.replicas, self.config.gpus_per_replica, rooms())
+        self._actors = [
+            self._new_actor(index, number, home, where.count(home)) for number, home in enumerate(where)
+        ]
         self.client = client_of([ActorReplica(actor) for actor in self._actors], self.config)
 
-    def _new_actor(self, index: Path, number: int) -> Any:
+    def _new_actor(self, index: Path, number: int, home: str, on_node: int) -> Any:
+        """On that node, or elsewhere once that has gone. With GPUs Ray looks for free ones, and `home` is a guess."""
         config = self.config
+        there = NodeAffinitySchedulingStrategy(home, soft=True)
         return RetrieverActor.options(  # type: ignore[attr-defined]
             num_cpus=0,
+            memory=1,  # where nothing at all is asked for Ray takes any node
             num_gpus=config.gpus_per_replica,
             runtime_env=self._runtime_env,
-            scheduling_strategy="SPREAD",
+            scheduling_strategy="SPREAD" if config.gpus_per_replica else there,
             max_restarts=MAX_RESTARTS,
         ).remote(
             str(index),
             device=config.torch_device,
+            num_threads=config.threads_per_replica,
+            on_node=on_node,
+            local_copy=config.local_copy,
             max_batch=config.max_batch,
             search_parameters=config.search_parameters,
             identity=self._observer.identity("retriever", number=number),

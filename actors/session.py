@@ -40,6 +40,16 @@ def cpu_environment() -> dict[str, str]:
     }
 
 
+def actor_environment(*, on_gpu: bool) -> dict[str, str]:
+    """For an actor, beside this process' own environment.
+
+    On a GPU it does not preload jemalloc: its large tensors are CUDA's to allocate, and the library would come into all
+    that it starts, compilers included. But what it computes on CPUs, such as an offloaded optimiser, shares the cores
+    of its node as well.
+    """
+    return {"OMP_WAIT_POLICY": "PASSIVE"} if on_gpu else cpu_environment()
+
+
 class ClusterError(RunError):
     """The cluster could not do what was asked: something died too often, or did not come up in time."""
 

@@ -324,6 +324,7 @@ def serve(
 
     A bearer token is asked for if the environment variable EXSEARCH_TOKEN is set.
     """
+    from retriever_service.index.read_ahead import read_ahead
     from retriever_service.index.store import verify_checksums
     from retriever_service.service.engine_processes import engine_opener
     from retriever_service.service.server import Engine
@@ -352,7 +353,9 @@ def serve(
     def open_checked() -> Engine:
         if verify:
             verify_checksums(index)
-        return open_engine()
+        engine = open_engine()
+        read_ahead(index)
+        return engine
 
     run(settings, open_checked, on_listening=lambda url: say(f"serving {index} at {url} (Ctrl-C to stop)"))
 

@@ -156,15 +156,18 @@ def check_disk(directory: Path, needed: int, what: str) -> None:
 
 
 @contextmanager
-def exclusive(lock_file: Path) -> Iterator[None]:
+def exclusive(lock_file: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold a lock that ends with this process, however it ends.
+
+    Args:
+        wait: until nobody else holds it.
 
     Raises:
         RetrieverError: another process holds it.
     """
     with open(lock_file, "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RetrieverError(f"another process is working on {lock_file.parent}; wait for it") from error
         yield

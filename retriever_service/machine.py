@@ -33,7 +33,8 @@ def available_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGRO
         return available
     # The page cache counts as used, but gives way.
     statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-    return min(available, max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0))))
+    cached = sum(int(statistics.get(name, 0)) for name in ("inactive_file", "active_file"))
+    return min(available, max(0, int(limit) - int(used) + cached))
 
 
 def available_cores(cgroup: Path = _CGROUP) -> int:
@@ -44,6 +45,15 @@ def available_cores(cgroup: Path = _CGROUP) -> int:
     except (OSError, ValueError):  # no container, or one of the first version of control groups
         return bound
     return bound if quota == "max" else min(bound, max(1, math.ceil(int(quota) / int(period))))
+
+
+def share_of_cores(cores: int, processes: int, *, kept: int = 0) -> int:
+    """Threads of each of so many processes that divide the cores of a machine among them, at least one.
+
+    Args:
+        kept: cores that are left to others.
+    """
+    return max(1, (cores - kept) // processes)
 
 
 def release_freed_memory() -> None:

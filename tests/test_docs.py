@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from pipeline.cli import app
 from pipeline.commands.plan import make_plan
-from pipeline.core.config import Config
+from pipeline.core.config import Config, RetrieverConfig
 from pipeline.core.config.loading import all_keys, load_config
 from pipeline.core.evaluation import evaluate
 from pipeline.core.plan.assumptions import Assumptions
@@ -35,6 +35,7 @@ from scripts.generate_configuration_docs import PAGE, render
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+GPU_CONFIGS = sorted((ROOT / "configs").glob("*gpu.yaml"))
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -46,6 +47,17 @@ def test_the_configuration_page_is_up_to_date() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
     load(path)
+
+
+@pytest.mark.parametrize("path", GPU_CONFIGS, ids=lambda path: path.name)
+def test_a_configuration_for_gpus_names_its_index_and_the_command_that_builds_it(path: Path) -> None:
+    text = re.sub(r"\\\n *#", "", path.read_text(encoding="utf-8"))
+    (command,) = re.findall(r"# +exsearch (index build .*)", text)
+    check_command(words := shlex.split(command), where=path.name)
+    given, config = dict(zip(words[2::2], words[3::2], strict=True)), load(path)
+    assert (given["--out"], given["--encoder"]) == (config.retriever.index, config.retriever.encoder)
+    assert (given["--corpus"],) == config.data.corpus
+    assert config.retriever.factory == RetrieverConfig().factory  # that of the index is in the command
 
 
 def test_the_demo_is_described_as_it_is_configured() -> None:

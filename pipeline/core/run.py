@@ -57,7 +57,7 @@ FREE_TO_CHANGE = ("cluster", "storage", "tracking", "rollout.workers", "rollout.
                   "rollout.max_restarts", "rollout.min_workers", "rollout.max_workers",
                   "rollout.gpu_memory_utilization", "rollout.kv_cache_gib", "rollout.tensor_parallel_size",
                   "rollout.enforce_eager", "retriever.url",
-                  "retriever.replicas",
+                  "retriever.replicas", "retriever.threads_per_replica", "retriever.local_copy",
                   "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
                   "retriever.max_attempts", "rollout.max_failure_share", "em.iterations", "em.patience",
                   "learner.num_ranks", "learner.zero_stage", "learner.offload_optimizer", "learner.offload_parameters",

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import faiss
 import psutil
 import pytest
 import ray
+import torch
 
 from actors.observer import Observer
 from actors.retrievers import Retrievers
@@ -20,8 +23,10 @@ from pipeline.core.errors import UserError
 from pipeline.core.retrieval import Servers
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
-from retriever_service.errors import RetrieverUnavailable
+from retriever_service.errors import RetrieverError, RetrieverUnavailable
+from retriever_service.machine import available_cores
 from tests.actors.encoders import PEOPLE, TOWNS, build_encoder
+from tests.retriever_service.page_cache import cool, resident
 from tests.retriever_service.support import write_jsonl
 
 
@@ -106,6 +111,58 @@ def test_a_replica_that_hangs_is_started_again_while_the_other_answers(
     assert len(replicas()) == 2
     assert found(retrievers) == list(TOWNS)
     retrievers.close()
+
+
+@pytest.mark.component
+def test_replicas_of_a_node_share_its_cores_and_are_ready_when_a_cold_index_is_in_memory(
+    tmp_path: Path, cluster: None
+) -> None:
+    texts = [f"{PEOPLE[n % 8]} {TOWNS[n % 8]} {'and on ' * 2_000}" for n in range(200)]
+    write_jsonl(tmp_path / "corpus.jsonl", [{"id": f"{n}", "text": text} for n, text in enumerate(texts)])
+    build_index(
+        [str(tmp_path / "corpus.jsonl")], tmp_path / "index", spec(build_encoder(tmp_path / "encoder"))
+    )
+    passages = cool(tmp_path / "index")[0]
+    retrievers = Retrievers(
+        RetrieverConfig(replicas=2), tmp_path / "index", runtime_env={}, start_timeout_s=120
+    )
+    retrievers.wait()
+    assert resident(passages) == 1
+    share = max(1, available_cores() // 2)
+    assert [threads(actor) for actor in retrievers._actors] == [(share, share)] * 2
+    retrievers.close()
+
+
+@pytest.mark.component
+def test_replicas_search_a_copy_of_their_node_s_own_and_say_which_key_names_a_folder_that_cannot_be(
+    tmp_path: Path, cluster: None, trained_encoder: Path
+) -> None:
+    write_jsonl(tmp_path / "corpus.jsonl", [{"id": t, "title": "", "text": t} for t in TOWNS])
+    build_index([str(tmp_path / "corpus.jsonl")], tmp_path / "index", spec(trained_encoder))
+    config = RetrieverConfig(replicas=2, local_copy=str(tmp_path / "nvme"), timeout_s=30)
+    retrievers = Retrievers(config, tmp_path / "index", runtime_env={}, start_timeout_s=120)
+    retrievers.wait()
+    shutil.rmtree(tmp_path / "index" / "segments")
+    assert found(retrievers) == list(TOWNS)
+    assert len(list((tmp_path / "nvme").glob("index-*"))) == 1
+    retrievers.close()
+
+    config = RetrieverConfig(local_copy=str(tmp_path / "corpus.jsonl"))
+    retrievers = Retrievers(config, tmp_path / "index", runtime_env={}, start_timeout_s=120)
+    with pytest.raises(
+        RetrieverError, match=r"retriever\.local_copy: .*index cannot be copied to .*corpus\.jsonl"
+    ):
+        retrievers.wait()
+    retrievers.close()
+
+
+def threads(replica: Any) -> tuple[int, int]:
+    """Of its encoder, and of FAISS in the thread that searches."""
+
+    def count(actor: Any) -> tuple[int, int]:
+        return torch.get_num_threads(), actor._owner.submit(faiss.omp_get_max_threads).result()
+
+    return ray.get(replica.__ray_call__.remote(count))  # type: ignore[no-any-return]
 
 
 def search_for_ever(replica: Any) -> int:

@@ -6,10 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from actors.session import cpu_environment
+from actors import cluster as cluster_module
+from actors.cluster import Cluster
+from actors.placement import Placement
+from actors.session import actor_environment, cpu_environment
+from pipeline.core.config import ClusterConfig, RetrieverConfig
 
 FREES = """
 import time
@@ -56,3 +61,29 @@ def test_settings_of_jemalloc_are_the_users_if_there_are_any(monkeypatch: pytest
     monkeypatch.setenv("MALLOC_CONF", "dirty_decay_ms:0")
 
     assert cpu_environment()["MALLOC_CONF"] == "dirty_decay_ms:0"
+
+
+def test_threads_that_wait_leave_their_core_to_others_on_gpu_nodes_too_and_the_allocator_stays_out() -> None:
+    assert actor_environment(on_gpu=True) == {"OMP_WAIT_POLICY": "PASSIVE"}
+    assert actor_environment(on_gpu=False) == cpu_environment()
+    assert cpu_environment()["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+@pytest.mark.parametrize(("gpus", "of_retrievers"), [(0.0, False), (0.5, True)])
+def test_every_actor_of_a_gpu_run_gets_the_environment_of_what_it_computes_on(
+    monkeypatch: pytest.MonkeyPatch, gpus: float, of_retrievers: bool
+) -> None:
+    given: dict[str, Any] = {}
+    placement = Placement("gpu", [], {}, take_turns=False)
+
+    class Retrievers:
+        def __init__(self, *arguments: object, **options: Any) -> None:
+            given.update(options["runtime_env"]["env_vars"])
+
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr(cluster_module, "reserve", lambda *sections: ([], placement, None))
+    monkeypatch.setattr(cluster_module, "Retrievers", Retrievers)
+    made = Cluster([], ClusterConfig(), RetrieverConfig(gpus_per_replica=gpus), Path("index"))
+    assert made._room(None, 1.0)["runtime_env"]["env_vars"] == actor_environment(on_gpu=True)
+    assert given == actor_environment(on_gpu=of_retrievers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -122,6 +123,11 @@ class RetrieverConfig(Section):
     """Retriever actors; requests are spread over them and fail over."""
     gpus_per_replica: float = Field(0.0, ge=0)
     """GPU share of each replica."""
+    threads_per_replica: int | None = Field(None, ge=1)
+    """CPU threads of a replica. Null: its node's cores, without two per GPU, divided by the replicas there."""
+    local_copy: str | None = None
+    """Folder on a disk that each node has for itself, say a local NVMe. Replicas copy the index there once per node and
+    search the copy. Null: they search `index` where it is."""
     max_batch: int = Field(128, ge=1)
     """Most queries encoded at once."""
     timeout_s: float = Field(60.0, gt=0)
@@ -160,6 +166,14 @@ class RetrieverConfig(Section):
         if self.device == "cuda" and self.gpus_per_replica == 0:
             raise ValueError(
                 "retriever.device: cuda needs a share of a GPU: set retriever.gpus_per_replica, e.g. 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _on_every_node(self) -> RetrieverConfig:
+        if self.local_copy is not None and not Path(self.local_copy).is_absolute():
+            raise ValueError(
+                f"retriever.local_copy: {self.local_copy} would be another folder on each node: give an absolute path"
             )
         return self
 

@@ -358,7 +358,9 @@ def test_free_memory_is_the_machine_s_or_the_container_s_whichever_is_less(tmp_p
     assert free() == 3_000 * 1024
     (tmp_path / "memory.max").write_text("max\n")
     (tmp_path / "memory.current").write_text(f"{1500 * 1024}\n")
-    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {500 * 1024}\n")
+    # Files that were read once, and more than once.
+    cached = f"inactive_file {300 * 1024}\nactive_file {200 * 1024}\n"
+    (tmp_path / "memory.stat").write_text(f"anon 5\n{cached}")
     assert free() == 3_000 * 1024
     (tmp_path / "memory.max").write_text(f"{2000 * 1024}\n")
     assert free() == 1_000 * 1024

@@ -126,6 +126,8 @@ def test_settings_of_the_own_retriever_are_not_silently_ignored_beside_a_server(
         "max_tokens": 64,
         "replicas": 2,
         "max_batch": 2,
+        "threads_per_replica": 2,
+        "local_copy": "/nvme",
     }
     message = refusal(retriever={"url": URL, "gpus_per_replica": 1.0} | {key: others.get(key, "other")})
     assert f"retriever.{key}" in message
@@ -148,6 +150,12 @@ def test_settings_of_searches_go_with_a_server() -> None:
 )
 def test_addresses_that_make_no_sense(retriever: dict[str, Any], told: str) -> None:
     assert told in refusal(retriever=retriever)
+
+
+def test_a_copy_on_every_node_needs_a_path_that_is_the_same_on_all() -> None:
+    told = refusal(retriever={"local_copy": "indexes"})
+    assert "retriever.local_copy: indexes would be another folder on each node" in told
+    assert config(retriever={"local_copy": "/nvme/indexes"}).retriever.local_copy == "/nvme/indexes"
 
 
 @pytest.mark.parametrize(
