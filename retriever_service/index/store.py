@@ -150,8 +150,8 @@ def read_manifest(index_dir: str | Path) -> Manifest:
         return Manifest(**fields)
     except OSError as error:
         raise RetrieverError(
-            f"{index_dir} is not a built index (no readable {MANIFEST_FILE}); build one (exsearch index build), or name "
-            "another"
+            f"{index_dir} is not a built index (no readable {MANIFEST_FILE}); build one (exsearch index build), or "
+            "name another"
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise RetrieverError(f"{path}: damaged manifest ({error!r}); {MEND}") from error
