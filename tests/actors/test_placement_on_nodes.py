@@ -123,6 +123,7 @@ def test_engines_and_ranks_share_every_gpu_and_take_turns(
         assert found.transports == ("ipc", "ipc")
         assert (found.options.gpu_memory_utilization, found.options.sleeps) == (0.7, True)
         assert found.slept() == [1] * number
+        assert per_node(found.retrievers.places()) == dict.fromkeys(nodes.ids, 1)
         # Two of each bundle; nobody else reserves any.
         assert ray.available_resources().get("CPU", 0.0) == 0.0
 
@@ -139,4 +140,5 @@ def test_apart_two_nodes_generate_and_two_learn(nodes: Nodes, monkeypatch: pytes
         assert found.transports == ("nccl", "nccl")
         assert (found.options.gpu_memory_utilization, found.options.sleeps) == (0.9, False)
         assert not any(found.slept())
+        assert per_node(found.retrievers.places()) == dict.fromkeys(nodes.ids, 1)
         assert ray.available_resources()["CPU"] == NODES * nodes.gpus
