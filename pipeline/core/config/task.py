@@ -113,7 +113,7 @@ class RetrieverConfig(Section):
     max_tokens: int | None = Field(None, ge=8)
     """Texts are cut at this many encoder tokens. Null: the encoder's own limit."""
     factory: str = "Flat"
-    """FAISS index factory string."""
+    """FAISS index factory string of an index that the run builds; `index` has its own."""
     search_parameters: str = ""
     """How thoroughly an approximate index is searched, in FAISS's notation: nprobe=64 or efSearch=128. Empty: as tuned
     when it was built."""
