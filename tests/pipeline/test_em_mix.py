@@ -1,0 +1,64 @@
+"""The cold-start examples that are mixed into an M-step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.core.example_files import read_examples
+from pipeline.core.record_tables import examples_to_table
+from pipeline.core.records import Example
+from pipeline.core.run import write_table
+from pipeline.em import ExpectationMaximisation
+
+
+class Folder:
+    """The part of a run that mixing asks for."""
+
+    config = SimpleNamespace(seed=3, cold_start=SimpleNamespace(mix=0.5))
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def shards(self, t: int, name: str) -> list[Path]:
+        return sorted((self.path / str(t) / name).glob("*.parquet"))
+
+    def fresh(self, step: str) -> Path:
+        return self.path / step
+
+
+def example(name: str, targets: int, weight: float) -> Example:
+    ids = np.arange(targets + 2, dtype=np.int32)
+    return Example(name, name, "searcher", ids, ids >= 2, {"weight": np.array([weight])})
+
+
+def test_half_as_many_cold_start_examples_have_the_average_weight_of_a_token_and_are_the_same_again(
+    tmp_path: Path,
+) -> None:
+    weighted = [
+        example("q0/0", 1, 4.0),
+        example("q0/1", 3, 0.0),
+        example("q1/0", 2, 1.0),
+        example("q1/1", 2, 1.0),
+    ]
+    for number in (0, 2):
+        shard = tmp_path / f"1/searcher/{number}.parquet"
+        write_table(shard, examples_to_table(weighted[number : number + 2]))
+    write_table(
+        tmp_path / "0/searcher/0.parquet", examples_to_table([example("c0", 5, 1.0), example("c1", 6, 1.0)])
+    )
+    run: Any = Folder(tmp_path)
+    mixing, shards = ExpectationMaximisation(run, cold_start=None), run.shards(1, "searcher")
+
+    path = mixing.mixed_in(1, shards)
+
+    mixed, written = read_examples(path), path.read_bytes()
+    assert [one.id for one in mixed] == ["mix/0", "mix/1"]
+    assert {one.num_targets for one in mixed} <= {5, 6}
+    assert [one.number("weight") for one in mixed] == pytest.approx([(4 + 2 + 2) / 8] * 2)
+    # A training that goes on knows its examples by the bytes of their shards.
+    assert mixing.mixed_in(1, shards).read_bytes() == written
