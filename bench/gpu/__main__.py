@@ -66,7 +66,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.list:
         for name, part in PARTS.items():
-            print(f"{name:12}{part.what} (at most {part.limit_s} s)")
+            print(
+                f"{name:12}{part.what} (at most {part.limit_s} s, on a CPU {CPU_PATIENCE * part.limit_s} s)"
+            )
         return 0
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print(

@@ -20,7 +20,8 @@ MOSTLY_IDLE = 0.5
 """Devices that work for less than this share of the time are pointed out."""
 SAVES_GPU_MEMORY = (
     "lower learner.tokens_per_microbatch or rollout.gpu_memory_utilization, use learner.zero_stage=3, "
-    "learner.gradient_checkpointing=true or learner.offload_optimizer=true, or take more ranks"
+    "learner.gradient_checkpointing=true, learner.offload_optimizer=true or cluster.take_turns=true, train adapters "
+    "alone (learner.lora.rank=64), or take more ranks"
 )
 
 
