@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from pipeline.core.retrieval import Servers
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
+from retriever_service.index.store import INDEX_FILE
 from retriever_service.machine import available_cores
 from tests.actors.encoders import PEOPLE, TOWNS, build_encoder
 from tests.retriever_service.page_cache import cool, resident
@@ -117,17 +119,17 @@ def test_a_replica_that_hangs_is_started_again_while_the_other_answers(
 def test_replicas_of_a_node_share_its_cores_and_are_ready_when_a_cold_index_is_in_memory(
     tmp_path: Path, cluster: None
 ) -> None:
-    texts = [f"{PEOPLE[n % 8]} {TOWNS[n % 8]} {'and on ' * 2_000}" for n in range(200)]
-    write_jsonl(tmp_path / "corpus.jsonl", [{"id": f"{n}", "text": text} for n, text in enumerate(texts)])
-    build_index(
-        [str(tmp_path / "corpus.jsonl")], tmp_path / "index", spec(build_encoder(tmp_path / "encoder"))
-    )
-    passages = cool(tmp_path / "index")[0]
-    retrievers = Retrievers(
-        RetrieverConfig(replicas=2), tmp_path / "index", runtime_env={}, start_timeout_s=120
-    )
+    chosen, words = random.Random(0), (*PEOPLE, *TOWNS)
+    rows = [{"id": f"{n}", "text": " ".join(chosen.choices(words, k=4))} for n in range(6_000)]
+    corpus = str(write_jsonl(tmp_path / "corpus.jsonl", rows))
+    encoder = spec(build_encoder(tmp_path / "encoder"))
+    build_index([corpus], tmp_path / "index", encoder, factory="IVF32,Flat")
+    vectors = cool(tmp_path / "index")[0]
+    config = RetrieverConfig(replicas=2, search_parameters="nprobe=1")  # a search reads one of 32 lists
+    retrievers = Retrievers(config, tmp_path / "index", runtime_env={}, start_timeout_s=120)
     retrievers.wait()
-    assert resident(passages) == 1
+    assert vectors.name == INDEX_FILE
+    assert resident(vectors) == 1
     share = max(1, available_cores() // 2)
     assert [threads(actor) for actor in retrievers._actors] == [(share, share)] * 2
     retrievers.close()
