@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from pipeline.core.plan.engine import EngineNeeds
 from pipeline.core.plan.memory import ACCELERATOR_CONTEXT, GIB, Device, Memory
@@ -110,8 +111,9 @@ def gpu_uses(policies: Sequence[PolicyNeeds], layout: Layout) -> list[Use]:
 
 def host_uses(policies: Sequence[PolicyNeeds], layout: Layout, retrievers: int) -> list[Use]:
     """Of each node, when it is fullest. Where CPUs take turns, engines and ranks have not all of theirs at a time."""
+    moments = _moments(policies, layout)
     return [
-        max((_of_host(number, held, layout, retrievers) for held in _moments(policies, layout)), key=_bytes)
+        max((_of_host(number, held, layout, retrievers) for held in moments), key=attrgetter("bytes"))
         for number in range(len(layout.nodes))
     ]
 
@@ -136,10 +138,6 @@ def _of_host(number: int, held: Mapping[tuple[str, str], Memory], layout: Layout
     own = -(-retrievers // len(layout.nodes)) * RETRIEVER + (SHARED_PROCESSES if number == 0 else 0)
     parts = (*shares, ("driver, weighting, retriever", own))
     return Use(f"host {number}", sum(size for _, size in parts), parts)
-
-
-def _bytes(use: Use) -> int:
-    return use.bytes
 
 
 def _use(what: str, tenants: Sequence[Memory], further: int = 0) -> Use:
