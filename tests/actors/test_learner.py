@@ -36,6 +36,7 @@ from tests.actors.ranks import (
     run_ranks,
     train,
     train_only,
+    weight_of,
 )
 
 pytestmark = pytest.mark.component
@@ -56,7 +57,7 @@ def reference(model: Path, examples: list[Example], config: LearnerConfig) -> tu
         network.parameters(), lr=0.0, eps=config.adam_epsilon, weight_decay=config.weight_decay
     )
     n = [int(e.loss_mask[1:].sum()) for e in examples]
-    scale = sum(n) / sum(e.number("weight") * n_k for e, n_k in zip(examples, n, strict=True))
+    scale = sum(n) / sum(weight_of(e) * n_k for e, n_k in zip(examples, n, strict=True))
     lengths = [len(e.token_ids) for e in examples]
     steps = [
         step.examples
@@ -77,7 +78,7 @@ def reference(model: Path, examples: list[Example], config: LearnerConfig) -> tu
             ids = torch.from_numpy(examples[k].token_ids.astype(np.int64))
             logprobs = network(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
             mask = torch.from_numpy(examples[k].loss_mask[1:])
-            loss = loss - examples[k].number("weight") * scale * logprobs[mask].sum()
+            loss = loss - weight_of(examples[k]) * scale * logprobs[mask].sum()
         loss = loss / sum(n[k] for k in batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), config.gradient_clipping)
@@ -130,14 +131,14 @@ def test_bfloat16_comes_close_to_float32_at_any_stage(
 
 def test_what_zero_weight_examples_say_does_not_matter(model_path: Path) -> None:
     examples = make_examples()
-    nonsense = [e if e.number("weight") else replace(e, token_ids=e.token_ids[::-1].copy()) for e in examples]
+    nonsense = [e if weight_of(e) else replace(e, token_ids=e.token_ids[::-1].copy()) for e in examples]
     first, second = (run_ranks(CONFIG, model_path, train, batch) for batch in (examples, nonsense))
     assert_same_weights(second[1], first[1], atol=0)
     assert first[0].skipped_examples == 3
 
 
 def test_nothing_with_weight_leaves_the_model_as_it_is(model_path: Path) -> None:
-    failures = [e for e in make_examples() if not e.number("weight")]
+    failures = [e for e in make_examples() if not weight_of(e)]
     metrics, weights = run_ranks(CONFIG, model_path, train, failures)
     assert metrics.steps == 0
     original = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
@@ -147,7 +148,7 @@ def test_nothing_with_weight_leaves_the_model_as_it_is(model_path: Path) -> None
 def test_metrics_say_what_was_trained(model_path: Path) -> None:
     examples = make_examples()
     metrics = run_ranks(CONFIG, model_path, train_only, examples)
-    computed = [e for e in examples if e.number("weight")]
+    computed = [e for e in examples if weight_of(e)]
     assert metrics.trained_tokens == 2 * sum(int(e.loss_mask[1:].sum()) for e in computed)
     assert metrics.total_tokens == 2 * sum(len(e.token_ids) for e in computed)
     assert metrics.steps == len(metrics.history) == 6
@@ -161,7 +162,7 @@ def test_examples_of_negligible_weight_count_but_are_not_computed(model_path: Pa
     found, full = (run_ranks(c, model_path, train_only, make_examples()) for c in (config, CONFIG))
     assert (found.skipped_examples, full.skipped_examples) == (6, 3)
     assert [step["tokens"] for step in found.history] == [step["tokens"] for step in full.history]
-    computed = [e for e in make_examples() if e.number("weight") >= 1]
+    computed = [e for e in make_examples() if weight_of(e) >= 1]
     assert found.total_tokens == 2 * sum(len(e.token_ids) for e in computed)
 
 
