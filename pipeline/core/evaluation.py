@@ -1,20 +1,12 @@
-"""Scores of answers and of whole evaluations.
+"""Scores of a whole evaluation: one trajectory per question.
 
-Answers are compared as in KILT and SQuAD: lower case, no punctuation, no articles, single spaces. Guarantees:
-
-- every question counts, also one that failed, has no trajectory or was excluded: its score is 0;
-- an answer is as good as its best match among the gold answers; a gold answer is never matched by nothing.
-
-Sources: SQuAD `evaluate-v1.1.py` (exact match, F1), KILT `eval_downstream.py` (normalisation); accuracy is
-"cover-EM": the gold answer occurs in the prediction as a run of whole tokens.
+Guarantee: every question counts, also one that failed, has no trajectory or was excluded; its score is 0.
 """
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,57 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.core.records import Question, StopReason, Trajectory
+from pipeline.core.scoring.answers import WRONG, AnswerScore, ProtocolName, score_answer
 
 Floats = npt.NDArray[np.float64]
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 _METRICS = ("em", "f1", "accuracy")
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerScore:
-    """Exact match, token F1 and accuracy (cover-EM) of one answer, each in [0, 1]."""
-
-    em: float
-    f1: float
-    accuracy: float
-
-
-def normalise_answer(text: str) -> str:
-    """Lower case without punctuation, articles and extra white space (KILT)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def score_answer(prediction: str, golds: Iterable[str]) -> AnswerScore:
-    """Scores of a prediction, each the best over the gold answers. Without gold answers: 0."""
-    scores = [_score_one(prediction, gold) for gold in golds]
-    return AnswerScore(
-        em=max((s.em for s in scores), default=0.0),
-        f1=max((s.f1 for s in scores), default=0.0),
-        accuracy=max((s.accuracy for s in scores), default=0.0),
-    )
-
-
-def _score_one(prediction: str, gold: str) -> AnswerScore:
-    predicted_tokens, gold_tokens = normalise_answer(prediction).split(), normalise_answer(gold).split()
-    if not gold_tokens:
-        # A gold such as "A" or "!!!" is compared as it stands, so that an empty prediction does not match it.
-        predicted_tokens, gold_tokens = prediction.lower().split(), gold.lower().split()
-    if not predicted_tokens or not gold_tokens:
-        return AnswerScore(0.0, 0.0, 0.0)
-    common = (Counter(predicted_tokens) & Counter(gold_tokens)).total()
-    return AnswerScore(
-        em=float(predicted_tokens == gold_tokens),
-        f1=2 * common / (len(predicted_tokens) + len(gold_tokens)),
-        accuracy=float(contains_tokens(predicted_tokens, gold_tokens)),
-    )
-
-
-def contains_tokens(tokens: Sequence[str], wanted: Sequence[str]) -> bool:
-    """True if `wanted` (not empty) is a contiguous run of `tokens`."""
-    n = len(wanted)
-    return n > 0 and any(tokens[i : i + n] == wanted for i in range(len(tokens) - n + 1))
 
 
 def recall_by_step(trajectory: Trajectory, supporting_ids: Sequence[str]) -> list[float]:
@@ -89,8 +35,12 @@ def evaluate(
     trajectories: Sequence[Trajectory],
     bootstrap_samples: int = 1000,
     seed: int = 0,
+    protocol: ProtocolName = "exsearch",
 ) -> dict[str, Any]:
     """Evaluation of one (greedy) trajectory per question, ready for JSON.
+
+    Args:
+        protocol: by whose rules answers are compared.
 
     Returns:
         n                     number of questions
@@ -113,7 +63,12 @@ def evaluate(
     by_question = _one_per_question(questions, trajectories)
     has_ids = all(hit.passage.id for t in trajectories for step in t.steps for hit in step.hits)
     rows = [
-        _score_question(question, by_question.get(question.id), question.supporting_ids if has_ids else ())
+        _score_question(
+            question,
+            by_question.get(question.id),
+            question.supporting_ids if has_ids else (),
+            protocol,
+        )
         for question in questions
     ]
     scores = np.array([[row.score.em, row.score.f1, row.score.accuracy] for row in rows])
@@ -159,13 +114,18 @@ def _one_per_question(
     return by_question
 
 
-def _score_question(question: Question, trajectory: Trajectory | None, supporting_ids: Sequence[str]) -> _Row:
+def _score_question(
+    question: Question,
+    trajectory: Trajectory | None,
+    supporting_ids: Sequence[str],
+    protocol: ProtocolName,
+) -> _Row:
     if trajectory is None:
         nothing: list[float] | None = [] if supporting_ids else None
-        return _Row(question, AnswerScore(0.0, 0.0, 0.0), nothing, 0, "missing")
+        return _Row(question, WRONG, nothing, 0, "missing")
     return _Row(
         question=question,
-        score=score_answer(trajectory.answer, question.answers),
+        score=score_answer(trajectory.answer, question.answers, protocol),
         recalls=recall_by_step(trajectory, supporting_ids) if supporting_ids else None,
         searches=trajectory.num_searches,
         stop_reason=trajectory.stop_reason.value,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.core.config.section import OnDisk, Section, Sources
+from pipeline.core.scoring.answers import ProtocolName
 
 Attention = Literal["packed", "flash_attention_2", "eager"]
 Dtype = Literal["float32", "bfloat16"]
@@ -210,6 +211,10 @@ class EmConfig(Iterations):
 
 
 class EvaluationConfig(Section):
+    protocol: ProtocolName = "exsearch"
+    """By whose rules answers are compared, in every score, in `weighting.reward` and in what counts as correct.
+    exsearch: KILT's, mended for yes and no and for text beyond ASCII (docs/evaluation.md). kilt: KILT's and SQuAD's, to
+    the letter. The others: those of the data set."""
     baselines: bool = True
     """Also evaluate no search, and one search then answer, on the test questions."""
     bootstrap_samples: int = Field(1000, ge=0)

@@ -15,8 +15,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.core.evaluation import contains_tokens, normalise_answer
 from pipeline.core.records import Question
+from pipeline.core.scoring.answers import contains_tokens, normalise_answer
 from retriever_service.passages.corpus import Passage
 
 PassageOf = Callable[[str], Passage | None]
