@@ -14,10 +14,10 @@ from pipeline.core.agents.program import Task
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.config import AgentConfig, WeightingConfig
 from pipeline.core.errors import RunError
-from pipeline.core.evaluation import score_answer
 from pipeline.core.models import load_tokenizer
 from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory, count_stop_reasons
 from pipeline.core.renderer import Renderer
+from pipeline.core.scoring.answers import ProtocolName, score_answer
 from pipeline.core.weighting import Scored, best_answer, importance_weights, summarise
 
 TaskT = TypeVar("TaskT", bound=Task, contravariant=True)
@@ -75,6 +75,8 @@ class SearchWeights:
     agent: AgentConfig
     tokenizer: str
     """Model directory or hub name."""
+    protocol: ProtocolName = "exsearch"
+    """By whose rules a trajectory's own answer is scored."""
 
     outputs = (SEARCHER,)
 
@@ -109,7 +111,7 @@ class SearchWeights:
     def _scored(
         self, trajectory: Trajectory, question: Question, log_likelihood: float, num_tokens: int
     ) -> Scored:
-        own = score_answer(trajectory.answer, question.answers)
+        own = score_answer(trajectory.answer, question.answers, self.protocol)
         return Scored(
             log_likelihood=log_likelihood,
             num_tokens=num_tokens,
