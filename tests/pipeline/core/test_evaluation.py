@@ -78,13 +78,9 @@ def test_break_downs_leave_out_questions_without_the_label() -> None:
     result = evaluate(QUESTIONS, TRAJECTORIES, bootstrap_samples=0)
     assert {hops: group["n"] for hops, group in result["by_hops"].items()} == {"1": 1, "2": 2}
     assert result["by_hops"]["2"]["em"] == 50.0
-    assert result["by_type"]["single"] == {
-        "n": 1,
-        "em": 0.0,
-        "f1": 0.0,
-        "accuracy": 0.0,
-        "gold_recall": 100.0,
-    }
+    single = result["by_type"]["single"]
+    assert (single["n"], single["em"], single["f1"], single["accuracy"]) == (1, 0.0, 0.0, 0.0)
+    assert single["gold_recall"] == 100.0
     assert set(result["by_type"]) == {"bridge", "single"}
 
 
@@ -114,8 +110,28 @@ def test_intervals_enclose_the_score_and_repeat_with_the_seed() -> None:
     # Normal approximation: 1.96 * sqrt(0.25 / 200) = 6.9 points on either side.
     assert high - low == pytest.approx(13.9, abs=2.5)
     assert result == evaluate(questions, trajectories, bootstrap_samples=400, seed=1)
-    assert result["em_interval"] != evaluate(questions, trajectories, 400, seed=2)["em_interval"]
-    assert evaluate(questions, trajectories, bootstrap_samples=0)["f1_interval"] is None
+    assert result["f1_interval"] != evaluate(questions, trajectories, 400, seed=2)["f1_interval"]
+
+
+def test_without_bootstrap_samples_only_f1_has_no_interval() -> None:
+    for scores in (
+        result := evaluate(QUESTIONS, TRAJECTORIES, bootstrap_samples=0),
+        *result["by_type"].values(),
+    ):
+        assert scores["f1_interval"] is None
+        assert scores["em_interval"] == scores["accuracy_interval"] != [0.0, 0.0]
+
+
+def test_none_right_is_an_interval_and_not_worse_than_three_of_seventeen() -> None:
+    questions = [question(f"a{i}", type="before") for i in range(17)]
+    questions += [question(f"b{i}", type="after") for i in range(17)]
+    trajectories = [trajectory(q.id, q.answers[0] if q.id in ("a1", "a2", "a3") else "no") for q in questions]
+    by_type = evaluate(questions, trajectories, bootstrap_samples=200)["by_type"]
+    for metric in ("em", "f1", "accuracy"):
+        low, high = by_type["before"][f"{metric}_interval"]
+        assert low < by_type["before"][metric] < high
+        assert by_type["after"][f"{metric}_interval"] == [0.0, pytest.approx(18.4, abs=0.1)]
+        assert low < 18.4 < high
 
 
 def test_the_result_is_plain_json() -> None:
