@@ -34,6 +34,41 @@ class Hop:
 
 
 @dataclass(frozen=True, slots=True)
+class Paragraph:
+    """A paragraph that a data set gives along with a question. Sets without sentences have one per paragraph."""
+
+    title: str
+    sentences: tuple[str, ...]
+    id: str = ""
+    """In the corpus; empty where the row names none."""
+
+    @property
+    def text(self) -> str:
+        """The whole paragraph: sentences bring their own spaces."""
+        return "".join(self.sentences)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a data set's own row says of a question's evidence, in the set's own terms: evaluation protocols compare
+    with it, and nothing is trained on it. Each field is empty where the row does not have it.
+    """
+
+    supporting_facts: tuple[tuple[str, int], ...] = ()
+    """(title, number of the sentence from 0): HotpotQA, 2WikiMultihopQA."""
+    triples: tuple[tuple[str, str, str], ...] = ()
+    """(subject, relation, object): 2WikiMultihopQA's `evidences`."""
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    """Other names of the entities of the triples."""
+    context: tuple[Paragraph, ...] = ()
+    """The paragraphs in the order of the row, distractors among them."""
+    supporting_paragraphs: tuple[int, ...] = ()
+    """Places of the gold ones in `context`, from 0."""
+    provenance: tuple[tuple[str, ...], ...] = ()
+    """KILT: one group of Wikipedia pages (ids) per accepted way to find the answer."""
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """A question with every accepted answer; the gold supervision beyond that is optional.
 
@@ -48,6 +83,9 @@ class Question:
     hops: int | None = None
     supporting_ids: tuple[str, ...] = ()
     decomposition: tuple[Hop, ...] = ()
+    evidence: Evidence | None = field(default=None, repr=False)
+    """Only where it was asked for (`read_questions`). Says nothing of what a question is trained on: by its `repr` a
+    run knows it again."""
 
     @property
     def distinct_answers(self) -> tuple[str, ...]:

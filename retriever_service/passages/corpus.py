@@ -13,16 +13,14 @@ time.
 from __future__ import annotations
 
 import bisect
-import gzip
 import hashlib
 import itertools
 import json
 import logging
 import re
 import unicodedata
-import zlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,10 +28,11 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from retriever_service.errors import RetrieverError
+from retriever_service.passages.metadata import read_metadata
+from retriever_service.passages.sources import open_source
 
 logger = logging.getLogger(__name__)
 
-HUB_PREFIX = "hf:"
 ROWS_PER_BATCH = 16_384
 _SCHEMA = pa.schema(
     [("id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("metadata", pa.string())]
@@ -67,7 +66,7 @@ class CorpusReader:
     """Iterates over the union of corpus sources, once.
 
     A source is one of
-    - a JSON Lines file (`.gz` allowed), one object per line in one of three dialects:
+    - a file of records (`open_records`: JSON Lines, a JSON list, a table, Parquet) in one of three dialects:
       `{"id", "title", "text"}`; `{"_id", "title", "text"}` (BEIR); `{"id", "contents"}` with the title,
       possibly in double quotes, on the first line of the contents (Pyserini, Search-R1); each may have
       `metadata`, a JSON object that results carry along and filters look at;
@@ -91,9 +90,10 @@ class CorpusReader:
         self.num_passages = 0
         self.num_duplicates = 0
         self._checksum = hashlib.sha256()
+        self._places: list[Callable[[int], str]] = []
         self._ordinals: dict[str, int] = {}
         # Parallel to the ordinals: compact arrays instead of tuples keep a 21M-passage union small.
-        self._lines = array("Q")
+        self._numbers = array("Q")
         self._digests = array("Q")
         self._source_starts: list[int] = []
 
@@ -106,10 +106,12 @@ class CorpusReader:
             self._source_starts.append(self.num_passages)
             before = self.num_duplicates
             count = 0
-            for line, record in _read_records(source):
+            records = open_source(source)
+            self._places.append(records.place)
+            for number, record in records:
                 count += 1
-                passage = to_passage(record, f"{source}:{line}")
-                if self._is_new(passage, source, line):
+                passage = to_passage(record, records.place(number))
+                if self._is_new(passage, number):
                     yield passage
             if count == 0:
                 raise RetrieverError(f"{source}: no passages; the corpus is empty. Name a file with passages")
@@ -118,29 +120,25 @@ class CorpusReader:
                     f"{source}: {self.num_duplicates - before} of {count} passages were in earlier sources"
                 )
         self._ordinals.clear()
-        del self._lines[:], self._digests[:]
+        del self._numbers[:], self._digests[:]
 
-    def _is_new(self, passage: Passage, source: str, line: int) -> bool:
-        try:
-            digest = _content_digest(passage)
-        except UnicodeEncodeError as error:
-            raise RetrieverError(f"{source}:{line}: not valid Unicode (lone surrogate): {error}") from error
+    def _is_new(self, passage: Passage, number: int) -> bool:
         words_hash = _words_hash(passage)
         first = self._ordinals.get(passage.id)
         if first is None:
             self._ordinals[passage.id] = self.num_passages
             self.num_passages += 1
-            self._lines.append(line)
+            self._numbers.append(number)
             self._digests.append(words_hash)
-            self._checksum.update(digest)
+            self._checksum.update(_content_digest(passage))
             return True
         in_this_source = first >= self._source_starts[-1]
         if in_this_source or self._digests[first] != words_hash:
-            position = sum(start <= first for start in self._source_starts) - 1
+            source = sum(start <= first for start in self._source_starts) - 1
             problem = "appears twice" if in_this_source else "has different content in two sources"
             raise RetrieverError(
-                f"{source}:{line}: id {passage.id!r} {problem}; first at {self.sources[position]}:"
-                f"{self._lines[first]}. Give every passage its own id"
+                f"{self._places[-1](number)}: id {passage.id!r} {problem}; first at "
+                f"{self._places[source](self._numbers[first])}. Give every passage its own id"
             )
         self.num_duplicates += 1
         return False
@@ -167,75 +165,6 @@ def _words_hash(passage: Passage) -> int:
     return int.from_bytes(hashlib.sha256(letters.encode()).digest()[:8], "little")
 
 
-def _read_records(source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line or row number from 1, record) pairs of one source."""
-    if source.startswith(HUB_PREFIX):
-        return _read_hub(source)
-    path = Path(source)
-    if path.is_dir():
-        return _read_saved_dataset(path)
-    if not path.is_file():
-        raise RetrieverError(
-            f"corpus {source} does not exist; relative paths begin at data.root, or at the working directory"
-        )
-    return read_jsonl(path)
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """(line number from 1, object) pairs of a JSON Lines file, which may be compressed; blank lines are skipped.
-
-    Raises:
-        RetrieverError: while iterating, at the first mistake; names file and line.
-    """
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.isspace():
-                    continue
-                record = json.loads(line.decode("utf-8"))
-                if not isinstance(record, dict):
-                    raise RetrieverError(
-                        f"{path}:{number}: expected a JSON object, got {type(record).__name__}"
-                    )
-                yield number, record
-    except json.JSONDecodeError as error:
-        raise RetrieverError(
-            f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); mend or remove the line"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise RetrieverError(f"{path}:{number}: not valid UTF-8: {error}") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise RetrieverError(f"{path}: damaged gzip file behind line {number}: {error}") from error
-
-
-def _read_saved_dataset(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    import datasets
-
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except FileNotFoundError as error:
-        raise RetrieverError(f"{path}: not a directory written by datasets' save_to_disk: {error}") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        if len(dataset) != 1:
-            raise RetrieverError(f"{path} holds the splits {sorted(dataset)}; name one of their directories")
-        dataset = next(iter(dataset.values()))
-    yield from enumerate(dataset, start=1)
-
-
-def _read_hub(source: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    import datasets
-
-    name, config, split, *rest = [*source.removeprefix(HUB_PREFIX).split(":"), "", ""]
-    if not name or any(rest):
-        raise RetrieverError(f"{source}: expected {HUB_PREFIX}NAME[:CONFIG[:SPLIT]]")
-    try:
-        dataset = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
-    except (OSError, ValueError) as error:
-        raise RetrieverError(f"{source}: cannot be opened: {error}") from error
-    yield from enumerate(dataset, start=1)
-
-
 def to_passage(record: Mapping[str, Any], where: str) -> Passage:
     """The passage that one record of any dialect stands for.
 
@@ -252,7 +181,7 @@ def to_passage(record: Mapping[str, Any], where: str) -> Passage:
 
 def read_passage(record: Mapping[str, Any], where: str) -> Passage:
     """As `to_passage`, but id and text may be empty."""
-    id_ = _string(record, "_id" if "_id" in record and "id" not in record else "id", where)
+    id_ = _id(record, where)
     if "contents" in record and "text" not in record:
         title, newline, text = _string(record, "contents", where).partition("\n")
         if not newline:
@@ -262,10 +191,16 @@ def read_passage(record: Mapping[str, Any], where: str) -> Passage:
     else:
         text = _string(record, "text", where)
         title = "" if record.get("title") is None else _string(record, "title", where)
-    metadata = record.get("metadata") or {}
-    if not isinstance(metadata, dict):
-        raise RetrieverError(f"{where}: field 'metadata' must be an object, is {type(metadata).__name__}")
-    return Passage(id=id_, title=title, text=text, metadata=metadata)
+    return Passage(id=id_, title=title, text=text, metadata=read_metadata(record, where))
+
+
+def _id(record: Mapping[str, Any], where: str) -> str:
+    """Whole numbers are ids as well."""
+    key = "_id" if "_id" in record and "id" not in record else "id"
+    value = record.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _string(record, key, where)
 
 
 def _string(record: Mapping[str, Any], key: str, where: str) -> str:

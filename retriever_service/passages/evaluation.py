@@ -18,7 +18,7 @@ import numpy as np
 
 from retriever_service.errors import RetrieverError
 from retriever_service.files import writing
-from retriever_service.passages.corpus import read_jsonl
+from retriever_service.passages.records import open_records, read_lines
 
 Qrels = dict[str, dict[str, int]]
 """Relevance by question id and passage id; above 0 is relevant."""
@@ -125,25 +125,25 @@ def read_qrels(path: str | Path) -> Qrels:
 
 
 def read_queries(path: str | Path) -> dict[str, str]:
-    """Text by id, in the order of a JSON Lines file (`.gz` allowed) of `{"_id", "text"}` or `{"id", "question"}`.
+    """Text by id, in the order of a file of records (`open_records`): `{"_id", "text"}` or `{"id", "question"}`.
 
     Raises:
         RetrieverError: no such file, no questions, or a malformed line.
     """
-    _check_is_file(path)
     queries: dict[str, str] = {}
-    for number, record in read_jsonl(Path(path)):
+    records = open_records(path)
+    for number, record in records:
+        place = records.place(number)
         id_ = record.get("_id", record.get("id"))
+        id_ = str(id_) if isinstance(id_, int) and not isinstance(id_, bool) else id_
         text = record.get("text", record.get("question"))
         if not isinstance(id_, str) or not isinstance(text, str) or not id_ or not text.strip():
             raise RetrieverError(
-                f"{path}:{number}: a question needs an id ('_id' or 'id') and a text ('text' or 'question'), both "
-                f"strings and not empty (fields: {', '.join(sorted(record)) or 'none'})"
+                f"{place}: a question needs an id ('_id' or 'id') and a text ('text' or 'question'), both "
+                f"not empty (fields: {', '.join(sorted(record)) or 'none'})"
             )
         if id_ in queries:
-            raise RetrieverError(
-                f"{path}:{number}: question {id_!r} appears twice; give every question its own id"
-            )
+            raise RetrieverError(f"{place}: question {id_!r} appears twice; give every question its own id")
         queries[id_] = text
     if not queries:
         raise RetrieverError(f"{path}: no questions")
@@ -208,14 +208,8 @@ def _number(text: str, kind: type[int] | type[float], what: str, where: str) -> 
 def _lines(path: str | Path) -> Iterator[tuple[str, str]]:
     """(file:line, text) of every line that is not blank."""
     _check_is_file(path)
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise RetrieverError(f"{path}:{number}: not valid UTF-8: {error}") from error
-            if text.strip():
-                yield f"{path}:{number}", text
+    for number, line in read_lines(Path(path)):
+        yield f"{path}:{number}", line
 
 
 def _check_is_file(path: str | Path) -> None:

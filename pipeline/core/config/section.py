@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    model_validator,
+)
+from pydantic_core import CoreSchema
+from pydantic_core.core_schema import no_info_after_validator_function
 
 
 class Section(BaseModel):
@@ -34,9 +44,19 @@ def as_word(value: Any) -> Any:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
 
 
-Sources = Annotated[tuple[str, ...], BeforeValidator(as_list)]
+def from_home(value: Any) -> Any:
+    """`~` is the home directory, as it is in a shell."""
+    if isinstance(value, tuple):
+        return tuple(map(from_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+Sources = Annotated[tuple[str, ...], BeforeValidator(as_list), AfterValidator(from_home)]
 
 
 @dataclass(frozen=True, slots=True)
 class OnDisk:
     """Marks a key that may name something on disk. A run keeps it as an absolute path, which holds in any directory."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(from_home, handler(source))

@@ -12,6 +12,7 @@ One object per line:
     decomposition           optional: [{question, answer, evidence?, supporting_id?}]; may use MuSiQue's
                             "X >> relation" and "#1"
     evidences               optional: [[subject, relation, object]] (2WikiMultihopQA)
+    supporting_facts, context, paragraphs, output: evidence in the set's own terms, see `core.data.evidence`
 
 Other fields are ignored.
 """
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.agents.program import derive_seed
+from pipeline.core.data.evidence import read_evidence
 from pipeline.core.errors import UserError
 from pipeline.core.records import Hop, Question
 
@@ -44,6 +46,7 @@ def read_questions(
     limit: int | None = None,
     seed: int = 0,
     hops: Sequence[int] = (),
+    with_evidence: bool = False,
 ) -> list[Question]:
     """All questions of the files, in their order.
 
@@ -52,6 +55,7 @@ def read_questions(
         limit: keep a uniform sample of this many (all if there are fewer). Which ones depends on the
             seed and the ids alone, not on the files' order; a larger limit keeps what a smaller one kept.
         hops: keep only questions of so many reasoning steps; empty: all.
+        with_evidence: read `Question.evidence` too, which evaluation protocols need and which may be large.
 
     Raises:
         UserError: a file is missing or empty, a line is wrong, or no question is left; see the message.
@@ -62,7 +66,7 @@ def read_questions(
         path = Path(root, given).expanduser()
         before = len(questions)
         for place, row in _rows(path):
-            question = _question(row, place)
+            question = _question(row, place, with_evidence)
             if first := places.get(question.id):
                 raise UserError(
                     f"{place}: id {question.id!r} was already used at {first}; give every question its own id"
@@ -141,7 +145,7 @@ def _listing(folder: Path) -> str:
     return f"; there are {', '.join(names[:10])}" if names else ""
 
 
-def _question(row: dict[str, Any], place: str) -> Question:
+def _question(row: dict[str, Any], place: str, with_evidence: bool) -> Question:
     id_ = row.get("id", row.get("_id"))
     if not isinstance(id_, str | int) or not str(id_).strip():
         raise UserError(f"{place}: id is missing or empty; give every question an id")
@@ -154,6 +158,7 @@ def _question(row: dict[str, Any], place: str) -> Question:
         hops=_num_hops(row, hops, place),
         supporting_ids=tuple(dict.fromkeys(_strings(row, "supporting_ids", place))),
         decomposition=hops,
+        evidence=read_evidence(row, place) if with_evidence else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 from pathlib import Path
@@ -25,6 +26,7 @@ GOOD = {"id": "1", "title": "T", "text": "body"}
         (GOOD, Passage("1", "T", "body")),
         ({"_id": "1", "title": "T", "text": "body", "metadata": {}}, Passage("1", "T", "body")),
         ({"id": "1", "text": "body"}, Passage("1", "", "body")),
+        ({"id": 1, "text": "body"}, Passage("1", "", "body")),
         ({"id": "1", "title": None, "text": "body"}, Passage("1", "", "body")),
         ({"id": "1", "contents": '"T"\nbody\nmore'}, Passage("1", "T", "body\nmore")),
         ({"id": "1", "contents": "T\nbody"}, Passage("1", "T", "body")),
@@ -39,6 +41,36 @@ def test_compressed_file_and_blank_lines_are_read(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl.gz"
     path.write_bytes(gzip.compress(f"\n{json.dumps(GOOD)}\n\n".encode()))
     assert [passage.id for passage in read_corpus([path])] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.jsonl", "\ufeff" + json.dumps(GOOD)),
+        ("c.json", json.dumps([GOOD], indent=2)),
+        ("psgs.tsv", "id\ttext\ttitle\n1\tbody\tT\n"),
+    ],
+    ids=["byte order mark", "list", "table of DPR"],
+)
+def test_a_corpus_may_come_in_any_layout_of_records(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert list(read_corpus([tmp_path / name])) == [Passage("1", "T", "body")]
+
+
+def test_a_corpus_may_be_named_from_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "c.jsonl", [GOOD])
+    assert len(list(read_corpus(["~/c.jsonl"]))) == 1
+
+
+def test_metadata_of_a_saved_dataset_that_are_no_json_are_refused_with_their_row(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"id": "1", "text": "x", "metadata": {"on": datetime.date(2020, 1, 1)}}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(RetrieverError, match="set: row 1: 'metadata' has a value that JSON does not have"):
+        list(read_corpus([tmp_path / "set"]))
 
 
 def test_saved_dataset_is_read_by_its_columns(tmp_path: Path) -> None:
@@ -59,12 +91,21 @@ def test_directory_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
         ("[1]", "expected a JSON object, got list"),
         ('{"id": "2"}', "no field 'text'"),
         ('{"text": "body"}', "no field 'id'"),
-        ('{"id": 2, "text": "body"}', "'id' must be a string, is int"),
+        ('{"id": true, "text": "body"}', "'id' must be a string, is bool"),
+        ('{"id": 2.0, "text": "body"}', "'id' must be a string, is float"),
         ('{"id": "2", "title": 3, "text": "body"}', "'title' must be a string, is int"),
         ('{"id": "2", "text": " "}', "'2' has no text"),
         ('{"id": "2", "contents": "T\\n"}', "'2' has no text"),
         ('{"id": "", "text": "body"}', "id is empty"),
         ('{"id": "2", "text": "\\ud800"}', "not valid Unicode"),
+        ('{"id": "2", "text": "x", "metadata": {"a": "\\ud800"}}', "not valid Unicode"),
+        ('{"id": "2", "text": "x", "metadata": {"a": [NaN]}}', "a value that JSON does not have"),
+        ('{"id": "2", "text": "x", "metadata": {"a": -Infinity}}', "a value that JSON does not have"),
+        ('{"id": "2", "text": "x", "metadata": ["a"]}', "must be an object, is list"),
+        (
+            '{"id": "2", "text": "x", "metadata": {"a": ' + "[" * 64 + "]" * 64 + "}}",
+            "nested deeper than 64 levels",
+        ),
         ('{"id": "1", "title": "T", "text": "body"}', "'1' appears twice; first at .*c.jsonl:1"),
     ],
 )

@@ -170,7 +170,7 @@ def test_questions_of_both_dialects_are_read_in_order(tmp_path: Path) -> None:
     [
         ('{"id": "2"}', ":2: a question needs an id .* a text .*fields: id"),
         ('{"question": "why?"}', ":2: a question needs an id"),
-        ('{"id": 2, "question": "why?"}', ":2: a question needs an id .* both strings"),
+        ('{"id": true, "question": "why?"}', ":2: a question needs an id .* both not empty"),
         ('{"id": "2", "question": " "}', ":2: a question needs .* not empty"),
         ('{"id": "1", "question": "why?"}', ":2: question '1' appears twice"),
         ('{"id": "2", ', ":2: not valid JSON"),

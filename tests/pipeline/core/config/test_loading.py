@@ -237,3 +237,22 @@ def test_a_file_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
 def test_a_file_without_sections_is_refused(tmp_path: Path, text: str, found: str) -> None:
     with pytest.raises(UserError, match=f"must hold sections .* not a {found}"):
         load_config(written(tmp_path, text))
+
+
+def test_a_path_may_begin_at_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = load_config(
+        None,
+        [
+            "data.root=~/data",
+            "data.corpus=[~/wiki.jsonl, hf:some/wiki]",
+            "data.train=~/train.jsonl",
+            "model.path=~/model",
+            "retriever.index=~/index",
+        ],
+    )
+    assert config.data.root == "/home/ada/data"
+    assert config.data.corpus == ("/home/ada/wiki.jsonl", "hf:some/wiki")
+    assert config.data.train == ("/home/ada/train.jsonl",)
+    assert config.model.path == "/home/ada/model"
+    assert config.retriever.index == "/home/ada/index"

@@ -1,0 +1,56 @@
+"""What a corpus is read from: files, saved data sets, data sets of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from retriever_service.errors import RetrieverError
+from retriever_service.passages.records import Numbered, Records, open_records
+
+HUB_PREFIX = "hf:"
+
+
+def open_source(source: str) -> Records:
+    """The records of one source (`CorpusReader` has the list of kinds).
+
+    Raises:
+        RetrieverError: there is no such source; while iterating, at the first mistake.
+    """
+    if source.startswith(HUB_PREFIX):
+        return Records(source, "row", _read_hub(source))
+    path = Path(os.path.expanduser(source))
+    if path.is_dir():
+        return Records(source, "row", _read_saved_dataset(path))
+    if not path.is_file():
+        raise RetrieverError(
+            f"corpus {source} does not exist; relative paths begin at data.root, or at the working directory"
+        )
+    return open_records(path)
+
+
+def _read_saved_dataset(path: Path) -> Numbered:
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except FileNotFoundError as error:
+        raise RetrieverError(f"{path}: not a directory written by datasets' save_to_disk: {error}") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if len(dataset) != 1:
+            raise RetrieverError(f"{path} holds the splits {sorted(dataset)}; name one of their directories")
+        dataset = next(iter(dataset.values()))
+    yield from enumerate(dataset, start=1)
+
+
+def _read_hub(source: str) -> Numbered:
+    import datasets
+
+    name, config, split, *rest = [*source.removeprefix(HUB_PREFIX).split(":"), "", ""]
+    if not name or any(rest):
+        raise RetrieverError(f"{source}: expected {HUB_PREFIX}NAME[:CONFIG[:SPLIT]]")
+    try:
+        dataset = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise RetrieverError(f"{source}: cannot be opened: {error}") from error
+    yield from enumerate(dataset, start=1)
