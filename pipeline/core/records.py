@@ -86,11 +86,13 @@ class Question:
     evidence: Evidence | None = field(default=None, repr=False)
     """Only where it was asked for (`read_questions`). Says nothing of what a question is trained on: by its `repr` a
     run knows it again."""
+    max_answers: int | None = field(default=None, repr=False)
+    """As many answers are scored (`data.max_answers`, by which a run stays). None: all."""
 
     @property
     def distinct_answers(self) -> tuple[str, ...]:
-        """The accepted answers, each once, in their order."""
-        return tuple(dict.fromkeys(self.answers))
+        """The accepted answers whose likelihoods count, each once, in their order; the first is the canonical one."""
+        return tuple(dict.fromkeys(self.answers))[: self.max_answers]
 
 
 class StopReason(StrEnum):

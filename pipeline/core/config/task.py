@@ -39,6 +39,9 @@ class DataConfig(Section):
     hops: tuple[int, ...] = ()
     """Use only questions of so many reasoning steps, say [1, 2]; empty: all. They must name theirs
     (docs/formats.md)."""
+    max_answers: int = Field(8, ge=1)
+    """Score at most so many accepted answers of a training question, the first ones (the canonical one and its first
+    aliases): each costs a pass over its trajectories. All are accepted as right."""
     train_limit: int | None = Field(None, ge=1)
     """Use a sample of this many training questions, the same in every iteration. Null: all."""
     dev_limit: int | None = Field(None, ge=1)

@@ -15,14 +15,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.core.data.fields import Row, parsed
 from pipeline.core.errors import UserError
 from pipeline.core.records import Evidence, Paragraph
-
-Row = Mapping[str, Any]
 
 
 def read_evidence(row: Row, place: str) -> Evidence:
     """What the row says of its evidence; fields that it lacks are empty.
+
+    Args:
+        row: as `fields_of` gives it.
 
     Raises:
         UserError: a field of another form; names `place` and the field.
@@ -66,7 +68,7 @@ _PARAGRAPH = (("title",), ("sentences", "content"))
 
 def _lines(row: Row, field: str, columns: Sequence[Sequence[str]]) -> list[Sequence[Any]]:
     """The entries of a field that is a list of lists, or an object of columns under these names."""
-    value = row.get(field)
+    value = parsed(row.get(field))
     if not isinstance(value, Mapping):
         return list(value) if value is not None else []
     found = [next((name for name in names if name in value), names[0]) for names in columns]

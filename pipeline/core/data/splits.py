@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from pipeline.core.config import DataConfig
 from pipeline.core.data.questions import check_splits_disjoint, read_questions
 from pipeline.core.errors import UserError
 from pipeline.core.records import Question
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,27 @@ def load_splits(
         limit = getattr(data, f"{split}_limit")
         if not paths:
             return []
-        return read_questions(paths, root=data.root, limit=limit, seed=seed, hops=data.hops)
+        return read_questions(
+            paths,
+            root=data.root,
+            limit=limit,
+            seed=seed,
+            hops=data.hops,
+            max_answers=data.max_answers,
+        )
 
     splits = Splits(read("train"), read("dev"), read("test"))
+    _say_what_is_not_scored(splits.train, data.max_answers)
     check_splits_disjoint(splits.train, splits.dev, splits.test)
     if apart:
         check_splits_disjoint(read_questions(apart, root=data.root), splits.dev, splits.test)
     return splits
+
+
+def _say_what_is_not_scored(train: Sequence[Question], max_answers: int) -> None:
+    left_out = [len(set(q.answers)) - len(q.distinct_answers) for q in train]
+    if any(left_out):
+        logger.info(
+            f"data.max_answers is {max_answers}: {sum(left_out):,} further answers of {sum(map(bool, left_out)):,} "
+            "training questions are accepted as right, but their likelihood is not scored"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.core.data.questions import check_splits_disjoint, read_questions, relation_query
+from pipeline.core.data.decompositions import relation_query
+from pipeline.core.data.questions import check_splits_disjoint, read_questions
 from pipeline.core.errors import UserError
 from pipeline.core.records import Hop, Question
 
@@ -38,6 +40,143 @@ def test_the_least_that_a_question_needs(tmp_path: Path) -> None:
 def test_answers_come_under_the_usual_names(tmp_path: Path, fields: dict[str, Any]) -> None:
     path = write(tmp_path / "q.jsonl", {"id": 7, "question": "Who?", **fields})
     assert read_questions([path]) == [Question(id="7", text="Who?", answers=("Ada",))]
+
+
+def test_the_aliases_of_musique_are_accepted_answers_behind_the_canonical_one(tmp_path: Path) -> None:
+    question = read_one(tmp_path, answers=None, answer="US", answer_aliases=["United States", "US"])
+    assert question.answers == ("US", "United States")
+
+
+def test_musique_in_its_original_form_names_hops_type_and_decomposition(tmp_path: Path) -> None:
+    row = {
+        "id": "2hop__482757_12019",
+        "paragraphs": [
+            {"idx": 0, "title": "T", "paragraph_text": "x", "is_supporting": True},
+        ],
+        "question": "When was the maker of the Silver Harp founded?",
+        "question_decomposition": [
+            {"id": 1, "question": "Silver Harp >> maker", "answer": "Orvane", "paragraph_support_idx": 0},
+            {"id": 2, "question": "When was #1 founded?", "answer": "1984", "paragraph_support_idx": None},
+        ],
+        "answer": "1984",
+        "answer_aliases": [],
+        "answerable": True,
+    }
+    (question,) = read_questions([write(tmp_path / "q.jsonl", row)])
+    assert (question.type, question.hops, question.answers) == ("2hop", 2, ("1984",))
+    assert [hop.question for hop in question.decomposition] == [
+        "maker of Silver Harp",
+        "When was Orvane founded?",
+    ]
+
+
+TRIVIA = {"value": "Sunset Blvd", "aliases": ["Sunset Strip", "Sunset Blvd"], "normalized_aliases": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"question_id": "tc_1", "question": "Who?", "answer": TRIVIA | {"type": "WikipediaEntity"}},
+            Question("tc_1", "Who?", ("Sunset Blvd", "Sunset Strip")),
+        ),
+        (
+            {"QuestionId": "tc_1", "Question": "Who?", "Answer": {"Value": "Ada", "Aliases": ["A. L."]}},
+            Question("tc_1", "Who?", ("Ada", "A. L.")),
+        ),
+        (
+            {
+                "id": "k",
+                "input": "Who?",
+                "output": [
+                    {"answer": "Ada", "provenance": [{"wikipedia_id": "7"}]},
+                    {"provenance": [{"wikipedia_id": "8"}]},
+                    {"answer": "A. L."},
+                ],
+            },
+            Question("k", "Who?", ("Ada", "A. L.")),
+        ),
+        (
+            {
+                "id": "train_0",
+                "question": "Who?",
+                "golden_answers": ["Ada", "A. L."],
+                "metadata": {"type": "bridge", "supporting_facts": {"title": ["T"], "sent_id": [0]}},
+            },
+            Question("train_0", "Who?", ("Ada", "A. L."), "bridge"),
+        ),
+        (
+            {
+                "_id": "h",
+                "question": "Who?",
+                "answer": "Ada",
+                "type": "bridge",
+                "level": "hard",
+                "supporting_facts": [["T", 0]],
+                "context": [["T", ["x"]]],
+            },
+            Question("h", "Who?", ("Ada",), "bridge"),
+        ),
+        (
+            {"id": 4222362, "question": "Who?", "possible_answers": '["Ada", "A. L."]', "obj": "Ada"},
+            Question("4222362", "Who?", ("Ada", "A. L.")),
+        ),
+    ],
+    ids=["TriviaQA", "TriviaQA's own file", "KILT", "FlashRAG", "HotpotQA", "PopQA"],
+)
+def test_rows_of_the_usual_sets_are_read_with_the_canonical_answer_first(
+    tmp_path: Path, row: dict[str, Any], expected: Question
+) -> None:
+    assert read_questions([write(tmp_path / "q.jsonl", row)]) == [expected]
+
+
+def test_tables_are_read_with_lists_in_their_cells(tmp_path: Path) -> None:
+    (tmp_path / "popqa.tsv").write_text(
+        'id\tquestion\tpossible_answers\thops\n7\tWho?\t"[""Ada"", ""A. L.""]"\t1\n8\tWhere?\t[Trel]\t\n'
+    )
+    assert read_questions([tmp_path / "popqa.tsv"]) == [
+        Question("7", "Who?", ("Ada", "A. L."), hops=1),
+        Question("8", "Where?", ("[Trel]",)),
+    ]
+    (tmp_path / "bamboogle.csv").write_text('Question,Answer\n"Who, then?",Ada\n')
+    (question,) = read_questions([tmp_path / "bamboogle.csv"])
+    assert (question.text, question.answers) == ("Who, then?", ("Ada",))
+
+
+def test_a_question_without_an_id_has_one_of_its_words_in_whatever_file_it_is(tmp_path: Path) -> None:
+    rows = [{"question": "Who?", "answer": ["Ada"]}, {"question": "Where?", "answer": ["Trel"]}]
+    first = read_questions([write(tmp_path / "a.jsonl", *rows)])
+    again = read_questions([write(tmp_path / "b.jsonl", *reversed(rows))])
+    assert [q.id for q in first] == [q.id for q in reversed(again)]
+    with pytest.raises(UserError, match=r"already used at .*a\.jsonl:2"):
+        read_questions([tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+
+
+def test_only_the_first_answers_are_scored_and_all_are_accepted(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", ROW | {"answers": ["Ada", "A. L.", "Countess"]})
+    (question,) = read_questions([path], max_answers=2)
+    assert question.distinct_answers == ("Ada", "A. L.")
+    assert question.answers == ("Ada", "A. L.", "Countess")
+    assert read_questions([path])[0].distinct_answers == question.answers
+
+
+def test_whole_numbers_are_ids_too(tmp_path: Path) -> None:
+    step = {"question": "Who?", "answer": "Ada", "supporting_id": 7}
+    question = read_one(tmp_path, supporting_ids=[7, "8"], decomposition=[step])
+    assert question.supporting_ids == ("7", "8")
+    assert question.decomposition[0].supporting_id == "7"
+    with pytest.raises(UserError, match="id '5' was already used"):
+        read_questions([write(tmp_path / "q.jsonl", ROW | {"id": "5"}, ROW | {"id": 5})])
+
+
+def test_questions_may_be_a_list_compressed_and_named_from_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "q.json.gz").write_bytes(gzip.compress(json.dumps([ROW]).encode()))
+    assert len(read_questions(["~/q.json.gz"], root="/nowhere")) == 1
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW).encode())
+    assert len(read_questions([tmp_path / "bom.jsonl"])) == 1
 
 
 def test_hops_come_from_the_field_else_the_type_else_the_decomposition(tmp_path: Path) -> None:
@@ -121,9 +260,11 @@ def test_relations_become_search_queries(relation: str, query: str) -> None:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("{broken", "not JSON"),
+        ("{broken", "not valid JSON"),
         ("[1]", "expected a JSON object"),
-        ({"question": "Who?", "answers": ["a"]}, "id is missing"),
+        ({"id": None, "question": "Who?", "answers": ["a"]}, "id must be"),
+        ({"id": " ", "question": "Who?", "answers": ["a"]}, "id must be"),
+        ({"id": True, "question": "Who?", "answers": ["a"]}, "id must be"),
         ({"id": "2", "answers": ["a"]}, "question must be"),
         ({"id": "2", "question": " ", "answers": ["a"]}, "question must be"),
         ({"id": "2", "question": "Who?"}, "no answers"),
@@ -139,6 +280,13 @@ def test_relations_become_search_queries(relation: str, query: str) -> None:
             {"id": "2", "question": "Who?", "answers": ["a"], "decomposition": [{"question": "q"}]},
             "answer must",
         ),
+        ({"id": "2", "question": "Who?", "answer": {"aliases": []}}, "no answer or an empty one"),
+        ({"id": "2", "question": "Who?", "answer": "a", "answer_aliases": [1]}, "answer must be strings"),
+        ({"id": "2", "question": "Who?", "output": ["a"]}, "output must be a list of objects"),
+        ({"id": "2", "question": "Who?", "output": [{"provenance": []}]}, "no answer or an empty one"),
+        ('{"id": "2", "question": "Who?", "answer": "\\udc00"}', "not valid Unicode"),
+        ('{"id": "\\udc00", "question": "Who?", "answer": "a"}', "not valid Unicode"),
+        ('{"id": "2", "question": "\\udc00", "answer": "a"}', "not valid Unicode"),
     ],
 )
 def test_a_wrong_line_is_named_with_file_and_number(tmp_path: Path, line: Any, complaint: str) -> None:
@@ -171,7 +319,7 @@ def test_empty_and_missing_files_are_refused(tmp_path: Path) -> None:
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
     path.write_bytes(json.dumps(ROW).encode() + b"\n" + b'{"id": "\xe9"}\n')
-    with pytest.raises(UserError, match=f"{path}: not UTF-8"):
+    with pytest.raises(UserError, match=f"{path}:2: not valid UTF-8"):
         read_questions([path])
 
 

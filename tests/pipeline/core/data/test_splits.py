@@ -100,3 +100,19 @@ def test_only_questions_of_the_wanted_hops_are_taken(root: Path) -> None:
         UserError, match=r"data\.hops is \[2\], but no question of dev\.jsonl names so many hops"
     ):
         load(root, *TRAIN_AND_DEV, "data.hops=[2]")
+
+
+def test_answers_that_are_not_scored_are_said_once_with_their_number(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    row = {"id": "z", "question": "Who?", "answers": ["a", "b", "c"]}
+    (root / "aliases.jsonl").write_text(json.dumps(row) + "\n")
+    with caplog.at_level("INFO"):
+        splits = load(
+            root, "data.train=[train.jsonl, aliases.jsonl]", "data.dev=dev.jsonl", "data.max_answers=1"
+        )
+    assert splits.train[-1].distinct_answers == ("a",)
+    assert [r.getMessage() for r in caplog.records] == [
+        "data.max_answers is 1: 2 further answers of 1 training questions are accepted as right, but their likelihood "
+        "is not scored"
+    ]
