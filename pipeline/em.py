@@ -110,7 +110,7 @@ class ExpectationMaximisation:
             t,
             SearchProgram(config.agent, score_answers=True),
             {SEARCHER: t - 1},
-            SearchWeights(config.weighting, config.agent, config.model.path),
+            SearchWeights(config.weighting, config.agent, config.model.path, config.evaluation.protocol),
             samples=rollout.samples,
             sampling=Sampling.of(rollout, derive_seed(config.seed, "e-step", t)),
         )

@@ -465,7 +465,9 @@ class Run:
         trajectories = [episode.turn(answers) for episode in shards.episodes()]
         write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))
         evaluation = self.config.evaluation
-        return evaluate(questions, trajectories, evaluation.bootstrap_samples, self.config.seed)
+        return evaluate(
+            questions, trajectories, evaluation.bootstrap_samples, self.config.seed, evaluation.protocol
+        )
 
 
 def _in_iteration(step: str) -> tuple[int | None, str]:

@@ -87,7 +87,8 @@ def evaluate_model(
 
     def score(members: Sequence[Question]) -> Json:
         own = [found[question.id] for question in members]
-        return evaluate(members, own, config.evaluation.bootstrap_samples, config.seed)
+        rules = config.evaluation
+        return evaluate(members, own, rules.bootstrap_samples, config.seed, rules.protocol)
 
     result = {
         "models": models,

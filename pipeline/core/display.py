@@ -198,10 +198,9 @@ class Display:
         table.add_row("all", *_score_cells(scores["all"]))
         self.console.print(table)
         for title, key in (("hops", "by_hops"), ("type", "by_type")):
-            groups = _table(f"by {title}", title, ("n", "EM", "F1", "accuracy", "gold recall"))
+            groups = _table(f"by {title}", title, _GROUP_COLUMNS)
             for name, row in scores["all"][key].items():
-                cells = (row["em"], row["f1"], row["accuracy"], row["gold_recall"])
-                groups.add_row(escape(name), str(row["n"]), *(_number(cell) for cell in cells))
+                groups.add_row(escape(name), *_group_cells(row))
             if groups.row_count:
                 self.console.print(groups)
         stops = ", ".join(f"{name} {count}" for name, count in scores["all"]["stop_reasons"].items() if count)
@@ -212,7 +211,8 @@ class Display:
         self.line(f"stop reasons: {stops}\ngold recall after each search: {recall}")
 
 
-_SCORE_COLUMNS = ("n", "EM", "95 % of EM", "F1", "accuracy", "recall", "searches")
+_GROUP_COLUMNS = ("n", "EM", "95 % of EM", "F1", "accuracy", "recall")
+_SCORE_COLUMNS = (*_GROUP_COLUMNS, "searches")
 
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:
@@ -253,6 +253,10 @@ def _at(row: Mapping[str, Any], path: str) -> float | None:
 
 
 def _score_cells(scores: Mapping[str, Any]) -> Sequence[str]:
+    return (*_group_cells(scores), _number(scores["searches"], 2))
+
+
+def _group_cells(scores: Mapping[str, Any]) -> Sequence[str]:
     low, high = scores.get("em_interval") or (None, None)
     interval = f"{low:.1f}-{high:.1f}" if low is not None and high is not None else ""
     return (
@@ -262,7 +266,6 @@ def _score_cells(scores: Mapping[str, Any]) -> Sequence[str]:
         _number(scores["f1"]),
         _number(scores["accuracy"]),
         _number(scores["gold_recall"]),
-        _number(scores["searches"], 2),
     )
 
 

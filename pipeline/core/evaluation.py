@@ -1,78 +1,21 @@
-"""Scores of answers and of whole evaluations.
+"""Scores of a whole evaluation: one trajectory per question.
 
-Answers are compared as in KILT and SQuAD: lower case, no punctuation, no articles, single spaces. Guarantees:
-
-- every question counts, also one that failed, has no trajectory or was excluded: its score is 0;
-- an answer is as good as its best match among the gold answers; a gold answer is never matched by nothing.
-
-Sources: SQuAD `evaluate-v1.1.py` (exact match, F1), KILT `eval_downstream.py` (normalisation); accuracy is
-"cover-EM": the gold answer occurs in the prediction as a run of whole tokens.
+Guarantee: every question counts, also one that failed, has no trajectory or was excluded; its score is 0.
 """
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.core.records import Question, StopReason, Trajectory
-
-Floats = npt.NDArray[np.float64]
-
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-_METRICS = ("em", "f1", "accuracy")
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerScore:
-    """Exact match, token F1 and accuracy (cover-EM) of one answer, each in [0, 1]."""
-
-    em: float
-    f1: float
-    accuracy: float
-
-
-def normalise_answer(text: str) -> str:
-    """Lower case without punctuation, articles and extra white space (KILT)."""
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
-
-
-def score_answer(prediction: str, golds: Iterable[str]) -> AnswerScore:
-    """Scores of a prediction, each the best over the gold answers. Without gold answers: 0."""
-    scores = [_score_one(prediction, gold) for gold in golds]
-    return AnswerScore(
-        em=max((s.em for s in scores), default=0.0),
-        f1=max((s.f1 for s in scores), default=0.0),
-        accuracy=max((s.accuracy for s in scores), default=0.0),
-    )
-
-
-def _score_one(prediction: str, gold: str) -> AnswerScore:
-    predicted_tokens, gold_tokens = normalise_answer(prediction).split(), normalise_answer(gold).split()
-    if not gold_tokens:
-        # A gold such as "A" or "!!!" is compared as it stands, so that an empty prediction does not match it.
-        predicted_tokens, gold_tokens = prediction.lower().split(), gold.lower().split()
-    if not predicted_tokens or not gold_tokens:
-        return AnswerScore(0.0, 0.0, 0.0)
-    common = (Counter(predicted_tokens) & Counter(gold_tokens)).total()
-    return AnswerScore(
-        em=float(predicted_tokens == gold_tokens),
-        f1=2 * common / (len(predicted_tokens) + len(gold_tokens)),
-        accuracy=float(contains_tokens(predicted_tokens, gold_tokens)),
-    )
-
-
-def contains_tokens(tokens: Sequence[str], wanted: Sequence[str]) -> bool:
-    """True if `wanted` (not empty) is a contiguous run of `tokens`."""
-    n = len(wanted)
-    return n > 0 and any(tokens[i : i + n] == wanted for i in range(len(tokens) - n + 1))
+from pipeline.core.scoring.answers import WRONG, AnswerScore, ProtocolName, score_answer
+from pipeline.core.scoring.intervals import Interval, bootstrap, wilson
 
 
 def recall_by_step(trajectory: Trajectory, supporting_ids: Sequence[str]) -> list[float]:
@@ -89,13 +32,18 @@ def evaluate(
     trajectories: Sequence[Trajectory],
     bootstrap_samples: int = 1000,
     seed: int = 0,
+    protocol: ProtocolName = "exsearch",
 ) -> dict[str, Any]:
     """Evaluation of one (greedy) trajectory per question, ready for JSON.
+
+    Args:
+        protocol: by whose rules answers are compared.
 
     Returns:
         n                     number of questions
         em, f1, accuracy      percent, over all questions
-        em_interval, ...      [low, high], 95 % bootstrap over questions; null if `bootstrap_samples` is 0
+        em_interval, ...      [low, high], 95 %: Wilson's of EM and accuracy, a bootstrap over questions of F1, null if
+                              `bootstrap_samples` is 0
         gold_recall           mean percentage of a question's supporting passages found in the whole
                               trajectory, over questions that name them; null if none does, or a passage came
                               without an id (from servers that have none)
@@ -103,7 +51,8 @@ def evaluate(
         all_gold              percentage of those questions with every supporting passage found
         searches              mean number of searches per question
         stop_reasons          number of trajectories per stop reason, and `missing`
-        by_hops, by_type      {group: {n, em, f1, accuracy, gold_recall}} over questions with that field
+        by_hops, by_type      {group: {n, em, f1, accuracy, the three intervals, gold_recall}} over questions with that
+                              field
 
     Raises:
         ValueError: no questions, two trajectories of one question, or a trajectory of an unknown question.
@@ -113,23 +62,26 @@ def evaluate(
     by_question = _one_per_question(questions, trajectories)
     has_ids = all(hit.passage.id for t in trajectories for step in t.steps for hit in step.hits)
     rows = [
-        _score_question(question, by_question.get(question.id), question.supporting_ids if has_ids else ())
+        _score_question(
+            question,
+            by_question.get(question.id),
+            question.supporting_ids if has_ids else (),
+            protocol,
+        )
         for question in questions
     ]
-    scores = np.array([[row.score.em, row.score.f1, row.score.accuracy] for row in rows])
-    intervals = _bootstrap_intervals(100.0 * scores, bootstrap_samples, seed)
+    summarise = partial(_summary, bootstrap_samples=bootstrap_samples, seed=seed)
     with_gold = [row for row in rows if row.recalls is not None]
     stop_reasons = Counter({reason.value: 0 for reason in StopReason} | {"missing": 0})
     stop_reasons.update(row.stop_reason for row in rows)
     return {
-        **_summary(rows),
-        **{f"{name}_interval": interval for name, interval in zip(_METRICS, intervals, strict=True)},
+        **summarise(rows),
         "gold_recall_by_step": _mean_recall_by_step([row.recalls for row in rows if row.recalls is not None]),
         "all_gold": _percent([float(row.final_recall == 1.0) for row in with_gold]),
         "searches": float(np.mean([row.searches for row in rows])),
         "stop_reasons": dict(stop_reasons),
-        "by_hops": _by_group(rows, lambda row: "" if row.question.hops is None else str(row.question.hops)),
-        "by_type": _by_group(rows, lambda row: row.question.type),
+        "by_hops": {hops: summarise(group) for hops, group in _groups(rows, _hops).items()},
+        "by_type": {type_: summarise(group) for type_, group in _groups(rows, _type).items()},
     }
 
 
@@ -159,36 +111,58 @@ def _one_per_question(
     return by_question
 
 
-def _score_question(question: Question, trajectory: Trajectory | None, supporting_ids: Sequence[str]) -> _Row:
+def _score_question(
+    question: Question,
+    trajectory: Trajectory | None,
+    supporting_ids: Sequence[str],
+    protocol: ProtocolName,
+) -> _Row:
     if trajectory is None:
         nothing: list[float] | None = [] if supporting_ids else None
-        return _Row(question, AnswerScore(0.0, 0.0, 0.0), nothing, 0, "missing")
+        return _Row(question, WRONG, nothing, 0, "missing")
     return _Row(
         question=question,
-        score=score_answer(trajectory.answer, question.answers),
+        score=score_answer(trajectory.answer, question.answers, protocol),
         recalls=recall_by_step(trajectory, supporting_ids) if supporting_ids else None,
         searches=trajectory.num_searches,
         stop_reason=trajectory.stop_reason.value,
     )
 
 
-def _summary(rows: Sequence[_Row]) -> dict[str, Any]:
+def _summary(rows: Sequence[_Row], bootstrap_samples: int, seed: int) -> dict[str, Any]:
+    f1 = [row.score.f1 for row in rows]
     return {
         "n": len(rows),
-        **{name: _percent([getattr(row.score, name) for row in rows]) for name in _METRICS},
+        **{name: _percent([getattr(row.score, name) for row in rows]) for name in ("em", "f1", "accuracy")},
+        "em_interval": _in_percent(wilson(sum(row.score.em == 1.0 for row in rows), len(rows))),
+        "f1_interval": _in_percent(bootstrap(f1, bootstrap_samples, seed)) if bootstrap_samples else None,
+        "accuracy_interval": _in_percent(wilson(sum(row.score.accuracy == 1.0 for row in rows), len(rows))),
         "gold_recall": _percent([row.final_recall for row in rows if row.recalls is not None]),
     }
 
 
-def _by_group(rows: Sequence[_Row], group_of: Callable[[_Row], str]) -> dict[str, dict[str, Any]]:
+def _hops(row: _Row) -> str:
+    return "" if row.question.hops is None else str(row.question.hops)
+
+
+def _type(row: _Row) -> str:
+    return row.question.type
+
+
+def _groups(rows: Sequence[_Row], label: Callable[[_Row], str]) -> dict[str, list[_Row]]:
+    """The rows by their label, in the order of the labels; those without one are left out."""
     groups: dict[str, list[_Row]] = {}
     for row in rows:
-        groups.setdefault(group_of(row), []).append(row)
-    return {group: _summary(groups[group]) for group in sorted(groups) if group}
+        groups.setdefault(label(row), []).append(row)
+    return {name: groups[name] for name in sorted(groups) if name}
 
 
 def _percent(values: Sequence[float]) -> float | None:
     return 100.0 * float(np.mean(values)) if values else None
+
+
+def _in_percent(interval: Interval) -> list[float]:
+    return [100.0 * bound for bound in interval]
 
 
 def _mean_recall_by_step(recalls: Sequence[list[float]]) -> list[float]:
@@ -196,14 +170,3 @@ def _mean_recall_by_step(recalls: Sequence[list[float]]) -> list[float]:
     steps = max((len(r) for r in recalls), default=0)
     padded = [r + [r[-1] if r else 0.0] * (steps - len(r)) for r in recalls]
     return [100.0 * float(np.mean([r[step] for r in padded])) for step in range(steps)]
-
-
-def _bootstrap_intervals(scores: Floats, samples: int, seed: int) -> list[list[float] | None]:
-    """95 % percentile intervals of the means of `scores` [N, M], resampling the N questions."""
-    if samples == 0:
-        return [None] * scores.shape[1]
-    rng = np.random.default_rng(seed)
-    n = len(scores)
-    means = np.array([scores[rng.integers(0, n, n)].mean(axis=0) for _ in range(samples)])  # [samples, M]
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    return [[float(a), float(b)] for a, b in zip(low, high, strict=True)]

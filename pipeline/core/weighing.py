@@ -15,10 +15,10 @@ from pipeline.core.agents.program import Task
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.config import AgentConfig, WeightingConfig
 from pipeline.core.errors import RunError
-from pipeline.core.evaluation import score_answer
 from pipeline.core.models import load_tokenizer
 from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory, count_stop_reasons
 from pipeline.core.renderer import Renderer
+from pipeline.core.scoring.answers import ProtocolName, score_answer
 from pipeline.core.weighting import Gold, Scored, log_weights, summarise, trained_gold
 
 TaskT = TypeVar("TaskT", bound=Task, contravariant=True)
@@ -78,6 +78,8 @@ class SearchWeights:
     agent: AgentConfig
     tokenizer: str
     """Model directory or hub name."""
+    protocol: ProtocolName = "exsearch"
+    """By whose rules a trajectory's own answer is scored."""
 
     outputs = (SEARCHER,)
 
@@ -111,7 +113,7 @@ class SearchWeights:
         return renderer.with_gold_answer(trajectory, trained_gold(golds, self.weighting), log_weight)
 
     def _scored(self, question: Question, trajectory: Trajectory, golds: Mapping[str, Gold]) -> Scored:
-        own = score_answer(trajectory.answer, question.answers)
+        own = score_answer(trajectory.answer, question.answers, self.protocol)
         return Scored.of(
             list(golds.values()),
             correct=own.em == 1.0,

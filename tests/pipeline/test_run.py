@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +17,7 @@ import pytest
 from actors.cluster import Cluster, SampleReport
 from pipeline.core.agents.program import Completion
 from pipeline.core.agents.transcript import Transcript
-from pipeline.core.config import Config, LearnerConfig, RolloutConfig, TrackingConfig
+from pipeline.core.config import Config, EvaluationConfig, LearnerConfig, RolloutConfig, TrackingConfig
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
@@ -66,10 +67,16 @@ class StandInPolicy:
 
 @contextmanager
 def opened(
-    path: Path, test: Sequence[Question] = (), train: Sequence[Question] = (), **rollout: Any
+    path: Path,
+    test: Sequence[Question] = (),
+    train: Sequence[Question] = (),
+    evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008  (frozen)
+    **rollout: Any,
 ) -> Iterator[Run]:
     """The run as one start of its command sees it."""
-    config = Config(tracking=TrackingConfig(tensorboard=False), rollout=RolloutConfig(**rollout))
+    config = Config(
+        tracking=TrackingConfig(tensorboard=False), rollout=RolloutConfig(**rollout), evaluation=evaluation
+    )
     specs = [PolicySpec(name, config.model, learner=LearnerConfig()) for name in NAMES]
     with RunDirectory(path, config) as files, Tracker(path, config.tracking, "run") as tracker:
         run = Run(config, files, Splits(list(train), [], list(test)), path, tracker, Display(), specs)
@@ -338,6 +345,22 @@ def test_an_evaluation_that_was_cut_off_goes_on_behind_its_complete_shards_of_th
     kept = trajectories_from_table(pq.read_table(tmp_path / "test/best.parquet"))
     assert [trajectory.question_id for trajectory in kept] == everything
     assert not (tmp_path / "test/best.parts").exists()
+
+
+@pytest.mark.parametrize(("protocol", "em"), [("exsearch", 100.0), ("kilt", 0.0)])
+def test_a_run_scores_by_the_protocol_of_its_configuration(tmp_path: Path, protocol: Any, em: float) -> None:
+    episode = answer("q")
+    said = Episode("q", 0, (replace(episode.turns[0], answer="1914\u20131918"),))
+
+    def sample(program: Any, shards: Shards, *_: object, **__: object) -> SampleReport:
+        shards.write(0, [([said], Weighted({}, {}))])
+        return SampleReport(1, 1, {})
+
+    questions = [Question("q", "When?", ("1914-1918",))]
+    with opened(tmp_path, test=questions, evaluation=EvaluationConfig(protocol=protocol)) as run:
+        cast(Any, run.cluster).sample = sample
+        result = run.test("best", cast(Any, None), {"selector": 0}, answers="selector")
+    assert result["em"] == em
 
 
 def answer(task_id: str) -> Episode:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.core.config.section import OnDisk, Section, Sources
+from pipeline.core.scoring.answers import ProtocolName
 
 Attention = Literal["packed", "flash_attention_2", "eager"]
 Dtype = Literal["float32", "bfloat16"]
@@ -218,7 +219,11 @@ class EmConfig(Iterations):
 
 
 class EvaluationConfig(Section):
+    protocol: ProtocolName = "exsearch"
+    """By whose rules answers are compared, in every score, in `weighting.reward` and in what counts as correct.
+    exsearch: KILT's, mended for yes and no and for text beyond ASCII (docs/evaluation.md). kilt: KILT's and SQuAD's, to
+    the letter. The others: those of the data set."""
     baselines: bool = True
     """Also evaluate no search, and one search then answer, on the test questions."""
     bootstrap_samples: int = Field(1000, ge=0)
-    """Resamples for the 95% intervals; 0 is off."""
+    """Resamples for the 95% intervals of F1; 0: F1 has none. Those of EM and accuracy need no samples."""

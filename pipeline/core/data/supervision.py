@@ -11,20 +11,15 @@ passage in which it is found. Sources, best first:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeline.core.evaluation import contains_tokens, normalise_answer
 from pipeline.core.records import Question
+from pipeline.core.scoring.answers import contains_tokens, normalise_answer
+from pipeline.core.sentences import split_sentences
 from retriever_service.passages.corpus import Passage
 
 PassageOf = Callable[[str], Passage | None]
-
-# Not behind an initial or a common abbreviation ("J. Smith", "St. Louis"); the next sentence starts like one.
-_SENTENCE_END = re.compile(
-    r"""(?<!\b[A-Z]\.)(?<!\b(?:Dr|Mr|Ms|St|Jr|Sr|vs|No)\.)(?<=[.!?])\s+(?=["'(]?[A-Z0-9])"""
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +118,6 @@ def best_sentence(passage: Passage, text: str, wanted: str, query: str) -> str:
     sentences = split_sentences(text) or [text]
     best = max(sentences, key=lambda sentence: _match(sentence, wanted, query))
     return best if not passage.title or states(best, passage.title) else f"{passage.title}: {best}"
-
-
-def split_sentences(text: str) -> list[str]:
-    """Sentences of a passage, by punctuation; good enough for prose, never loses a word."""
-    return [sentence.strip() for sentence in _SENTENCE_END.split(text) if sentence.strip()]
 
 
 def states(text: str, answer: str) -> bool:

@@ -104,6 +104,16 @@ def test_weights_are_those_of_the_formulas(bench: Any, weighting: dict[str, Any]
     assert weights(examples) == pytest.approx(np.exp(log_weights(scored, at.weighting)).tolist())
 
 
+def test_the_protocol_says_which_answers_are_right_and_what_they_earn(bench: Any) -> None:
+    at, question = bench(method="reward", reward="em"), Question("q1", "When?", ("1914-1918",))
+    group = [at.trajectory(-0.5, answer="1914\u20131918")]
+    examples, row = at(group, question)
+    assert (weights(examples), row["scored"][0]["correct"]) == ([1.0], True)
+    at.weigh = replace(at.weigh, protocol="kilt")
+    examples, row = at(group, question)
+    assert (weights(examples), row["scored"][0]["correct"]) == ([0.0], False)
+
+
 def test_gold_answers_count_together_and_the_most_likely_stands_in_place_of_the_models_own(
     bench: Any,
 ) -> None:

@@ -23,10 +23,11 @@ from pipeline.core.data.cold_start import (
     write_trajectories,
 )
 from pipeline.core.data.rewriter import RewriteError, Rewriter
-from pipeline.core.data.supervision import GoldStep, Unusable, best_sentence, gold_steps, split_sentences
+from pipeline.core.data.supervision import GoldStep, Unusable, best_sentence, gold_steps
 from pipeline.core.errors import UserError
 from pipeline.core.records import Hop, Question, StopReason
 from pipeline.core.renderer import Renderer
+from pipeline.core.sentences import split_sentences
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit

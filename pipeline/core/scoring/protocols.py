@@ -1,0 +1,56 @@
+"""A whole file of predictions by the protocol of its data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.core.records import Question
+from pipeline.core.scoring.answers import ProtocolName
+from pipeline.core.scoring.intervals import bootstrap, wilson
+from pipeline.core.scoring.metrics import SCORES
+from pipeline.core.scoring.prediction import EVIDENCE, NOTHING, Prediction
+
+
+def score_predictions(
+    protocol: ProtocolName,
+    questions: Sequence[Question],
+    predictions: Mapping[str, Prediction],
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The data set's own scores of predictions by question id, ready for JSON.
+
+    Args:
+        questions: not empty, with `Question.evidence` where more than answers is to be scored.
+        predictions: those of other questions are not looked at.
+
+    Returns:
+        protocol        its name
+        n               number of questions; one without a prediction counts 0
+        predicted       number of questions with an answer
+        scores          {metric: percent}, mean over the questions that it can be told of
+        counted         {metric: number of these}: those of evidence need a row that has some
+        intervals       {metric: [low, high]}, 95 %; null if `bootstrap_samples` is 0 and the metric is no share
+    """
+    own = [predictions.get(question.id, NOTHING) for question in questions]
+    parts = [part for part in EVIDENCE if any(getattr(one, part) is not None for one in own)]
+    rows = [SCORES[protocol](q, prediction, parts) for q, prediction in zip(questions, own, strict=True)]
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    return {
+        "protocol": protocol,
+        "n": len(questions),
+        "predicted": sum(one.answer is not None for one in own),
+        "scores": {name: 100.0 * float(np.mean(column)) for name, column in values.items()},
+        "counted": {name: len(column) for name, column in values.items()},
+        "intervals": {name: _interval(column, bootstrap_samples, seed) for name, column in values.items()},
+    }
+
+
+def _interval(values: Sequence[float], samples: int, seed: int) -> list[float] | None:
+    if set(values) <= {0.0, 1.0}:
+        return [100.0 * bound for bound in wilson(int(sum(values)), len(values))]
+    return [100.0 * bound for bound in bootstrap(values, samples, seed)] if samples else None
