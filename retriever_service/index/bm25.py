@@ -230,6 +230,8 @@ class _TokenRows:
 
 
 def _bm25s() -> Any:
+    import multiprocessing.synchronize  # noqa: F401 - bm25s's first progress bar would, in the middle of an update
+
     import bm25s
 
     # It sets its own logger to DEBUG, which would show through every handler.
