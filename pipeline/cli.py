@@ -37,7 +37,7 @@ from retriever_service.errors import RetrieverError
 class _Commands(Commands):
     mendable = (UserError, RetrieverError)
     failures = (RunError,)
-    resumable = ("demo", "train")
+    resumable = ("demo", "train", "fetch")
 
 
 app = typer.Typer(
@@ -237,6 +237,31 @@ def check_data(config: ConfigFile = None, overrides: Overrides = None, as_json: 
         typer.echo(json.dumps(found, ensure_ascii=False))
     else:
         data.print_check(found, Console())
+
+
+@data_app.command("fetch")
+def fetch_data(
+    name: Annotated[
+        str,
+        typer.Argument(help="hotpotqa, 2wikimultihopqa, musique, nq, triviaqa, popqa or bamboogle."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder to write: new, empty, or begun by this command.")
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Folder with a copy, or hf:NAME[:CONFIG] (default: its place on the hub)."
+        ),
+    ] = None,
+) -> None:
+    """A data set in our files, with its passages where it brings some. Killed or interrupted, the same command goes on.
+
+    A copy may be the authors' own files, the hub's Parquet files, a saved data set, or FlashRAG's layout.
+    """
+    from pipeline.commands.data import fetch
+
+    typer.echo(json.dumps(fetch(name, out, source, Display()), ensure_ascii=False))
 
 
 @index_app.command("encode-with-ray")

@@ -1,8 +1,9 @@
-"""Look at data before they are trained on (`exsearch data`)."""
+"""Bring data, and look at them before they are trained on (`exsearch data`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from pipeline.core.config import Config
 from pipeline.core.data.check import check_corpus, check_questions, passages_of, warnings_of
+from pipeline.core.data.fetch import fetching
 from pipeline.core.data.questions import read_questions
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
@@ -39,6 +41,22 @@ def check_data(config: Config, display: Display) -> Json:
         return found
     with display.progress("looking at the corpus", None, "passages") as advance:
         return found | check_corpus(sets, passages, lambda done: advance.to(done, done))
+
+
+def fetch(name: str, out: Path, source: str | None, display: Display) -> Json:
+    """Fetch a data set into `out`; returns its name, licence, counts and evidence coverage.
+
+    Raises:
+        UserError, RetrieverError: see `pipeline.core.data.fetch.fetching.fetch`.
+    """
+    with display.progress(f"fetching {name}", None, "records") as advance:
+        manifest = fetching.fetch(name, out, source, lambda split, done: advance.to(done, done))
+    coverage = manifest["check"].get("coverage", {})
+    return {
+        "out": str(out),
+        **{key: manifest[key] for key in ("name", "licence", "note", "splits", "passages")},
+        "coverage": {split: cover["percent"] for split, cover in coverage.items()},
+    }
 
 
 def print_check(found: Json, console: Console) -> None:

@@ -192,8 +192,7 @@ class Display:
         cover = (data or {}).get("coverage", {}).get("test")
         if cover is not None and cover["percent"] is not None:
             self.line(
-                f"evidence coverage: of {cover['percent']:.1f}% of the test questions the corpus holds the gold passages or "
-                "an answer"
+                f"evidence coverage: the corpus holds gold passages or answers of {cover['percent']:.1f}% of the tests"
             )
 
     def scores(self, scores: Mapping[str, Any]) -> None:

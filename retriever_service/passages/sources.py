@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import httpx
+
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.records import Numbered, Records, open_records
 
@@ -53,4 +55,11 @@ def _read_hub(source: str) -> Numbered:
         dataset = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
     except (OSError, ValueError) as error:
         raise RetrieverError(f"{source}: cannot be opened: {error}") from error
-    yield from enumerate(dataset, start=1)
+    number = 0
+    try:
+        for number, record in enumerate(dataset, start=1):
+            yield number, record
+    except (OSError, httpx.HTTPError) as error:
+        raise RetrieverError(
+            f"{source}: the hub broke off behind row {number}: {error}; try again"
+        ) from error

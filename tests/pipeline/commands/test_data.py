@@ -1,4 +1,4 @@
-"""`exsearch data check` as a user runs it."""
+"""`exsearch data` as a user runs it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.pipeline.commands_support import question
+from tests.pipeline.core.data.fetch import layouts
 from tests.retriever_service.support import write_jsonl
 
 CHECK = ("data", "check", "--config", "config.yaml")
@@ -53,3 +54,19 @@ def test_a_question_of_two_splits_by_its_id_is_refused(refused: Any, folder: Pat
 
 def test_a_check_of_nothing_is_refused(refused: Any) -> None:
     assert "there are no questions to look at" in refused(*CHECK, "data.train=[]", "data.dev=[]")
+
+
+def test_a_fetched_set_can_be_checked_as_it_is(run_command: Any, folder: Path) -> None:
+    (folder / "copy").mkdir()
+    layouts.hotpot_originals(folder / "copy")
+    result = run_command("data", "fetch", "hotpotqa", "--from", "copy", "--out", "hotpot")
+    assert result.exit_code == 0, result.output
+    summary = json.loads(result.stdout)
+    assert (summary["passages"], summary["coverage"]) == (7, {"train": 100.0, "dev": 100.0})
+    keys = ("data.root=hotpot", "data.corpus=corpus.jsonl", "data.train=train.jsonl", "data.dev=dev.jsonl")
+    found = json.loads(run_command("data", "check", *keys, "--json").stdout)
+    assert found["coverage"]["train"]["gold_found"] == 2
+
+
+def test_a_fetch_from_nowhere_is_refused(refused: Any) -> None:
+    assert "which is no folder" in refused("data", "fetch", "musique", "--from", "nowhere", "--out", "out")
