@@ -84,6 +84,7 @@ class CorpusReader:
       possibly in double quotes, on the first line of the contents (Pyserini, Search-R1); each may have
       `metadata`, a JSON object that results carry along and filters look at;
     - a directory that `datasets.Dataset.save_to_disk` wrote, with columns named as in the dialects;
+    - a folder of texts (`text_folder`), cut into passages;
     - `hf:NAME[:CONFIG[:SPLIT]]`, a data set of the Hugging Face hub, streamed (split `train` unless named).
 
     After the iteration `num_passages`, `num_duplicates` and `checksum` describe what was read; the checksum

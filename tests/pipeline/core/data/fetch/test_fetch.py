@@ -189,6 +189,14 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
         fetch("hotpotqa", tmp_path, str(tmp_path))
 
 
+def test_several_copies_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        layouts.trivia_originals(tmp_path / name)
+    with pytest.raises(UserError, match="holds several copies of triviaqa's train"):
+        fetch("triviaqa", tmp_path / "out", str(tmp_path))
+
+
 def test_a_copy_that_names_passages_of_its_own_keeps_their_ids(tmp_path: Path) -> None:
     (tmp_path / "copy").mkdir()
     row = {
