@@ -122,8 +122,8 @@ def _files_of(data_set: DataSet, split: Split, folder: Path) -> list[Path]:
             if len({path.parent for path in files if path.name != "dataset_info.json"}) > 1:
                 few = ", ".join(str(path.relative_to(folder)) for path in files[:3])
                 raise UserError(
-                    f"{folder} holds several copies of {data_set.name}'s {split} ({few}, ...); name the folder of one with "
-                    "--from"
+                    f"{folder} holds several copies of {data_set.name}'s {split} ({few}, ...); name the folder of one "
+                    "with --from"
                 )
             if files:
                 return [path.parent if path.name == "dataset_info.json" else path for path in files]
