@@ -90,7 +90,7 @@ def size_in_bytes(text: str) -> int:
 
 CorpusSources = Annotated[
     list[str],
-    typer.Option("--corpus", help="JSONL file, data set directory or hf:NAME; several times for a union."),
+    typer.Option("--corpus", help="File or folder of passages, or hf:NAME; several times for a union."),
 ]
 IndexDir = Annotated[Path, typer.Option("--index", help="Index directory.")]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write.")]

@@ -29,10 +29,10 @@ class DataConfig(Section):
     root: Annotated[str, OnDisk()] = ""
     """Folder that relative paths of this section start from; empty: the current directory."""
     corpus: Sources = ()
-    """Passages: JSONL files (`{id,title,text}`, `{id,contents}` or BEIR's `{_id,title,text}`), saved data set
-    directories, or `hf:NAME[:CONFIG[:SPLIT]]`. Several are united."""
+    """Passages: files of records (`{id,title,text}`, `{id,contents}` or BEIR's `{_id,title,text}`), folders of .txt and
+    .md files, saved data set directories, or `hf:NAME[:CONFIG[:SPLIT]]`. Several are united."""
     train: Sources = ()
-    """Questions with answers: JSONL files (docs/formats.md)."""
+    """Questions with answers: files of records (docs/formats.md)."""
     dev: Sources = ()
     """Questions on which the best iteration is chosen."""
     test: Sources = ()
