@@ -7,6 +7,7 @@ from pathlib import Path
 
 from actors.cluster import Cluster
 from actors.session import ray_session
+from pipeline.commands.predictions import protocol_scores
 from pipeline.core.agents.program import Answering
 from pipeline.core.config import Config
 from pipeline.core.data.questions import read_questions
@@ -20,6 +21,8 @@ from pipeline.core.records import Question
 from pipeline.core.report import best_iteration, models_of
 from pipeline.core.retrieval import what_is_searched
 from pipeline.core.run import Json, RunFiles, write_json, write_table
+from pipeline.core.scoring.files import suffix_of, write_predictions
+from pipeline.core.scoring.support import predict
 from pipeline.methods import answering, load, searching
 
 
@@ -35,8 +38,10 @@ def evaluate_model(
 ) -> Json:
     """Greedy evaluation of a run's best iteration, of what a configuration starts from, or of one model as a searcher.
 
+    With `out` the scores are written there, and beside them the trajectories and the predictions.
+
     Returns:
-        `{"models": {role: model}, "split", "sets": {file: scores}, "all": scores}`.
+        `{"models": {role: model}, "split", "sets": {file: scores}, "all": scores, "protocol": its own scores of all}`.
 
     Raises:
         UserError: nothing to evaluate, no such split, nothing to search, or bad input.
@@ -53,7 +58,9 @@ def evaluate_model(
     models = _best_models(run, config, agent) if run is not None and model is None else dict(agent.models)
     check_models(models.values())
     if out is not None and out.suffix != ".json":
-        raise UserError(f"--out is {out}; give a name that ends in .json (the trajectories go beside it)")
+        raise UserError(
+            f"--out is {out}; give a name that ends in .json (trajectories and predictions go beside it)"
+        )
     if split not in ("train", "dev", "test"):
         raise UserError(f"--split is {split}; choose train, dev or test")
     sets = _read_sets(config, split)
@@ -90,15 +97,20 @@ def evaluate_model(
         rules = config.evaluation
         return evaluate(members, own, rules.bootstrap_samples, config.seed, rules.protocol)
 
+    predictions = {question.id: predict(question, found[question.id]) for question in questions}
     result = {
         "models": models,
         "split": split,
         "sets": {name: score(members) for name, members in sets.items()},
         "all": score(questions),
+        "protocol": protocol_scores(config, questions, predictions, display),
     }
     if out is not None:
         write_json(out, result)
         write_table(out.with_suffix(".parquet"), trajectories_to_table(trajectories))
+        protocol = config.evaluation.protocol
+        own_format = out.with_name(f"{out.stem}.predictions{suffix_of(protocol)}")
+        write_predictions(protocol, own_format, questions, predictions)
     return result
 
 
@@ -132,6 +144,7 @@ def _read_sets(config: Config, split: str) -> dict[str, list[Question]]:
     )
     wanted = {question.id: question for question in chosen}
     sets = {
-        path: [q for q in read_questions([path], root=config.data.root) if q.id in wanted] for path in paths
+        path: [q for q in read_questions([path], root=config.data.root, with_evidence=True) if q.id in wanted]
+        for path in paths
     }
     return {path: members for path, members in sets.items() if members}

@@ -1,5 +1,5 @@
-"""The published evaluations of whole sets, said again as plainly as possible over rows and files in the sets' own form;
-nothing of the project is used. All scores are in percent."""
+"""The published evaluations of whole sets, said again as plainly as possible over rows and files in the sets' own form,
+without code of the project. All scores are in percent."""
 
 from __future__ import annotations
 
