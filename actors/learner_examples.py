@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.example_files import read_examples, read_outlines
 from pipeline.core.losses.loss import Form, Loss
 from pipeline.core.policies import Head
-from pipeline.core.records import Example, Outline
+from pipeline.core.records import Example, Numbers, Outline
 from pipeline.core.training_phase import digest_of
 from retriever_service.files import record_file
 
@@ -91,15 +90,22 @@ def _check_outlines(outlines: Sequence[Outline], loss: Loss, head: Head) -> None
                     f"{needs} the stream {name} as {_FORMS[form]}; that of example {outline.id} has the shape "
                     f"{list(shape)}"
                 )
-            if shape == (1,) and not math.isfinite(outline.number(name)):
+            if shape == (1,) and not _are_numbers(outline.number(name), form):
                 raise _not_finite(loss, name, outline)
 
 
+def _are_numbers(values: float | Numbers, form: Form) -> bool:
+    is_number = np.isfinite(values)
+    if form == "logarithm":
+        is_number |= np.isneginf(values)
+    return bool(np.all(is_number))
+
+
 def _check_values(example: Example, loss: Loss) -> None:
-    for name in loss.streams:
+    for name, form in loss.streams.items():
         values = example.streams[name]
         on_targets = values[1:][example.loss_mask[1:]] if values.ndim == 1 and len(values) > 1 else values
-        if not np.isfinite(on_targets).all():
+        if not _are_numbers(on_targets, form):
             raise _not_finite(loss, name, example)
 
 
@@ -111,6 +117,7 @@ def _not_finite(loss: Loss, stream: str, example: Outline) -> UserError:
 
 _FORMS: dict[Form, str] = {
     "number": "one number",
+    "logarithm": "one number",
     "tokens": "one number per token, or one for all",
     "rows": "a row of numbers per target",
 }
@@ -119,7 +126,7 @@ _FORMS: dict[Form, str] = {
 def _has_form(shape: tuple[int, ...], form: Form) -> bool:
     """Whether it is as a loss wants it; that the lengths fit has been seen to by the outline."""
     match form:
-        case "number":
+        case "number" | "logarithm":
             return shape == (1,)
         case "tokens":
             return len(shape) == 1

@@ -137,7 +137,8 @@ class Weighting:
 def _count(episodes: Sequence[Episode], weighted: Weighted) -> None:
     metrics.WEIGHED.add(len(episodes))
     metrics.EXCLUDED.add(sum(e.failure is not None for e in episodes), reason="infrastructure")
-    metrics.EXCLUDED.add(weighted.statistics.get("too_long_to_score", 0), reason="too_long_to_score")
+    for reason in ("too_long_to_score", "nothing_to_compare"):
+        metrics.EXCLUDED.add(weighted.statistics.get(reason, 0), reason=reason)
 
 
 WeightingActor = ray.remote(Weighting)

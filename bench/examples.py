@@ -92,8 +92,8 @@ def write_shards(directory: Path, tokens: int) -> int:
     while sum(example.length for example in examples) < tokens:
         length = int(random.integers(LONGEST // 2, LONGEST + 1))
         name, ids = f"q{len(examples)}/0", random.integers(0, VOCABULARY, length).astype(np.int32)
-        mask, weight = np.arange(length) % 300 >= 200, np.array([random.uniform(0.5, 1.0)])
-        examples.append(Example(name, name, "searcher", ids, mask, {"weight": weight}))
+        mask, weight = np.arange(length) % 300 >= 200, np.log([random.uniform(0.5, 1.0)])
+        examples.append(Example(name, name, "searcher", ids, mask, {"log_weight": weight}))
     for start in range(0, len(examples), EXAMPLES_PER_SHARD):
         table = examples_to_table(examples[start : start + EXAMPLES_PER_SHARD])
         pq.write_table(table, directory / f"{start:06d}.parquet")

@@ -65,8 +65,8 @@ def make_examples() -> list[Example]:
         length = int(rng.integers(200, 501))
         mask = np.arange(length) % 100 >= 65
         ids = rng.integers(0, 1024, length).astype(np.int32)
-        weight = np.array([rng.uniform(0.5, 1.0)])
-        examples.append(Example(f"q{number}", f"q{number}", "policy", ids, mask, {"weight": weight}))
+        weight = np.log([rng.uniform(0.5, 1.0)])
+        examples.append(Example(f"q{number}", f"q{number}", "policy", ids, mask, {"log_weight": weight}))
     return examples
 
 

@@ -136,7 +136,7 @@ def rank(model: str, settings: dict[str, Any]) -> None:
             "policy",
             rng.integers(0, 256, length).astype(np.int32),
             mask,
-            {"weight": np.ones(1)},
+            {"log_weight": np.zeros(1)},
         )
         for n in range(rows)
     ]

@@ -31,7 +31,7 @@ from pipeline.core.config import Config
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
 from pipeline.core.example_files import read_examples, read_outlines
-from pipeline.core.losses.likelihood import WeightedNll
+from pipeline.core.losses.likelihood import WeightedNll, average_log_weight
 from pipeline.core.policies import PolicySpec
 from pipeline.core.record_tables import examples_to_table
 from pipeline.core.report import Outcome, best_iteration, should_stop
@@ -130,12 +130,14 @@ class ExpectationMaximisation:
         """A shard of cold-start examples beside the weighted ones, with their average weight per trained token."""
         weighted = [outline for shard in shards for outline in read_outlines(shard)]
         (first,) = self.run.shards(0, SEARCHER)
-        tokens = sum(o.num_targets for o in weighted)
-        weight = sum(o.number("weight") * o.num_targets for o in weighted) / max(1, tokens)
+        log_weight = average_log_weight(
+            [outline.number("log_weight") for outline in weighted],
+            [outline.num_targets for outline in weighted],
+        )
         rng = random.Random(derive_seed(self.config.seed, "mix", t))
         chosen = rng.choices(read_examples(first), k=round(self.config.cold_start.mix * len(weighted)))
         mixed = [
-            replace(example, id=f"mix/{n}", unit=f"mix/{n}", streams={"weight": np.array([weight])})
+            replace(example, id=f"mix/{n}", unit=f"mix/{n}", streams={"log_weight": np.array([log_weight])})
             for n, example in enumerate(chosen)
         ]
         path = self.run.fresh(f"{t}/{SEARCHER}/cold_start") / "000000.parquet"

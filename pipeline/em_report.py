@@ -9,7 +9,7 @@ from pipeline.core.report import EVALUATION, Column, Outcome, report_of
 from pipeline.core.run import Json, RunFiles
 
 COLUMNS = (
-    Column("bound", "train.likelihood_bound", 2, "train.likelihood_bound_stderr"),
+    Column("bound", "train.likelihood_bound", 2, "train.likelihood_bound_stderr", if_null="-inf"),
     Column("ESS", "train.effective_sample_size", 2),
     Column("failed", "train.all_failed_share"),
     Column("dev EM", "dev.em"),

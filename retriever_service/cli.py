@@ -42,13 +42,15 @@ from retriever_service.console import (
 )
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
+from retriever_service.passages.evaluation import DEFAULT_KS
 from retriever_service.passages.hits import Hit, SearchOptions
 from retriever_service.search.engine import SearchEngine
 from retriever_service.service.settings import TOKEN_VARIABLE, ServerSettings
 
 _SERVING = ServerSettings()
 _PROBED_PASSAGES = 256
-_RUN_DEPTH = 100
+_RUN_DEPTH = max(DEFAULT_KS) + 1
+"""One of them may be the question itself, which does not count."""
 
 
 app = typer.Typer(

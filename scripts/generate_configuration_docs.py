@@ -11,6 +11,7 @@ the rules between keys from the messages that breaking them gives, the keys that
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -90,7 +91,7 @@ def default_text(value: Any) -> str:
     """A default in YAML notation."""
     if isinstance(value, float):
         return f"{value:g}" if value != int(value) else f"{value:.1f}"
-    return json.dumps(value)
+    return value.isoformat() if isinstance(value, datetime.date) else json.dumps(value)
 
 
 def _section(name: str, model: type[BaseModel], level: int) -> list[str]:
@@ -140,7 +141,7 @@ def _bound(constraint: Ge | Gt | Le | Lt) -> str:
 
 
 def _type(annotation: Any) -> str:
-    names = {bool: "true or false", int: "whole number", float: "number", str: "text"}
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text", datetime.date: "date"}
     if annotation in names:
         return names[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)

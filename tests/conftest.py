@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
 import uuid
@@ -58,6 +59,20 @@ LLAMA_3 = (
     "{{ message.content | trim }}<|eot_id|>{% endfor %}"
     "{%- if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+LLAMA_3_1 = (  # prints today's date into the system turn
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    "{%- if date_string is not defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif %}"
+    "Today Date: {{ date_string }}\n\n{{ messages[0].content }}<|eot_id|>"
+    "{%- for message in messages[1:] %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+    "{{ message.content | trim }}<|eot_id|>{% endfor %}"
+    "{%- if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+THINKING = (  # opens a thought in the generation prompt, and takes the thoughts out of earlier turns
+    "{%- for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+NOT_THINKING = THINKING.replace("<think>\n{%", "<think>\n\n</think>\n\n{%")
 MISTRAL = (
     "<s>{%- for message in messages %}"
     "{%- if message.role == 'system' %}{{ raise_exception('no system role') }}"
@@ -105,6 +120,9 @@ def chat_templates() -> dict[str, str]:
     return {
         "qwen": QWEN,
         "llama-3": LLAMA_3,
+        "llama-3.1": LLAMA_3_1,
+        "thinking": THINKING,
+        "not thinking": NOT_THINKING,
         "mistral": MISTRAL,
         "mistral-v0.3": MISTRAL_LAST_USER_SYSTEM,
     }
@@ -117,6 +135,19 @@ def chat_tokenizer() -> Any:
     built.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS})
     built.chat_template = QWEN
     return built
+
+
+@pytest.fixture(scope="session")
+def crossing_tokenizer() -> Any:
+    """Its tokens `>"` and ` "</` hold the end of a tag and what stands beside it, as some of Gemma's do."""
+    bpe = _byte_level_bpe()
+    state = json.loads(bpe.to_str())
+    for left, right in ((">", '"'), (">", "(")):
+        state["model"]["vocab"][left + right] = len(state["model"]["vocab"])
+        state["model"]["merges"].insert(0, [left, right])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="<|endoftext|>"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ def random_examples(
         length = int(rng.integers(shortest, longest + 1))
         ids = rng.integers(2, SHAPES[size]["vocab_size"], length).astype(np.int32)
         mask = np.arange(length) % 100 >= 100 * (1 - trained_share)
-        examples.append(Example(f"q{number}", f"q{number}", "policy", ids, mask, {"weight": np.array([1.0])}))
+        examples.append(Example(f"q{number}", f"q{number}", "policy", ids, mask, {"log_weight": np.zeros(1)}))
     return examples
 
 

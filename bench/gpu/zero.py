@@ -112,7 +112,7 @@ def examples() -> list[Example]:
                 "policy",
                 ids,
                 rng.random(length) < 0.4,
-                {"weight": np.array([rng.uniform(0.1, 1.0)])},
+                {"log_weight": np.log([rng.uniform(0.1, 1.0)])},
             )
         )
     return made

@@ -248,9 +248,19 @@ def _in_order(tests: Mapping[str, Any], order: Sequence[str]) -> list[tuple[str,
 
 
 def _cell(row: Mapping[str, Any], column: Column) -> str:
+    if _is_null(row, column.path):
+        return column.if_null
     value = _number(_at(row, column.path), column.digits)
     error = _number(_at(row, column.error_path), column.digits) if column.error_path else ""
     return f"{value} ± {error}" if value and error else value
+
+
+def _is_null(row: Mapping[str, Any], path: str) -> bool:
+    """True if the row has come as far as the path, and there is null."""
+    *sections, name = path.split(".")
+    for section in sections:
+        row = row.get(section) or {}
+    return name in row and row[name] is None
 
 
 def _at(row: Mapping[str, Any], path: str) -> float | None:

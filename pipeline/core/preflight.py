@@ -13,12 +13,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from importlib.util import find_spec
-from ipaddress import ip_address, ip_network
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
-
-import httpx
 
 from pipeline.core.config import StorageConfig
 from pipeline.core.errors import UserError
@@ -221,48 +216,6 @@ def _look_at_shared_memory(shm: Path) -> None:
             f"{shm} has {_gb(size)}: Ray's object store goes to the disk and is slow, and NCCL may fail; give the "
             "container more (--shm-size=8g, or an emptyDir with medium: Memory)"
         )
-
-
-# ---------------------------------------------------------------- servers
-
-
-def check_proxies(urls: Iterable[str]) -> None:
-    """The proxies of the environment let requests to these servers through.
-
-    Raises:
-        UserError: httpx cannot read them, or they would be asked for an address that they cannot know.
-    """
-    proxies = getproxies()
-    exceptions = proxies.get("no", "")
-    try:
-        httpx.Client().close()
-    except (httpx.InvalidURL, ImportError, ValueError) as error:
-        raise UserError(
-            f"the HTTP client cannot read the proxies of the environment ({error}): look at http_proxy, https_proxy, "
-            f"all_proxy and no_proxy ({exceptions!r}); name hosts in no_proxy, no networks such as fd00::/8"
-        ) from error
-    for url in urls:
-        parts = urlsplit(url)
-        host, proxy = parts.hostname or "", proxies.get(parts.scheme) or proxies.get("all")
-        if proxy is None or proxy_bypass(host):
-            continue
-        if network := next((entry for entry in exceptions.split(",") if _is_in_network(host, entry)), None):
-            raise UserError(
-                f"retriever.url: {url} would be asked for through the proxy {proxy}: no_proxy names the network "
-                f"{network.strip()}, and the HTTP client knows hosts only; add {host} to no_proxy"
-            )
-        if host == "localhost" or _is_in_network(host, "127.0.0.0/8") or _is_in_network(host, "::1/128"):
-            raise UserError(
-                f"retriever.url: {url} is on this machine and would be asked for through the proxy {proxy}; add {host} "
-                "to no_proxy"
-            )
-
-
-def _is_in_network(host: str, network: str) -> bool:
-    try:
-        return "/" in network and ip_address(host) in ip_network(network.strip(), strict=False)
-    except ValueError:
-        return False
 
 
 # ---------------------------------------------------------------- disk

@@ -38,6 +38,7 @@ TRAJECTORY_SCHEMA = pa.schema(
         ("role", pa.string()),
         ("log_likelihoods", pa.list_(pa.float64())),
         ("proposal_logprobs", pa.list_(pa.float32())),
+        ("answer_opening", pa.list_(pa.int32())),
     ]
 )
 
@@ -147,6 +148,7 @@ def trajectories_from_table(table: pa.Table) -> list[Trajectory]:
             role=row["role"],
             log_likelihoods=tuple(row["log_likelihoods"]),
             proposal_logprobs=proposal_logprobs,
+            answer_opening=tuple(row["answer_opening"]),
         )
         for row, (token_ids, loss_mask, logprobs, proposal_logprobs) in zip(rows, arrays, strict=True)
     ]

@@ -142,12 +142,16 @@ class Trajectory:
         loss_mask   0          | 1                  | 0                      | 1
         logprobs    NaN        | log p              | NaN                    | log p
 
+    A sub-query that was refused, because no search was left or no room for its passages, is not trained: its mask is 0.
+
     `token_ids[:answer_start]` ends right behind the opening answer tag; the model's own answer and the closing tag
     follow. Where the model did not open an answer the environment appended the tag (mask 0). An infrastructure
-    failure has no answer: then `answer_start == T`.
+    failure has no answer: then `answer_start == T`. Where one token of the model's holds the end of the tag and the
+    beginning of its answer (`>"`), `answer_start` lies in front of it, and `answer_opening` has the ids of the rest of
+    the tag: with them another answer can be put in place (`answer_context`).
 
     `log_likelihoods` holds log p(y | x, z) of the question's different gold answers, in their order, put in the place
-    of the model's own behind `answer_start`: NaN for one that does not fit into the context, empty where nothing was
+    of the model's own behind `answer_context`: NaN for one that does not fit into the context, empty where nothing was
     scored. `proposal_logprobs` is log q of every token where the trajectory was sampled from another distribution than
     the model itself and that was recorded, else None: there q = p.
     """
@@ -166,6 +170,7 @@ class Trajectory:
     role: str = "searcher"
     log_likelihoods: tuple[float, ...] = ()
     proposal_logprobs: Floats | None = None
+    answer_opening: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.loss_mask), len(self.logprobs)}
@@ -179,6 +184,17 @@ class Trajectory:
     @property
     def num_searches(self) -> int:
         return sum(1 for step in self.steps if step.hits)
+
+    @property
+    def answer_context(self) -> TokenIds:
+        """What an answer stands behind: it ends with the opening answer tag and nothing more."""
+        opening = np.asarray(self.answer_opening, dtype=np.int32)
+        return np.concatenate([self.token_ids[: self.answer_start], opening])
+
+    @property
+    def sampled(self) -> Mask:
+        """[T], True on every token that the model wrote, also on those that are not trained on."""
+        return ~np.isnan(self.logprobs)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -322,7 +338,7 @@ class Example:
             role,
             np.asarray([*prompt, *target], dtype=np.int32),
             np.repeat([False, True], [len(prompt), len(target)]),
-            {"weight": np.ones(1)},
+            {"log_weight": np.zeros(1)},
         )
 
     @property

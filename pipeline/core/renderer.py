@@ -6,7 +6,8 @@ Guarantees, each a property test:
   it is. The first n ids of a context never change as later turns arrive.
 - Both layouts speak the same language. `plain` is one running text; `chat` renders through the model's own chat
   template, incrementally: only the text *between* two contents is ever taken from the template.
-- Text from outside (questions, passages) cannot smuggle in special tokens.
+- Text from outside (questions, passages, gold answers) cannot smuggle in special tokens, nor a tag that is a token of
+  its own. (Tags that are plain text to the tokenizer are plain text in a passage too.)
 
 One trajectory, plain layout:
 
@@ -25,8 +26,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,6 +40,8 @@ from pipeline.core.records import Example, Trajectory
 from retriever_service.passages.hits import Hit
 
 _SLOT = "EXSEARCHSLOT"
+_CHARACTERS_PER_TOKEN = 8
+"""More than text has on average, so that looking at so many characters per token is mostly enough."""
 _ANSWER_DEMAND = "No more searches are possible. Give the final answer now."
 
 
@@ -69,6 +74,8 @@ class Renderer:
         self.config = config
         self.tags = config.tags
         self.stop = (self.tags.think[1], self.tags.answer[1], self.tags.search[0])
+        single = [ids for tag in _all_strings(self.tags) if len(ids := self.trusted_ids(tag)) == 1]
+        self._tag_ids = {id_ for (id_,) in single}
         if config.layout == "chat":
             self._prompt_parts, self._user_turn_parts = self._chat_parts()
         else:
@@ -94,7 +101,7 @@ class Renderer:
         for rank, hit in enumerate(hits, start=1):
             text = f"{hit.passage.title}: {hit.passage.text}" if hit.passage.title else hit.passage.text
             ids += self.trusted_ids(f"[{rank}]")
-            ids += self._untrusted(f" {text}")[: self.config.max_document_tokens]
+            ids += self._first_tokens(f" {text}", self.config.max_document_tokens)
             ids += self.trusted_ids("\n")
         return ids + self.trusted_ids(f"{closing}{after}")
 
@@ -113,12 +120,14 @@ class Renderer:
         return self.trusted_ids(f"{before}{_ANSWER_DEMAND}{after}{opening}")
 
     def answer_ids(self, answer: str) -> list[int]:
-        """A gold answer and the closing tag, to stand behind `token_ids[:answer_start]`."""
+        """A gold answer and the closing tag, to stand behind `Trajectory.answer_context`."""
         closing = self.tags.answer[1]
-        if closing in self.tokenizer.all_special_tokens:
+        if closing in self.tokenizer.all_special_tokens or any(
+            tag in answer for tag in _all_strings(self.tags)
+        ):
             return [*self._untrusted(f" {answer} "), *self.trusted_ids(closing)]
         # In one piece, so that the closing tag has the tokens that the model itself writes behind a space.
-        return self._untrusted(f" {answer} {closing}")
+        return self._plain_ids(f" {answer} {closing}")
 
     def turn_text(self, turn: Turn) -> str:
         """A turn as a well-behaved model writes it; inverse of `parse_turn`."""
@@ -165,13 +174,26 @@ class Renderer:
         )
         return text
 
-    def with_gold_answer(self, trajectory: Trajectory, answer: str, weight: float) -> Example:
+    def split_at(self, token_ids: Sequence[int], end: int) -> tuple[int, str]:
+        """How many of the first tokens write nothing but the first `end` characters, and what they leave of these.
+
+        The rest is not empty where a token holds characters of both sides.
+        """
+        text = self.decode(token_ids)[:end]
+        lengths = range(len(token_ids) + 1)
+        count = bisect_left(lengths, end, key=lambda n: len(self.decode(token_ids[:n])))
+        while not text.startswith(written := self.decode(token_ids[:count])):
+            count -= 1
+        return count, text[len(written) :]
+
+    def with_gold_answer(self, trajectory: Trajectory, answer: str, log_weight: float) -> Example:
         """The M-step's example: the trajectory up to its answer tag, then the gold answer as a target."""
-        start, gold = trajectory.answer_start, self.answer_ids(answer)
+        gold, opening = self.answer_ids(answer), len(trajectory.answer_opening)
+        own = trajectory.loss_mask[: trajectory.answer_start]
         return dataclasses.replace(
-            Example.of(trajectory, weight=weight),
-            token_ids=np.concatenate([trajectory.token_ids[:start], np.asarray(gold, dtype=np.int32)]),
-            loss_mask=np.concatenate([trajectory.loss_mask[:start], np.ones(len(gold), dtype=np.bool_)]),
+            Example.of(trajectory, log_weight=log_weight),
+            token_ids=np.concatenate([trajectory.answer_context, np.asarray(gold, dtype=np.int32)]),
+            loss_mask=np.concatenate([own, np.repeat([False, True], [opening, len(gold)])]),
         )
 
     def _bos(self) -> list[int]:
@@ -187,9 +209,30 @@ class Renderer:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def _untrusted(self, text: str) -> list[int]:
-        """Ids of text from outside; what looks like a special token stays plain text."""
+        """Ids of text from outside; what looks like a special token or a tag stays plain text."""
+        whole = self._plain_ids(text)
+        if self._tag_ids.isdisjoint(whole):
+            return whole
+        tags = "|".join(map(re.escape, _all_strings(self.tags)))
+        # Cut inside of every tag, at any place where one begins.
+        cuts = [0, *(match.start() + 1 for match in re.finditer(f"(?={tags})", text)), len(text)]
+        cut = [i for start, end in pairwise(cuts) for i in self._plain_ids(text[start:end])]
+        if self._tag_ids.isdisjoint(cut):
+            return cut
+        # The tokenizer makes a tag of something else, of other forms of its letters.
+        return [i for character in text for i in self._plain_ids(character)]
+
+    def _plain_ids(self, text: str) -> list[int]:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return list(encoded["input_ids"])
+
+    def _first_tokens(self, text: str, count: int) -> list[int]:
+        """The first ids of text from outside. However long it is, little more than these is looked at."""
+        characters = _CHARACTERS_PER_TOKEN * count
+        # Where the text is cut the last tokens are others than they would be, so some more are wanted than taken.
+        while len(ids := self._untrusted(text[:characters])) < 1.5 * count and characters < len(text):
+            characters *= 2
+        return ids[:count]
 
     def _chat_parts(self) -> tuple[tuple[str, str], tuple[str, str]]:
         """Template text around the question, and from behind a model turn around the next user turn."""
@@ -207,7 +250,8 @@ class Renderer:
             if parts is not None:
                 return parts
         raise UserError(
-            "the tokenizer's chat template loses message contents or moves them; use agent.layout=plain"
+            "the tokenizer's chat template loses message contents, moves them, or begins the model's turns differently "
+            "from turn to turn; use agent.layout=plain"
         )
 
     def _split_template(
@@ -216,24 +260,39 @@ class Renderer:
         """The template's text around the slots; None if it does not take these first messages as they are.
 
         Some templates have no system role; some move the system message into the last user turn, which is another
-        place in every turn.
+        place in every turn. What begins a turn of the model is taken from turns in the middle of a conversation: a
+        generation prompt may open a thought of its own behind it, which the agent's turns do not have.
         """
         import jinja2
 
-        later = [{"role": "assistant", "content": f"{_SLOT}1"}, {"role": "user", "content": f"{_SLOT}2"}]
+        roles = ("assistant", "user", "assistant", "user")
+        later = [{"role": role, "content": f"{_SLOT}{n}"} for n, role in enumerate(roles, start=1)]
         try:
-            prompt, conversation = self._render(head), self._render([*head, *later])
+            prompt = self._render(head, add_generation_prompt=True)
+            conversation = self._render([*head, *later])
         except jinja2.TemplateError:
             return None
-        before, _, rest = conversation.partition(f"{_SLOT}1")
-        between, _, after = rest.partition(f"{_SLOT}2")
-        prompt_before, _, prompt_after = prompt.partition(f"{_SLOT}0")
-        if not between or instructions not in before or not before.startswith(prompt_before):
+        texts = re.split("|".join(f"{_SLOT}{n}" for n in range(len(roles) + 1)), conversation)
+        if len(texts) != len(roles) + 2:
             return None
-        return (prompt_before, prompt_after), (between, after)
+        before, turn, between, next_turn, between_again, _ = texts
+        generation_prompt = prompt.partition(f"{_SLOT}0")[2]
+        if (space := turn.removeprefix(generation_prompt)).isspace():
+            # The model writes it as a part of its first token.
+            turn, next_turn = generation_prompt, next_turn.removesuffix(space)
+        begins_alike = generation_prompt.startswith(turn) or turn.startswith(generation_prompt)
+        if not (instructions in before and prompt.startswith(before) and begins_alike):
+            return None
+        return ((before, turn), (between, next_turn)) if between and between == between_again else None
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        text: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    def _render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            # In place of the clock: the same prompts on every day.
+            strftime_now=self.config.date.strftime,
+        )
         return text
 
 

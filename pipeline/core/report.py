@@ -28,6 +28,8 @@ class Column:
     digits: int = 1
     error_path: str | None = None
     """Where the number's standard error is, to show it as well."""
+    if_null: str = ""
+    """Shown where the report has null: JSON has no infinity."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ import torch
 from pipeline.core.config import DataConfig, RetrieverConfig
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
-from pipeline.core.preflight import check_proxies
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import Encoder, EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
@@ -75,13 +74,12 @@ def await_servers(
         timeout_s: the longest wait, in seconds (`cluster.start_timeout_s`).
 
     Raises:
-        UserError: proxies of the environment that are in the way; a server that does not answer, or not as one of this
-            dialect, or not with this token; servers of different indexes.
-        RetrieverError: an address that is none.
+        UserError: a server that does not answer, or not as one of this dialect, or not with this token; servers of
+            different indexes.
+        RetrieverError: an address that is none, or a proxy that cannot be gone through.
     """
     if retriever.url is None:
         return None
-    check_proxies(retriever.url)
     clients = tuple(
         RetrieverHttpClient(
             url,
@@ -116,16 +114,22 @@ def _await_answer(client: RetrieverHttpClient, documents: int, display: Display,
             unreachable = isinstance(error.__cause__, httpx.RequestError)
             if unreachable or time.monotonic() >= deadline:
                 mend = "start it, or correct the address" if unreachable else "see its log"
-                raise UserError(f"retriever.url: {error}; {mend}") from error
+                raise UserError(f"retriever.url: {error}; {_past_the_proxy(client) or mend}") from error
             if not told:
                 display.line(f"{client.url} is not ready yet: {error.__cause__}")
                 told = True
         except RetrieverError as error:
-            raise UserError(
-                f"retriever.url: {error}; look at the address (http://HOST:PORT, without the route), at "
+            looked_at = (
+                "look at the address (http://HOST:PORT, without the route), at "
                 f"retriever.dialect ({client.dialect}) and at the token in {TOKEN_VARIABLE}"
-            ) from error
+            )
+            raise UserError(f"retriever.url: {error}; {_past_the_proxy(client) or looked_at}") from error
         time.sleep(POLL_S)
+
+
+def _past_the_proxy(client: RetrieverHttpClient) -> str:
+    """The mend where a proxy may be what answers, or does not."""
+    return f"if {client.url} needs no proxy, name its host in no_proxy" if client.proxy else ""
 
 
 def passages(data: DataConfig, searched: Searched) -> Iterable[Passage]:

@@ -70,7 +70,7 @@ class Counts:
         failures = [failure for episode in episodes if (failure := episode.failure) is not None]
         return cls(
             episodes=len(episodes),
-            generated_tokens=sum(int(turn.loss_mask.sum()) for e in episodes for turn in e.turns),
+            generated_tokens=sum(int(turn.sampled.sum()) for e in episodes for turn in e.turns),
             infrastructure_failures=len(failures),
             last_failure=failures[-1].detail if failures else "",
         )

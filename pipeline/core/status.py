@@ -168,7 +168,8 @@ def _tasks(run: RunFiles, t: int) -> Iterator[Json]:
 
 def _of_task(row: Json) -> Json:
     statistics = row["statistics"]
-    excluded = row["infrastructure_failures"] + statistics.get("too_long_to_score", 0)
+    left_out = sum(statistics.get(reason, 0) for reason in ("too_long_to_score", "nothing_to_compare"))
+    excluded = row["infrastructure_failures"] + left_out
     return {"stop_reasons": statistics.get("stop_reasons", {}), "excluded": excluded}
 
 

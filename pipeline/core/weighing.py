@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from pipeline.core.models import load_tokenizer
 from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory, count_stop_reasons
 from pipeline.core.renderer import Renderer
 from pipeline.core.scoring.answers import ProtocolName, score_answer
-from pipeline.core.weighting import Scored, best_answer, importance_weights, summarise
+from pipeline.core.weighting import Gold, Scored, log_weights, summarise, trained_gold
 
 TaskT = TypeVar("TaskT", bound=Task, contravariant=True)
 
@@ -69,7 +70,9 @@ class NothingToTrainOn:
 
 @dataclass(frozen=True, slots=True)
 class SearchWeights:
-    """ExSearch's E-step: w(z) from log p(y | x, z), and the trajectory with the gold answer in place as the example."""
+    """ExSearch's E-step: w(z) from log p(y | x, z), and as the example the trajectory with the gold answer in place, or
+    as it is where the weight is a metric of its own answer.
+    """
 
     weighting: WeightingConfig
     agent: AgentConfig
@@ -84,48 +87,102 @@ class SearchWeights:
         renderer = renderer_at(self.tokenizer, self.agent)
         trajectories = [episode.turn(SEARCHER) for episode in episodes]
         usable = [t for t in trajectories if not t.stop_reason.is_infrastructure]
-        scorable = [t for t in usable if not np.isnan(t.log_likelihoods).all()]
-        golds = [best_gold(trajectory, task) for trajectory in scorable]
-        scored = [
-            self._scored(trajectory, task, log_likelihood, len(renderer.answer_ids(answer)))
-            for trajectory, (answer, log_likelihood) in zip(scorable, golds, strict=True)
-        ]
-        weights = importance_weights(scored, self.weighting) if scored else np.zeros(0)
+        golds = GoldAnswers.of(task, renderer)
+        scorable = [(t, scores) for t in usable if (scores := golds.behind(t))]
+        scored = [self._scored(task, *one) for one in scorable]
+        logs = weights_of(scored, self.weighting)
         examples = [
-            renderer.with_gold_answer(trajectory, answer, float(weight))
-            for trajectory, (answer, _), weight in zip(scorable, golds, weights, strict=True)
+            self._example(renderer, trajectory, scores, log_weight)
+            for (trajectory, scores), log_weight in zip(scorable, logs or (), strict=logs is not None)
         ]
-        return Weighted(
-            {SEARCHER: examples},
-            {
-                "scored": [asdict(one) for one in scored],
-                "weights": weights.tolist(),
-                "stop_reasons": count_stop_reasons(trajectories),
-                "too_long_to_score": len(usable) - len(scorable),
-            },
-        )
+        too_long = len(usable) - len(scorable)
+        return Weighted({SEARCHER: examples}, statistics_of(scored, logs, trajectories, too_long))
 
     def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        return summarise_scored(statistics)
+        return summarise_scored(statistics, self.weighting)
 
-    def _scored(
-        self, trajectory: Trajectory, question: Question, log_likelihood: float, num_tokens: int
-    ) -> Scored:
+    @property
+    def _trains_own_answer(self) -> bool:
+        return self.weighting.method == "reward"
+
+    def _example(
+        self, renderer: Renderer, trajectory: Trajectory, golds: Mapping[str, Gold], log_weight: float
+    ) -> Example:
+        if self._trains_own_answer:
+            return Example.of(trajectory, log_weight=log_weight)
+        return renderer.with_gold_answer(trajectory, trained_gold(golds, self.weighting), log_weight)
+
+    def _scored(self, question: Question, trajectory: Trajectory, golds: Mapping[str, Gold]) -> Scored:
         own = score_answer(trajectory.answer, question.answers, self.protocol)
-        return Scored(
-            log_likelihood=log_likelihood,
-            num_tokens=num_tokens,
+        return Scored.of(
+            list(golds.values()),
             correct=own.em == 1.0,
             reward=getattr(own, self.weighting.reward),
-            log_ratio=log_ratio(trajectory) if self.weighting.correct_proposal else 0.0,
+            log_ratio=log_ratio(trajectory, with_answer=self._trains_own_answer)
+            if self.weighting.correct_proposal
+            else 0.0,
         )
 
 
-def summarise_scored(statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+@dataclass(frozen=True, slots=True)
+class GoldAnswers:
+    """The gold answers of a question that a trajectory was scored with, and their lengths in tokens."""
+
+    question: Question
+    token_ids: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, question: Question, renderer: Renderer) -> GoldAnswers:
+        return cls(
+            question, {answer: tuple(renderer.answer_ids(answer)) for answer in question.distinct_answers}
+        )
+
+    def behind(self, trajectory: Trajectory) -> dict[str, Gold]:
+        """Those that fit behind a trajectory.
+
+        Of answers with the same ids, as tokenizers make of different forms of one letter, the first: they are one.
+        """
+        found: dict[tuple[int, ...], tuple[str, Gold]] = {}
+        for (answer, ids), value in zip(self.token_ids.items(), trajectory.log_likelihoods, strict=True):
+            if not math.isnan(value):
+                found.setdefault(ids, (answer, Gold(value, len(ids))))
+        return dict(found.values())
+
+
+def weights_of(scored: Sequence[Scored], weighting: WeightingConfig) -> list[float] | None:
+    """log w of one question's trajectories; None where they have none: there are no trajectories, or weights that
+    compare them have nothing to compare the only one with."""
+    if not scored or (weighting.compares and len(scored) < 2):
+        return None
+    return [float(log_weight) for log_weight in log_weights(scored, weighting)]
+
+
+def statistics_of(
+    scored: Sequence[Scored], logs: Sequence[float] | None, trajectories: Sequence[Trajectory], too_long: int
+) -> dict[str, Any]:
+    """What `summarise_scored` reads, as plain data.
+
+    Args:
+        logs: log w; None where there are none.
+        trajectories: all of the question.
+        too_long: so many of them were too long for any answer to be scored.
+    """
+    return {
+        "scored": [asdict(one) for one in scored],
+        "log_weights": logs,
+        "stop_reasons": count_stop_reasons(trajectories),
+        "too_long_to_score": too_long,
+        "nothing_to_compare": len(scored) if logs is None else 0,
+    }
+
+
+def summarise_scored(
+    statistics: Sequence[Mapping[str, Any]], weighting: WeightingConfig
+) -> Mapping[str, Any]:
     """`WeightingSummary`, how trajectories stopped and how many were excluded.
 
     Args:
-        statistics: of each task `scored` (`Scored` as plain data), `weights`, `stop_reasons` and `too_long_to_score`.
+        statistics: `statistics_of` each task.
 
     Raises:
         RuntimeError: nothing was weighted.
@@ -133,44 +190,48 @@ def summarise_scored(statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, An
     stop_reasons: Counter[str] = Counter()
     for row in statistics:
         stop_reasons.update(row["stop_reasons"])
-    with_weights = [row for row in statistics if row["scored"]]
-    if not with_weights:
-        raise RunError(f"no trajectory could be weighted; how they stopped: {dict(stop_reasons)}")
+    alone = sum(row["nothing_to_compare"] for row in statistics)
+    scored = [row for row in statistics if row["scored"]]
+    if all(row["log_weights"] is None for row in scored):
+        why = f"; {alone} were the only usable one of their question" if alone else ""
+        raise RunError(f"no trajectory could be weighted; how they stopped: {dict(stop_reasons)}{why}")
     summary = summarise(
-        [[_from_json(one) for one in row["scored"]] for row in with_weights],
-        [np.array(row["weights"]) for row in with_weights],
+        [[_scored_from_json(one) for one in row["scored"]] for row in scored],
+        [
+            None if row["log_weights"] is None else np.array(logs_from_json(row["log_weights"]))
+            for row in scored
+        ],
+        weighting,
     )
     too_long = sum(row["too_long_to_score"] for row in statistics)
     infrastructure = sum(stop_reasons[reason] for reason in StopReason if reason.is_infrastructure)
     return asdict(summary) | {
-        "excluded": infrastructure + too_long,
+        "excluded": infrastructure + too_long + alone,
         "excluded_too_long_to_score": too_long,
+        "excluded_nothing_to_compare": alone,
         "stop_reasons": dict(stop_reasons),
     }
 
 
-def log_ratio(trajectory: Trajectory) -> float:
-    """sum log p(z) - log q(z) over the sampled tokens in front of the answer; 0 where q is p."""
+def log_ratio(trajectory: Trajectory, *, with_answer: bool) -> float:
+    """sum log p - log q over the sampled tokens, those of the model's own answer included or not; 0 where q is p."""
     if trajectory.proposal_logprobs is None:
         return 0.0
-    sampled = np.flatnonzero(trajectory.loss_mask[: trajectory.answer_start])
+    sampled = np.flatnonzero(
+        trajectory.sampled if with_answer else trajectory.sampled[: trajectory.answer_start]
+    )
     log_p, log_q = trajectory.logprobs[sampled], trajectory.proposal_logprobs[sampled]
     return float((log_p.astype(np.float64) - log_q).sum())
 
 
-def best_gold(trajectory: Trajectory, question: Question) -> tuple[str, float]:
-    """The gold answer that counts and its log-likelihood."""
-    fits = [
-        (a, v) for a, v in zip(question.distinct_answers, trajectory.log_likelihoods, strict=True) if v == v
-    ]
-    return fits[best_answer([value for _, value in fits])]
+def _scored_from_json(row: Mapping[str, Any]) -> Scored:
+    log_likelihood, per_token = logs_from_json([row["log_likelihood"], row["per_token"]])
+    return Scored(**{**row, "log_likelihood": log_likelihood, "per_token": per_token})
 
 
-def _from_json(row: Mapping[str, Any]) -> Scored:
-    """JSON has no infinity: null is the likelihood of an impossible answer."""
-    return (
-        Scored(**row) if row["log_likelihood"] is not None else Scored(**{**row, "log_likelihood": -np.inf})
-    )
+def logs_from_json(logs: Sequence[float | None]) -> list[float]:
+    """JSON has no infinity: null is the logarithm of zero."""
+    return [-math.inf if value is None else value for value in logs]
 
 
 @lru_cache(maxsize=4)

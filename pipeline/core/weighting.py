@@ -1,16 +1,24 @@
 """From answer log-likelihoods to importance weights: the E-step's arithmetic, pure and exact (float64).
 
-For a question with trajectories z_1..z_K and l_k = log p(y | x, z_k), the *sum* of the gold answer's token
-log-probabilities (EXSEARCH, Eq. 5 and Algorithm 1):
+Weights are logarithms until the loss divides them by their sum over the iteration: exp(l) of a long answer is no number
+that a computer can hold.
 
-    likelihood         w_k = exp(l_k / tau)
-    posterior          w_k = exp(l_k / tau) / (epsilon + sum_j exp(l_j / tau))
-    length_normalised  w_k = exp(l_k / (tau |y|)), optionally divided by the sum over the question
-    reward             w_k = metric of the trajectory's own answer, in [0, 1]
-    uniform            w_k = 1 / K
+For a question with trajectories z_1..z_K and l_k = log p(Y | x, z_k), where p(Y | x, z) = sum_{y in Y} p(y | x, z) over
+the different gold answers and log p(y | x, z) is the *sum* of an answer's token log-probabilities (EXSEARCH, Eq. 5 and
+Algorithm 1):
 
-With `correct_proposal` every w_k is multiplied by the clipped ratio r_k = min(p(z_k) / q(z_k), max_ratio); where the
-weights are divided by their sum, r_k stands in the sum too (self-normalised importance sampling).
+    likelihood         log w_k = l_k / tau
+    posterior          log w_k = l_k / tau - log(epsilon + sum_j exp(l_j / tau))
+    length_normalised  log w_k = max_y log p(y | x, z_k) / (tau |y|), optionally less log of the sum over the question
+    reward             log w_k = log of the metric of the trajectory's own answer, which is in [0, 1]
+    uniform            log w_k = -log K
+
+With `correct_proposal` log r_k is added, r_k = min(p(z_k) / q(z_k), max_ratio); where the weights are divided by their
+sum, r_k stands in the sum too (self-normalised importance sampling).
+
+What is trained behind a trajectory is the gold answer that is most likely there (per token for `length_normalised`).
+With `reward` it is the trajectory's own answer, which is sampled too: the expected metric is over both, and z_k above
+stands for both.
 
 K counts the trajectories that take part: infrastructure failures are excluded before they come here. Of the first two,
 a higher likelihood never gets a lower weight. Sums run over one question, never over a batch.
@@ -18,7 +26,7 @@ a higher likelihood never gets a lower weight. Sums run over one question, never
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,77 +36,139 @@ from pipeline.core.config import WeightingConfig
 
 Array = npt.NDArray[np.float64]
 
+_ROUNDING = 1e-4
+"""By which a sum of log-probabilities may lie above 0."""
+
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """One trajectory's likelihood of the gold answer.
-
-    `log_likelihood` is the sum over the `num_tokens` tokens of the best of several gold answers; `correct` says whether
-    the trajectory's own answer matches a gold one exactly, `reward` is the configured metric of it in [0, 1];
-    `log_ratio` is sum log p(z) - log q(z) over the tokens that were sampled.
-    """
+class Gold:
+    """A gold answer behind a trajectory: `log_likelihood` is the sum over its `num_tokens` tokens."""
 
     log_likelihood: float
     num_tokens: int
+
+    @property
+    def per_token(self) -> float:
+        return self.log_likelihood / self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One trajectory's likelihood of the gold answers.
+
+    `log_likelihood` is that of their set; `per_token` the mean over the tokens of the one that has the highest;
+    `correct` says whether the trajectory's own answer matches a gold one exactly, `reward` is the configured metric of
+    it in [0, 1]; `log_ratio` is sum log p - log q over the tokens that were sampled (module docstring).
+    """
+
+    log_likelihood: float
+    per_token: float
     correct: bool = False
     reward: float = 0.0
     log_ratio: float = 0.0
 
+    @classmethod
+    def of(
+        cls, golds: Sequence[Gold], *, correct: bool = False, reward: float = 0.0, log_ratio: float = 0.0
+    ) -> Scored:
+        """
+        Raises:
+            ValueError: there is no gold answer.
+        """
+        if not golds:
+            raise ValueError("a question without answers cannot be scored")
+        return cls(
+            # Engines round every answer for itself, so the sum over several can come out above 1.
+            log_likelihood=min(log_sum([gold.log_likelihood for gold in golds]), _ROUNDING),
+            per_token=max(gold.per_token for gold in golds),
+            correct=correct,
+            reward=reward,
+            log_ratio=log_ratio,
+        )
 
-def best_answer(log_likelihoods: Sequence[float]) -> int:
-    """Index of the gold answer that counts: the most likely one (the first of equals).
 
-    Raises:
-        ValueError: there is none.
-    """
-    if not log_likelihoods:
-        raise ValueError("a question without answers cannot be scored")
-    return int(np.argmax(np.asarray(log_likelihoods, dtype=np.float64)))
+def log_sum(values: Sequence[float] | Array) -> float:
+    """log sum_k exp(v_k): of the log-likelihoods of different answers that of their set. -inf of nothing."""
+    return float(np.logaddexp.reduce(np.asarray(values, dtype=np.float64), initial=-np.inf))
 
 
-def importance_weights(scored: Sequence[Scored], config: WeightingConfig) -> Array:
-    """w(z_k) of one question's trajectories.
+def log_mean(values: Sequence[float] | Array) -> float:
+    """log (1/K) sum_k exp(v_k)."""
+    return log_sum(values) - float(np.log(len(values)))
+
+
+def trained_gold(golds: Mapping[str, Gold], config: WeightingConfig) -> str:
+    """The gold answer that is trained behind the trajectory: the most likely one, the first of equals."""
+    if config.method == "length_normalised":
+        return max(golds, key=lambda answer: golds[answer].per_token)
+    return max(golds, key=lambda answer: golds[answer].log_likelihood)
+
+
+def log_weights(scored: Sequence[Scored], config: WeightingConfig) -> Array:
+    """log w(z_k) of one question's trajectories.
 
     Returns:
-        float64 [K], each >= 0.
+        float64 [K]; -inf for a weight of zero.
 
     Raises:
         ValueError: no trajectories, or a log-likelihood that is positive or not a number.
     """
     if not scored:
         raise ValueError("a question without trajectories has no weights")
-    log_likelihoods = np.array([s.log_likelihood for s in scored], dtype=np.float64)
-    if np.isnan(log_likelihoods).any() or (log_likelihoods > 1e-4).any():
+    log_likelihoods = np.array([[s.log_likelihood, s.per_token] for s in scored], dtype=np.float64)
+    if np.isnan(log_likelihoods).any() or (log_likelihoods > _ROUNDING).any():
         raise ValueError(f"log-likelihoods must be at most 0, got {log_likelihoods.tolist()}")
-    log_ratios = np.zeros(len(scored))
-    if config.correct_proposal:
-        log_ratios = np.minimum([s.log_ratio for s in scored], np.log(config.max_ratio))
-    weights = _WEIGHTINGS[config.method](scored, np.minimum(log_likelihoods, 0.0), log_ratios, config)
-    return weights if config.max_weight is None else np.minimum(weights, config.max_weight)
+    of_set, per_token = np.minimum(log_likelihoods, 0.0).T
+    log_ratios = np.array([_log_ratio(one, config) for one in scored])
+    match config.method:
+        case "likelihood":
+            found = of_set / config.temperature + log_ratios
+        case "posterior":
+            found = _normalised(of_set / config.temperature + log_ratios, config.floor)
+        case "length_normalised":
+            found = per_token / config.temperature + log_ratios
+            if config.self_normalised:
+                found = _normalised(found)
+        case "reward":
+            found = np.array([np.log(s.reward) if s.reward > 0 else -np.inf for s in scored]) + log_ratios
+        case "uniform":
+            found = log_ratios - np.log(len(scored))
+    return np.asarray(np.minimum(found, np.inf if config.max_weight is None else np.log(config.max_weight)))
 
 
-def effective_sample_size(weights: Array) -> float:
-    """(sum w)^2 / sum w^2 of one question: K for equal weights, 1 if one carries all, 0 if all are zero."""
-    # Scaled by the largest weight first, so that the squares of tiny likelihoods do not vanish.
-    top = weights.max(initial=0.0)
-    if top == 0.0:
-        return 0.0
-    scaled = weights / top
-    return float(scaled.sum() ** 2 / (scaled**2).sum())
+def _log_ratio(scored: Scored, config: WeightingConfig) -> float:
+    """log r_k."""
+    return min(scored.log_ratio, float(np.log(config.max_ratio))) if config.correct_proposal else 0.0
 
 
-def log_mean_likelihood(log_likelihoods: Array) -> float:
-    """log (1/K) sum_k p(y|x,z_k): one question's term of the likelihood bound."""
-    return float(np.logaddexp.reduce(log_likelihoods) - np.log(len(log_likelihoods)))
+def _normalised(logs: Array, floor: float = 0.0) -> Array:
+    """Less the log of `floor` and their sum; all zero weights stay so."""
+    total = log_sum([*logs, np.log(floor)] if floor > 0 else logs)
+    return logs if np.isneginf(total) else logs - total
+
+
+def effective_sample_size(logs: Array) -> float:
+    """(sum w)^2 / sum w^2 of one question, from log w: K for equal weights, 1 if one carries all, 0 if all are zero."""
+    total = log_sum(logs)
+    return 0.0 if np.isneginf(total) else float(np.exp(2 * total - log_sum(2 * logs)))
+
+
+def bound_of(scored: Sequence[Scored], config: WeightingConfig) -> float:
+    """log (1/K) sum_k r_k p(Y|x,z_k): one question's term of the likelihood bound.
+
+    Its mean over samples is at most log p(Y|x), also from another proposal than the model: clipping makes r_k smaller.
+    r_k is 1 without `correct_proposal`.
+    """
+    return log_mean([s.log_likelihood + _log_ratio(s, config) for s in scored])
 
 
 @dataclass(frozen=True, slots=True)
 class WeightingSummary:
     """What an E-step says about the model that sampled it.
 
-    `likelihood_bound` is the mean over questions of log (1/K) sum_k p(y|x,z_k), `likelihood_bound_stderr` its standard
-    error; `effective_sample_size` the mean over questions; `all_failed_share` the percentage of questions of which no
-    trajectory's own answer was right.
+    `likelihood_bound` is the mean over questions of `bound_of`, -inf where one of them finds its answers impossible;
+    `likelihood_bound_stderr` its standard error; `effective_sample_size` the mean over questions with weights;
+    `all_failed_share` the percentage of questions of which no trajectory's own answer was right.
     """
 
     questions: int
@@ -109,69 +179,27 @@ class WeightingSummary:
     mean_weight: float
 
 
-def summarise(groups: Sequence[Sequence[Scored]], weights: Sequence[Array]) -> WeightingSummary:
-    """Summary over questions; each element of both sequences holds one question's trajectories.
+def summarise(
+    groups: Sequence[Sequence[Scored]], weights: Sequence[Array | None], config: WeightingConfig
+) -> WeightingSummary:
+    """Summary over questions; each element of the first two sequences holds one question's trajectories.
+
+    Args:
+        weights: log w; None for a question that got none.
 
     Raises:
-        ValueError: no questions, or the two sequences do not fit.
+        ValueError: no questions, none with weights, or the two sequences do not fit.
     """
-    if not groups or len(groups) != len(weights):
-        raise ValueError(f"cannot summarise {len(groups)} questions with {len(weights)} sets of weights")
-    bounds = np.array([log_mean_likelihood(np.array([s.log_likelihood for s in group])) for group in groups])
+    weighted = [logs for logs in weights if logs is not None]
+    if len(groups) != len(weights) or not weighted:
+        raise ValueError(f"cannot summarise {len(groups)} questions with {len(weighted)} sets of weights")
+    bounds = np.array([bound_of(group, config) for group in groups])
+    has_spread = len(bounds) > 1 and np.isfinite(bounds).all()
     return WeightingSummary(
         questions=len(groups),
         likelihood_bound=float(bounds.mean()),
-        likelihood_bound_stderr=float(bounds.std(ddof=1) / np.sqrt(len(bounds))) if len(bounds) > 1 else 0.0,
-        effective_sample_size=float(np.mean([effective_sample_size(w) for w in weights])),
+        likelihood_bound_stderr=float(bounds.std(ddof=1) / np.sqrt(len(bounds))) if has_spread else 0.0,
+        effective_sample_size=float(np.mean([effective_sample_size(logs) for logs in weighted])),
         all_failed_share=100.0 * float(np.mean([not any(s.correct for s in group) for group in groups])),
-        mean_weight=float(np.mean(np.concatenate(list(weights)))),
+        mean_weight=float(np.exp(log_mean(np.concatenate(weighted)))),
     )
-
-
-def _likelihood(
-    scored: Sequence[Scored], log_likelihoods: Array, log_ratios: Array, config: WeightingConfig
-) -> Array:
-    return np.asarray(np.exp(log_likelihoods / config.temperature + log_ratios))
-
-
-def _posterior(
-    scored: Sequence[Scored], log_likelihoods: Array, log_ratios: Array, config: WeightingConfig
-) -> Array:
-    tempered = log_likelihoods / config.temperature + log_ratios
-    log_total = np.logaddexp.reduce(tempered)
-    if np.isneginf(log_total):
-        return np.zeros(len(tempered))
-    if config.floor > 0:
-        log_total = np.logaddexp(log_total, np.log(config.floor))
-    return np.asarray(np.exp(tempered - log_total))
-
-
-def _length_normalised(
-    scored: Sequence[Scored], log_likelihoods: Array, log_ratios: Array, config: WeightingConfig
-) -> Array:
-    lengths = np.array([s.num_tokens for s in scored], dtype=np.float64)
-    tempered = log_likelihoods / (lengths * config.temperature) + log_ratios
-    if config.self_normalised and not np.isneginf(tempered).all():
-        tempered = tempered - np.logaddexp.reduce(tempered)
-    return np.asarray(np.exp(tempered))
-
-
-def _reward(
-    scored: Sequence[Scored], log_likelihoods: Array, log_ratios: Array, config: WeightingConfig
-) -> Array:
-    return np.asarray([s.reward for s in scored] * np.exp(log_ratios))
-
-
-def _uniform(
-    scored: Sequence[Scored], log_likelihoods: Array, log_ratios: Array, config: WeightingConfig
-) -> Array:
-    return np.asarray(np.exp(log_ratios) / len(scored))
-
-
-_WEIGHTINGS = {
-    "likelihood": _likelihood,
-    "posterior": _posterior,
-    "length_normalised": _length_normalised,
-    "reward": _reward,
-    "uniform": _uniform,
-}

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,11 +38,18 @@ from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.policies import PolicySpec
-from pipeline.core.records import Episode, Example, Question, StopReason, count_stop_reasons
+from pipeline.core.records import Episode, Example, Question, StopReason
 from pipeline.core.report import Column, Outcome, best_iteration, step_outcome
 from pipeline.core.run import Json
-from pipeline.core.weighing import Weighted, best_gold, renderer_at, summarise_scored
-from pipeline.core.weighting import Scored, importance_weights
+from pipeline.core.weighing import (
+    GoldAnswers,
+    Weighted,
+    renderer_at,
+    statistics_of,
+    summarise_scored,
+    weights_of,
+)
+from pipeline.core.weighting import Scored, trained_gold
 from pipeline.run import Run, open_run
 from retriever_service import interrupts
 from retriever_service.errors import RetrieverError
@@ -71,7 +78,7 @@ class Settings(Iterations):
 
 
 COLUMNS = (
-    Column("bound", "sample.likelihood_bound", 2, "sample.likelihood_bound_stderr"),
+    Column("bound", "sample.likelihood_bound", 2, "sample.likelihood_bound_stderr", if_null="-inf"),
     Column("ESS", "sample.effective_sample_size", 2),
     Column("dev EM", "evaluation.scores.em"),
     Column("dev F1", "evaluation.scores.f1"),
@@ -79,6 +86,9 @@ COLUMNS = (
     Column("sample s", "sample.seconds", 0),
     Column("train s", "selector/train.seconds", 0),
 )
+
+
+_POSTERIOR = WeightingConfig(method="posterior")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,34 +102,30 @@ class PermutationWeights:
 
     def __call__(self, task: Question, episodes: Sequence[Episode]) -> Weighted:
         renderer = renderer_at(self.generator, self.agent)
+        golds = GoldAnswers.of(task, renderer)
         usable = [
-            (selection, answer)
+            (selection, answer, scores)
             for episode in episodes
             if episode.failure is None
             for selection, answer in [episode.turns]
-            if selection.stop_reason is StopReason.ANSWERED and not np.isnan(answer.log_likelihoods).all()
+            if selection.stop_reason is StopReason.ANSWERED and (scores := golds.behind(answer))
         ]
-        golds = [best_gold(answer, task) for _, answer in usable]
-        scored = [Scored(value, len(renderer.answer_ids(gold))) for gold, value in golds]
-        weights = importance_weights(scored, WeightingConfig(method="posterior")) if scored else np.zeros(0)
-        rows = list(zip(usable, golds, weights.tolist(), strict=True))
+        scored = [Scored.of(list(scores.values())) for _, _, scores in usable]
+        logs = weights_of(scored, _POSTERIOR)
+        rows = list(zip(usable, logs or (), strict=logs is not None))
         return Weighted(
             {
-                SELECTOR: [Example.of(selection, weight=weight) for (selection, _), _, weight in rows],
+                SELECTOR: [Example.of(selection, log_weight=weight) for (selection, _, _), weight in rows],
                 GENERATOR: [
-                    renderer.with_gold_answer(answer, gold, weight) for (_, answer), (gold, _), weight in rows
+                    renderer.with_gold_answer(answer, trained_gold(scores, _POSTERIOR), weight)
+                    for (_, answer, scores), weight in rows
                 ],
             },
-            {
-                "scored": [asdict(one) for one in scored],
-                "weights": weights.tolist(),
-                "stop_reasons": count_stop_reasons([episode.turns[0] for episode in episodes]),
-                "too_long_to_score": 0,
-            },
+            statistics_of(scored, logs, [episode.turns[0] for episode in episodes], too_long=0),
         )
 
     def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        return summarise_scored(statistics)
+        return summarise_scored(statistics, _POSTERIOR)
 
 
 def answering(config: Config) -> Answering:

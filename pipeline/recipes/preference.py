@@ -32,8 +32,8 @@ from pipeline.core.losses.preference import Dpo
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Episode, Example, Question, StopReason, count_stop_reasons
 from pipeline.core.report import Column, Outcome, best_iteration, step_outcome
-from pipeline.core.weighing import Weighted
-from pipeline.core.weighting import log_mean_likelihood
+from pipeline.core.weighing import Weighted, logs_from_json
+from pipeline.core.weighting import log_mean, log_sum
 from pipeline.run import open_run
 
 REFERENCE = "reference"
@@ -109,7 +109,7 @@ class Pairs:
 
     def __call__(self, task: Question, episodes: Sequence[Episode]) -> Weighted:
         likelihoods = {
-            episode.sample: max(turn.log_likelihoods)
+            episode.sample: log_sum(turn.log_likelihoods)
             for episode in episodes
             if "reference_logprob" in episode.scores
             and not np.isnan((turn := episode.turn(SEARCHER)).log_likelihoods).any()
@@ -146,9 +146,7 @@ class Pairs:
         if not any(row["pairs"] for row in statistics):
             raise RunError("no question has two trajectories that differ enough; see preference.least_gap")
         means = [
-            log_mean_likelihood(np.array(row["log_likelihoods"]))
-            for row in statistics
-            if row["log_likelihoods"]
+            log_mean(logs_from_json(row["log_likelihoods"])) for row in statistics if row["log_likelihoods"]
         ]
         stops: Counter[str] = Counter()
         for row in statistics:

@@ -14,8 +14,7 @@ Guarantees:
 - a row that shares no word with the query never comes;
 - opening costs no load time, and the pages are shared by all processes of a machine.
 
-Words are what Unicode takes for letters and digits, in languages that put spaces between them; stemming and stop words
-are English. Parameters and analysis are those of Anserini's regressions on BEIR.
+What a word is: `words`. The parameters are those of Anserini's regressions on BEIR.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ import bisect
 import json
 import logging
 import os
-import re
 import shutil
-import unicodedata
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,16 +36,15 @@ import pyarrow as pa
 
 from retriever_service.errors import RetrieverError
 from retriever_service.files import check_disk, fsync, telling_of_room, write_json
+from retriever_service.index.words import ANALYSIS, Analyser
 from retriever_service.machine import available_cores
 from retriever_service.passages.corpus import Passage, passage_text
 from retriever_service.passages.ranked import NO_ROW, NO_SCORE, Ranked
 
 K1, B = 0.9, 0.4
-STEMMER = "porter"
 FORMAT_VERSION = 1
 ABOUT_FILE, TERMS_FILE = "bm25.json", "terms.arrow"
-_ABOUT = {"version": FORMAT_VERSION, "k1": K1, "b": B, "stemmer": STEMMER, "stop_words": "lucene"}
-_WORD = re.compile(r"\w+")
+_ABOUT = {"version": FORMAT_VERSION, "k1": K1, "b": B, **ANALYSIS}
 _BYTES_PER_POSTING = 8
 
 
@@ -109,7 +105,7 @@ class Bm25:
         """Rows of the corpus."""
         self._index = index
         self._terms = terms
-        self._analyse = _Analyser()
+        self._analyse = Analyser()
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="bm25")
 
@@ -195,24 +191,6 @@ class Bm25:
         return Ranked.best(scores[rows][None], rows[None], depth)
 
 
-class _Analyser:
-    """Makes terms of a text, of passages and queries alike."""
-
-    def __init__(self) -> None:
-        import Stemmer
-
-        _bm25s()
-        from bm25s.stopwords import STOPWORDS_EN
-
-        self._stem = Stemmer.Stemmer(STEMMER).stemWords
-        self._stop_words = frozenset(STOPWORDS_EN)
-
-    def __call__(self, text: str) -> list[str]:
-        words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-        terms: list[str] = self._stem([word for word in words if word not in self._stop_words])
-        return terms
-
-
 class _Tokens:
     """The corpus as bm25s takes it: `ids`, the numbers of the terms of every row, and `vocab`, number by term."""
 
@@ -222,7 +200,7 @@ class _Tokens:
 
     @classmethod
     def of(cls, passages: Iterable[Passage]) -> _Tokens:
-        analyse = _Analyser()
+        analyse = Analyser()
         numbers: dict[str, int] = {}
         tokens, ends = array("i"), array("q")
         for passage in passages:
@@ -252,6 +230,8 @@ class _TokenRows:
 
 
 def _bm25s() -> Any:
+    import multiprocessing.synchronize  # noqa: F401 - bm25s's first progress bar would, in the middle of an update
+
     import bm25s
 
     # It sets its own logger to DEBUG, which would show through every handler.

@@ -3,6 +3,8 @@
 Guarantees:
 - measures look at the order that a run has; where scores are equal, trec_eval would make its own;
 - a judged question that the run does not answer, or that has no relevant passage, counts as 0;
+- a question that is itself a passage (ArguAna, Quora) does not find itself: a passage with the question's id is left
+  out of its answer, as BEIR does (`ignore_identical_ids`), unless it is judged relevant;
 - a mistake in a file is a `RetrieverError` that names file and line: nothing is repaired or skipped.
 """
 
@@ -63,7 +65,7 @@ def evaluate_run(
     for result in ir_measures.iter_calc(
         set(wanted.values()),
         {question: dict(judged) for question, judged in qrels.items()},
-        {question: _by_place(question, answer) for question, answer in run.items()},
+        {question: _by_place(question, answer, qrels[question]) for question, answer in run.items()},
     ):
         values[result.measure].append(result.value)
     return {
@@ -83,11 +85,15 @@ def _check_judged(qrels: Mapping[str, Any], run: Mapping[str, Any]) -> None:
         )
 
 
-def _by_place(question: str, answer: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Scores that no measure can take for equal, in the order of the answer."""
+def _by_place(
+    question: str, answer: Sequence[tuple[str, float]], judged: Mapping[str, int]
+) -> dict[str, float]:
+    """Scores that no measure can take for equal, in the order of the answer; without the question itself."""
     scores = {passage: float(len(answer) - place) for place, (passage, _) in enumerate(answer)}
     if len(scores) < len(answer):
         raise RetrieverError(f"question {question!r}: a passage comes twice in the answer")
+    if judged.get(question, 0) <= 0:
+        scores.pop(question, None)
     return scores
 
 

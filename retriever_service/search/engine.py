@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from retriever_service.encoding.encoder import Encoder, EncoderSpec, LoadEncoder, TextEncoder, Vectors
 from retriever_service.errors import RetrieverError
 from retriever_service.index.bm25 import Bm25
@@ -102,6 +104,8 @@ class SearchEngine:
         """
         import faiss
 
+        # Before any request: where no file can be opened, an import fails, and may leave halves of modules.
+        import retriever_service.index.updates  # noqa: F401
         from retriever_service.index.dense import QueryVectors, VectorSearch
         from retriever_service.index.store import check_encoder, open_index
 
@@ -268,7 +272,11 @@ class SearchEngine:
         return [Hit(hits[i].passage, float(scores[i])) for i in order]
 
     def first_search(self) -> None:
-        """Do before the first search what would make it slow: read pages, compile. Counts and keeps nothing."""
+        """Do before the first request what would make it slow: read pages, compile, import.
+
+        Counts and keeps nothing.
+        """
+        pa.array([_FIRST_QUERY])  # its first array imports pandas
         vectors = self._encoder.encode_queries([_FIRST_QUERY])
         self._vectors.search(vectors, 1)
         if self._bm25 is not None:

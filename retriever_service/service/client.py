@@ -14,20 +14,23 @@ import asyncio
 import email.utils
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 import httpx
 
 from retriever_service.backoff import Backoff
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
-from retriever_service.passages.corpus import Passage, read_passage
+from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import DEFAULT_OPTIONS, Hit, SearchOptions, check_request
+from retriever_service.service.documents import documents_hits
+from retriever_service.service.proxies import proxy_before, without_password
 from retriever_service.service.wire import LEAST_DEADLINE_S
 
 logger = logging.getLogger(__name__)
 
 Dialect = Literal["native", "search-r1"]
+Transport = TypeVar("Transport", httpx.HTTPTransport, httpx.AsyncHTTPTransport)
 
 _PATHS: dict[Dialect, str] = {"native": "/search", "search-r1": "/retrieve"}
 _TRY_AGAIN = frozenset({408, 429, *range(500, 600)})
@@ -68,8 +71,7 @@ class RetrieverHttpClient:
     Args:
         url: of the server, without a path: "http://127.0.0.1:8000".
         dialect: `native` for our own server; `search-r1` for a server of that contract, which knows a query and
-            k only, and whose documents may have no ids: such a passage has an empty one. A number for an id is taken
-            as its digits, and a document with a title but no text as it is.
+            k only, and whose documents may have no ids: such a passage has an empty one (see `documents`).
         timeout_s: an attempt is given up after so many seconds. A blocking one may take longer by as much again
             while it connects, while it sends, and while it waits for the head of the reply: each has its own.
         max_attempts: attempts per search.
@@ -79,8 +81,10 @@ class RetrieverHttpClient:
         token: sent as bearer token.
         seed: of the jitter.
 
+    Proxies are those of the environment where it searches, as `proxies.proxy_before` understands it.
+
     Raises:
-        RetrieverError: an address that is none.
+        RetrieverError: an address that is none, or a proxy before it that httpx cannot go through.
     """
 
     def __init__(
@@ -108,19 +112,21 @@ class RetrieverHttpClient:
         self._options: dict[str, Any] = {
             "base_url": self.url,
             "timeout": timeout_s,
-            "limits": httpx.Limits(
-                max_connections=_MOST_CONNECTIONS,
-                max_keepalive_connections=_MOST_CONNECTIONS,
-                keepalive_expiry=_IDLE_S,
-            ),
             "headers": {} if token is None else {"Authorization": f"Bearer {token}"},
         }
         self._blocking: httpx.Client | None = None
         self._by_loop: dict[asyncio.AbstractEventLoop, httpx.AsyncClient] = {}
+        self._new_transport(httpx.HTTPTransport).close()
 
     def __getstate__(self) -> dict[str, Any]:
         # Connections stay where they are; the copy makes its own.
         return self.__dict__ | {"_blocking": None, "_by_loop": {}}
+
+    @property
+    def proxy(self) -> str | None:
+        """Through which the server is asked, without a password; None for a direct connection."""
+        proxy = proxy_before(self.url)
+        return None if proxy is None else without_password(proxy)
 
     @property
     def fingerprint(self) -> str:
@@ -146,7 +152,7 @@ class RetrieverHttpClient:
             RetrieverUnavailable: no attempt succeeded.
         """
         body = self._body(queries, k, options)
-        return self._hits(self._call("POST", _PATHS[self.dialect], body), len(queries)) if queries else []
+        return self._hits(self._call("POST", _PATHS[self.dialect], body), len(queries), k) if queries else []
 
     async def asearch(
         self, queries: Sequence[str], k: int, options: SearchOptions = DEFAULT_OPTIONS
@@ -161,7 +167,7 @@ class RetrieverHttpClient:
             with attempt:
                 async with asyncio.timeout(self._timeout_s):
                     attempt.reply = self._judge(await client.post(_PATHS[self.dialect], json=body))
-        return self._hits(attempt.reply, len(queries))
+        return self._hits(attempt.reply, len(queries), k)
 
     def close(self) -> None:
         """Close the connections of `search`; those of `asearch` end with `aclose`, or on their own when idle."""
@@ -178,7 +184,7 @@ class RetrieverHttpClient:
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         """The JSON that the server replies with."""
         if self._blocking is None:
-            self._blocking = httpx.Client(**self._options)
+            self._blocking = httpx.Client(**self._options, transport=self._new_transport(httpx.HTTPTransport))
         for attempt in self._attempts():
             time.sleep(attempt.pause_s)
             with attempt:
@@ -220,8 +226,8 @@ class RetrieverHttpClient:
             asked_s = getattr(failure, "retry_after_s", 0.0)
             attempt = _Attempt(self._backoff.pause_s(number, asked_s=asked_s, most_s=self._timeout_s))
         raise RetrieverUnavailable(
-            f"no answer from {self.url} in {self._max_attempts} attempts of {self._timeout_s} s; the last failure: "
-            f"{failure!r}"
+            f"no answer from {self.url}{self._through} in {self._max_attempts} attempts of {self._timeout_s} s; the "
+            f"last failure: {failure!r}"
         ) from failure
 
     def _async_client(self) -> httpx.AsyncClient:
@@ -229,8 +235,30 @@ class RetrieverHttpClient:
         loop = asyncio.get_running_loop()
         if loop not in self._by_loop:
             self._by_loop = {known: it for known, it in self._by_loop.items() if not known.is_closed()}
-            self._by_loop[loop] = httpx.AsyncClient(**self._options)
+            self._by_loop[loop] = httpx.AsyncClient(
+                **self._options, transport=self._new_transport(httpx.AsyncHTTPTransport)
+            )
         return self._by_loop[loop]
+
+    def _new_transport(self, kind: Callable[..., Transport]) -> Transport:
+        """With a transport of ours httpx does not look for proxies itself."""
+        limits = httpx.Limits(
+            max_connections=_MOST_CONNECTIONS,
+            max_keepalive_connections=_MOST_CONNECTIONS,
+            keepalive_expiry=_IDLE_S,
+        )
+        try:
+            return kind(limits=limits, proxy=proxy_before(self.url))
+        except (httpx.InvalidURL, ImportError, ValueError) as error:
+            raise RetrieverError(
+                f"{self.url} cannot be asked through the proxy {self.proxy} ({error}); mend http_proxy, https_proxy or "
+                "all_proxy, or name the host in no_proxy"
+            ) from error
+
+    @property
+    def _through(self) -> str:
+        """Words of messages about what may be the proxy's fault."""
+        return f" through the proxy {self.proxy}" if self.proxy else ""
 
     def _body(self, queries: Sequence[str], k: int, options: SearchOptions) -> dict[str, Any]:
         check_request(queries, k)
@@ -262,18 +290,20 @@ class RetrieverHttpClient:
         if response.status_code in _TRY_AGAIN:
             raise _TryAgain(f"status {response.status_code}: {_detail(response)}", _retry_after_s(response))
         if response.status_code != 200:
-            raise RetrieverError(f"{response.url} answered {response.status_code}: {_detail(response)}")
+            raise RetrieverError(
+                f"{response.url}{self._through} answered {response.status_code}: {_detail(response)}"
+            )
         try:
             return response.json()
         except ValueError as error:
             raise self._strange(response.text) from error
 
-    def _hits(self, reply: Any, num_queries: int) -> list[list[Hit]]:
+    def _hits(self, reply: Any, num_queries: int, k: int) -> list[list[Hit]]:
         try:
             if self.dialect == "native":
                 results = [[_native_hit(hit) for hit in result["hits"]] for result in reply["results"]]
             else:
-                results = [[self._document_hit(item) for item in result] for result in reply["result"]]
+                results = [documents_hits(documents, k, self.url) for documents in reply["result"]]
         except RetrieverError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -284,23 +314,10 @@ class RetrieverHttpClient:
             )
         return results
 
-    def _document_hit(self, item: dict[str, Any]) -> Hit:
-        """A document of a server that is not ours: it may have no id or a number for one, and a title alone."""
-        document, where = item["document"], f"a passage from {self.url}"
-        id_ = document.get("id", document.get("_id"))
-        if id_ is None:
-            id_ = ""
-        elif isinstance(id_, int) and not isinstance(id_, bool):
-            id_ = str(id_)
-        passage = read_passage(document | {"id": id_}, where)
-        if not passage.title.strip() and not passage.text.strip():
-            raise RetrieverError(f"{where} has neither title nor text: {str(item)[:_SHOWN_CHARS]!r}")
-        return _checked(passage, item["score"])
-
     def _strange(self, reply: Any) -> RetrieverError:
         return RetrieverError(
-            f"{self.url} does not answer as a {self.dialect} server does: {str(reply)[:_SHOWN_CHARS]!r}; are address "
-            "and dialect right?"
+            f"{self.url}{self._through} does not answer as a {self.dialect} server does: "
+            f"{str(reply)[:_SHOWN_CHARS]!r}; are address and dialect right?"
         )
 
 

@@ -38,6 +38,7 @@ from retriever_service.service.wire import (
     search_reply,
 )
 
+_VERSION = version("exsearch")
 _WITH_BODY = (400, 408, 413, 415, 422)
 _WORKING = (429, 500, 503, 504)
 
@@ -148,7 +149,7 @@ async def api_search(
 async def info(request: Request) -> Response:
     service: Service = request.app.state.service
     engine, fingerprint = await service.run(lambda engine: engine.info())
-    return json_response(InfoReply(index=fingerprint, version=version("exsearch"), engine=engine))
+    return json_response(InfoReply(index=fingerprint, version=_VERSION, engine=engine))
 
 
 @reading.get("/healthz", summary="Is the process alive?", responses={200: {"model": StateReply}})

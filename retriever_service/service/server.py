@@ -59,6 +59,7 @@ def create_app(settings: ServerSettings, open_engine: Callable[[], Engine]) -> F
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.openapi()  # imports what it needs, and is kept
         service.start()
         yield
         await service.close()

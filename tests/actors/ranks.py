@@ -56,9 +56,14 @@ def make_examples(count: int = 12, seed: int = 0) -> list[Example]:
         mask = random.random(length) < 0.5
         mask[-1] = True
         token_ids = random.integers(0, VOCABULARY, length).astype(np.int32)
-        weight = {"weight": np.array([[0.0, 0.3, 1.0, 2.0][k % 4]])}
+        weight = {"log_weight": np.array([[-np.inf, np.log(0.3), 0.0, np.log(2.0)][k % 4]])}
         examples.append(Example(f"q{k}/0", f"q{k}/0", "policy", token_ids, mask, weight))
     return examples
+
+
+def weight_of(example: Example) -> float:
+    """w of an example that carries its logarithm."""
+    return float(np.exp(example.number("log_weight")))
 
 
 def build_model(path: Path, seed: int = 0) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actors.engine import VllmEngine
+from pipeline.core.agents.program import Sampling
 
 T = TypeVar("T")
 
@@ -126,6 +127,20 @@ class HfModel:
 
         with torch.no_grad():
             table = self.model(torch.tensor([token_ids])).logits[0, :-1].log_softmax(-1)
+        return table.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
+
+    def truncated_logprobs(self, token_ids: list[int], sampling: Sampling) -> list[float]:
+        """log q of the same tokens: tempered, the `top_k` most likely, and of these the fewest that make up `top_p`."""
+        import torch
+
+        with torch.no_grad():
+            logits = self.model(torch.tensor([token_ids])).logits[0, :-1] / sampling.temperature
+        values, order = logits.sort(descending=True)
+        values[:, sampling.top_k :] = -torch.inf
+        probabilities = values.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities
+        kept = torch.where(before < sampling.top_p, values, -torch.inf).log_softmax(-1)
+        table = torch.empty_like(kept).scatter(1, order, kept)
         return table.gather(1, torch.tensor(token_ids[1:])[:, None])[:, 0].tolist()
 
     def greedy(self, prompt_ids: list[int], num_tokens: int) -> list[int]:

@@ -408,3 +408,25 @@ def test_prompt_tokens_and_those_found_in_the_cache_are_counted(shared_engine: E
 def test_the_cache_has_room_for_some_agents(shared_engine: EngineFixture) -> None:
     """0.25 GiB for keys and values of 2 layers, one head of 32, float32: 512 bytes a token, 256 tokens an agent."""
     assert shared_engine.engine.agents_that_fit == pytest.approx(2**28 / 512 / 256, rel=0.01)
+
+
+def test_an_engine_that_records_its_proposal_gives_log_q_of_what_it_sampled_and_scores_log_p(
+    shared_engine: EngineFixture, hf_model: HfModel
+) -> None:
+    recording = VllmEngine(replace(shared_engine.engine.options, record_proposal=True))
+    ids, sampling = prompt(20), replace(SAMPLE, temperature=0.5, top_p=0.8, top_k=20)
+
+    async def sampled_and_scored() -> tuple[Completion, list[float]]:
+        await recording.start()
+        try:
+            completion = await recording.generate(ids, sampling)
+            return completion, await recording.token_logprobs(ids + completion.token_ids, len(ids))
+        finally:
+            recording.shutdown()
+
+    completion, scored = shared_engine.run(sampled_and_scored())
+    own = hf_model.logprobs(ids + completion.token_ids)[len(ids) - 1 :]
+    np.testing.assert_allclose(scored, own, atol=1e-4)
+    proposal = hf_model.truncated_logprobs(ids + completion.token_ids, sampling)[len(ids) - 1 :]
+    np.testing.assert_allclose(completion.logprobs, proposal, atol=1e-3)
+    assert np.abs(np.array(completion.logprobs) - own).max() > 0.1

@@ -30,6 +30,7 @@ from tests.actors.ranks import (
     nll_of,
     run_ranks,
     train,
+    weight_of,
     weights_of,
 )
 
@@ -70,8 +71,8 @@ def test_all_ranks_know_the_same_of_all_examples_and_load_their_own(model_path: 
     examples = make_examples()
     first, second = run_ranks(TWO_RANKS, model_path, looks_and_loads, write(tmp_path, examples))
     assert first[:2] == second[:2]
-    assert [(o.id, o.length, o.num_targets, o.number("weight")) for o in first[0]] == [
-        (e.id, e.length, e.num_targets, e.number("weight")) for e in examples
+    assert [(o.id, o.length, o.num_targets, o.number("log_weight")) for o in first[0]] == [
+        (e.id, e.length, e.num_targets, e.number("log_weight")) for e in examples
     ]
     assert (first[2], second[2]) == ([e.id for e in examples[0::2]], [e.id for e in examples[1::2]])
 
@@ -105,7 +106,7 @@ def go_on(learner: Learner, shards: list[Path], path: Path) -> tuple[Result, set
 def of_rank_zero(examples: list[Example], behind: int) -> set[int]:
     """What it computes in the steps that follow."""
     steps = plan_epoch(
-        [e.length if e.number("weight") else 0 for e in examples],
+        [e.length if weight_of(e) else 0 for e in examples],
         batch_size=TWO_RANKS.batch_size,
         world_size=2,
         token_budget=TWO_RANKS.tokens_per_microbatch,

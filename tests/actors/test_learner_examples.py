@@ -106,7 +106,9 @@ def test_examples_are_numbered_through_all_shards(tmp_path: Path) -> None:
 def test_a_rank_holds_its_own_examples_and_no_tokens_of_others(tmp_path: Path) -> None:
     length, count = 10_000, 40
     ids, mask = np.arange(length, dtype=np.int32), np.ones(length, np.bool_)
-    examples = [Example(f"q{k}", f"q{k}", "policy", ids, mask, {"weight": np.ones(1)}) for k in range(count)]
+    examples = [
+        Example(f"q{k}", f"q{k}", "policy", ids, mask, {"log_weight": np.zeros(1)}) for k in range(count)
+    ]
     shards = [write(tmp_path, examples[start : start + 10], str(start)) for start in range(0, count, 10)]
     gc.collect()
     before = pa.total_allocated_bytes()
@@ -141,7 +143,7 @@ def test_the_key_of_a_phase_changes_with_examples_loss_and_settings(tmp_path: Pa
 
 def weighted(name: str, seed: int, weight: float = 1.0) -> Example:
     ids = np.random.default_rng(seed).integers(0, 1000, 4).astype(np.int32)
-    return Example(name, name, "policy", ids, MASK, {"weight": np.array([weight])})
+    return Example(name, name, "policy", ids, MASK, {"log_weight": np.array([weight])})
 
 
 def write(folder: Path, examples: list[Example], name: str = "shard") -> Path:

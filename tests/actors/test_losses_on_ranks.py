@@ -30,6 +30,7 @@ from tests.actors.ranks import (
     make_examples,
     run_ranks,
     values_and_gradients,
+    weight_of,
 )
 
 pytestmark = pytest.mark.component
@@ -47,7 +48,7 @@ def examples_with_streams() -> list[Example]:
     for k, example in enumerate(make_examples()):
         tokens, targets = len(example.token_ids), example.num_targets
         streams = {
-            "weight": example.streams["weight"],
+            "log_weight": example.streams["log_weight"],
             "label": np.array([1.0 if k % 2 == 0 else -1.0]),
             "reference_logprob": -4 + 0.3 * random.normal(size=1),
             "advantage": random.normal(size=tokens),
@@ -71,7 +72,7 @@ def picked(logprobs: torch.Tensor, example: Example) -> torch.Tensor:
 
 def nll(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
     n = [example.num_targets for example in examples]
-    w = [example.number("weight") for example in examples]
+    w = [weight_of(example) for example in examples]
     scale = sum(n) / sum(a * b for a, b in zip(w, n, strict=True))
     total = sum(scale * a * picked(t, e).sum() for a, t, e in zip(w, tables, examples, strict=True))
     return -total / sum(n)

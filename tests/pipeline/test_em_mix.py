@@ -33,17 +33,18 @@ class Folder:
 
 def example(name: str, targets: int, weight: float) -> Example:
     ids = np.arange(targets + 2, dtype=np.int32)
-    return Example(name, name, "searcher", ids, ids >= 2, {"weight": np.array([weight])})
+    return Example(name, name, "searcher", ids, ids >= 2, {"log_weight": np.log([weight])})
 
 
 def test_half_as_many_cold_start_examples_have_the_average_weight_of_a_token_and_are_the_same_again(
     tmp_path: Path,
 ) -> None:
+    # No mean over examples, nor weight 1, is the average over tokens: (0.4 + 3 e-9 + 0.2 + 0.6) / 8.
     weighted = [
-        example("q0/0", 1, 4.0),
-        example("q0/1", 3, 0.0),
-        example("q1/0", 2, 1.0),
-        example("q1/1", 2, 1.0),
+        example("q0/0", 1, 0.4),
+        example("q0/1", 3, 1e-9),
+        example("q1/0", 2, 0.1),
+        example("q1/1", 2, 0.3),
     ]
     for number in (0, 2):
         shard = tmp_path / f"1/searcher/{number}.parquet"
@@ -59,6 +60,6 @@ def test_half_as_many_cold_start_examples_have_the_average_weight_of_a_token_and
     mixed, written = read_examples(path), path.read_bytes()
     assert [one.id for one in mixed] == ["mix/0", "mix/1"]
     assert {one.num_targets for one in mixed} <= {5, 6}
-    assert [one.number("weight") for one in mixed] == pytest.approx([(4 + 2 + 2) / 8] * 2)
+    assert np.exp([one.number("log_weight") for one in mixed]) == pytest.approx([0.15] * 2)
     # A training that goes on knows its examples by the bytes of their shards.
     assert mixing.mixed_in(1, shards).read_bytes() == written

@@ -42,9 +42,10 @@ def weigh(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> PermutationWeights
 
 def test_selections_are_weighted_against_each_other_within_a_question(weigh: PermutationWeights) -> None:
     weighted = weigh(QUESTION, [selection(0, -1.0, -5.0), selection(1, -9.0, -2.0), selection(2, -7.0, -6.0)])
-    expected = np.exp([-1.0, -2.0, -6.0]) / np.exp([-1.0, -2.0, -6.0]).sum()
+    likelihoods = np.exp([[-1.0, -5.0], [-9.0, -2.0], [-7.0, -6.0]]).sum(axis=1)
+    expected = likelihoods / likelihoods.sum()
     for name in ("selector", "generator"):
-        weights = [example.number("weight") for example in weighted.examples[name]]
+        weights = [math.exp(example.number("log_weight")) for example in weighted.examples[name]]
         assert weights == pytest.approx(expected.tolist())
         assert len(set(weights)) == 3
 
@@ -52,17 +53,18 @@ def test_selections_are_weighted_against_each_other_within_a_question(weigh: Per
 def test_the_selector_learns_what_it_wrote_and_the_generator_the_likeliest_gold_answer(
     weigh: PermutationWeights, tokenizer: Any
 ) -> None:
-    weighted = weigh(QUESTION, [selection(0, -5.0, -1.0)])
-    (selected,), (answered,) = weighted.examples["selector"], weighted.examples["generator"]
+    weighted = weigh(QUESTION, [selection(0, -5.0, -1.0), selection(1, -9.0, -9.0)])
+    (selected, _), (answered, _) = weighted.examples["selector"], weighted.examples["generator"]
     assert selected.token_ids.tolist() == [1, 2, 3]
     assert tokenizer.decode(answered.token_ids[3:].tolist()) == " M. Velin </answer>"
 
 
 def test_malformed_selections_and_failures_take_no_part_and_are_counted(weigh: PermutationWeights) -> None:
     failed = Episode("q", 2, (turn("generator", 2, reason=StopReason.ENGINE_ERROR),))
-    episodes = [selection(0, -1.0, -1.0), selection(1, -0.1, -0.1, reason=StopReason.MALFORMED), failed]
+    good = [selection(0, -1.0, -1.0), selection(3, -1.0, -1.0)]
+    episodes = [*good, selection(1, -0.1, -0.1, reason=StopReason.MALFORMED), failed]
     weighted = weigh(QUESTION, episodes)
-    assert [e.number("weight") for e in weighted.examples["selector"]] == [1.0]
+    assert [e.id for e in weighted.examples["selector"]] == ["q/0", "q/3"]
     report = weigh.summarise([weighted.statistics])
     assert report["stop_reasons"]["malformed"] == report["stop_reasons"]["engine_error"] == 1
 

@@ -9,8 +9,7 @@ model or the infrastructure did.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,6 +32,9 @@ SEARCHER = "searcher"
 
 ANSWER_RESERVE = 32
 """Tokens kept free for an answer at the end of the context."""
+
+DETAIL_CHARACTERS = 200
+"""Kept of what went wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,25 +93,32 @@ class SearchAgent:
         """
         run = _Run(self, question, sampling, on_event)
         try:
-            answer_start, answer, reason, detail = await run.to_the_end()
+            ending = await run.to_the_end()
         except INFRASTRUCTURE as error:
-            answer_start, answer, reason = len(run.transcript.token_ids), "", stop_reason_of(error)
-            detail = str(error)
-        on_event(Event("stop", reason.value))
+            ending = Ending(stop_reason_of(error), len(run.transcript.token_ids), detail=str(error))
+        on_event(Event("stop", ending.stop_reason.value))
         return run.transcript.trajectory(
             question_id=question.id,
             sample=sample,
             role=role,
             policy_version=policy_version,
-            stop_reason=reason,
-            answer=answer,
-            answer_start=answer_start,
-            detail=detail,
+            stop_reason=ending.stop_reason,
+            answer=ending.answer,
+            answer_start=ending.answer_start,
+            answer_opening=ending.answer_opening,
+            detail=ending.detail[:DETAIL_CHARACTERS],
         )
 
 
-Ending = tuple[int, str, StopReason, str]
-"""(answer_start, answer, stop reason, detail)"""
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a trajectory ends; as in its record."""
+
+    stop_reason: StopReason
+    answer_start: int
+    answer: str = ""
+    answer_opening: Sequence[int] = ()
+    detail: str = ""
 
 
 class _Run:
@@ -143,13 +152,13 @@ class _Run:
             self.transcript.append_model(completion)
             if turn.answer is not None:
                 self.on_event(Event("answer", turn.answer))
-                return self._answer_start(before, completion), turn.answer, StopReason.ANSWERED, ""
+                return self._answered(turn.answer, before, completion)
             assert turn.query is not None
             self.on_event(Event("think", turn.query))
             if len(self.transcript.steps) >= self.agent.allowed_searches:
-                return await self._demand_answer(StopReason.STEP_LIMIT, at_turn_start=False)
+                return await self._refuse(StopReason.STEP_LIMIT, before, completion)
             if not await self._search(turn.query):
-                return await self._demand_answer(StopReason.LENGTH_LIMIT, at_turn_start=False)
+                return await self._refuse(StopReason.LENGTH_LIMIT, before, completion)
 
     @property
     def _expects_record(self) -> bool:
@@ -190,6 +199,13 @@ class _Run:
             self.transcript.steps[-1] = replace(self.transcript.steps[-1], record=turn.record)
             self.on_event(Event("record", turn.record))
 
+    async def _refuse(self, reason: StopReason, turn_start: int, completion: Completion) -> Ending:
+        """No search for the sub-query of the last turn: it is not trained, and an answer is demanded."""
+        ids, opening = completion.token_ids, self.renderer.tags.think[0]
+        kept, _ = self.renderer.split_at(ids, self.renderer.decode(ids).index(opening))
+        self.transcript.refuse(turn_start + kept)
+        return await self._demand_answer(reason, at_turn_start=False)
+
     async def _demand_answer(self, reason: StopReason, *, at_turn_start: bool) -> Ending:
         """Open an answer in the model's place and let it write."""
         self.transcript.append_environment(self.renderer.answer_demand_ids(at_turn_start=at_turn_start))
@@ -199,21 +215,21 @@ class _Run:
         self.transcript.append_model(completion)
         if completion.stop != closing:
             reason = StopReason.LENGTH_LIMIT if completion.finish_reason == "length" else StopReason.MALFORMED
-            return answer_start, "", reason, completion.text[:200]
+            return Ending(reason, answer_start, detail=completion.text)
         answer = completion.text.split(closing)[0].strip()
         self.on_event(Event("answer", answer))
-        return answer_start, answer, reason, ""
+        return Ending(reason, answer_start, answer)
 
     def _cut(self, reason: StopReason, detail: str) -> Ending:
         """End without the turn that went wrong; the answer tag is opened so that a gold answer can be scored."""
         self.transcript.append_environment(self.renderer.answer_demand_ids(at_turn_start=True))
-        return len(self.transcript.token_ids), "", reason, detail[:200]
+        return Ending(reason, len(self.transcript.token_ids), detail=detail)
 
-    def _answer_start(self, turn_start: int, completion: Completion) -> int:
-        """Index right behind the opening answer tag that the model wrote in its last turn."""
+    def _answered(self, answer: str, turn_start: int, completion: Completion) -> Ending:
+        """The model opened and closed an answer in its last turn."""
         ids, opening = completion.token_ids, self.renderer.tags.answer[0]
-        lengths = range(1, len(ids) + 1)
-        return (
-            turn_start
-            + lengths[bisect_left(lengths, True, key=lambda n: opening in self.renderer.decode(ids[:n]))]
+        end = self.renderer.decode(ids).index(opening) + len(opening)
+        own, rest = self.renderer.split_at(ids, end)
+        return Ending(
+            StopReason.ANSWERED, turn_start + own, answer, answer_opening=self.renderer.trusted_ids(rest)
         )

@@ -69,12 +69,12 @@ class SearchProgram:
 async def answer_log_likelihoods(
     trajectory: Trajectory, golds: list[list[int]], model: Model
 ) -> tuple[float, ...]:
-    """log p(y | x, z) of each gold answer's ids behind `answer_start`; NaN where it does not fit into the context.
+    """log p(y | x, z) of each gold answer's ids behind `answer_context`; NaN where it does not fit.
 
     Raises:
         EngineError: the engine did not score one.
     """
-    context = trajectory.token_ids[: trajectory.answer_start].tolist()
+    context = trajectory.answer_context.tolist()
 
     async def one(gold: list[int]) -> float:
         if len(context) + len(gold) >= model.max_length:
@@ -86,7 +86,7 @@ async def answer_log_likelihoods(
 
 async def _with_both_distributions(trajectory: Trajectory, model: Model) -> Trajectory:
     """The engine recorded log q of what it sampled from; log p takes one more forward pass over the trajectory."""
-    sampled = np.flatnonzero(trajectory.loss_mask)
+    sampled = np.flatnonzero(trajectory.sampled)
     log_p: Floats = np.full(len(trajectory.token_ids), np.nan, dtype=np.float32)
     if len(sampled):
         first = int(sampled[0])

@@ -13,7 +13,7 @@ from pipeline.core.records import Step, StopReason, Trajectory
 
 @dataclass(slots=True)
 class Transcript:
-    """`append_*` are the only ways to change it, so an id once written stays."""
+    """`append_*` are the only ways to change the ids, so one that is written stays."""
 
     token_ids: list[int] = field(default_factory=list)
     loss_mask: list[bool] = field(default_factory=list)
@@ -32,6 +32,10 @@ class Transcript:
         self.loss_mask += [True] * len(completion.token_ids)
         self.logprobs += completion.logprobs
 
+    def refuse(self, first: int) -> None:
+        """What the model wrote from this index on is context, and not trained."""
+        self.loss_mask[first:] = [False] * (len(self.loss_mask) - first)
+
     def trajectory(
         self,
         *,
@@ -42,6 +46,7 @@ class Transcript:
         stop_reason: StopReason,
         answer: str = "",
         answer_start: int | None = None,
+        answer_opening: Sequence[int] = (),
         detail: str = "",
     ) -> Trajectory:
         """The record of this turn. `answer_start` None: there is no answer behind the ids."""
@@ -58,4 +63,5 @@ class Transcript:
             answer=answer,
             stop_reason=stop_reason,
             detail=detail,
+            answer_opening=tuple(answer_opening),
         )

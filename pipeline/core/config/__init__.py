@@ -101,14 +101,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         weighting = self.weighting
-        if self.rollout.samples < 2 and weighting.method == "posterior":
+        if self.rollout.samples < 2 and weighting.compares:
             raise ValueError(
-                "weighting.method: posterior compares the trajectories of a question with each other and needs "
-                "rollout.samples of at least 2, not 1; raise rollout.samples or use weighting=likelihood"
-            )
-        if self.rollout.samples < 2 and weighting.method == "length_normalised" and weighting.self_normalised:
-            raise ValueError(
-                "weighting.self_normalised needs rollout.samples of at least 2; raise it or turn it off"
+                f"weighting.method: {weighting.method} compares the trajectories of a question with each other and "
+                "needs rollout.samples of at least 2, not 1; raise rollout.samples or use weighting=likelihood"
             )
         if weighting.floor > 0 and weighting.method != "posterior":
             raise ValueError(

@@ -82,8 +82,9 @@ class WeightingConfig(Section):
     """A bare string is short for its `method`: `weighting=uniform`."""
 
     method: Weighting = "likelihood"
-    """likelihood: p(y|x,z). posterior: softmax over the question's K. length_normalised: exp(mean log p).
-    reward: metric of the trajectory's own answer. uniform: 1/K."""
+    """likelihood: p(y|x,z), of several gold answers their sum. posterior: softmax of it over the question's K.
+    length_normalised: exp(mean log p per token) of the best gold answer. uniform: 1/K. They train the trajectory with
+    the gold answer in place. reward: metric of the trajectory's own answer, and that is trained."""
     temperature: float = Field(1.0, gt=0)
     """tau: answer log-likelihoods are divided by it (all methods but reward and uniform)."""
     floor: float = Field(0.0, ge=0)
@@ -98,6 +99,13 @@ class WeightingConfig(Section):
     """Multiply by the clipped ratio p(z)/q(z) where sampling was not at temperature 1 without truncation."""
     max_ratio: float = Field(2.0, ge=1)
     """Clip of that ratio."""
+
+    @property
+    def compares(self) -> bool:
+        """True if the weight of the only trajectory of a question would be 1, whatever its likelihood."""
+        if self.method == "posterior":
+            return self.floor == 0
+        return self.method == "length_normalised" and self.self_normalised
 
 
 class LoraConfig(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -75,6 +76,8 @@ class AgentConfig(Section):
     """`plain`: one running text. `chat`: the model's own chat template, passages in user turns."""
     instructions: str | None = None
     """Text in front of the question (chat: the system prompt). Null: none for `plain`, a built-in one for `chat`."""
+    date: datetime.date = datetime.date(2024, 7, 26)
+    """The day that a chat template prints as today's: always the same, so that a run has the same prompts tomorrow."""
     tags: Tags = Tags()
     """The strings that mark the actions."""
     think: bool = True

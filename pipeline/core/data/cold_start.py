@@ -120,7 +120,7 @@ async def synthesise(
             raise RunError(f"the cold start of question {question.id} failed: {trajectory.detail}")
         if trajectory.stop_reason is not StopReason.ANSWERED:
             return f"agent stopped: {trajectory.stop_reason.value}", None
-        if len(renderer.with_gold_answer(trajectory, question.answers[0], 1.0).token_ids) > max_length:
+        if len(renderer.with_gold_answer(trajectory, question.answers[0], 0.0).token_ids) > max_length:
             return f"agent stopped: {StopReason.LENGTH_LIMIT.value}", None
         return trajectory, retriever
 
@@ -150,7 +150,7 @@ def supervised_examples(
     answers = {question.id: question.answers[0] for question in questions}
     if unknown := {t.question_id for t in trajectories} - answers.keys():
         raise ValueError(f"cold-start trajectories of unknown questions: {sorted(unknown)[:5]}")
-    return [renderer.with_gold_answer(t, answers[t.question_id], 1.0) for t in trajectories]
+    return [renderer.with_gold_answer(t, answers[t.question_id], 0.0) for t in trajectories]
 
 
 def write_trajectories(path: Path, trajectories: Sequence[Trajectory], renderer: Renderer) -> None:

@@ -1,6 +1,6 @@
 """The M-step's loss: importance-weighted negative log-likelihood of the tokens that the model itself wrote.
 
-For a batch B of trajectories with weights w_k and n_k trained tokens each,
+For a batch B of trajectories with weights w_k, given as logarithms, and n_k trained tokens each,
 
     L = - sum_{k in B} v_k sum_{t in mask_k} log p(token_t | tokens before it) / sum_{k in B} n_k
     v_k = w_k * (sum n / sum w n)        both sums over the whole iteration
@@ -12,6 +12,7 @@ or sharding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,7 +25,7 @@ from pipeline.core.records import Outline
 
 @dataclass(frozen=True, slots=True)
 class WeightedNll:
-    """The loss above. Stream: `weight`, w_k >= 0.
+    """The loss above. Stream: `log_weight`, log w_k; minus infinity for a weight of zero.
 
     Args:
         negligible_weight: examples with less than this share of the average weight are counted in the normaliser, but
@@ -34,12 +35,12 @@ class WeightedNll:
     negligible_weight: float = 0.0
 
     output: ClassVar[Output] = "logprobs"
-    streams: ClassVar[Mapping[str, Form]] = {"weight": "number"}
+    streams: ClassVar[Mapping[str, Form]] = {"log_weight": "logarithm"}
     reference: ClassVar[str | None] = None
 
     def prepare(self, examples: Sequence[Outline]) -> Prepared:
         num_tokens = [example.num_targets for example in examples]
-        exact = iteration_weights([example.number("weight") for example in examples], num_tokens)
+        exact = iteration_weights([example.number("log_weight") for example in examples], num_tokens)
         weights = [v if v >= self.negligible_weight else 0.0 for v in exact]
         return Prepared(
             sizes=num_tokens,
@@ -56,22 +57,32 @@ class WeightedNll:
         )
 
 
-def iteration_weights(weights: Sequence[float], num_tokens: Sequence[int]) -> list[float]:
-    """v_k of every example of an iteration, from its weight w_k >= 0 and its number of trained tokens n_k.
+def iteration_weights(log_weights: Sequence[float], num_tokens: Sequence[int]) -> list[float]:
+    """v_k of every example of an iteration, from log w_k and its number of trained tokens n_k.
 
     sum(v n) == sum(n) unless nothing has weight: then every v_k is 0, and the caller has nothing to train on.
 
     Raises:
-        ValueError: a weight is negative, infinite or NaN, or the lengths differ.
+        ValueError: a weight is infinite or NaN, or the lengths differ.
     """
-    w = torch.tensor(weights, dtype=torch.float64)
+    average = average_log_weight(log_weights, num_tokens)
+    if math.isinf(average):
+        return [0.0] * len(log_weights)
+    return torch.exp(torch.tensor(log_weights, dtype=torch.float64) - average).tolist()
+
+
+def average_log_weight(log_weights: Sequence[float], num_tokens: Sequence[int]) -> float:
+    """log(sum w n / sum n): the logarithm of the average weight of a token. Minus infinity if nothing has weight.
+
+    Raises:
+        ValueError: a weight is infinite or NaN, or the lengths differ.
+    """
+    logs = torch.tensor(log_weights, dtype=torch.float64)
     n = torch.tensor(num_tokens, dtype=torch.float64)
-    if w.shape != n.shape:
-        raise ValueError(f"{len(w)} weights for {len(n)} examples")
-    if not torch.isfinite(w).all() or (w < 0).any():
-        bad = [(k, weight) for k, weight in enumerate(weights) if not 0 <= weight < float("inf")]
-        raise ValueError(f"importance weights must be finite and not negative; (example, weight): {bad[:5]}")
-    if not (w * n).any():
-        return [0.0] * len(w)
-    w = w / w[n > 0].max()  # likelihoods as small as 1e-300 would otherwise under- or overflow
-    return (w * (n.sum() / (w * n).sum())).tolist()
+    if logs.shape != n.shape:
+        raise ValueError(f"{len(logs)} weights for {len(n)} examples")
+    if (bad := logs.isnan() | logs.isposinf()).any():
+        found = [(k, log_weights[k]) for k in torch.nonzero(bad).flatten().tolist()]
+        raise ValueError(f"importance weights must be finite; (example, logarithm): {found[:5]}")
+    log_total = torch.logsumexp(logs + n.log(), dim=0)
+    return -math.inf if log_total.isneginf() else float(log_total - n.sum().log())

@@ -18,8 +18,9 @@ from pipeline.core.records import Outline
 
 Output = Literal["logprobs", "logits", "values", "embeddings"]
 
-Form = Literal["number", "tokens", "rows"]
-"""Of a stream: one number per example; one per token, or one for all of them; several per target."""
+Form = Literal["number", "logarithm", "tokens", "rows"]
+"""Of a stream: one number per example; the same, or minus infinity; one per token, or one for all of them; several per
+target. All are finite but for a logarithm of zero."""
 
 
 @dataclass(frozen=True, slots=True)

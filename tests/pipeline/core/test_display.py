@@ -139,6 +139,12 @@ def test_the_report_of_a_run_that_was_stopped_half_way(screen: Screen) -> None:
     assert "test questions" not in screen.text
 
 
+def test_a_bound_that_json_cannot_hold_is_shown_as_what_it_is(screen: Screen) -> None:
+    impossible = iteration(1, **BOUND | {"likelihood_bound": None, "likelihood_bound_stderr": 0.0})
+    screen.display.outcome(outcome(iterations=[impossible], best_iteration=0))
+    assert screen.row("1")[:2] == ["-inf", "2.50"]
+
+
 def test_the_report_shows_the_test_scores_from_the_base_model_to_the_best(screen: Screen) -> None:
     names = ("best", "base", "cold_start", "one_search", "no_search", "another")
     screen.display.outcome(outcome(test=dict.fromkeys(names, SCORES)))

@@ -24,7 +24,7 @@ def make(number: int) -> Example:
     random = np.random.default_rng(number)
     ids = random.integers(0, 100_000, LENGTH).astype(np.int32)
     return Example(
-        f"q{number}", f"q{number}", "policy", ids, random.random(LENGTH) < 0.5, {"weight": np.ones(1)}
+        f"q{number}", f"q{number}", "policy", ids, random.random(LENGTH) < 0.5, {"log_weight": np.zeros(1)}
     )
 
 

@@ -172,9 +172,12 @@ def test_streams_follow_their_targets_whatever_their_form() -> None:
 
 
 def test_streams_that_nobody_asks_for_may_differ_between_examples() -> None:
-    examples = [example([1, 2], [0, 1], weight=[1.0], advantage=[2.0]), example([3, 4], [0, 1], weight=[0.5])]
-    batch = collate((0, 1), examples, ["weight"])
-    assert {name: values.tolist() for name, values in batch.numbers.items()} == {"weight": [1.0, 0.5]}
+    examples = [
+        example([1, 2], [0, 1], log_weight=[1.0], advantage=[2.0]),
+        example([3, 4], [0, 1], log_weight=[0.5]),
+    ]
+    batch = collate((0, 1), examples, ["log_weight"])
+    assert {name: values.tolist() for name, values in batch.numbers.items()} == {"log_weight": [1.0, 0.5]}
 
 
 @settings(deadline=None)

@@ -20,7 +20,7 @@ from pipeline.core.config import LearnerConfig, LoraConfig, ModelConfig, Rollout
 from pipeline.core.errors import UserError
 from pipeline.core.models import model_size, write_checksums
 from pipeline.core.policies import PolicySpec
-from pipeline.core.preflight import check_machine, check_models, check_proxies, check_run, lacks_to_compile
+from pipeline.core.preflight import check_machine, check_models, check_run, lacks_to_compile
 
 GB = 10**9
 
@@ -183,42 +183,6 @@ def test_little_shared_memory_is_warned_of(
     with_free(monkeypatch, total=64 << 20)
     check_machine(starts_ray=True, environment={}, cwd=tmp_path)
     assert "/dev/shm has 67.1 MB" in caplog.text and "--shm-size" in caplog.text
-
-
-# ---------------------------------------------------------------- proxies
-
-LOOPBACK, INSIDE, OUTSIDE = "http://127.0.0.1:8000", "http://10.1.2.3:8000", "http://search.example:8000"
-
-
-@pytest.mark.parametrize(
-    ("url", "no_proxy", "refused"),
-    [
-        (LOOPBACK, "", "is on this machine .* add 127.0.0.1 to no_proxy"),
-        ("http://localhost:8000", "", "is on this machine .* add localhost to no_proxy"),
-        (LOOPBACK, "127.0.0.0/8", "names the network 127.0.0.0/8, .* add 127.0.0.1 to no_proxy"),
-        (INSIDE, "localhost, 10.0.0.0/8", "names the network 10.0.0.0/8, .* add 10.1.2.3 to no_proxy"),
-        (INSIDE, "fd00::/8", "cannot read the proxies .* no networks such as fd00::/8"),
-        (LOOPBACK, "localhost,127.0.0.1", None),
-        (INSIDE, "10.1.2.3", None),
-        (INSIDE, "10.2.0.0/16", None),
-        (OUTSIDE, "", None),
-    ],
-)
-def test_proxies_that_are_in_the_way(
-    monkeypatch: pytest.MonkeyPatch, url: str, no_proxy: str, refused: str | None
-) -> None:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", no_proxy)
-    if refused is None:
-        check_proxies([url])
-        return
-    with pytest.raises(UserError, match=refused):
-        check_proxies([url])
-
-
-def test_without_a_proxy_every_address_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "10.0.0.0/8")
-    check_proxies([LOOPBACK, INSIDE, OUTSIDE])
 
 
 # ---------------------------------------------------------------- models

@@ -60,6 +60,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         role=draw(texts),
         log_likelihoods=tuple(draw(st.lists(st.floats(max_value=0.0), max_size=3))),
         proposal_logprobs=arrays(draw, float32s, (length,), np.float32) if draw(st.booleans()) else None,
+        answer_opening=tuple(draw(st.lists(token_ids, max_size=2))),
     )
 
 
@@ -109,6 +110,7 @@ def assert_same_trajectory(found: Trajectory, expected: Trajectory) -> None:
         "role",
         "policy_version",
         "answer_start",
+        "answer_opening",
         "steps",
         "answer",
         "detail",
@@ -205,7 +207,9 @@ def test_a_stream_that_fits_nothing_is_refused_without_the_tokens() -> None:
 def test_a_table_of_something_else_is_refused_with_what_it_lacks() -> None:
     with pytest.raises(ValueError, match="the columns id, unit, streams are missing"):
         examples_from_table(pa.table({"role": [], "token_ids": [], "loss_mask": []}))
-    with pytest.raises(ValueError, match=r"the columns .* log_likelihoods, proposal_logprobs are missing"):
+    with pytest.raises(
+        ValueError, match=r"the columns .* log_likelihoods, proposal_logprobs, answer_opening are missing"
+    ):
         trajectories_from_table(pa.table({"question_id": []}))
 
 
@@ -257,7 +261,7 @@ ROWS, LENGTH = 50, 4_000
 
 def example_of(length: int) -> Example:
     mask = np.ones(length, dtype=np.bool_)
-    streams = {"weight": np.ones(1), "advantage": np.zeros(length)}
+    streams = {"log_weight": np.zeros(1), "advantage": np.zeros(length)}
     return Example("q", "q", "policy", np.arange(length, dtype=np.int32), mask, streams)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, normalizers
 
 from pipeline.core.config import AgentConfig, Tags
 from pipeline.core.errors import UserError
@@ -126,13 +129,74 @@ def test_text_from_outside_never_becomes_a_special_token(
     assert text in renderer.decode(renderer.prompt_ids(text))
 
 
+tag_texts = st.sampled_from(
+    ["<think>", "</think>", "<answer>", "</answer>", "<search>", "<<answer>>", "</record", "<", "ans"]
+)
+
+
+@given(parts=st.lists(st.one_of(tag_texts, words), max_size=6))
+def test_text_from_outside_never_becomes_a_tag_that_is_one_token(
+    tag_tokenizer: Any, parts: list[str]
+) -> None:
+    text = "".join(parts)
+    renderer = Renderer(tag_tokenizer, AgentConfig())
+
+    def num_tags(ids: list[int]) -> int:
+        return sum(id_ in set(tag_tokenizer.get_added_vocab().values()) for id_ in ids)
+
+    def observed(content: str) -> list[int]:
+        return renderer.observation_ids([Hit(Passage("p", content, content), 1.0)])
+
+    assert num_tags(renderer.prompt_ids(text)) == 0
+    assert num_tags(observed(text)) == num_tags(observed("x")) == 2
+    assert num_tags(renderer.answer_ids(text)) == 1
+    assert renderer.decode(renderer.prompt_ids(text)) == f"Question: {text}\n"
+    assert renderer.decode(renderer.answer_ids(text)) == f" {text} </answer>"
+
+
+def test_a_tag_in_other_forms_of_its_letters_does_not_become_a_tag(tag_tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tag_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.add_tokens([AddedToken("<go>", normalized=True)])
+    tags = Tags(think=("<go>", "</think>"))
+    renderer = Renderer(tokenizer, AgentConfig(tags=tags))
+    (tag,) = say(renderer, "<go>")
+    wide = "".join(chr(ord(c) + 0xFEE0) for c in "<go>")
+    assert say(renderer, wide) == [tag]
+    assert tag not in renderer.prompt_ids(wide)
+
+
+def test_of_a_long_passage_only_its_beginning_is_tokenised(tokenizer: Any) -> None:
+    looked_at = []
+
+    class Counting:
+        all_special_tokens = tokenizer.all_special_tokens
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            looked_at.append(len(text))
+            return tokenizer(text, **options)
+
+    renderer, whole = Renderer(Counting(), AgentConfig()), Renderer(tokenizer, AgentConfig())
+    long = "The Silver Harp is made by Orvane, founded in 1984. " * 20_000
+    blank = " " * 1_000_000 + "the end"
+    assert len(long) > 1_000_000
+    for text in (long, blank):
+        hit = Hit(Passage("p", "Title", text), 1.0)
+        looked_at.clear()
+        expected = whole._untrusted(f" Title: {text}")[: AgentConfig().max_document_tokens]
+        assert (
+            renderer.observation_ids([hit])[len(say(whole, "\n<search>\n[1]")) :][: len(expected)] == expected
+        )
+        assert text is blank or sum(looked_at) < 10_000
+
+
 def with_template(chat_tokenizer: Any, template: str) -> Any:
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.chat_template = template
     return tokenizer
 
 
-@pytest.mark.parametrize("family", ["qwen", "llama-3", "mistral"])
+@pytest.mark.parametrize("family", ["qwen", "llama-3", "llama-3.1", "mistral"])
 def test_rendering_turn_by_turn_gives_the_tokens_of_the_whole_conversation(
     chat_tokenizer: Any, chat_templates: dict[str, str], family: str
 ) -> None:
@@ -160,7 +224,9 @@ def test_rendering_turn_by_turn_gives_the_tokens_of_the_whole_conversation(
         {"role": "assistant", "content": second},
         {"role": "user", "content": observations[1]},
     ]
-    whole = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(
+        conversation, tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+    )
     # Mistral's template writes a space in front of a model turn that a model writes (or not) by itself.
     whole = whole.replace("[/INST] <", "[/INST]<")
     assert renderer.decode(ids) == whole
@@ -177,6 +243,63 @@ def test_instructions_are_shown_once_even_where_the_template_moves_the_system_me
     ids += renderer.observation_ids(HITS)
     assert renderer.decode(ids).count("Search, then answer.") == 1
     assert renderer.decode(ids).startswith("<s>[INST] Search, then answer.")
+
+
+@pytest.mark.parametrize("family", ["thinking", "not thinking"])
+def test_a_turn_begins_without_the_thought_that_a_template_opens(
+    chat_tokenizer: Any, chat_templates: dict[str, str], family: str
+) -> None:
+    # The agent's turns open their own: behind another one the model would write a turn that no parser takes.
+    tokenizer = with_template(chat_tokenizer, chat_templates[family])
+    renderer = Renderer(tokenizer, AgentConfig(layout="chat", instructions="Search."))
+    turn = "<|im_start|>assistant\n"
+    assert renderer.decode(renderer.prompt_ids("Who?")).endswith(f"Question: Who?<|im_end|>\n{turn}")
+    for ids in (renderer.observation_ids(HITS), renderer.answer_demand_ids(at_turn_start=False)):
+        text = renderer.decode(ids)
+        assert text.startswith("<|im_end|>\n<|im_start|>user\n")
+        assert turn in text
+        assert "<think>" not in text
+
+
+def test_qwen3_over_two_turns_keeps_its_own_thoughts_and_no_others(chat_tokenizer: Any) -> None:
+    # MiniCPM-V 4.5 is made of Qwen3 and has its template, which comes with vLLM.
+    vllm = importlib.util.find_spec("vllm")
+    assert vllm is not None and vllm.submodule_search_locations
+    folder = Path(vllm.submodule_search_locations[0]) / "transformers_utils/chat_templates"
+    tokenizer = with_template(chat_tokenizer, (folder / "template_minicpmv45.jinja").read_text())
+    renderer = Renderer(tokenizer, AgentConfig(layout="chat", instructions="Search."))
+    ids = (
+        renderer.prompt_ids("Who?") + say(renderer, "<think> q </think>") + renderer.observation_ids(HITS[1:])
+    )
+    ids += say(renderer, "<record> r </record>\n<think> p </think>") + renderer.observation_ids(HITS[1:])
+    passages = "<|im_start|>user\n<search>\n[1] A passage without a title.\n</search><|im_end|>\n"
+    assert renderer.decode(ids) == (
+        "<|im_start|>system\nSearch.<|im_end|>\n<|im_start|>user\nQuestion: Who?<|im_end|>\n"
+        f"<|im_start|>assistant\n<think> q </think><|im_end|>\n{passages}"
+        f"<|im_start|>assistant\n<record> r </record>\n<think> p </think><|im_end|>\n{passages}"
+        "<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_prints_the_date_of_the_configuration_and_not_todays(
+    chat_tokenizer: Any, chat_templates: dict[str, str]
+) -> None:
+    tokenizer = with_template(chat_tokenizer, chat_templates["llama-3.1"])
+    default = Renderer(tokenizer, AgentConfig(layout="chat"))
+    assert "Today Date: 26 Jul 2024\n" in default.decode(default.prompt_ids("Who?"))
+    config = AgentConfig.model_validate({"layout": "chat", "date": "2026-02-01"})
+    other = Renderer(tokenizer, config)
+    assert "Today Date: 01 Feb 2026\n" in other.decode(other.prompt_ids("Who?"))
+
+
+def test_a_template_that_begins_turns_in_two_ways_is_refused(chat_tokenizer: Any) -> None:
+    odd = with_template(
+        chat_tokenizer,
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}(go){% endif %}",
+    )
+    with pytest.raises(UserError, match="begins the model's turns differently"):
+        Renderer(odd, AgentConfig(layout="chat"))
 
 
 def test_a_demand_for_an_answer_comes_as_a_user_turn_in_the_chat_layout(chat_tokenizer: Any) -> None:
@@ -230,7 +353,7 @@ def test_the_gold_answer_replaces_the_models_own_behind_the_answer_tag(tokenizer
     assert example.loss_mask.tolist() == [False] * len(prompt) + [True] * (
         len(example.token_ids) - len(prompt)
     )
-    assert (example.id, example.unit, example.number("weight")) == ("q/3", "q/3", 0.25)
+    assert (example.id, example.unit, example.number("log_weight")) == ("q/3", "q/3", 0.25)
     assert example.token_ids.dtype == np.int32
 
 

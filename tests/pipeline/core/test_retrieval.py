@@ -275,3 +275,17 @@ def test_servers_of_different_indexes_are_refused(servers: list[ScriptedServer])
     servers[1].script = [200, (200, {}, b'{"index": "another"}')]
     with pytest.raises(UserError, match=r"search different indexes:(.|\n)*another"):
         awaited([server.url for server in servers])
+
+
+@pytest.mark.parametrize("reply", [None, 403])
+def test_a_proxy_that_is_in_the_way_is_told_with_the_way_past_it(
+    servers: list[ScriptedServer], monkeypatch: pytest.MonkeyPatch, reply: int | None
+) -> None:
+    """Whether nobody listens there, or it refuses."""
+    proxy = "http://127.0.0.1:9" if reply is None else servers[0].url
+    servers[0].script = [reply]
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("no_proxy", "127.0.0.0/8")
+    with pytest.raises(UserError, match=f"through the proxy {proxy}.* name its host in no_proxy"):
+        awaited("http://search.example:8000")
+    assert awaited(servers[1].url).fingerprint == FakeEngine().fingerprint

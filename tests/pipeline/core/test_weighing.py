@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import normalizers
 
 from pipeline.core.config import AgentConfig, WeightingConfig
 from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory
 from pipeline.core.renderer import Renderer
 from pipeline.core.run import write_json
-from pipeline.core.weighing import SearchWeights, log_ratio, summarise_scored
-from pipeline.core.weighting import Scored, importance_weights, summarise
+from pipeline.core.weighing import SearchWeights, log_ratio
+from pipeline.core.weighting import Gold, Scored, log_weights, summarise
 
 SILVER_HARP = Question("q1", "Who founded the maker of the Silver Harp?", ("Mara Velin", "M. Velin"))
 ANSWERED, FAILED, DIED = StopReason.ANSWERED, StopReason.RETRIEVER_UNAVAILABLE, StopReason.ENGINE_ERROR
@@ -79,7 +80,7 @@ def bench(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> An
 
 
 def weights(examples: Sequence[Example]) -> list[float]:
-    return [example.number("weight") for example in examples]
+    return [math.exp(example.number("log_weight")) for example in examples]
 
 
 @pytest.mark.parametrize(
@@ -99,8 +100,8 @@ def test_weights_are_those_of_the_formulas(bench: Any, weighting: dict[str, Any]
     examples, _ = at([at.trajectory(-0.5, answer="Mara"), at.trajectory(-4.0, sample=1)], question)
     tokens = len(at.renderer.answer_ids("Mara Velin"))
     reward = {"f1": 2 / 3}.get(weighting.get("reward", "f1"), 0.0)
-    scored = [Scored(-0.5, tokens, reward=reward), Scored(-4.0, tokens)]
-    assert weights(examples) == pytest.approx(importance_weights(scored, at.weighting).tolist())
+    scored = [Scored.of([Gold(-0.5, tokens)], reward=reward), Scored.of([Gold(-4.0, tokens)])]
+    assert weights(examples) == pytest.approx(np.exp(log_weights(scored, at.weighting)).tolist())
 
 
 def test_the_protocol_says_which_answers_are_right_and_what_they_earn(bench: Any) -> None:
@@ -113,13 +114,15 @@ def test_the_protocol_says_which_answers_are_right_and_what_they_earn(bench: Any
     assert (weights(examples), row["scored"][0]["correct"]) == ([0.0], False)
 
 
-def test_of_several_gold_answers_the_most_likely_counts_and_stands_in_place_of_the_models_own(
+def test_gold_answers_count_together_and_the_most_likely_stands_in_place_of_the_models_own(
     bench: Any,
 ) -> None:
     at = bench()
     group = [at.trajectory(-3.0, -1.0, answer="somebody else"), at.trajectory(-2.0, -2.5, sample=1)]
     (first, second), _ = at(group)
-    assert weights([first, second]) == pytest.approx([math.exp(-1.0), math.exp(-2.0)])
+    assert weights([first, second]) == pytest.approx(
+        [math.exp(-3.0) + math.exp(-1.0), math.exp(-2.0) + math.exp(-2.5)]
+    )
     for example, trajectory, gold in ((first, group[0], "M. Velin"), (second, group[1], "Mara Velin")):
         start, ids = trajectory.answer_start, at.renderer.answer_ids(gold)
         assert example.token_ids.tolist() == [*trajectory.token_ids[:start].tolist(), *ids]
@@ -142,7 +145,7 @@ def test_infrastructure_failures_are_excluded_and_counted(bench: Any) -> None:
         ("q1/0", 0.5),
         ("q1/3", 0.5),
     ]
-    report = summarise_scored([row])
+    report = at.weigh.summarise([row])
     assert (report["excluded"], report["excluded_too_long_to_score"]) == (3, 0)
     assert report["stop_reasons"]["retriever_bad_answer"] == 1
     assert report["stop_reasons"]["retriever_unavailable"] == report["stop_reasons"]["engine_error"] == 1
@@ -152,7 +155,7 @@ def test_what_is_too_long_to_be_scored_is_excluded_and_counted(bench: Any) -> No
     at = bench(method="uniform")
     examples, row = at([at.trajectory(-1.0, -1.0), at.trajectory(NAN, NAN, sample=1)])
     assert weights(examples) == [1.0]
-    report = summarise_scored([row])
+    report = at.weigh.summarise([row])
     assert report["excluded"] == report["excluded_too_long_to_score"] == 1
 
 
@@ -172,8 +175,9 @@ def test_likelihoods_of_another_number_of_answers_are_refused(bench: Any) -> Non
 def test_an_impossible_answer_weighs_nothing_also_through_a_file(bench: Any) -> None:
     at = bench()
     examples, row = at([at.trajectory(-1.0, -2.0), at.trajectory(-math.inf, -math.inf, sample=1)])
-    assert weights(examples) == pytest.approx([math.exp(-1.0), 0.0])
-    assert summarise_scored([row])["likelihood_bound"] == pytest.approx(-1.0 - math.log(2))
+    assert weights(examples) == pytest.approx([math.exp(-1.0) + math.exp(-2.0), 0.0])
+    expected = math.log((math.exp(-1.0) + math.exp(-2.0)) / 2)
+    assert at.weigh.summarise([row])["likelihood_bound"] == pytest.approx(expected)
 
 
 def test_a_question_with_nothing_but_failures_has_no_say(bench: Any) -> None:
@@ -181,9 +185,9 @@ def test_a_question_with_nothing_but_failures_has_no_say(bench: Any) -> None:
     nothing, failed = at([at.trajectory(stop_reason=DIED)])
     _, other = at([at.trajectory(-1.0, -3.0)])
     assert nothing == []
-    report = summarise_scored([failed, other])
+    report = at.weigh.summarise([failed, other])
     assert (report["questions"], report["excluded"]) == (1, 1)
-    assert report["likelihood_bound"] == pytest.approx(-1.0)
+    assert report["likelihood_bound"] == pytest.approx(math.log(math.exp(-1.0) + math.exp(-3.0)))
 
 
 def test_a_phase_in_which_nothing_could_be_weighted_is_an_error(bench: Any) -> None:
@@ -192,10 +196,82 @@ def test_a_phase_in_which_nothing_could_be_weighted_is_an_error(bench: Any) -> N
     with pytest.raises(
         RuntimeError, match=r"no trajectory could be weighted; how they stopped: .*unavailable': 1"
     ):
-        summarise_scored([row])
+        at.weigh.summarise([row])
+
+
+def test_forms_of_an_answer_that_the_tokenizer_makes_one_of_count_once(bench: Any) -> None:
+    at, question = bench(), Question("q1", "Who?", ("Mara Velin", "Mara  Velin"))
+    at.renderer.tokenizer.backend_tokenizer.normalizer = normalizers.Replace("  ", " ")
+    (example,), _ = at([at.trajectory(-1.0, -1.0)], question)
+    assert weights([example]) == pytest.approx([math.exp(-1.0)])
+
+
+@pytest.mark.parametrize(
+    ("weighting", "has_weights"),
+    [
+        ({"method": "posterior"}, False),
+        ({"method": "length_normalised", "self_normalised": True}, False),
+        ({"method": "posterior", "floor": 0.1}, True),
+        ({"method": "likelihood"}, True),
+        ({"method": "uniform"}, True),
+    ],
+)
+def test_the_last_trajectory_of_a_question_has_no_weight_where_weights_compare(
+    bench: Any, weighting: dict[str, Any], has_weights: bool
+) -> None:
+    at = bench(**weighting)
+    alone, row = at([at.trajectory(-40.0, -41.0), at.trajectory(sample=1, stop_reason=FAILED)])
+    _, other = at([at.trajectory(-1.0, -1.0), at.trajectory(-2.0, -2.0, sample=1)])
+    assert len(alone) == has_weights
+    report = at.weigh.summarise([row, other])
+    assert report["excluded_nothing_to_compare"] == (not has_weights)
+    assert report["excluded"] == 1 + (not has_weights)
+    assert report["questions"] == 2
+    if not has_weights:
+        with pytest.raises(RuntimeError, match="1 were the only usable one of their question"):
+            at.weigh.summarise([row])
+
+
+def test_a_reward_trains_the_trajectory_with_its_own_answer(bench: Any) -> None:
+    at = bench(method="reward", reward="f1")
+    own = at.trajectory(-1.0, -9.0, answer="Mara")
+    (example,), _ = at([own])
+    assert weights([example]) == pytest.approx([2 / 3])
+    assert example.token_ids.tolist() == own.token_ids.tolist()
+    assert example.loss_mask.tolist() == own.loss_mask.tolist()
+
+
+@pytest.mark.parametrize("method", ["likelihood", "uniform"])
+def test_other_weights_train_the_gold_answer(bench: Any, method: str) -> None:
+    at = bench(method=method)
+    (example,), _ = at([at.trajectory(-1.0, -9.0, answer="Mara")])
+    assert at.renderer.decode(example.token_ids.tolist()).endswith("<answer> Mara Velin </answer>")
 
 
 # ---------------------------------------------------------------- the proposal's correction
+
+
+def test_of_a_reward_the_ratio_is_over_the_models_own_answer_too(bench: Any) -> None:
+    sampled = {}
+    for method in ("reward", "uniform"):
+        at = bench(method=method, correct_proposal=True, max_ratio=1e9)
+        plain = at.trajectory(-1.0, -9.0, answer="Mara Velin")
+        proposal = np.where(plain.loss_mask, np.float32(-0.6), np.float32(np.nan))
+        (example,), _ = at([replace(plain, proposal_logprobs=proposal)])
+        sampled[method] = example.number("log_weight") / 0.1
+    start = plain.answer_start
+    assert sampled["uniform"] == pytest.approx(plain.loss_mask[:start].sum(), rel=1e-5)
+    assert sampled["reward"] == pytest.approx(plain.loss_mask.sum(), rel=1e-5)
+
+
+def test_the_ratio_is_also_over_what_was_sampled_and_is_not_trained(bench: Any) -> None:
+    at = bench(method="uniform", correct_proposal=True, max_ratio=1e9)
+    plain = at.trajectory(-1.0, -9.0)
+    proposal = np.where(plain.loss_mask, np.float32(-0.6), np.float32(np.nan))
+    refused = replace(plain, proposal_logprobs=proposal, loss_mask=np.zeros_like(plain.loss_mask))
+    (first,), _ = at([replace(plain, proposal_logprobs=proposal)])
+    (second,), _ = at([refused])
+    assert first.number("log_weight") == second.number("log_weight") > 0
 
 
 @pytest.mark.parametrize(("log_q", "clips"), [(-0.5, False), (-0.4, False), (-3.0, True)])
@@ -209,15 +285,16 @@ def test_the_clipped_ratio_of_the_sampled_tokens_corrects_the_weight(
     sampled = int(trajectory.loss_mask[: trajectory.answer_start].sum())
     (example,), _ = at([trajectory])
     ratio = 1.5 if clips else math.exp((-0.5 - log_q) * sampled)
-    assert weights([example]) == pytest.approx([math.exp(-1.0) * ratio], rel=1e-5)
+    likelihood = math.exp(-1.0) + math.exp(-9.0)
+    assert weights([example]) == pytest.approx([likelihood * ratio], rel=1e-5)
 
 
 def test_without_a_recorded_proposal_or_correction_the_ratio_is_one(bench: Any) -> None:
     at = bench()
-    assert log_ratio(at.trajectory(-1.0, -1.0)) == 0.0
+    assert log_ratio(at.trajectory(-1.0, -1.0), with_answer=True) == 0.0
     other = np.full(len(at.trajectory().token_ids), -9.0, dtype=np.float32)
     (example,), _ = at([at.trajectory(-1.0, -2.0, proposal_logprobs=other)])
-    assert weights([example]) == pytest.approx([math.exp(-1.0)])
+    assert weights([example]) == pytest.approx([math.exp(-1.0) + math.exp(-2.0)])
 
 
 def test_a_trajectory_without_a_word_of_the_models_own_needs_no_correction(bench: Any) -> None:
@@ -226,7 +303,8 @@ def test_a_trajectory_without_a_word_of_the_models_own_needs_no_correction(bench
     other = np.where(spoken.loss_mask, np.float32(-0.1), np.float32(np.nan))
     mask = spoken.loss_mask.copy()
     mask[: spoken.answer_start] = False
-    silent = at.trajectory(-1.0, -1.0, loss_mask=mask, proposal_logprobs=other)
+    logprobs = np.where(mask, spoken.logprobs, np.float32(np.nan))
+    silent = at.trajectory(-1.0, -1.0, loss_mask=mask, logprobs=logprobs, proposal_logprobs=other)
     examples, _ = at([silent, replace(spoken, proposal_logprobs=other)])
     assert weights(examples)[0] == 0.5
     assert weights(examples)[1] < 0.5
@@ -244,11 +322,12 @@ def test_the_statistics_are_those_of_the_formulas_also_through_a_file(bench: Any
     ]
     tokens = len(at.renderer.answer_ids("answer 0"))
     groups = [
-        [Scored(-1.0, tokens, correct=True), Scored(-2.0, tokens)],
-        [Scored(-2.0, tokens), Scored(-3.0, tokens)],
+        [Scored.of([Gold(-1.0, tokens)], correct=True), Scored.of([Gold(-2.0, tokens)])],
+        [Scored.of([Gold(-2.0, tokens)]), Scored.of([Gold(-3.0, tokens)])],
     ]
-    expected = summarise(groups, [importance_weights(group, at.weighting) for group in groups])
-    report = summarise_scored(rows)
+    logs = [log_weights(group, at.weighting) for group in groups]
+    expected = summarise(groups, logs, at.weighting)
+    report = at.weigh.summarise(rows)
     for name in (
         "questions",
         "likelihood_bound",

@@ -14,21 +14,30 @@ from hypothesis import strategies as st
 
 from pipeline.core.config import WeightingConfig
 from pipeline.core.weighting import (
+    Gold,
     Scored,
-    best_answer,
+    bound_of,
     effective_sample_size,
-    importance_weights,
-    log_mean_likelihood,
+    log_weights,
     summarise,
+    trained_gold,
 )
 
 METHODS = ("likelihood", "posterior", "length_normalised", "reward", "uniform")
 log_likelihoods = st.lists(st.floats(-500, 0), min_size=1, max_size=8)
 
 
+def weights_of(scored: Sequence[Scored], config: WeightingConfig) -> np.ndarray:
+    return np.exp(log_weights(scored, config))
+
+
 def weights(values: Sequence[float], *, num_tokens: int = 3, **config: object) -> np.ndarray:
-    scored = [Scored(value, num_tokens) for value in values]
-    return importance_weights(scored, WeightingConfig.model_validate(config))
+    return weights_of([one(value, num_tokens) for value in values], WeightingConfig.model_validate(config))
+
+
+def one(value: float, num_tokens: int = 3, **others: float) -> Scored:
+    """A trajectory of a question with one gold answer."""
+    return Scored.of([Gold(value, num_tokens)], **others)
 
 
 def test_likelihood_weights_are_the_probabilities_of_the_gold_answer() -> None:
@@ -49,9 +58,9 @@ def test_length_normalised_weights_are_geometric_mean_token_probabilities() -> N
 
 
 def test_a_longer_gold_answer_is_not_punished_by_length_normalisation() -> None:
-    scored = [Scored(-6.0, 6), Scored(-1.0, 1)]
+    scored = [one(-6.0, 6), one(-1.0, 1)]
     config = WeightingConfig(method="length_normalised")
-    assert importance_weights(scored, config) == pytest.approx([math.exp(-1)] * 2)
+    assert weights_of(scored, config) == pytest.approx([math.exp(-1)] * 2)
 
 
 def test_uniform_weights_are_one_over_k() -> None:
@@ -60,8 +69,8 @@ def test_uniform_weights_are_one_over_k() -> None:
 
 def test_a_higher_reward_gives_a_higher_weight() -> None:
     # Defect in the wild: a metric fed through exp(-x) trains on the worst answers.
-    scored = [Scored(-1.0, 2, reward=reward) for reward in (0.0, 0.4, 1.0)]
-    assert importance_weights(scored, WeightingConfig(method="reward")).tolist() == [0.0, 0.4, 1.0]
+    scored = [one(-1.0, 2, reward=reward) for reward in (0.0, 0.4, 1.0)]
+    assert weights_of(scored, WeightingConfig(method="reward")).tolist() == [0.0, 0.4, 1.0]
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -118,34 +127,34 @@ def test_with_a_floor_a_question_whose_trajectories_all_fail_fades_out() -> None
 def test_a_questions_weights_do_not_depend_on_the_company_it_is_scored_in(method: str) -> None:
     # Defect in the wild: a normaliser over the shuffled micro-batch instead of one question's trajectories.
     config = WeightingConfig.model_validate({"method": method})
-    good = [Scored(-0.1, 2, True, 1.0), Scored(-0.2, 2, True, 1.0)]
-    bad = [Scored(-40.0, 2), Scored(-41.0, 2)]
-    alone = importance_weights(bad, config)
-    together = [importance_weights(group, config) for group in (good, bad)]
-    assert together[1].tolist() == alone.tolist()
-    assert summarise([good, bad], together).questions == 2
+    good = [one(-0.1, 2, correct=True, reward=1.0), one(-0.2, 2, correct=True, reward=1.0)]
+    bad = [one(-40.0, 2), one(-41.0, 2)]
+    alone = weights_of(bad, config)
+    together = [log_weights(group, config) for group in (good, bad)]
+    assert np.exp(together[1]).tolist() == alone.tolist()
+    assert summarise([good, bad], together, config).questions == 2
 
 
 def test_only_the_answers_likelihood_counts_not_the_trajectorys_length_or_probability() -> None:
     # Defect in the wild: scoring the mean NLL of every assistant token. A trajectory enters by the likelihood
     # of the gold answer behind it; how probable its own words were changes nothing by default.
-    scored = [Scored(-1.0, 3, log_ratio=-5.0), Scored(-1.0, 3, log_ratio=0.0)]
+    scored = [one(-1.0, 3, log_ratio=-5.0), one(-1.0, 3, log_ratio=0.0)]
     for method in ("likelihood", "posterior", "length_normalised"):
-        result = importance_weights(scored, WeightingConfig.model_validate({"method": method}))
+        result = weights_of(scored, WeightingConfig.model_validate({"method": method}))
         assert result[0] == result[1]
 
 
 def test_the_proposal_correction_multiplies_by_the_clipped_ratio() -> None:
-    scored = [Scored(-1.0, 3, log_ratio=ratio) for ratio in (-1.0, 0.0, 10.0)]
+    scored = [one(-1.0, 3, log_ratio=ratio) for ratio in (-1.0, 0.0, 10.0)]
     config = WeightingConfig(method="uniform", correct_proposal=True, max_ratio=2.0)
-    assert importance_weights(scored, config) * 3 == pytest.approx([math.exp(-1), 1.0, 2.0])
+    assert weights_of(scored, config) * 3 == pytest.approx([math.exp(-1), 1.0, 2.0])
 
 
 def test_the_proposal_correction_keeps_self_normalised_weights_normalised() -> None:
-    scored = [Scored(-1.0, 3, log_ratio=math.log(2)), Scored(-1.0, 3, log_ratio=0.0)]
+    scored = [one(-1.0, 3, log_ratio=math.log(2)), one(-1.0, 3, log_ratio=0.0)]
     for settings in ({"method": "posterior"}, {"method": "length_normalised", "self_normalised": True}):
         config = WeightingConfig.model_validate(settings | {"correct_proposal": True})
-        assert importance_weights(scored, config) == pytest.approx([2 / 3, 1 / 3])
+        assert weights_of(scored, config) == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_weights_are_clipped_at_the_maximum() -> None:
@@ -163,49 +172,93 @@ def test_rounding_above_zero_is_taken_as_certainty() -> None:
 
 
 @pytest.mark.parametrize("method", ["likelihood", "posterior", "length_normalised"])
+def test_weights_of_answers_too_long_for_floating_point_keep_their_ratios(method: str) -> None:
+    # exp(-2000) is 0: the M-step did nothing, with a warning.
+    logs = log_weights([one(-2000.0), one(-2003.0)], WeightingConfig.model_validate({"method": method}))
+    assert np.isfinite(logs).all()
+    assert logs[0] - logs[1] == pytest.approx({"length_normalised": 1.0}.get(method, 3.0))
+
+
+@pytest.mark.parametrize("method", ["likelihood", "posterior", "length_normalised"])
 def test_impossible_answers_get_weight_zero(method: str) -> None:
     assert weights([-math.inf, -1.0], method=method)[0] == 0.0
     assert weights([-math.inf, -math.inf], method=method).tolist() == [0.0, 0.0]
 
 
-def test_the_most_likely_of_several_gold_answers_counts() -> None:
-    assert best_answer([-3.0, -1.0, -2.0]) == 1
-    assert best_answer([-1.0, -1.0]) == 0
+# ---------------------------------------------------------------- several gold answers
+
+
+def test_the_likelihood_of_several_gold_answers_is_that_of_their_set() -> None:
+    # The maximum would understate it, by up to log 2 where both are as likely.
+    golds = [Gold(math.log(0.3), 2), Gold(math.log(0.2), 5)]
+    scored = Scored.of(golds)
+    assert scored.log_likelihood == pytest.approx(math.log(0.5))
+    assert weights_of([scored], WeightingConfig()) == pytest.approx([0.5])
+    assert bound_of([scored], WeightingConfig()) == pytest.approx(math.log(0.5))
     with pytest.raises(ValueError, match="without answers"):
-        best_answer([])
+        Scored.of([])
 
 
-@given(values=st.lists(st.floats(0, 1), min_size=1, max_size=8), scale=st.sampled_from([1.0, 1e-200, 1e-300]))
+def test_of_several_gold_answers_the_most_likely_is_trained_and_of_equals_the_first() -> None:
+    golds = {"a": Gold(-3.0, 1), "b": Gold(-1.0, 1), "c": Gold(-1.0, 9)}
+    assert trained_gold(golds, WeightingConfig()) == "b"
+
+
+def test_length_normalised_takes_the_gold_answer_that_is_best_per_token_not_in_all() -> None:
+    golds = {"short": Gold(-2.0, 3), "long": Gold(-2.5, 10)}
+    config = WeightingConfig(method="length_normalised")
+    assert weights_of([Scored.of(list(golds.values()))], config) == pytest.approx([0.779], abs=5e-4)
+    assert trained_gold(golds, config) == "long"
+    assert trained_gold(golds, WeightingConfig()) == "short"
+
+
+# ---------------------------------------------------------------- figures of an E-step
+
+
+@given(values=st.lists(st.floats(0, 1), min_size=1, max_size=8), scale=st.sampled_from([0.0, -500.0, -1e6]))
 def test_effective_sample_size_lies_between_one_and_k_whatever_the_scale(
     values: list[float], scale: float
 ) -> None:
-    w = np.array(values) * scale
-    assume(w.max() > 1e-300)
-    assert 1 - 1e-9 <= effective_sample_size(w) <= len(values) + 1e-9
+    assume(max(values) > 1e-300)
+    with np.errstate(divide="ignore"):
+        logs = np.log(values) + scale
+    assert 1 - 1e-9 <= effective_sample_size(logs) <= len(values) + 1e-6
 
 
 def test_effective_sample_size_of_known_cases() -> None:
-    assert effective_sample_size(np.ones(4)) == pytest.approx(4)
-    assert effective_sample_size(np.array([0.0, 1e-250, 0.0])) == pytest.approx(1)
-    assert effective_sample_size(np.zeros(3)) == 0
-    assert effective_sample_size(np.array([1.0, 3.0])) == pytest.approx(1.6)
+    assert effective_sample_size(np.zeros(4)) == pytest.approx(4)
+    assert effective_sample_size(np.array([-np.inf, -900.0, -np.inf])) == pytest.approx(1)
+    assert effective_sample_size(np.full(3, -np.inf)) == 0
+    assert effective_sample_size(np.log([1.0, 3.0])) == pytest.approx(1.6)
 
 
 @given(values=log_likelihoods)
 def test_the_bound_of_a_question_is_the_log_of_the_mean_likelihood(values: list[float]) -> None:
-    bound = log_mean_likelihood(np.array(values))
+    bound = bound_of([one(value) for value in values], WeightingConfig())
     assert min(values) - 1e-9 <= bound <= max(values) + 1e-9
     if max(values) > -300:
         assert bound == pytest.approx(math.log(np.mean(np.exp(values))), rel=1e-6, abs=1e-9)
 
 
+def test_the_bound_of_a_corrected_proposal_is_of_the_model_and_not_of_what_was_sampled_from() -> None:
+    # Four trajectories that a proposal finds equally likely; under the model their probabilities are these.
+    model, gold = np.array([0.7, 0.1, 0.1, 0.1]), np.array([0.9, 0.2, 0.1, 0.1])
+    scored = [one(math.log(y), log_ratio=math.log(p / 0.25)) for p, y in zip(model, gold, strict=True)]
+    config = WeightingConfig(correct_proposal=True, max_ratio=10.0)
+    assert bound_of(scored, config) == pytest.approx(math.log((model * gold).sum()))
+    # Clipped it is lower, so still a bound.
+    assert bound_of(scored, WeightingConfig(correct_proposal=True, max_ratio=2.0)) < math.log(
+        (model * gold).sum()
+    )
+
+
 def test_the_summary_of_an_e_step() -> None:
     groups = [
-        [Scored(math.log(0.5), 1, correct=True), Scored(math.log(0.1), 1)],
-        [Scored(math.log(0.2), 1), Scored(math.log(0.2), 1)],
+        [one(math.log(0.5), 1, correct=True), one(math.log(0.1), 1)],
+        [one(math.log(0.2), 1), one(math.log(0.2), 1)],
     ]
     config = WeightingConfig(method="likelihood")
-    summary = summarise(groups, [importance_weights(group, config) for group in groups])
+    summary = summarise(groups, [log_weights(group, config) for group in groups], config)
     bounds = [math.log(0.3), math.log(0.2)]
     assert summary.likelihood_bound == pytest.approx(np.mean(bounds))
     assert summary.likelihood_bound_stderr == pytest.approx(np.std(bounds, ddof=1) / math.sqrt(2))
@@ -213,7 +266,15 @@ def test_the_summary_of_an_e_step() -> None:
     assert summary.all_failed_share == 50.0
     assert summary.mean_weight == pytest.approx(0.25)
     with pytest.raises(ValueError, match="0 questions"):
-        summarise([], [])
+        summarise([], [], config)
+
+
+def test_an_impossible_question_takes_the_bound_down_and_breaks_no_other_figure() -> None:
+    groups = [[one(-math.inf)], [one(-1.0)]]
+    config = WeightingConfig()
+    summary = summarise(groups, [log_weights(group, config) for group in groups], config)
+    assert (summary.likelihood_bound, summary.likelihood_bound_stderr) == (-math.inf, 0.0)
+    assert summary.mean_weight == pytest.approx(math.exp(-1.0) / 2)
 
 
 def test_the_pure_modules_load_no_engine_no_cluster_and_no_trainer() -> None:

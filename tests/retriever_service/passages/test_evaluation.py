@@ -80,6 +80,22 @@ def test_question_without_a_relevant_passage_counts_as_0() -> None:
     }
 
 
+def test_question_that_is_a_passage_itself_does_not_find_itself() -> None:
+    """As BEIR does with ArguAna and Quora: every question finds itself first."""
+    run = run_of(q1="xab", q2="zd")
+    for question, answer in run.items():
+        answer.insert(0, (question, 9.0))
+    assert evaluate_run(QRELS, run, ks=[2]) == evaluate_run(QRELS, run_of(q1="xab", q2="zd"), ks=[2])
+    judged_0 = {question: judged | {question: 0} for question, judged in QRELS.items()}
+    assert evaluate_run(judged_0, run, ks=[2]) == evaluate_run(QRELS, run_of(q1="xab", q2="zd"), ks=[2])
+
+
+def test_passage_with_the_id_of_the_question_counts_where_it_is_judged_relevant() -> None:
+    """Passages and questions may both be numbered from 1."""
+    qrels = {"1": {"1": 1}, "2": {"1": 1}}
+    assert evaluate_run(qrels, run_of(**{"1": "1", "2": "21"}), ["mrr"], [1]) == {"mrr@1": 1.0}
+
+
 def test_order_of_the_run_decides_where_scores_are_equal() -> None:
     for answer, expected in (("az", 1.0), ("za", 0.5)):
         run = {"q": [(passage, 1.0) for passage in answer]}

@@ -117,6 +117,17 @@ def test_passage_of_any_form_is_understood(
         ({"_id": 0, "title": "Lion", "text": "it roars"}, Passage("0", "Lion", "it roars")),
         ({"id": "a", "title": "Lion", "text": ""}, Passage("a", "Lion", "")),
         ({"id": "a", "contents": '"Lion"\n '}, Passage("a", "Lion", " ")),
+        ({"id": "a", "contents": "Lion\nit roars"}, Passage("a", "Lion", "it roars")),
+        ({"title": "it roars", "text": "", "contents": "it roars"}, Passage("", "", "it roars")),
+        ({"title": "Lion", "text": "", "contents": '"Lion"\nit roars'}, Passage("", "Lion", "it roars")),
+        ({"title": "Lion", "text": "it roars", "contents": "other"}, Passage("", "Lion", "it roars")),
+        ({"id": "a", "title": None, "text": "it roars"}, Passage("a", "", "it roars")),
+        ({"id": "a", "title": "Lion", "text": None}, Passage("a", "Lion", "")),
+        ({"id": "a", "title": "Lion"}, Passage("a", "Lion", "")),
+        ({"id": "a", "title": 1984, "text": "it roars"}, Passage("a", "1984", "it roars")),
+        ({"id": 17.0, "text": "it roars"}, Passage("17", "", "it roars")),
+        ({"id": 1.5, "text": "it roars"}, Passage("1.5", "", "it roars")),
+        ({"id": "a", "text": "it roars", "metadata": "none"}, Passage("a", "", "it roars")),
     ],
 )
 def test_odd_but_clear_documents_of_other_servers_are_taken_as_they_are(
@@ -128,23 +139,43 @@ def test_odd_but_clear_documents_of_other_servers_are_taken_as_they_are(
 
 
 @both_ways
+@pytest.mark.parametrize("score", [{}, {"score": None}, {"score": "high"}, {"score": float("nan")}])
+def test_order_of_a_server_is_kept_where_it_gives_no_scores(
+    server: ScriptedServer, search: Search, score: dict[str, Any]
+) -> None:
+    items = [{"document": {"id": id_, "text": "it roars"}} | score for id_ in "ba"]
+    server.script = [(200, {}, json.dumps({"result": [items]}).encode())]
+    expected = [Hit(Passage(id_, "", "it roars"), 0.0) for id_ in "ba"]
+    assert search(client(server, "search-r1"), ["q"], 2) == [expected]
+
+
+@both_ways
+def test_bare_documents_fewer_and_more_of_them_and_none_at_all_are_taken(
+    server: ScriptedServer, search: Search
+) -> None:
+    bare = [{"id": id_, "contents": "it roars"} for id_ in "abc"]
+    server.script = [(200, {}, json.dumps({"result": [bare, bare[:1], [], None]}).encode())]
+    found = search(client(server, "search-r1"), ["p", "q", "r", "s"], 2)
+    assert [[hit.passage.id for hit in hits] for hits in found] == [["a", "b"], ["a"], [], []]
+
+
+@both_ways
 @pytest.mark.parametrize(
     ("item", "told"),
     [
         ({"document": {"id": "a", "title": " ", "text": ""}, "score": 1.0}, "neither title nor text"),
-        ({"document": {"id": 1.5, "text": "x"}, "score": 1.0}, "'id' must be a string, is float"),
         ({"document": {"id": True, "text": "x"}, "score": 1.0}, "'id' must be a string, is bool"),
-        ({"document": {"id": "a", "text": None}, "score": 1.0}, "'text' must be a string"),
-        ({"document": {"id": "a"}, "score": 1.0}, "no field 'text'"),
+        ({"document": {"id": ["a"], "text": "x"}, "score": 1.0}, "'id' must be a string, is list"),
+        ({"document": {"id": "a", "text": None}, "score": 1.0}, "neither title nor text"),
+        ({"document": {"id": "a"}, "score": 1.0}, "neither title nor text"),
+        ({"document": {"id": "a", "text": {"en": "x"}}, "score": 1.0}, "'text' must be a string, is dict"),
         ({"document": {"id": "a", "text": "\ud800"}, "score": 1.0}, "does not answer as"),
-        ({"document": {"id": "a", "text": "x"}, "score": "high"}, "does not answer as"),
-        ({"document": {"id": "a", "text": "x"}, "score": None}, "does not answer as"),
         ({"document": None, "score": 1.0}, "does not answer as"),
-        ({"document": {"id": "a", "text": "x"}}, "does not answer as"),
+        ("it roars", "does not answer as"),
     ],
 )
 def test_documents_that_make_no_sense_are_an_error(
-    server: ScriptedServer, search: Search, item: dict[str, Any], told: str
+    server: ScriptedServer, search: Search, item: Any, told: str
 ) -> None:
     server.script = [(200, {}, json.dumps({"result": [[item]]}).encode())]
     with pytest.raises(RetrieverError, match=told):

@@ -123,6 +123,33 @@ def test_the_original_exsearch_client_finds_title_text_and_probability(index: Pa
     ]
 
 
+def test_no_request_imports_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where no more files can be opened an import fails, and a library that is imported by half stays broken."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    new = {"passages": [{"id": "new", "text": "one more"}]}
+    with serving(write_index(tmp_path, bm25=True)) as (url, _), httpx.Client(base_url=url) as client:
+        assert "import time" in capfd.readouterr().err
+        answers = [
+            client.post(
+                "/search", json={"query": "number1", "method": "hybrid", "filter": {"year": {"gte": 1984}}}
+            ),
+            client.post("/search", json={"query": "number1", "distinct": True, "exclude": ["p1"]}),
+            client.post("/retrieve", json={"queries": ["number1"]}),
+            client.get("/api/search", params={"query": "number1"}),
+            client.post("/passages", json=new),
+            client.request("DELETE", "/passages", json={"ids": ["new"]}),
+            client.get("/info"),
+            client.get("/metrics"),
+            client.get("/openapi.json"),
+        ]
+        assert {answer.status_code for answer in answers} == {200}
+        refused = [client.post("/search", content=b"{"), client.get("/search"), client.get("/nowhere")]
+        assert all(400 <= answer.status_code < 500 for answer in refused)
+    assert "import time" not in capfd.readouterr().err
+
+
 def test_schemathesis_finds_the_openapi_schema_true(tmp_path: Path) -> None:
     """It asks whatever the schema allows, and what it forbids: no 5xx, no status or shape that is not declared."""
     command = [sys.executable, "-m", "schemathesis.cli", "run"]

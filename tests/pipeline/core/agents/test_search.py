@@ -87,12 +87,15 @@ def check_layout(tokenizer: Any, trajectory: Trajectory, engine: ScriptedEngine)
     ids, mask = trajectory.token_ids.tolist(), trajectory.loss_mask
     for prompt in engine.prompts:
         assert ids[: len(prompt)] == prompt[: len(ids)]
-    assert np.isnan(trajectory.logprobs[~mask]).all()
+    sampled = trajectory.sampled
     assert not np.isnan(trajectory.logprobs[mask]).any()
     # The model's tokens are what it wrote, to the token; only a last turn that went wrong may be missing.
     wrote = [list(chain.from_iterable(turns)) for turns in (engine.written, engine.written[:-1])]
-    assert trajectory.token_ids[mask].tolist() in wrote
-    assert tokenizer.decode(ids[: trajectory.answer_start]).endswith("<answer>") or (
+    assert trajectory.token_ids[sampled].tolist() in wrote
+    # Only a sub-query that was refused was written by the model and is not trained.
+    refused = tokenizer.decode(trajectory.token_ids[sampled & ~mask])
+    assert refused == "" or refused.strip().startswith("<think>")
+    assert tokenizer.decode(trajectory.answer_context).endswith("<answer>") or (
         trajectory.stop_reason.is_infrastructure and trajectory.answer_start == len(ids)
     )
 
@@ -189,6 +192,16 @@ def test_after_the_last_search_an_answer_is_demanded(tokenizer: Any) -> None:
     assert not trajectory.loss_mask[opened - 1]
     assert trajectory.loss_mask[opened:].all()
     check_layout(tokenizer, trajectory, engine)
+
+
+def test_a_sub_query_that_is_refused_is_not_trained_and_the_record_before_it_is(tokenizer: Any) -> None:
+    at_limit, _, _ = run(tokenizer, [THINK, AGAIN, " Mara </answer>"], max_searches=1)
+    _, unlimited, _ = run(tokenizer, [THINK, AGAIN, ANSWER])
+    room = len(unlimited.prompts[2]) + 80
+    no_room, _, _ = run(tokenizer, [THINK, AGAIN, " Mara </answer>"], max_length=room, max_turn_tokens=80)
+    for trajectory in (at_limit, no_room):
+        trained = tokenizer.decode(trajectory.token_ids[trajectory.loss_mask])
+        assert trained.split() == f"{THINK}<record> Orvane makes it. </record> Mara </answer>".split()
 
 
 @pytest.mark.parametrize(
@@ -305,15 +318,38 @@ def test_agents_run_side_by_side_without_mixing(tokenizer: Any) -> None:
         assert trajectory.answer == f"{n} Velin"
 
 
+@pytest.mark.parametrize("answer", ['"Mara Velin"', "(1984)", "Mara"])
+def test_another_answer_can_be_put_behind_the_tag_where_a_token_holds_its_end_and_more(
+    crossing_tokenizer: Any, answer: str
+) -> None:
+    turns = [THINK, f"<record> r </record>\n<answer>{answer}</answer>"]
+    trajectory, engine, _ = run(crossing_tokenizer, turns)
+    assert trajectory.answer == answer
+    check_layout(crossing_tokenizer, trajectory, engine)
+    context = crossing_tokenizer.decode(trajectory.answer_context)
+    assert context.endswith("<record> r </record>\n<answer>")
+    example = Renderer(crossing_tokenizer, AgentConfig()).with_gold_answer(trajectory, "Ada", 0.0)
+    assert crossing_tokenizer.decode(example.token_ids) == f"{context} Ada </answer>"
+    # What the model did not write, the end of the tag, is not trained; the gold answer is.
+    rest = crossing_tokenizer.decode(trajectory.answer_opening)
+    assert rest == ("" if answer == "Mara" else ">")
+    start, own = trajectory.answer_start, len(trajectory.answer_opening)
+    assert example.loss_mask[:start].tolist() == trajectory.loss_mask[:start].tolist()
+    assert example.loss_mask[start:].tolist() == [False] * own + [True] * (
+        len(example.token_ids) - start - own
+    )
+
+
 @given(
     query=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>"), max_size=30),
-    answer=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>"), max_size=30),
+    answer=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<>"), max_size=30)
+    | st.sampled_from(['"quoted"', "(é", "  \u0301"]),
 )
 @settings(max_examples=30)
 def test_whatever_the_model_writes_ids_stay_and_decode_to_its_words(
-    tokenizer: Any, tag_tokenizer: Any, query: str, answer: str
+    tokenizer: Any, tag_tokenizer: Any, crossing_tokenizer: Any, query: str, answer: str
 ) -> None:
-    for some_tokenizer in (tokenizer, tag_tokenizer):
+    for some_tokenizer in (tokenizer, tag_tokenizer, crossing_tokenizer):
         turns = [f"<think>{query}</think>", f"<record>{query}</record>\n<answer>{answer}</answer>"]
         trajectory, engine, _ = run(some_tokenizer, turns)
         check_layout(some_tokenizer, trajectory, engine)
@@ -322,4 +358,4 @@ def test_whatever_the_model_writes_ids_stay_and_decode_to_its_words(
         if query.strip():
             assert trajectory.answer == answer.strip()
             behind = some_tokenizer.decode(trajectory.token_ids[trajectory.answer_start :])
-            assert behind == f"{answer}</answer>"
+            assert behind == some_tokenizer.decode(trajectory.answer_opening) + f"{answer}</answer>"

@@ -72,6 +72,15 @@ def test_each_different_gold_answer_is_scored_behind_the_answer_tag(tokenizer: A
     assert (trajectory.policy_version, trajectory.proposal_logprobs) == (3, None)
 
 
+def test_gold_answers_are_scored_behind_nothing_of_the_models_own_answer(crossing_tokenizer: Any) -> None:
+    model = FakeModel(crossing_tokenizer)
+    model.turns = iter([TURNS[0], '<record> r </record>\n<answer>"Mara"</answer>'])
+    trajectory = run(model, score_answers=True)
+    assert trajectory.answer == '"Mara"'
+    for ids, start in model.scored:
+        assert crossing_tokenizer.decode(ids[:start]).endswith("<record> r </record>\n<answer>")
+
+
 def test_nothing_is_scored_unless_it_is_asked_for(tokenizer: Any) -> None:
     model = FakeModel(tokenizer)
     assert run(model).log_likelihoods == ()

@@ -205,7 +205,7 @@ def test_an_answer_that_makes_no_sense_costs_its_question(
 def test_cold_start_examples_weigh_one_and_end_with_the_gold_answer(tokenizer: Any) -> None:
     result, renderer = synthesised(tokenizer, QUESTION)
     (example,) = supervised_examples(result.trajectories, [QUESTION], renderer)
-    assert example.number("weight") == 1.0
+    assert example.number("log_weight") == 0.0
     assert renderer.decode(example.token_ids.tolist()).endswith("<answer> Mara Velin </answer>")
     with pytest.raises(ValueError, match="unknown questions"):
         supervised_examples(result.trajectories, [], renderer)

@@ -99,7 +99,11 @@ def test_training_questions_become_examples_of_weight_one(tmp_path: Path, made: 
     write_questions(tmp_path / "train.jsonl", range(3))
     settings = config(tmp_path)
     examples, statistics = made(settings)
-    assert [(question_of(e), e.number("weight")) for e in examples] == [("q0", 1.0), ("q1", 1.0), ("q2", 1.0)]
+    assert [(question_of(e), e.number("log_weight")) for e in examples] == [
+        ("q0", 0.0),
+        ("q1", 0.0),
+        ("q2", 0.0),
+    ]
     # Two of the three gold passages are always found; the third has to be put among the hits.
     assert statistics == {"trajectories": 3, "skipped": {}, "searches": 3, "gold_passages_inserted": 1}
     for number, example in enumerate(examples):

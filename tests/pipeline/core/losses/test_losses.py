@@ -33,7 +33,7 @@ def pair(number: int) -> list[Example]:
         mask = random.random(TOKENS) < 0.6
         mask[-1] = True
         streams = {
-            "weight": random.random(1),
+            "log_weight": np.log(random.random(1)),
             "label": np.array([label]),
             "reference_logprob": random.normal(size=1),
             "advantage": random.normal(size=TOKENS),
