@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from actors.cluster import Cluster
@@ -17,9 +18,9 @@ from pipeline.core.evaluation import evaluate
 from pipeline.core.policies import PolicySpec
 from pipeline.core.preflight import check_models
 from pipeline.core.record_tables import trajectories_to_table
-from pipeline.core.records import Question
+from pipeline.core.records import Question, Trajectory
 from pipeline.core.report import best_iteration, models_of
-from pipeline.core.retrieval import what_is_searched
+from pipeline.core.retrieval import Searched, what_is_searched
 from pipeline.core.run import Json, RunFiles, write_json, write_table
 from pipeline.core.scoring.files import suffix_of, write_predictions
 from pipeline.core.scoring.support import predict
@@ -77,7 +78,22 @@ def evaluate_model(
         documents=config.agent.documents,
         timeout_s=config.cluster.start_timeout_s,
     )
-    questions = [question for members in sets.values() for question in members]
+    trajectories = _trajectories(config, agent, models, sets, searched, split, display)
+    return scored(config, models, split, sets, trajectories, out, display)
+
+
+def _trajectories(
+    config: Config,
+    agent: Answering,
+    models: Mapping[str, str],
+    sets: Mapping[str, Sequence[Question]],
+    searched: Searched,
+    split: str,
+    display: Display,
+) -> list[Trajectory]:
+    """The answering turn of one greedy episode per question."""
+    # The evidence is for scoring alone, and may be many times what is asked.
+    questions = [replace(question, evidence=None) for members in sets.values() for question in members]
     policies = [PolicySpec(role, config.model.at(path), config.rollout) for role, path in models.items()]
     with ray_session(config.cluster):
         with display.status("starting the retriever and the vLLM engines"):
@@ -89,17 +105,30 @@ def evaluate_model(
                 {role: cluster.policy(role) for role in models},
                 on_progress=lambda done: advance.to(done, len(questions)),
             )
-    trajectories = [episode.turn(agent.answers) for episode in episodes]
+    return [episode.turn(agent.answers) for episode in episodes]
+
+
+def scored(
+    config: Config,
+    models: Mapping[str, str],
+    split: str,
+    sets: Mapping[str, Sequence[Question]],
+    trajectories: Sequence[Trajectory],
+    out: Path | None,
+    display: Display,
+) -> Json:
+    """Scores of one trajectory per question, as `evaluate_model` gives and writes them."""
     found = {trajectory.question_id: trajectory for trajectory in trajectories}
+    questions = [question for members in sets.values() for question in members]
+    predictions = {question.id: predict(question, found[question.id]) for question in questions}
+    rules = config.evaluation
 
     def score(members: Sequence[Question]) -> Json:
         own = [found[question.id] for question in members]
-        rules = config.evaluation
         return evaluate(members, own, rules.bootstrap_samples, config.seed, rules.protocol)
 
-    predictions = {question.id: predict(question, found[question.id]) for question in questions}
     result = {
-        "models": models,
+        "models": dict(models),
         "split": split,
         "sets": {name: score(members) for name, members in sets.items()},
         "all": score(questions),
@@ -108,9 +137,8 @@ def evaluate_model(
     if out is not None:
         write_json(out, result)
         write_table(out.with_suffix(".parquet"), trajectories_to_table(trajectories))
-        protocol = config.evaluation.protocol
-        own_format = out.with_name(f"{out.stem}.predictions{suffix_of(protocol)}")
-        write_predictions(protocol, own_format, questions, predictions)
+        own_format = out.with_name(f"{out.stem}.predictions{suffix_of(rules.protocol)}")
+        write_predictions(rules.protocol, own_format, questions, predictions)
     return result
 
 
