@@ -3,7 +3,8 @@
 python -m bench.metrics [--root DIR] FILE.jsonl [FILE.jsonl ...]
 
 Predictions are made of a question's gold answer or gold passages by the rules of `RULES`, so that they are the same
-everywhere; `corpus.jsonl` is beside each file of questions. Prints a table in Markdown: what moved, by how much and why.
+everywhere; `corpus.jsonl` is beside each file of questions. Prints a table in Markdown: what moved,
+by how much and why.
 """
 
 from __future__ import annotations
