@@ -165,19 +165,39 @@ def evaluate(
         str | None, typer.Option("--model", help="Model directory (default: the run's best).")
     ] = None,
     split: Annotated[str, typer.Option("--split", help="train, dev or test.")] = "dev",
+    protocol: Annotated[
+        str | None,
+        typer.Option("--protocol", help="Short for evaluation.protocol=NAME: hotpotqa, musique, ..."),
+    ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option("--predictions", help="Score this file, in the protocol's format, and no model."),
+    ] = None,
+    gold: Annotated[
+        list[Path] | None, typer.Option("--gold", help="Questions that --predictions answers; repeatable.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Also write scores (.json) and trajectories.")
+        Path | None, typer.Option("--out", help="Also write scores (.json), trajectories and predictions.")
     ] = None,
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
-    """Score a model on a split: EM, F1, accuracy, retrieval recall, per hop and type; one row per question file."""
-    from pipeline.commands.evaluate import evaluate_model
+    """Score a model on a split: EM, F1, accuracy, retrieval recall, per hop and type; one row per question file.
 
+    Or the predictions of any program: exsearch evaluate --protocol hotpotqa --predictions FILE --gold FILE
+    """
     display = Display()
-    scores = evaluate_model(
-        config, overrides or [], run=run, model=model, split=split, out=out, display=display
-    )
+    keys = [*(overrides or []), *([] if protocol is None else [f"evaluation.protocol={protocol}"])]
+    if predictions is not None or gold:
+        from pipeline.commands.predictions import evaluate_predictions
+
+        scores = evaluate_predictions(
+            predictions, gold or [], keys, of_a_model=(config, run, model), out=out, display=display
+        )
+    else:
+        from pipeline.commands.evaluate import evaluate_model
+
+        scores = evaluate_model(config, keys, run=run, model=model, split=split, out=out, display=display)
     if as_json:
         typer.echo(json.dumps(scores, ensure_ascii=False))
     else:

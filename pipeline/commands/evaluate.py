@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from actors.cluster import Cluster
 from actors.session import ray_session
+from pipeline.commands.predictions import protocol_scores
 from pipeline.core.agents.program import Answering
 from pipeline.core.config import Config
 from pipeline.core.data.questions import read_questions
@@ -16,10 +18,12 @@ from pipeline.core.evaluation import evaluate
 from pipeline.core.policies import PolicySpec
 from pipeline.core.preflight import check_models
 from pipeline.core.record_tables import trajectories_to_table
-from pipeline.core.records import Question
+from pipeline.core.records import Question, Trajectory
 from pipeline.core.report import best_iteration, models_of
-from pipeline.core.retrieval import what_is_searched
+from pipeline.core.retrieval import Searched, what_is_searched
 from pipeline.core.run import Json, RunFiles, write_json, write_table
+from pipeline.core.scoring.files import suffix_of, write_predictions
+from pipeline.core.scoring.support import predict
 from pipeline.methods import answering, load, searching
 
 
@@ -35,8 +39,10 @@ def evaluate_model(
 ) -> Json:
     """Greedy evaluation of a run's best iteration, of what a configuration starts from, or of one model as a searcher.
 
+    With `out` the scores are written there, and beside them the trajectories and the predictions.
+
     Returns:
-        `{"models": {role: model}, "split", "sets": {file: scores}, "all": scores}`.
+        `{"models": {role: model}, "split", "sets": {file: scores}, "all": scores, "protocol": its own scores of all}`.
 
     Raises:
         UserError: nothing to evaluate, no such split, nothing to search, or bad input.
@@ -53,7 +59,9 @@ def evaluate_model(
     models = _best_models(run, config, agent) if run is not None and model is None else dict(agent.models)
     check_models(models.values())
     if out is not None and out.suffix != ".json":
-        raise UserError(f"--out is {out}; give a name that ends in .json (the trajectories go beside it)")
+        raise UserError(
+            f"--out is {out}; give a name that ends in .json (trajectories and predictions go beside it)"
+        )
     if split not in ("train", "dev", "test"):
         raise UserError(f"--split is {split}; choose train, dev or test")
     sets = _read_sets(config, split)
@@ -70,7 +78,22 @@ def evaluate_model(
         documents=config.agent.documents,
         timeout_s=config.cluster.start_timeout_s,
     )
-    questions = [question for members in sets.values() for question in members]
+    trajectories = _trajectories(config, agent, models, sets, searched, split, display)
+    return scored(config, models, split, sets, trajectories, out, display)
+
+
+def _trajectories(
+    config: Config,
+    agent: Answering,
+    models: Mapping[str, str],
+    sets: Mapping[str, Sequence[Question]],
+    searched: Searched,
+    split: str,
+    display: Display,
+) -> list[Trajectory]:
+    """The answering turn of one greedy episode per question."""
+    # The evidence is for scoring alone, and may be many times what is asked.
+    questions = [replace(question, evidence=None) for members in sets.values() for question in members]
     policies = [PolicySpec(role, config.model.at(path), config.rollout) for role, path in models.items()]
     with ray_session(config.cluster):
         with display.status("starting the retriever and the vLLM engines"):
@@ -82,23 +105,40 @@ def evaluate_model(
                 {role: cluster.policy(role) for role in models},
                 on_progress=lambda done: advance.to(done, len(questions)),
             )
-    trajectories = [episode.turn(agent.answers) for episode in episodes]
+    return [episode.turn(agent.answers) for episode in episodes]
+
+
+def scored(
+    config: Config,
+    models: Mapping[str, str],
+    split: str,
+    sets: Mapping[str, Sequence[Question]],
+    trajectories: Sequence[Trajectory],
+    out: Path | None,
+    display: Display,
+) -> Json:
+    """Scores of one trajectory per question, as `evaluate_model` gives and writes them."""
     found = {trajectory.question_id: trajectory for trajectory in trajectories}
+    questions = [question for members in sets.values() for question in members]
+    predictions = {question.id: predict(question, found[question.id]) for question in questions}
+    rules = config.evaluation
 
     def score(members: Sequence[Question]) -> Json:
         own = [found[question.id] for question in members]
-        rules = config.evaluation
         return evaluate(members, own, rules.bootstrap_samples, config.seed, rules.protocol)
 
     result = {
-        "models": models,
+        "models": dict(models),
         "split": split,
         "sets": {name: score(members) for name, members in sets.items()},
         "all": score(questions),
+        "protocol": protocol_scores(config, questions, predictions, display),
     }
     if out is not None:
         write_json(out, result)
         write_table(out.with_suffix(".parquet"), trajectories_to_table(trajectories))
+        own_format = out.with_name(f"{out.stem}.predictions{suffix_of(rules.protocol)}")
+        write_predictions(rules.protocol, own_format, questions, predictions)
     return result
 
 
@@ -132,6 +172,7 @@ def _read_sets(config: Config, split: str) -> dict[str, list[Question]]:
     )
     wanted = {question.id: question for question in chosen}
     sets = {
-        path: [q for q in read_questions([path], root=config.data.root) if q.id in wanted] for path in paths
+        path: [q for q in read_questions([path], root=config.data.root, with_evidence=True) if q.id in wanted]
+        for path in paths
     }
     return {path: members for path, members in sets.items() if members}

@@ -26,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 
 from pipeline.core.progress import PROGRESS_FILE, ActorKind, ProgressFile
-from pipeline.core.report import Column, Outcome
+from pipeline.core.report import SCORES, Column, Outcome
 
 logger = logging.getLogger(__name__)
 
@@ -196,22 +196,41 @@ class Display:
             )
 
     def scores(self, scores: Mapping[str, Any]) -> None:
-        """The tables of `exsearch evaluate`: one row per set, and the details of all together."""
-        table = _table(
-            f"{' and '.join(scores['models'].values())} on {scores['split']}, in percent",
-            "set",
-            _SCORE_COLUMNS,
-        )
-        for name, row in scores["sets"].items():
-            table.add_row(escape(name), *_score_cells(row))
-        table.add_row("all", *_score_cells(scores["all"]))
-        self.console.print(table)
+        """The tables of `exsearch evaluate`: a row per set, the details of all together, the protocol's own scores."""
+        if "models" in scores:
+            self._model_scores(scores)
+        else:
+            table = _table(f"{scores['predictions']}, in percent", "set", _GROUP_COLUMNS)
+            table.add_row("all", *_group_cells(scores["all"]))
+            self.console.print(table)
         for title, key in (("hops", "by_hops"), ("type", "by_type")):
             groups = _table(f"by {title}", title, _GROUP_COLUMNS)
             for name, row in scores["all"][key].items():
                 groups.add_row(escape(name), *_group_cells(row))
             if groups.row_count:
                 self.console.print(groups)
+        self._protocol_scores(scores["protocol"])
+        if "models" in scores:
+            self._trajectories(scores)
+
+    def _model_scores(self, scores: Mapping[str, Any]) -> None:
+        title = f"{' and '.join(scores['models'].values())} on {scores['split']}, in percent"
+        table = _table(title, "set", _SCORE_COLUMNS)
+        for name, row in scores["sets"].items():
+            table.add_row(escape(name), *_score_cells(row))
+        table.add_row("all", *_score_cells(scores["all"]))
+        self.console.print(table)
+
+    def _protocol_scores(self, found: Mapping[str, Any]) -> None:
+        """What the data set's own script prints, where that is more than the other tables have."""
+        if found["scores"].keys() <= set(SCORES):
+            return
+        table = _table(f"as {found['protocol']} scores them, in percent", "metric", ("n", "score", "95 %"))
+        for name, score in found["scores"].items():
+            table.add_row(name, str(found["counted"][name]), _number(score), _range(found["intervals"][name]))
+        self.console.print(table)
+
+    def _trajectories(self, scores: Mapping[str, Any]) -> None:
         stops = ", ".join(f"{name} {count}" for name, count in scores["all"]["stop_reasons"].items() if count)
         recall = ", ".join(_number(value) for value in scores["all"]["gold_recall_by_step"])
         if not recall:
@@ -266,16 +285,18 @@ def _score_cells(scores: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _group_cells(scores: Mapping[str, Any]) -> Sequence[str]:
-    low, high = scores.get("em_interval") or (None, None)
-    interval = f"{low:.1f}-{high:.1f}" if low is not None and high is not None else ""
     return (
         str(scores["n"]),
         _number(scores["em"]),
-        interval,
+        _range(scores.get("em_interval")),
         _number(scores["f1"]),
         _number(scores["accuracy"]),
         _number(scores["gold_recall"]),
     )
+
+
+def _range(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.1f}-{interval[1]:.1f}"
 
 
 def _number(value: float | None, digits: int = 1) -> str:

@@ -6,7 +6,7 @@ Guarantee: every question counts, also one that failed, has no trajectory or was
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,19 +70,31 @@ def evaluate(
         )
         for question in questions
     ]
-    summarise = partial(_summary, bootstrap_samples=bootstrap_samples, seed=seed)
     with_gold = [row for row in rows if row.recalls is not None]
     stop_reasons = Counter({reason.value: 0 for reason in StopReason} | {"missing": 0})
     stop_reasons.update(row.stop_reason for row in rows)
     return {
-        **summarise(rows),
+        **_with_groups(rows, bootstrap_samples, seed),
         "gold_recall_by_step": _mean_recall_by_step([row.recalls for row in rows if row.recalls is not None]),
         "all_gold": _percent([float(row.final_recall == 1.0) for row in with_gold]),
         "searches": float(np.mean([row.searches for row in rows])),
         "stop_reasons": dict(stop_reasons),
-        "by_hops": {hops: summarise(group) for hops, group in _groups(rows, _hops).items()},
-        "by_type": {type_: summarise(group) for type_, group in _groups(rows, _type).items()},
     }
+
+
+def evaluate_answers(
+    questions: Sequence[Question],
+    answers: Mapping[str, str],
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+    protocol: ProtocolName = "exsearch",
+) -> dict[str, Any]:
+    """As `evaluate`, of answers by question id that came without trajectories: what needs these is left out or null."""
+    rows = [
+        _Row(q, score_answer(answers[q.id], q.answers, protocol) if q.id in answers else WRONG, None, 0, "")
+        for q in questions
+    ]
+    return _with_groups(rows, bootstrap_samples, seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +139,15 @@ def _score_question(
         searches=trajectory.num_searches,
         stop_reason=trajectory.stop_reason.value,
     )
+
+
+def _with_groups(rows: Sequence[_Row], bootstrap_samples: int, seed: int) -> dict[str, Any]:
+    summarise = partial(_summary, bootstrap_samples=bootstrap_samples, seed=seed)
+    return {
+        **summarise(rows),
+        "by_hops": {hops: summarise(group) for hops, group in _groups(rows, _hops).items()},
+        "by_type": {type_: summarise(group) for type_, group in _groups(rows, _type).items()},
+    }
 
 
 def _summary(rows: Sequence[_Row], bootstrap_samples: int, seed: int) -> dict[str, Any]:

@@ -132,10 +132,11 @@ def _of_kilt(row: Mapping[str, Any]) -> Prediction:
     output = _list(row, "output")
     if len(output) != 1 or not isinstance(output[0], dict):
         raise _Wrong(f"output of {_id(row)} must hold one object, got {output!r}")
-    pages = [
-        str(page["wikipedia_id"]) for page in output[0].get("provenance") or [] if "wikipedia_id" in page
-    ]
-    return Prediction(answer=_text(output[0], "answer"), pages=tuple(pages))
+    pages = output[0].get("provenance") or []
+    if not isinstance(pages, list) or not all(isinstance(page, dict) for page in pages):
+        raise _Wrong(f"provenance of {_id(row)} must be a list of objects, got {pages!r}")
+    named = tuple(str(page["wikipedia_id"]) for page in pages if "wikipedia_id" in page)
+    return Prediction(answer=_text(output[0], "answer"), pages=named)
 
 
 def _part(tree: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.core.records import Evidence, Question
 from pipeline.core.scoring.answers import AnswerScore, ProtocolName, score_answer
-from pipeline.core.scoring.prediction import Prediction, Triple
+from pipeline.core.scoring.prediction import Fact, Prediction, Triple
 
 Metrics = dict[str, float]
 Score = Callable[[Question, Prediction, Collection[str]], Metrics]
@@ -71,9 +70,8 @@ def two_wiki(question: Question, prediction: Prediction, parts: Collection[str])
     metrics = answer.named("")
     facts = triples = None
     if evidence.supporting_facts and "facts" in parts:
-        gold = {(title.lower(), number) for title, number in evidence.supporting_facts}
-        said = prediction.facts
-        facts = Part() if said is None else _overlap({(title.lower(), n) for title, n in said}, gold)
+        gold, said = _in_any_case(set(evidence.supporting_facts)), prediction.facts
+        facts = Part() if said is None else _overlap(_in_any_case(said), gold)
         metrics |= facts.named("sp_")
     if evidence.triples and "triples" in parts:
         triples = Part() if prediction.triples is None else _agreement(prediction.triples, evidence)
@@ -133,10 +131,16 @@ def _evidence(question: Question) -> Evidence:
     return question.evidence or Evidence()
 
 
-def _overlap(said: AbstractSet[Hashable], gold: AbstractSet[Hashable]) -> Part:
+def _in_any_case(facts: Collection[Fact]) -> list[Fact]:
+    """Titles in lower case; two that only differ in case stay two, as in the official script."""
+    return [(title.lower(), number) for title, number in facts]
+
+
+def _overlap(said: Collection[object], gold: Collection[object]) -> Part:
     """Of two sets; those without an element agree, though they share none."""
-    shared = len(said & gold)
-    return _part(shared, len(said), len(gold), em=said == gold)
+    right = sum(one in gold for one in said)
+    missed = sum(one not in said for one in gold)
+    return _part(right, len(said), right + missed, em=right == len(said) and not missed)
 
 
 def _agreement(said: Sequence[Triple], evidence: Evidence) -> Part:

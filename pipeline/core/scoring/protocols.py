@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from pipeline.core.records import Question
+from pipeline.core.records import Evidence, Question
 from pipeline.core.scoring.answers import ProtocolName
 from pipeline.core.scoring.intervals import bootstrap, wilson
 from pipeline.core.scoring.metrics import SCORES
@@ -48,6 +48,26 @@ def score_predictions(
         "counted": {name: len(column) for name, column in values.items()},
         "intervals": {name: _interval(column, bootstrap_samples, seed) for name, column in values.items()},
     }
+
+
+def what_is_missing(protocol: ProtocolName, questions: Sequence[Question]) -> str:
+    """Which fields the official script looks at that no question has, in words; empty if there are all."""
+    rows = [question.evidence or Evidence() for question in questions]
+    looked_at = {field: any(has(row) for row in rows) for field, has in _LOOKED_AT.get(protocol, {}).items()}
+    return " and ".join(field for field, present in looked_at.items() if not present)
+
+
+_FACTS: Mapping[str, Callable[[Evidence], object]] = {"supporting_facts": lambda row: row.supporting_facts}
+_LOOKED_AT: Mapping[ProtocolName, Mapping[str, Callable[[Evidence], object]]] = {
+    "hotpotqa": _FACTS,
+    "2wikimultihopqa": {
+        **_FACTS,
+        "evidences": lambda row: row.triples,
+        "entity_aliases": lambda row: row.aliases,
+    },
+    "musique": {"paragraphs": lambda row: row.context},
+    "kilt": {"provenance": lambda row: any(row.provenance)},
+}
 
 
 def _interval(values: Sequence[float], samples: int, seed: int) -> list[float] | None:

@@ -171,8 +171,24 @@ def test_tables_fit_into_80_columns(name: str) -> None:
     assert "100.0-100.0" in screen.text
 
 
+PROTOCOL: dict[str, Any] = {
+    "protocol": "hotpotqa",
+    "n": 200,
+    "predicted": 190,
+    "scores": {"em": 41.25, "sp_f1": 33.25},
+    "intervals": {"em": [35.0, 47.5], "sp_f1": None},
+    "counted": {"em": 200, "sp_f1": 150},
+}
+
+
 def scored(**parts: Any) -> dict[str, Any]:
-    return {"models": {"searcher": "models/tiny"}, "split": "dev", "sets": {}, "all": SCORES} | parts
+    return {
+        "models": {"searcher": "models/tiny"},
+        "split": "dev",
+        "sets": {},
+        "all": SCORES,
+        "protocol": PROTOCOL,
+    } | parts
 
 
 def test_scores_show_every_set_and_the_breakdown(screen: Screen) -> None:
@@ -185,6 +201,26 @@ def test_scores_show_every_set_and_the_breakdown(screen: Screen) -> None:
     assert screen.row("bridge") == ["120", "50.0", "41.2-58.8", "60.0", "55.0"]
     assert "stop reasons: answered 190, step_limit 10\n" in screen.text
     assert "gold recall after each search: 55.0, 80.0" in screen.text
+
+
+def test_the_sets_own_scores_are_shown_with_the_questions_that_they_can_be_told_of(screen: Screen) -> None:
+    screen.display.scores(scored())
+    assert "as hotpotqa scores them" in screen.text
+    assert screen.row("em") == ["200", "41.2", "35.0-47.5"]
+    assert screen.row("sp_f1") == ["150", "33.2"]
+
+
+def test_scores_of_answers_alone_are_not_shown_twice(screen: Screen) -> None:
+    screen.display.scores(scored(protocol=PROTOCOL | {"protocol": "nq", "scores": {"em": 41.25}}))
+    assert "as nq scores them" not in screen.text
+
+
+def test_scores_of_a_file_of_predictions_are_without_searches(screen: Screen) -> None:
+    answers = {key: value for key, value in SCORES.items() if key not in ("searches", "stop_reasons")}
+    screen.display.scores({"predictions": "p[1].json", "all": answers, "protocol": PROTOCOL})
+    assert "p[1].json, in percent" in screen.text
+    assert screen.row("all") == ["200", "41.2", "35.0-47.5", "50.0", "45.5", "80.0"]
+    assert "stop reasons" not in screen.text
 
 
 def test_scores_without_gold_passages_say_so(screen: Screen) -> None:

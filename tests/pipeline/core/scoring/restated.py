@@ -1,4 +1,4 @@
-"""The published definitions of answer metrics, said again as plainly as possible; nothing of the project is used."""
+"""The published definitions of answer metrics, said again as plainly as possible, without code of the project."""
 
 # ruff: noqa: RUF001, RUF002  (other writing than ASCII is what this is about)
 
@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
+
+from pipeline.core.scoring.answers import ProtocolName
 
 ASCII_PUNCTUATION = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
@@ -76,7 +78,7 @@ def musique_pair(prediction: str, gold: str) -> tuple[float, float, float, float
     return squad_pair(prediction, gold)
 
 
-PAIRS = {
+PAIRS: dict[ProtocolName, Callable[[str, str], tuple[float, float, float, float]]] = {
     "kilt": squad_pair,
     "bamboogle": squad_pair,
     "hotpotqa": hotpotqa_pair,
@@ -87,7 +89,7 @@ PAIRS = {
 }
 
 
-def best(protocol: str, prediction: str, golds: Sequence[str]) -> tuple[float, float, float, float]:
+def best(protocol: ProtocolName, prediction: str, golds: Sequence[str]) -> tuple[float, float, float, float]:
     """(EM, F1, precision, recall), each the best over the gold answers."""
     rows = [PAIRS[protocol](prediction, gold) for gold in golds]
     em, f1, precision, recall = (max(column) for column in zip(*rows, strict=True))

@@ -1,5 +1,5 @@
-"""The published evaluations of whole sets, said again as plainly as possible over rows and files in the sets' own form;
-nothing of the project is used. All scores are in percent."""
+"""The published evaluations of whole sets, said again as plainly as possible over rows and files in the sets' own form,
+without code of the project. All scores are in percent."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def f_one(precision: float, recall: float) -> float:
 
 
 def four_of_lists(said: Sequence[Any], gold: Sequence[Any]) -> tuple[float, float, float, float]:
-    """(EM, F1, precision, recall) of two lists whose doubles do not count."""
-    right = [one for one in gold if one in said]
+    """(EM, F1, precision, recall): what is right and what is wrong of `said`, what is missed of `gold`."""
+    right = [one for one in said if one in gold]
     wrong = [one for one in said if one not in gold]
     missed = [one for one in gold if one not in said]
     precision = len(right) / (len(right) + len(wrong)) if right or wrong else 0.0
@@ -75,8 +75,8 @@ def two_wiki(
             answer = best("2wikimultihopqa", prediction["answer"][row["_id"]], names)
             add(totals, "", answer)
         if row["_id"] in prediction["sp"]:
-            said, gold = (
-                without_doubles([[title.lower(), number] for title, number in given])
+            said, gold = (  # doubles that only differ in case are found out too late, and count
+                [[title.lower(), number] for title, number in without_doubles(given)]
                 for given in (prediction["sp"][row["_id"]], row["supporting_facts"])
             )
             facts = four_of_lists(said, gold)

@@ -186,13 +186,10 @@ def test_every_protocol_has_rules_and_a_definition() -> None:
     assert set(RULES) == set(get_args(ProtocolName)) == {*PAIRS, "exsearch"}
 
 
-@pytest.mark.parametrize("protocol", list(PAIRS))
 @A_THOUSAND
 @given(prediction=answers, golds=st.lists(answers, min_size=1, max_size=3))
-def test_answers_score_as_the_published_definition_says(
-    protocol: ProtocolName, prediction: str, golds: list[str]
-) -> None:
-    score = score_answer(prediction, golds, protocol)
-    assert (score.em, score.f1, score.precision, score.recall) == pytest.approx(
-        best(protocol, prediction, golds)
-    )
+def test_answers_score_as_the_published_definitions_say(prediction: str, golds: list[str]) -> None:
+    for protocol in PAIRS:
+        score = score_answer(prediction, golds, protocol)
+        found = (score.em, score.f1, score.precision, score.recall)
+        assert found == pytest.approx(best(protocol, prediction, golds)), protocol
