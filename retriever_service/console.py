@@ -28,7 +28,7 @@ from rich.progress import (
 from rich.text import Text
 from typer.core import TyperGroup
 
-from retriever_service.encoding.encoder import EncoderSpec, WeightsDtype
+from retriever_service.encoding.encoder import EncoderSpec, WeightsDtype, lasting_name
 from retriever_service.encoding.vectors import StoreDtype
 from retriever_service.errors import RetrieverError
 from retriever_service.interrupts import Interrupted, interruptible
@@ -128,7 +128,9 @@ def encoder_spec(
     max_tokens: int | None,
     dtype: WeightsDtype | None,
 ) -> EncoderSpec:
-    return EncoderSpec(encoder, query_prefix, passage_prefix, max_length=max_tokens, dtype=dtype)
+    """Its directory may be relative to the current one, whoever loads it."""
+    model = lasting_name(encoder)
+    return EncoderSpec(model, query_prefix, passage_prefix, max_length=max_tokens, dtype=dtype)
 
 
 class _Rate(ProgressColumn):
