@@ -8,7 +8,6 @@ with the sizes and checksums of its files beside them.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.models import write_checksums
 from retriever_service import files
 from retriever_service.errors import RetrieverError
+from retriever_service.files import json_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -156,12 +156,14 @@ def facts_of(directory: Path) -> dict[str, Any]:
     """
     marker = directory / MARKER
     try:
-        found: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+        found = json_object(marker.read_bytes())
+        if "slot" not in found:
+            raise ValueError("it names no slot")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise UserError(
-            f"{marker} is damaged ({error}): which checkpoint is there is not known. Copy it back, or remove it to "
-            "have this training done again from its start"
+            f"{marker} is damaged ({error!s:.200}): which checkpoint is there is not known. Copy it back, or remove it "
+            "to have this training done again from its start"
         ) from error
     return found

@@ -50,6 +50,25 @@ def records_from_json(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, FileRe
     return {name: FileRecord(**fields) for name, fields in tree.items()}
 
 
+def json_object(content: bytes) -> dict[str, Any]:
+    """The object that JSON stands for.
+
+    Raises:
+        ValueError: it is none, or stands for something else; says what is wrong.
+    """
+    try:
+        value = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("nested too deep to be read") from error
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise
+    except ValueError as error:  # the one other thing that Python's parser refuses
+        raise ValueError("a number of thousands of digits") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, got {type(value).__name__}")
+    return value
+
+
 def check_size(path: Path, record: FileRecord, mend: str) -> None:
     """Refuse a file that is missing or cut short; cheap, reads no contents.
 

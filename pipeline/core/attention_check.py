@@ -66,7 +66,7 @@ def check_attention(path: str, attention: Attention) -> None:
     except FAILURES as error:
         if attention == "packed":
             raise UserError(
-                f"learner.attention: packed does not go with {path}: transformers cannot build it so ({error!r}); "
+                f"learner.attention: packed does not go with {path}: transformers cannot build it so ({error!r:.200}); "
                 f"{EAGER_INSTEAD}, or take another model"
             ) from error
         return
@@ -80,7 +80,7 @@ def check_attention(path: str, attention: Attention) -> None:
     except FAILURES as error:
         logger.warning(
             f"whether {path} can be trained on packed rows with learner.attention={attention} could not be found out "
-            f"({error!r}); compare the loss of some steps with that under another learner.attention"
+            f"({error!r:.200}); compare the loss of some steps with that under another learner.attention"
         )
         return
     if problem := _problem(list(probe.requests.values()), text.num_hidden_layers, attention):

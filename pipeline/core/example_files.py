@@ -68,5 +68,5 @@ def _tables(shard: Path, schema: pa.Schema) -> Iterator[tuple[int, pa.Table]]:
 def _told_of(shard: Path) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
-        raise UserError(f"{shard} holds no training examples: {error}") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{shard} holds no training examples: {error!s:.300}") from error

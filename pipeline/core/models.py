@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from math import prod
@@ -55,9 +53,13 @@ def _shards(directory: Path) -> list[Path]:
     if (index := next((path for path in indexes if path.is_file()), None)) is None:
         return []
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"model.path: {index} is damaged ({error!r}); copy or download it again") from error
+        names = set(files.json_object(index.read_bytes())["weight_map"].values())
+        if odd := [name for name in names if not isinstance(name, str) or name != Path(name[:255]).name]:
+            raise ValueError(f"not a name of a file: {odd[0]!r:.100}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"model.path: {index} is damaged ({error!r:.200}); copy or download it again"
+        ) from error
     return [directory / name for name in sorted(names)]
 
 
@@ -112,17 +114,17 @@ def model_size(directory: Path) -> ModelSize:
     return ModelSize(total, counted or total // 2)
 
 
-def _tensor_sizes(file: Path) -> Iterator[int]:
+def _tensor_sizes(file: Path) -> list[int]:
     """Elements of each tensor. The file begins with the length of a JSON header, 8 bytes little-endian."""
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-    except (struct.error, ValueError) as error:
+            header = files.json_object(stream.read(min(length, file.stat().st_size)))
+        return [prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"]
+    except (struct.error, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"model.path: {file} is cut off or no safetensors file; copy or download it again"
         ) from error
-    yield from (prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 CHECKSUMS = "checksums.json"
@@ -141,7 +143,7 @@ def check_export(directory: Path) -> None:
         UserError: a file is missing, cut short or changed.
     """
     try:
-        written = json.loads((directory / CHECKSUMS).read_text(encoding="utf-8"))
+        written = files.json_object((directory / CHECKSUMS).read_bytes())
         records = files.records_from_json(written)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
@@ -175,6 +177,8 @@ def load_tokenizer(path: str) -> Any:
     check_model(path)
     try:
         return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the library of tokenizers raises nothing narrower
         where = "" if Path(path).is_dir() else ", which is no directory here and was taken for a hub name,"
-        raise UserError(f"model.path: the tokenizer of {path}{where} cannot be loaded: {error}") from error
+        raise UserError(
+            f"model.path: the tokenizer of {path}{where} cannot be loaded: {error!s:.300}"
+        ) from error

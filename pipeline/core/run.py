@@ -47,7 +47,7 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.core.config import EXSEARCH, Config, OnDisk
-from pipeline.core.config.loading import check_keys
+from pipeline.core.config.loading import check_keys, read_tree
 from pipeline.core.errors import UserError
 from retriever_service import files
 
@@ -272,7 +272,7 @@ def check_directory(path: Path, config: Config) -> None:
 
 def _check_same(stored: Path, config: Config) -> None:
     try:
-        tree = yaml.safe_load(stored.read_text(encoding="utf-8"))
+        tree = read_tree(stored)
         if (recipe := tree.get("recipe", EXSEARCH)) != config.recipe:
             raise UserError(
                 f"{stored.parent} holds a run of the recipe {recipe}, not {config.recipe}; choose another --run "
@@ -282,7 +282,7 @@ def _check_same(stored: Path, config: Config) -> None:
         old = type(config).model_validate(tree)
     except UserError as error:
         raise UserError(f"{stored}: {error}") from error
-    except (yaml.YAMLError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise UserError(f"{stored} cannot be read ({error}); choose another --run directory") from error
     before, now = flatten(_with_absolute_paths(old)), flatten(_with_absolute_paths(config))
     free = [*FREE_TO_CHANGE, f"{config.recipe}.iterations", f"{config.recipe}.patience"]
@@ -398,10 +398,9 @@ def read_json(path: Path) -> Json | None:
     if not path.exists():
         return None
     try:
-        value: Json = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return files.json_object(path.read_bytes())
+    except (ValueError, OSError) as error:
         raise UserError(
-            f"{path} is damaged ({error}); copy it back from where it is whole, or remove it: the same command makes "
-            "it again"
+            f"{path} is damaged ({error!s:.200}); copy it back from where it is whole, or remove it: the same command "
+            "makes it again"
         ) from error
-    return value

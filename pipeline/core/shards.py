@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import logging
 import math
 import shutil
@@ -348,8 +347,8 @@ def _told_of(side_car: Path) -> Iterator[None]:
         yield
     except RetrieverError as error:
         logger.warning(str(error))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning(f"{side_car} cannot be read, or is of an earlier version ({error!r}); {_MEND}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning(f"{side_car} cannot be read, or is of an earlier version ({error!r:.200}); {_MEND}")
 
 
 def _check_contents(tables: Mapping[str, Path], recorded: Mapping[str, Mapping[str, Any]]) -> None:
@@ -390,8 +389,8 @@ def _rows(side_car: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _read_json(side_car: Path) -> Any:
-    return json.loads(side_car.read_text(encoding="utf-8"))
+def _read_json(side_car: Path) -> dict[str, Any]:
+    return files.json_object(side_car.read_bytes())
 
 
 def _episodes(turns: Iterable[Trajectory]) -> list[Episode]:

@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-import yaml
-
 from pipeline.core.config import EXSEARCH
+from pipeline.core.config.loading import read_tree
 from pipeline.core.display import LOG_FILE, STARTED
 from pipeline.core.errors import UserError
 from pipeline.core.mirror.restore import fetch_small_files
@@ -44,14 +43,31 @@ def run_status(path: Path, *, alive: bool | None = None) -> Json:
         alive: whether a process works on it; None: its lock tells.
 
     Raises:
-        UserError: no run directory, or one of an earlier version.
+        UserError: no run directory, or one of an earlier version; one of its files is damaged.
     """
+    try:
+        return _status(path, alive)
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:
+        raise UserError(
+            f"{path}: one of the files that say how it stands is damaged ({error!r:.200}); copy them back from where "
+            "they are whole, or run the same command again"
+        ) from error
+
+
+def _status(path: Path, alive: bool | None) -> Json:
     run = RunFiles(path)
     if not (stored := run.path / "config.yaml").exists():
         raise UserError(f"{path} is not a run directory: it has no config.yaml")
     run.check_layout()
-    config = yaml.safe_load(stored.read_text(encoding="utf-8"))
-    settings = config.get("em" if config.get("recipe", EXSEARCH) == EXSEARCH else config["recipe"], {})
+    config = read_tree(stored)
+    recipe = str(config.get("recipe", EXSEARCH))
+    settings = config.get("em" if recipe == EXSEARCH else recipe)
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{stored} has no settings of its recipe ({recipe}); copy it back from where it is whole"
+        )
     process = read_json(run.path / PROGRESS_FILE) or {}
     alive = is_worked_on(run.path) if alive is None else alive
     iterations = _iterations(run)
@@ -60,7 +76,7 @@ def run_status(path: Path, *, alive: bool | None = None) -> Json:
     starts, warnings = _log(run.path / LOG_FILE)
     return {
         "run": str(run.path),
-        "recipe": config.get("recipe", EXSEARCH),
+        "recipe": recipe,
         "state": _state(process, alive, begun=bool(iterations)),
         "reason": process.get("reason"),
         "process": {key: process.get(key) for key in ("pid", "host", "started", "updated")},

@@ -28,11 +28,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from pipeline.core.config import TrackingConfig
 from pipeline.core.errors import UserError
 from pipeline.core.run import read_json, write_atomically
+from retriever_service.files import json_object
 
 logger = logging.getLogger(__name__)
 
@@ -133,19 +135,41 @@ def _parse(path: Path, content: bytes) -> tuple[list[dict[str, Any]], int]:
     records = []
     for number, line in enumerate(content[:complete].splitlines(), start=1):
         try:
-            records.append(json.loads(line))
-        except ValueError as error:
+            records.append(_record(line))
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path}:{number} is not a metric ({error}); delete that line to go on"
+                f"{path}:{number} is not a metric ({error!r:.200}); delete that line to go on"
             ) from error
     return records, complete
+
+
+def _record(line: bytes) -> dict[str, Any]:
+    record = json_object(line)
+    datetime.fromisoformat(record["time"])
+    wanted: dict[str, type | UnionType] = {
+        "wall_s": int | float,
+        "iteration": int,
+        "phase": str,
+        "step": int | None,
+        "values": dict,
+    }
+    if odd := [key for key, kind in wanted.items() if not isinstance(record[key], kind)]:
+        raise ValueError(f"{odd[0]} is {record[odd[0]]!r:.50}")
+    if odd := [name for name, value in record["values"].items() if not isinstance(value, int | float | None)]:
+        raise ValueError(f"{odd[0]} has no number")
+    return record
 
 
 def _read_and_mend(path: Path) -> list[dict[str, Any]]:
     """The records of a file; what stands behind the last line end was cut off by a kill and is removed."""
     if not path.exists():
         return []
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); remove it to go on without earlier metrics"
+        ) from error
     records, complete = _parse(path, content)
     if complete < len(content):
         logger.warning(f"{path}: dropped an incomplete last line ({len(content) - complete} bytes)")

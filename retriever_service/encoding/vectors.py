@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,11 +24,11 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from retriever_service.encoding.encoder import EncoderSpec, Vectors
 from retriever_service.errors import RetrieverError
-from retriever_service.files import FileRecord, check_contents, check_size
+from retriever_service.files import FileRecord, check_contents, check_size, json_object
 from retriever_service.passages.corpus import Corpus
 
 FORMAT_VERSION = 1
@@ -228,12 +227,14 @@ def read_record(path: Path, kind: type[T], mend: str) -> T:
         RetrieverError: the file is missing, damaged or of another version; says so, and `mend`.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json_object(path.read_bytes())
         version = value.get("version", FORMAT_VERSION)
         if version != FORMAT_VERSION:
             raise RetrieverError(f"{path}: format {version!r}, this program reads {FORMAT_VERSION}; {mend}")
         return TypeAdapter(kind).validate_python(value)
     except OSError as error:
         raise RetrieverError(f"{path}: cannot be read ({error}); {mend}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, ValidationError) as error:
-        raise RetrieverError(f"{path} is damaged ({error}); {mend}") from error
+    except RetrieverError:
+        raise
+    except ValueError as error:  # pydantic's ValidationError is one
+        raise RetrieverError(f"{path} is damaged ({error!s:.200}); {mend}") from error

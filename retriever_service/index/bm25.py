@@ -20,10 +20,10 @@ What a word is: `words`. The parameters are those of Anserini's regressions on B
 from __future__ import annotations
 
 import bisect
-import json
 import logging
 import os
 import shutil
+import tokenize
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from retriever_service.errors import RetrieverError
-from retriever_service.files import check_disk, fsync, telling_of_room, write_json
+from retriever_service.files import check_disk, fsync, json_object, telling_of_room, write_json
 from retriever_service.index.words import ANALYSIS, Analyser
 from retriever_service.machine import available_cores
 from retriever_service.passages.corpus import Passage, passage_text
@@ -93,6 +93,21 @@ def _write(tokens: _Tokens, directory: Path) -> None:
     fsync(directory)
 
 
+# What bm25s and numpy raise of files that are not as they were written; numpy reads headers with Python's tokenizer.
+_DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    SyntaxError,
+    RecursionError,
+    tokenize.TokenError,
+    pa.ArrowInvalid,
+)
+
+
 class Bm25:
     """Searches a word index; a `FirstStage`. Use one instance from one thread at a time.
 
@@ -121,19 +136,20 @@ class Bm25:
         """
         mend = "build the index again"
         try:
-            about = json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))
+            about = json_object((directory / ABOUT_FILE).read_bytes())
             index = _bm25s().BM25.load(directory, mmap=True, load_vocab=False, show_progress=False)
             terms = pa.ipc.open_file(pa.memory_map(str(directory / TERMS_FILE))).get_batch(0).column(0)
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid) as error:
+        except _DAMAGED as error:
             raise RetrieverError(
-                f"{directory}: not a word index, or a damaged one ({error}); {mend}"
+                f"{directory}: not a word index, or a damaged one ({error!s:.200}); {mend}"
             ) from error
         if about != _ABOUT:
             raise RetrieverError(
-                f"{directory}: a word index made as {about}, this program reads {_ABOUT}; {mend}"
+                f"{directory}: a word index made as {about!s:.300}, this program reads {_ABOUT}; {mend}"
             )
-        scores = index.scores
-        if len(scores["indptr"]) != len(terms) + 1 or scores["indptr"][-1] != len(scores["data"]):
+        scores, terms_end = index.scores, len(terms) + 1
+        are_whole = isinstance(scores["num_docs"], int) and len(scores["indptr"]) == terms_end
+        if not are_whole or scores["indptr"][-1] != len(scores["data"]):
             raise RetrieverError(f"{directory}: the files of this word index do not belong together; {mend}")
         index.unique_token_ids_set = range(len(terms))  # what bm25s takes query terms for known by
         return cls(index, terms, num_threads or available_cores())

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from retriever_service.files import (
     check_contents,
     check_size,
     fsync,
+    json_object,
     telling_of_room,
     write_json,
 )
@@ -137,7 +137,7 @@ def read_manifest(index_dir: str | Path) -> Manifest:
     """
     path = Path(index_dir) / MANIFEST_FILE
     try:
-        fields: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        fields = json_object(path.read_bytes())
         if fields["version"] != FORMAT_VERSION:
             raise RetrieverError(
                 f"{path}: index format {fields['version']}, this program reads {FORMAT_VERSION}; {MEND}"
@@ -153,8 +153,10 @@ def read_manifest(index_dir: str | Path) -> Manifest:
             f"{index_dir} is not a built index (no readable {MANIFEST_FILE}); build one (exsearch index build), or "
             "name another"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise RetrieverError(f"{path}: damaged manifest ({error!r}); {MEND}") from error
+    except RetrieverError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RetrieverError(f"{path}: damaged manifest ({error!r:.200}); {MEND}") from error
 
 
 def write_segment(
@@ -273,7 +275,9 @@ def _alive(directory: Path, manifest: Manifest) -> Mask | None:
     try:
         alive[np.load(directory / manifest.tombstones, allow_pickle=False)] = False
     except (ValueError, IndexError, EOFError) as error:
-        raise RetrieverError(f"{directory / manifest.tombstones} is damaged ({error}); {MEND}") from error
+        raise RetrieverError(
+            f"{directory / manifest.tombstones} is damaged ({error!s:.200}); {MEND}"
+        ) from error
     return alive
 
 

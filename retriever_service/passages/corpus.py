@@ -21,6 +21,7 @@ import re
 import unicodedata
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -220,7 +221,7 @@ def _id(record: Mapping[str, Any], where: str) -> str:
 def _string(record: Mapping[str, Any], key: str, where: str) -> str:
     if key not in record:
         raise RetrieverError(
-            f"{where}: no field {key!r} (fields: {', '.join(sorted(record)) or 'none'}); a passage needs "
+            f"{where}: no field {key!r} (fields: {', '.join(sorted(record))[:200] or 'none'}); a passage needs "
             "id and text, or id and contents"
         )
     value = record[key]
@@ -299,7 +300,7 @@ class _PassageFile:
             raise RetrieverError(f"{path}: cannot be read ({error}); build the index again") from error
         if reader.schema != _SCHEMA or any(batch.num_rows != ROWS_PER_BATCH for batch in batches[:-1]):
             raise RetrieverError(f"{path}: not a passage file of this version; build the index again")
-        self.batches = batches
+        self._path, self.batches = path, batches
         self._length: int = sum(batch.num_rows for batch in batches)
 
     def __len__(self) -> int:
@@ -307,12 +308,22 @@ class _PassageFile:
 
     def __getitem__(self, row: int) -> Passage:
         batch, offset = self.batches[row // ROWS_PER_BATCH], row % ROWS_PER_BATCH
-        return _from_columns(*(column[offset].as_py() for column in batch.columns))
+        with self._telling():
+            return _from_columns(*(column[offset].as_py() for column in batch.columns))
 
     def __iter__(self) -> Iterator[Passage]:
         for batch in self.batches:
-            for row in batch.to_pylist():
-                yield _from_columns(**row)
+            with self._telling():
+                passages = [_from_columns(**row) for row in batch.to_pylist()]
+            yield from passages
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Bytes that have changed since they were written."""
+        try:
+            yield
+        except ValueError as error:
+            raise RetrieverError(f"{self._path}: damaged ({error!s:.200}); build the index again") from error
 
 
 def _from_columns(id: str, title: str, text: str, metadata: str | None) -> Passage:

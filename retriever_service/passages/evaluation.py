@@ -116,7 +116,7 @@ def read_qrels(path: str | Path) -> Qrels:
         if len(fields) != (3 if is_beir else 4):
             raise RetrieverError(
                 f"{where}: expected {'<tab>'.join(_BEIR_HEADER)} below a header that says so (BEIR), or question, 0, "
-                f"passage and relevance (TREC), got {line!r}"
+                f"passage and relevance (TREC), got {line!r:.200}"
             )
         question, passage = fields[0], fields[-2]
         relevance = int(_number(fields[-1], int, "relevance", where))
@@ -146,7 +146,7 @@ def read_queries(path: str | Path) -> dict[str, str]:
         if not isinstance(id_, str) or not isinstance(text, str) or not id_ or not text.strip():
             raise RetrieverError(
                 f"{place}: a question needs an id ('_id' or 'id') and a text ('text' or 'question'), both "
-                f"not empty (fields: {', '.join(sorted(record)) or 'none'})"
+                f"not empty (fields: {', '.join(sorted(record))[:200] or 'none'})"
             )
         if id_ in queries:
             raise RetrieverError(f"{place}: question {id_!r} appears twice; give every question its own id")
@@ -167,12 +167,14 @@ def read_run(path: str | Path) -> Run:
         fields = line.split()
         if len(fields) != 6:
             raise RetrieverError(
-                f"{where}: expected question, Q0, passage, rank, score and tag, got {line!r}"
+                f"{where}: expected question, Q0, passage, rank, score and tag, got {line!r:.200}"
             )
         question, _, passage, rank, score, _ = fields
         if passage in answers[question]:
             raise RetrieverError(f"{where}: passage {passage!r} comes twice for question {question!r}")
         answers[question][passage] = -_number(score, float, "score", where), _number(rank, int, "rank", where)
+    if not answers:
+        raise RetrieverError(f"{path}: no rankings")
     return {
         question: [(passage, -key[0]) for passage, key in sorted(found.items(), key=lambda item: item[1])]
         for question, found in answers.items()

@@ -40,7 +40,7 @@ def load_config(
         UserError: unreadable file, no such recipe, unknown key (with a suggestion), value of a wrong type, settings
             that do not fit.
     """
-    tree: dict[str, Any] = _read(path) if path is not None else {}
+    tree: dict[str, Any] = read_tree(path) if path is not None else {}
     for override in overrides:
         _apply(tree, override)
     recipe = str(tree.get("recipe", EXSEARCH))
@@ -56,15 +56,39 @@ def load_config(
         raise UserError("\n".join(_describe(problem) for problem in error.errors())) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+_MAX_BYTES = 2**20
+
+
+def parse_yaml(text: str) -> Any:
+    """What a text in YAML stands for.
+
+    Raises:
+        ValueError: it is not valid; says what is wrong.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+    except RecursionError as error:
+        raise ValueError("nested too deep to be read") from error
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """The sections of a configuration file, as they stand there.
+
+    Raises:
+        UserError: there is none, or it holds something else.
+    """
     if not path.is_file():
         raise UserError(f"no configuration file {path}; the shipped ones are in configs/")
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise UserError(f"{path} has {size:,} bytes: that is no configuration")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+        tree = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error}); save it as UTF-8") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -77,8 +101,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise UserError(f"override {override!r} is not of the form key=value, for example rollout.samples=8")
     try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
+        value = parse_yaml(text) if text else ""
+    except ValueError as error:
         raise UserError(f"override {override!r}: {text!r} is not valid YAML: {error}") from error
     if key.strip() == "weighting" and isinstance(value, str):
         key = "weighting.method"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.core.errors import UserError
 from pipeline.core.mirror.store import Store, StoreError
+from retriever_service.files import json_object
 
 LEASE = "lease.json"
 LEASE_S = 60.0
@@ -132,7 +133,6 @@ def is_fresh(store: Store) -> bool | None:
 
 def _read(content: bytes) -> dict[str, object]:
     try:
-        found = json.loads(content)
+        return json_object(content)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}

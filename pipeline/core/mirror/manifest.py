@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 
 from pipeline.core.errors import UserError
 from pipeline.core.mirror.store import Store
-from retriever_service.files import FileRecord
+from retriever_service.files import FileRecord, json_object
 
 MANIFEST = "manifest.json"
 
@@ -63,11 +63,11 @@ def read_manifest(store: Store) -> ManifestOf | None:
     if (content := store.read(MANIFEST)) is None:
         return None
     try:
-        tree = json.loads(content)
+        tree = json_object(content)
         return ManifestOf(tree["writer"], {path: Entry(**entry) for path, entry in tree["files"].items()})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{store.url}/{MANIFEST} is damaged ({error!r}); restore an earlier version of that object, or choose "
+            f"{store.url}/{MANIFEST} is damaged ({error!r:.200}); restore an earlier version of that object, or choose "
             "another storage.url"
         ) from error
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.core.run import ACTOR_LOGS, MIRROR_FILE
+from retriever_service.files import json_object
 
 _LEFT_OUT = ("lock", MIRROR_FILE, "tensorboard", ACTOR_LOGS)
 """At the top. TensorBoard's events are made anew from the metrics at every start; logs of actors are of use where they
@@ -58,7 +59,9 @@ def complete_files(run: Path, known: Mapping[str, State]) -> dict[str, Found]:
         content = path.read_bytes() if is_checkpoint or known.get(name) != state else None
         markers[name] = Found(path, state, content)
         if is_checkpoint:
-            checkpoints[str(Path(name).parent)] = str(json.loads(content or b"")["slot"])
+            # Of a marker that is damaged nothing is copied: what it spoke of is not known.
+            with suppress(ValueError, KeyError):
+                checkpoints[str(Path(name).parent)] = str(json_object(content or b"")["slot"])
     others = {
         name: Found(path, state_of(path), None)
         for path in _walk(run)

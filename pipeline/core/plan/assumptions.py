@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import yaml
 from pydantic import Field, ValidationError
 
 from pipeline.core.config import AgentConfig, Section
+from pipeline.core.config.loading import parse_yaml
 from pipeline.core.errors import UserError
 from pipeline.core.plan.memory import Device
 
@@ -82,7 +82,10 @@ def read_assumptions(pairs: Sequence[str]) -> Assumptions:
             raise UserError(
                 f"--assume {pair}: give KEY=VALUE; keys are {', '.join(Assumptions.model_fields)}"
             )
-        values[key] = yaml.safe_load(text)
+        try:
+            values[key] = parse_yaml(text)
+        except ValueError as error:
+            raise UserError(f"--assume {pair}: {text!r} is not valid YAML: {error}") from error
     try:
         return Assumptions.model_validate(values)
     except ValidationError as error:

@@ -54,11 +54,12 @@ def read_shape(path: str) -> ModelShape:
     Raises:
         UnknownShape: there is no configuration that transformers knows, or it is not of a decoder.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, StrictDataclassError) as error:
         raise UnknownShape(
             f"model.path: the configuration of {path} cannot be read ({str(error).splitlines()[0]}); give a directory "
             "with the model's config.json, or fetch the model first"
@@ -83,9 +84,10 @@ def shape_of(config: Any) -> ModelShape:
             model: Any = AutoModelForCausalLM.from_config(config)
         layers = _layers(model, text.num_hidden_layers)
         heads = text.num_attention_heads
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
         raise UnknownShape(
-            f"model.path: a {config.model_type} is no language model whose sizes are known here ({error})"
+            f"model.path: {config.name_or_path}: a {config.model_type} is no language model whose sizes are known here "
+            f"({error!r:.200})"
         ) from error
     sizes = [parameter.numel() for parameter in model.parameters()]  # a tied one comes once
     return ModelShape(

@@ -11,6 +11,7 @@ others              {id: text}
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.records import Question
 from pipeline.core.scoring.answers import ProtocolName
 from pipeline.core.scoring.prediction import NOTHING, Fact, Prediction, Triple
-from retriever_service.files import writing
+from retriever_service.files import json_object, writing
 from retriever_service.passages.records import open_records
 
 _NO_ANSWER = "-"
@@ -91,12 +92,9 @@ def _json_object(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise UserError(f"no file of predictions {path}")
     try:
-        tree = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _Wrong(f"not JSON in UTF-8 ({error})") from error
-    if not isinstance(tree, dict):
-        raise _Wrong(f"expected one object, got {type(tree).__name__}")
-    return tree
+        return json_object(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+    except ValueError as error:
+        raise _Wrong(f"not a JSON object in UTF-8 ({error})") from error
 
 
 def _unique(found: Iterable[tuple[str, Prediction]]) -> dict[str, Prediction]:

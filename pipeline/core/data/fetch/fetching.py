@@ -118,7 +118,7 @@ def _read(path: Path) -> Json | None:
     try:
         found: Json = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); remove the folder and fetch again") from error
+        raise UserError(f"{path} is damaged ({error!s:.200}); remove the folder and fetch again") from error
     return found
 
 
