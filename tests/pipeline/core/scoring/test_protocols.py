@@ -129,7 +129,9 @@ def test_2wikimultihopqa_by_hand(folder: Path) -> None:
     assert (found["joint_em"], found["joint_f1"]) == (0, 50)
 
 
-def test_2wikimultihopqa_counts_a_fact_twice_that_is_named_in_two_cases_as_its_script_does(folder: Path) -> None:
+def test_2wikimultihopqa_counts_a_fact_twice_that_is_named_in_two_cases_as_its_script_does(
+    folder: Path,
+) -> None:
     row = {"_id": "a", "answer": "Orvane", "evidences": [["Orvane", "maker", "Trel"]]}
     questions = [of_two_wiki({**row, "supporting_facts": [["Orvane", 0], ["Trel", 0]]})]
     prediction = {"answer": {"a": ""}, "sp": {"a": [["Orvane", 0], ["ORVANE", 0]]}}
