@@ -37,7 +37,7 @@ from retriever_service.errors import RetrieverError
 class _Commands(Commands):
     mendable = (UserError, RetrieverError)
     failures = (RunError,)
-    resumable = ("demo", "train")
+    resumable = ("demo", "train", "fetch")
 
 
 app = typer.Typer(
@@ -48,6 +48,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(index_app, name="index")
+data_app = typer.Typer(help="Look at questions and corpora before they are trained on.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; see configs/ and docs/.")]
 Overrides = Annotated[
@@ -237,6 +239,49 @@ def ask(
         typer.echo(json.dumps(run_ask(question, model, index, loaded, display), ensure_ascii=False))
     else:
         run_ask(question, model, index, loaded, display, typer.echo)
+
+
+@data_app.command("check")
+def check_data(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Leaks, doubles and evidence coverage: is trained on what is asked later, does the corpus hold the answers?
+
+    Example: exsearch data check data.train=train.jsonl data.dev=dev.jsonl data.corpus=corpus.jsonl
+    """
+    from rich.console import Console
+
+    from pipeline.commands import data
+    from pipeline.methods import load
+
+    found = data.check_data(load(config, overrides or []), Display())
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        data.print_check(found, Console())
+
+
+@data_app.command("fetch")
+def fetch_data(
+    name: Annotated[
+        str,
+        typer.Argument(help="hotpotqa, 2wikimultihopqa, musique, nq, triviaqa, popqa or bamboogle."),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder to write: new, empty, or begun by this command.")
+    ],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Folder with a copy, or hf:NAME[:CONFIG] (default: its place on the hub)."
+        ),
+    ] = None,
+) -> None:
+    """A data set in our files, with its passages where it brings some. Killed or interrupted, the same command goes on.
+
+    A copy may be the authors' own files, the hub's Parquet files, a saved data set, or FlashRAG's layout.
+    """
+    from pipeline.commands.data import fetch
+
+    typer.echo(json.dumps(fetch(name, out, source, Display()), ensure_ascii=False))
 
 
 @index_app.command("encode-with-ray")

@@ -22,6 +22,7 @@ from actors.reservation import plan
 from actors.session import actor_logs, has_gpu_packages, ray_session
 from pipeline.core.agents.program import GREEDY, Program, Sampling
 from pipeline.core.config import Config, Iterations
+from pipeline.core.data.run_check import look_at_data
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
@@ -89,6 +90,7 @@ def open_run(
         files.keep_to(
             searched.fingerprint if isinstance(searched, Servers) else read_manifest(searched).fingerprint
         )
+        look_at_data(files.path, config, splits, searched, display)
         run = Run(config, files, splits, searched, tracker, display, policies)
         with run.start_cluster():
             yield run

@@ -28,7 +28,7 @@ from rich.progress import (
 from rich.text import Text
 from typer.core import TyperGroup
 
-from retriever_service.encoding.encoder import EncoderSpec, WeightsDtype
+from retriever_service.encoding.encoder import EncoderSpec, WeightsDtype, lasting_name
 from retriever_service.encoding.vectors import StoreDtype
 from retriever_service.errors import RetrieverError
 from retriever_service.interrupts import Interrupted, interruptible
@@ -90,7 +90,7 @@ def size_in_bytes(text: str) -> int:
 
 CorpusSources = Annotated[
     list[str],
-    typer.Option("--corpus", help="JSONL file, data set directory or hf:NAME; several times for a union."),
+    typer.Option("--corpus", help="File or folder of passages, or hf:NAME; several times for a union."),
 ]
 IndexDir = Annotated[Path, typer.Option("--index", help="Index directory.")]
 Out = Annotated[Path, typer.Option("--out", help="Directory to write.")]
@@ -128,7 +128,9 @@ def encoder_spec(
     max_tokens: int | None,
     dtype: WeightsDtype | None,
 ) -> EncoderSpec:
-    return EncoderSpec(encoder, query_prefix, passage_prefix, max_length=max_tokens, dtype=dtype)
+    """Its directory may be relative to the current one, whoever loads it."""
+    model = lasting_name(encoder)
+    return EncoderSpec(model, query_prefix, passage_prefix, max_length=max_tokens, dtype=dtype)
 
 
 class _Rate(ProgressColumn):

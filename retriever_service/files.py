@@ -82,12 +82,26 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync(path.parent)
+        with telling_of_full_disk(path):
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def telling_of_full_disk(path: Path) -> Iterator[None]:
+    """A disk that is full while `path` is made, folders and locks included, as the error of a user who can make room.
+
+    Raises:
+        RetrieverError: the disk is full, or a file may not grow so large.
+    """
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RetrieverError(
@@ -98,8 +112,6 @@ def writing(path: Path) -> Iterator[BinaryIO]:
                 f"{path} may not grow so large (ulimit -f); raise the limit and run the same command again"
             ) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

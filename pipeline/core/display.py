@@ -185,6 +185,15 @@ class Display:
             for name, scores in _in_order(report["test"], outcome.tests):
                 tests.add_row(name, *_score_cells(scores))
             self.console.print(tests)
+            self._coverage(report.get("data"))
+
+    def _coverage(self, data: Mapping[str, Any] | None) -> None:
+        """What searching can gain at most, beside what was gained."""
+        cover = (data or {}).get("coverage", {}).get("test")
+        if cover is not None and cover["percent"] is not None:
+            self.line(
+                f"evidence coverage: the corpus holds gold passages or answers of {cover['percent']:.1f}% of the tests"
+            )
 
     def scores(self, scores: Mapping[str, Any]) -> None:
         """The tables of `exsearch evaluate`: a row per set, the details of all together, the protocol's own scores."""

@@ -44,8 +44,8 @@ class Paragraph:
 
     @property
     def text(self) -> str:
-        """The whole paragraph: sentences bring their own spaces."""
-        return "".join(self.sentences)
+        """The whole paragraph. Some sets begin a sentence with its space, others do not."""
+        return " ".join(sentence.strip() for sentence in self.sentences if sentence.strip())
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.config import Iterations
-from pipeline.core.run import Json, RunFiles
+from pipeline.core.run import DATA_FILE, Json, RunFiles, read_json
 
 SCORES = ("em", "f1", "accuracy")
 EVALUATION = "evaluation"
@@ -81,6 +81,7 @@ def report_of(
         "removed_models": run.removed_models(),
         start: next((row for row in rows if row["iteration"] == 0), None),
         "test": run.test_results(),
+        "data": read_json(run.path / DATA_FILE),
     }
 
 

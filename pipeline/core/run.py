@@ -6,6 +6,7 @@
       run.log
       index/                   the retriever's index, unless `retriever.index` or `retriever.url` names one
       index.json               fingerprint of the index that is searched
+      data.json                leaks, doubles and evidence coverage of the data
       iterations/0000/         the cold start; 0001... the iterations
         rollouts/              Parquet shards of trajectories, beside each a side-car (_000000.json); see `core.shards`
         POLICY/                one folder per policy: `searcher` in ExSearch
@@ -70,6 +71,8 @@ own `iterations` and `patience`."""
 
 ACTOR_LOGS = "logs"
 """Of the actors' logs. Nothing that a run goes on from is there."""
+DATA_FILE = "data.json"
+"""Of `core.data.run_check`: what was found in questions and corpus before the first step."""
 MIRROR_FILE = "mirror.json"
 """Of `core.mirror`: where the copy of the directory is, and how it stands."""
 _LOCK_FILE = "lock"

@@ -39,6 +39,7 @@ from retriever_service.files import (
     exclusive,
     fsync,
     record_file,
+    telling_of_full_disk,
     write_json,
     writing,
 )
@@ -383,15 +384,16 @@ def _reuse(
 def _workshop(out: Path) -> Iterator[Path]:
     """The directory beside `out` where it is built; stays if the build is cut off, for the next one to go on."""
     work = out.parent / f".{out.name}.partial"
-    work.mkdir(parents=True, exist_ok=True)
-    with exclusive(work / "lock"):
-        try:
-            yield work
-        except BaseException:
-            if {path.name for path in work.iterdir()} == {"lock"}:  # nothing to go on with
-                shutil.rmtree(work)
-            raise
-        shutil.rmtree(work)
+    with telling_of_full_disk(out):
+        work.mkdir(parents=True, exist_ok=True)
+        with exclusive(work / "lock"):
+            try:
+                yield work
+            except BaseException:
+                if {path.name for path in work.iterdir()} == {"lock"}:  # nothing to go on with
+                    shutil.rmtree(work)
+                raise
+            shutil.rmtree(work)
 
 
 def _check_job(file: Path, job: dict[str, Any]) -> None:

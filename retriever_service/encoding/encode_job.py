@@ -44,6 +44,7 @@ from retriever_service.files import (
     check_size,
     exclusive,
     record_file,
+    telling_of_full_disk,
     write_array,
     write_json,
     writing,
@@ -98,15 +99,16 @@ def open_job(
         )
     out = Path(out_dir).absolute()
     _refuse_other_files(out)
-    (out / SHARDS_DIR).mkdir(parents=True, exist_ok=True)
-    with exclusive(out / _LOCK_FILE):
-        try:
-            job = _begin(out, corpus_sources, shard_rows, store_dtype, identify)
-        except BaseException:
-            if not (out / JOB_FILE).exists():
-                _discard(out)
-            raise
-        yield job
+    with telling_of_full_disk(out):
+        (out / SHARDS_DIR).mkdir(parents=True, exist_ok=True)
+        with exclusive(out / _LOCK_FILE):
+            try:
+                job = _begin(out, corpus_sources, shard_rows, store_dtype, identify)
+            except BaseException:
+                if not (out / JOB_FILE).exists():
+                    _discard(out)
+                raise
+            yield job
 
 
 def _begin(

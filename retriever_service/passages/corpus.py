@@ -62,6 +62,19 @@ def read_corpus(sources: Sequence[str | Path]) -> Iterator[Passage]:
     return iter(CorpusReader(sources))
 
 
+def stream_corpus(sources: Sequence[str | Path]) -> Iterator[Passage]:
+    """The passages of `sources`, in order, as they stand: what comes twice is not looked for, so the memory is that of
+    one passage.
+
+    Raises:
+        RetrieverError: while iterating, at the first mistake.
+    """
+    for source in sources:
+        records = open_source(str(source))
+        for number, record in records:
+            yield to_passage(record, records.place(number))
+
+
 class CorpusReader:
     """Iterates over the union of corpus sources, once.
 
@@ -71,6 +84,7 @@ class CorpusReader:
       possibly in double quotes, on the first line of the contents (Pyserini, Search-R1); each may have
       `metadata`, a JSON object that results carry along and filters look at;
     - a directory that `datasets.Dataset.save_to_disk` wrote, with columns named as in the dialects;
+    - a folder of texts (`text_folder`), cut into passages;
     - `hf:NAME[:CONFIG[:SPLIT]]`, a data set of the Hugging Face hub, streamed (split `train` unless named).
 
     After the iteration `num_passages`, `num_duplicates` and `checksum` describe what was read; the checksum
@@ -123,17 +137,17 @@ class CorpusReader:
         del self._numbers[:], self._digests[:]
 
     def _is_new(self, passage: Passage, number: int) -> bool:
-        words_hash = _words_hash(passage)
+        words = words_hash(passage)
         first = self._ordinals.get(passage.id)
         if first is None:
             self._ordinals[passage.id] = self.num_passages
             self.num_passages += 1
             self._numbers.append(number)
-            self._digests.append(words_hash)
+            self._digests.append(words)
             self._checksum.update(_content_digest(passage))
             return True
         in_this_source = first >= self._source_starts[-1]
-        if in_this_source or self._digests[first] != words_hash:
+        if in_this_source or self._digests[first] != words:
             source = sum(start <= first for start in self._source_starts) - 1
             problem = "appears twice" if in_this_source else "has different content in two sources"
             raise RetrieverError(
@@ -158,7 +172,7 @@ def _metadata_json(passage: Passage) -> tuple[str, ...]:
     return (json.dumps(passage.metadata, sort_keys=True),) if passage.metadata else ()
 
 
-def _words_hash(passage: Passage) -> int:
+def words_hash(passage: Passage) -> int:
     """64 bits of the letters and digits only: copies of a passage often differ in spacing and punctuation."""
     folded = unicodedata.normalize("NFKC", f"{passage.title} {passage.text}").casefold()
     letters = re.sub(r"[\W_]+", "", folded)

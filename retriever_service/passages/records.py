@@ -30,7 +30,7 @@ from retriever_service.passages.json_list import NotAList, elements
 
 Record = Mapping[str, Any]
 Numbered = Iterator[tuple[int, Record]]
-Unit = Literal["line", "element", "row"]
+Unit = Literal["line", "element", "row", "passage"]
 
 MAX_RECORD_BYTES = 256 * 2**20
 """A longer line is none of a file of records: a list in one line without `[`, or no text at all."""

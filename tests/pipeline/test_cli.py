@@ -52,7 +52,7 @@ def test_a_configuration_file_that_does_not_exist(refused: Any) -> None:
 # ---------------------------------------------------------------- questions
 
 QUESTION_MISTAKES = {
-    "not JSON": (["{"], r"train.jsonl:1: not JSON"),
+    "not JSON": (["{"], r"train.jsonl:1: not valid JSON"),
     "no answer": ([json.dumps({"id": "a", "question": "Who?"})], "train.jsonl:1: there is no answers"),
     "an empty answer": (
         [json.dumps({"id": "a", "question": "Who?", "answers": [""]})],

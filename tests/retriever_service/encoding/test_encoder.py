@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from retriever_service.encoding.encoder import Encoder, EncoderSpec, _resolve, bundled_model
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, _resolve, bundled_model, lasting_name
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.corpus import Passage, passage_text
 
@@ -97,6 +97,29 @@ def test_weights_have_16_bits_where_the_processor_computes_in_them(
 ) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {instructions: True})
     assert Encoder.load(EncoderSpec()).spec.dtype == dtype
+
+
+@pytest.mark.parametrize("given", ["encoder", "./encoder", "../here/encoder", "~/encoder"])
+def test_a_directory_is_the_same_encoder_from_any_other_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "encoder").symlink_to(bundled_model())
+    monkeypatch.setenv("HOME", str(tmp_path / "here"))
+    monkeypatch.chdir(tmp_path / "here")
+    spec = Encoder.load(EncoderSpec(given)).spec
+    monkeypatch.chdir("/")
+    assert Encoder.load(spec).spec == spec
+
+
+def test_names_that_are_no_directories_stay_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the bundled encoder's, where a directory happens to be called so."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "minilm").mkdir()
+    for name in ("minilm", "intfloat/e5-base-v2", "./not-there"):
+        assert lasting_name(name) == name
 
 
 def test_pooling_is_known_by_name(encoder: Encoder) -> None:
