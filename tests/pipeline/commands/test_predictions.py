@@ -12,7 +12,6 @@ import pytest
 from tests.pipeline.core.scoring import restated_sets as restated
 from tests.pipeline.core.scoring.generated import (
     ALIASES,
-    ENTITIES,
     Chance,
     hotpotqa_files,
     kilt_files,
@@ -51,17 +50,18 @@ def test_hotpotqas_own_file(run_command: Any, folder: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_2wikimultihopqas_rows_with_the_names_of_their_entities(
-    run_command: Any, folder: Path, seed: int
-) -> None:
+def test_2wikimultihopqas_own_files_as_fetched(run_command: Any, folder: Path, seed: int) -> None:
     rows, prediction = two_wiki_files(Chance(seed))
-    names = {name: ALIASES.get(f"id of {name}", []) for name in ENTITIES}
-    gold = [
-        {**row, "question": "Who?", "entity_aliases": names, "answer_aliases": names[row["answer"]]}
-        for row in rows
-    ]
+    theirs = folder / "theirs"
+    theirs.mkdir()
+    records = [{**row, "question": "Who?", "type": "comparison", "context": []} for row in rows]
+    (theirs / "dev.json").write_text(json.dumps(records))
+    names = [{"Q_id": id_, "aliases": others, "demonyms": []} for id_, others in ALIASES.items()]
+    lines(theirs / "id_aliases.json", names)
+    result = run_command("data", "fetch", "2wikimultihopqa", "--from", theirs, "--out", folder / "ours")
+    assert result.exit_code == 0, result.output
     predictions = lines(folder / "pred.json", [prediction])
-    found = scored(run_command, "2wikimultihopqa", lines(folder / "dev.jsonl", gold), predictions)
+    found = scored(run_command, "2wikimultihopqa", folder / "ours/dev.jsonl", predictions)
     assert found["protocol"]["scores"] == pytest.approx(restated.two_wiki(rows, prediction, ALIASES))
 
 
