@@ -12,6 +12,7 @@ from pipeline.commands.predictions import protocol_scores
 from pipeline.core.agents.program import Answering
 from pipeline.core.config import Config
 from pipeline.core.data.questions import read_questions
+from pipeline.core.data.run_check import look_at_corpus
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.evaluation import evaluate
@@ -42,7 +43,8 @@ def evaluate_model(
     With `out` the scores are written there, and beside them the trajectories and the predictions.
 
     Returns:
-        `{"models": {role: model}, "split", "sets": {file: scores}, "all": scores, "protocol": its own scores of all}`.
+        `{"models": {role: model}, "split", "sets": {file: scores}, "all": scores, "protocol": its own scores of all,
+        "coverage": of "all" and each file}`.
 
     Raises:
         UserError: nothing to evaluate, no such split, nothing to search, or bad input.
@@ -78,8 +80,10 @@ def evaluate_model(
         documents=config.agent.documents,
         timeout_s=config.cluster.start_timeout_s,
     )
+    together = {"all": [question for members in sets.values() for question in members]}
+    coverage = look_at_corpus({**sets, **together}, searched, display).get("coverage", {})
     trajectories = _trajectories(config, agent, models, sets, searched, split, display)
-    return scored(config, models, split, sets, trajectories, out, display)
+    return scored(config, models, split, sets, trajectories, coverage, out, display)
 
 
 def _trajectories(
@@ -114,6 +118,7 @@ def scored(
     split: str,
     sets: Mapping[str, Sequence[Question]],
     trajectories: Sequence[Trajectory],
+    coverage: Json,
     out: Path | None,
     display: Display,
 ) -> Json:
@@ -133,6 +138,7 @@ def scored(
         "sets": {name: score(members) for name, members in sets.items()},
         "all": score(questions),
         "protocol": protocol_scores(config, questions, predictions, display),
+        "coverage": coverage,
     }
     if out is not None:
         write_json(out, result)

@@ -185,15 +185,13 @@ class Display:
             for name, scores in _in_order(report["test"], outcome.tests):
                 tests.add_row(name, *_score_cells(scores))
             self.console.print(tests)
-            self._coverage(report.get("data"))
+            self._coverage((report.get("data") or {}).get("coverage", {}).get("test"), "tests")
 
-    def _coverage(self, data: Mapping[str, Any] | None) -> None:
+    def _coverage(self, cover: Mapping[str, Any] | None, what: str) -> None:
         """What searching can gain at most, beside what was gained."""
-        cover = (data or {}).get("coverage", {}).get("test")
         if cover is not None and cover["percent"] is not None:
-            self.line(
-                f"evidence coverage: the corpus holds gold passages or answers of {cover['percent']:.1f}% of the tests"
-            )
+            percent = f"{cover['percent']:.1f}%"
+            self.line(f"evidence coverage: gold passages or answers of {percent} of the {what} are there")
 
     def scores(self, scores: Mapping[str, Any]) -> None:
         """The tables of `exsearch evaluate`: a row per set, the details of all together, the protocol's own scores."""
@@ -212,6 +210,7 @@ class Display:
         self._protocol_scores(scores["protocol"])
         if "models" in scores:
             self._trajectories(scores)
+            self._coverage(scores["coverage"].get("all"), "questions")
 
     def _model_scores(self, scores: Mapping[str, Any]) -> None:
         title = f"{' and '.join(scores['models'].values())} on {scores['split']}, in percent"

@@ -34,7 +34,7 @@ def test_scores_trajectories_and_predictions_are_written_and_the_predictions_sco
     gold.write_text(json.dumps([ROW]))
     keys = ["evaluation.protocol=hotpotqa", "evaluation.bootstrap_samples=0"]
     sets = {"dev.json": read_questions([gold], with_evidence=True)}
-    result = scored(load(None, keys), {"searcher": "m"}, "dev", sets, [TWO_STEPS], out, Display())
+    result = scored(load(None, keys), {"searcher": "m"}, "dev", sets, [TWO_STEPS], {}, out, Display())
     found = result["protocol"]["scores"]
     assert (found["em"], found["sp_em"], found["joint_em"]) == (100, 0, 0)
     assert (found["sp_prec"], found["sp_recall"]) == (100, pytest.approx(200 / 3))

@@ -122,7 +122,7 @@ def test_what_the_official_script_looks_at_and_the_rows_lack_is_said(run_command
             "leave out --config, --run and --model",
         ),
         (("--predictions", "nothing.json", "--gold", "dev.jsonl"), "no file of predictions nothing.json"),
-        (("--predictions", "config.yaml", "--gold", "dev.jsonl"), "config.yaml: not JSON"),
+        (("--predictions", "config.yaml", "--gold", "dev.jsonl"), "config.yaml: not a JSON object"),
         (("--predictions", "p", "--gold", "dev.jsonl", "--protocol", "hotpot"), "evaluation.protocol"),
     ],
 )

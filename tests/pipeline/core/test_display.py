@@ -188,6 +188,7 @@ def scored(**parts: Any) -> dict[str, Any]:
         "sets": {},
         "all": SCORES,
         "protocol": PROTOCOL,
+        "coverage": {"all": {"percent": 87.5}},
     } | parts
 
 
@@ -201,6 +202,7 @@ def test_scores_show_every_set_and_the_breakdown(screen: Screen) -> None:
     assert screen.row("bridge") == ["120", "50.0", "41.2-58.8", "60.0", "55.0"]
     assert "stop reasons: answered 190, step_limit 10\n" in screen.text
     assert "gold recall after each search: 55.0, 80.0" in screen.text
+    assert "gold passages or answers of 87.5% of the questions are there" in screen.text
 
 
 def test_the_sets_own_scores_are_shown_with_the_questions_that_they_can_be_told_of(screen: Screen) -> None:
