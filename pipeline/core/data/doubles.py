@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ class PassageCounter:
 
     def look_at(self, passage: Passage) -> None:
         """Count the next passage."""
-        self._ids.append(hash(passage.id) & 0xFFFF_FFFF_FFFF_FFFF)
+        # Not Python's own hash, which is another one in every process: examples are the same each time.
+        digest = hashlib.blake2b(passage.id.encode(), digest_size=8).digest()
+        self._ids.append(int.from_bytes(digest, "little"))
         self._words.append(words_hash(passage))
 
     def counts(self, again: Callable[[], Iterable[Passage]]) -> PassageCounts:
