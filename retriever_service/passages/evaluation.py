@@ -160,7 +160,7 @@ def read_run(path: str | Path) -> Run:
     """A run in TREC's format: question, Q0, passage, rank, score, tag. Best score first, equal ones by rank.
 
     Raises:
-        RetrieverError: no such file, or a malformed line.
+        RetrieverError: no such file, no rankings, or a malformed line.
     """
     answers: defaultdict[str, dict[str, tuple[float, float]]] = defaultdict(dict)
     for where, line in _lines(path):

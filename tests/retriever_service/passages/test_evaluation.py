@@ -221,7 +221,9 @@ SCORES = st.floats(-1e6, 1e6, width=32)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     answers=st.lists(
-        st.lists(SCORES, min_size=1, max_size=8).map(lambda s: sorted(s, reverse=True)), max_size=3
+        st.lists(SCORES, min_size=1, max_size=8).map(lambda s: sorted(s, reverse=True)),
+        min_size=1,
+        max_size=3,
     )
 )
 def test_run_comes_back_from_its_file_in_its_order_with_no_equal_scores(
