@@ -24,7 +24,7 @@ def ask(question: str, index: Path, *flags: str) -> str:
         timeout=300,
         check=True,
     )
-    for word in ("Traceback", "WARNING", "FutureWarning"):
+    for word in ("Traceback", "WARNING", "FutureWarning", "leaked"):
         assert word not in result.stderr
     return result.stdout
 
