@@ -273,6 +273,9 @@ def check_directory(path: Path, config: Config) -> None:
 def _check_same(stored: Path, config: Config) -> None:
     try:
         tree = read_tree(stored)
+    except UserError as error:
+        raise UserError(f"{error}; choose another --run directory") from error
+    try:
         if (recipe := tree.get("recipe", EXSEARCH)) != config.recipe:
             raise UserError(
                 f"{stored.parent} holds a run of the recipe {recipe}, not {config.recipe}; choose another --run "

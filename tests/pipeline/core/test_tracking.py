@@ -59,9 +59,13 @@ def test_a_line_that_a_kill_cut_off_is_dropped_with_a_warning(
 
 
 def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("{}\nnonsense\n")
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
-        Tracker(tmp_path, PLAIN, "run")
+    with Tracker(tmp_path, PLAIN, "run") as tracker:
+        tracker.log({"bound": -3.0}, iteration=1, phase="rollouts")
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    for damaged in ("nonsense", "{}", whole.strip().replace("-3.0", '"low"')):
+        (tmp_path / "metrics.jsonl").write_text(f"{whole}{damaged}\n")
+        with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
+            Tracker(tmp_path, PLAIN, "run")
 
 
 def test_repeating_a_phase_after_rollback_writes_its_metrics_once(tmp_path: Path) -> None:

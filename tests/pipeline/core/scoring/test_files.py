@@ -69,12 +69,12 @@ def test_the_files_look_as_the_official_scripts_want_them(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("protocol", "text", "message"),
     [
-        ("hotpotqa", "[]", "expected one object, got list"),
+        ("hotpotqa", "[]", "expected an object, got list"),
         ("hotpotqa", '{"answer": {"a": 1}}', "a must be a text, got 1"),
         ("hotpotqa", '{"answer": []}', "answer must be an object of question ids"),
         ("hotpotqa", '{"sp": {"a": [["Orvane", "1"]]}}', "sp of a must be [title, number of the sentence]"),
         ("2wikimultihopqa", '{"evidence": {"a": [["x", "y"]]}}', "evidence of a must be [subject, relation"),
-        ("exsearch", "{", "not JSON in UTF-8"),
+        ("exsearch", "{", "not a JSON object in UTF-8"),
         ("triviaqa", '{"c": "x"}', "no prediction for any of the 2 questions; it begins with c"),
         ("musique", '{"id": "a", "predicted_answer": "x"}', "predicted_support_idxs must have a list"),
         ("musique", '{"predicted_answer": "x"}', "a line has no id"),
