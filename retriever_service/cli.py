@@ -154,6 +154,51 @@ def build(
         say(f"  recall {found}  {point.search_parameters}{chosen}")
 
 
+@app.command("import")
+def import_(
+    index: Annotated[Path, typer.Argument(help="A file that FAISS wrote, or Pyserini's folder of one.")],
+    corpus: CorpusSources,
+    out: Out,
+    encoder: EncoderName = "minilm",
+    query_prefix: QueryPrefix = None,
+    passage_prefix: PassagePrefix = None,
+    max_tokens: MaxTokens = None,
+    encoder_dtype: EncoderDtype = None,
+    ids: Annotated[
+        Path | None, typer.Option(help="Ids of the rows' passages, a line each (default: the corpus' order).")
+    ] = None,
+    search_parameters: Annotated[
+        str, typer.Option(help="How an approximate index is searched, e.g. nprobe=64 or efSearch=128.")
+    ] = "",
+    bm25: Annotated[bool, typer.Option("--bm25", help="Build a word index too.")] = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="A hard link in place of a copy; never change the file then.")
+    ] = False,
+    device: Device = "cpu",
+) -> None:
+    """Take over an index that FAISS wrote elsewhere, without encoding its corpus again.
+
+    Some passages are encoded and compared with its vectors. Killed or interrupted, the same command goes on.
+
+    Example: exsearch index import e5_Flat.index --corpus wiki-18.jsonl --encoder intfloat/e5-base-v2 --out wiki
+    """
+    from retriever_service.building.importing import import_index
+
+    spec = encoder_spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype)
+    manifest = import_index(
+        index,
+        corpus,
+        out,
+        spec,
+        ids=ids,
+        search_parameters=search_parameters,
+        bm25=bm25,
+        link=link,
+        device=device,
+    )
+    say(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
+
+
 @app.command()
 def plan(
     passages: Annotated[int, typer.Option(help="How many.")],

@@ -14,33 +14,31 @@ Guarantees:
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import faiss
 import numpy as np
 
 from retriever_service.building.planner import check_fits, plan_index
 from retriever_service.building.tuning import Tunable, draw_sample, tune
+from retriever_service.building.workshop import (
+    INDEX_DIR,
+    JOB_FILE,
+    check_job,
+    check_target,
+    once,
+    publish,
+    workshop,
+)
 from retriever_service.encoding.encode import Progress, encode_corpus
 from retriever_service.encoding.encoder import Encoder, EncoderSpec, LoadEncoder, TextEncoder, Vectors
-from retriever_service.encoding.vectors import VectorStore, read_record
+from retriever_service.encoding.vectors import VectorStore
 from retriever_service.errors import RetrieverError
 from retriever_service.files import (
     FileRecord,
-    check_contents,
-    exclusive,
-    fsync,
-    record_file,
-    telling_of_full_disk,
-    write_json,
     writing,
 )
 from retriever_service.index.bm25 import build_bm25
@@ -55,11 +53,9 @@ from retriever_service.index.store import (
     Manifest,
     RecallPoint,
     Segment,
-    files_below,
     open_index,
     read_segment,
     verify_checksums,
-    write_manifest,
     write_segment,
 )
 from retriever_service.machine import release_freed_memory
@@ -70,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 TARGET_RECALL = 0.95
 _RECALL_AT = 10
-_JOB_FILE, _TRAINED_FILE, _INDEX_DIR = "job.json", "trained.faiss", "index"
+_TRAINED_FILE = "trained.faiss"
 
 
 def build_index(
@@ -102,10 +98,10 @@ def build_index(
             one, or other files, in the way; too little memory or disk space.
     """
     out = Path(out_dir)
-    _check_target(out)
+    check_target(out)
     if (out / MANIFEST_FILE).exists():
         return _reuse(out, corpus_sources, spec, factory, bm25, device, load_encoder)
-    with _workshop(out) as work:
+    with workshop(out) as work:
         store = encode_corpus(
             corpus_sources,
             work / "vectors",
@@ -153,10 +149,10 @@ def build_from_vectors(
         RetrieverError: see `build_index`.
     """
     out = Path(out_dir)
-    _check_target(out)
+    check_target(out)
     if (out / MANIFEST_FILE).exists():
         raise RetrieverError(f"{out} holds an index already; name another directory or remove it")
-    with _workshop(out) as work:
+    with workshop(out) as work:
         return _build(store, work, out, factory, memory_bytes, bm25, target_recall, seed, verify=True)
 
 
@@ -185,10 +181,10 @@ def _build(
     check_fits(plan, out, memory_bytes)
     if verify:
         store.verify()
-    directory = work / _INDEX_DIR
+    directory = work / INDEX_DIR
     directory.mkdir(exist_ok=True)
-    _check_job(
-        work / _JOB_FILE,
+    check_job(
+        work / JOB_FILE,
         {
             "vectors": given.fingerprint,
             "factory": factory,
@@ -202,7 +198,7 @@ def _build(
     segments, files = _fill_segments(store, work, factory, empty, plan.segments)
     words = "bm25-0" if bm25 else None
     if words is not None:
-        files |= _once(work, directory, words, lambda: build_bm25(store.corpus, directory / words))
+        files |= once(work, directory, words, lambda: build_bm25(store.corpus, directory / words))
     search_parameters, recall = _tune(store, directory, segments, target_recall, seed)
     manifest = Manifest(
         version=FORMAT_VERSION,
@@ -224,39 +220,9 @@ def _build(
         recall=recall,
         files=files,
     )
-    write_manifest(manifest, directory)
-    if out.exists():
-        out.rmdir()  # empty: `_check_target`
-    os.replace(directory, out)
-    fsync(out.parent)
+    publish(manifest, directory, out)
     logger.info(f"built {out}: {manifest.count} passages, {factory}, encoder {manifest.encoder.model}")
     return manifest
-
-
-def _once(work: Path, root: Path, name: str, make: Callable[[], object]) -> dict[str, FileRecord]:
-    """Make a file or directory of `root`, or take up what a build that was cut off has made of it.
-
-    Returns:
-        Its files, by their paths within `root`.
-
-    Raises:
-        RetrieverError: it was changed since it was made.
-    """
-    mend = f"remove {work} and build again"
-    record = work / f"{name.replace('/', '-')}.json"
-    path = root / name
-    if not record.exists():
-        if path.is_dir():
-            shutil.rmtree(path)
-        make()
-        names = files_below(root, name) if path.is_dir() else [name]
-        made = {file: record_file(root / file) for file in names}
-        write_json(record, {file: dataclasses.asdict(it) for file, it in made.items()})
-        return made
-    left = read_record(record, dict[str, FileRecord], mend)
-    for file, it in left.items():
-        check_contents(root / file, it, mend)
-    return left
 
 
 def _trained(store: VectorStore, factory: str, num_rows: int, work: Path, seed: int) -> faiss.Index:
@@ -275,7 +241,7 @@ def _trained(store: VectorStore, factory: str, num_rows: int, work: Path, seed: 
         with writing(work / _TRAINED_FILE) as file:
             file.write(faiss.serialize_index(index).tobytes())
 
-    _once(work, work, _TRAINED_FILE, train)
+    once(work, work, _TRAINED_FILE, train)
     # Also where it was just trained: the index that goes on is then the same one with and without a kill.
     return faiss.read_index(str(work / _TRAINED_FILE))
 
@@ -284,7 +250,7 @@ def _fill_segments(
     store: VectorStore, work: Path, factory: str, empty: faiss.Index, counts: Sequence[int]
 ) -> tuple[tuple[Segment, ...], dict[str, FileRecord]]:
     """The segments and their files."""
-    directory = work / _INDEX_DIR
+    directory = work / INDEX_DIR
     segments: list[Segment] = []
     files: dict[str, FileRecord] = {}
     start = 0
@@ -301,7 +267,7 @@ def _fill_segments(
             logger.info(f"segment {number + 1} of {len(counts)}: {count} passages")
 
         segment = Segment(f"segments/{number:04d}", count, factory)
-        files |= _once(work, directory, segment.name, fill_segment)
+        files |= once(work, directory, segment.name, fill_segment)
         segments.append(segment)
         start += count
     return tuple(segments), files
@@ -336,11 +302,6 @@ def _tune(
     tunable = Tunable.of(read_segment(directory / segments[0].index_file))
     report = tune(store, sample, search, tunable, target_recall)
     return report.search_parameters, report.points
-
-
-def _check_target(out: Path) -> None:
-    if out.exists() and not (out / MANIFEST_FILE).exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RetrieverError(f"{out} exists and is not an index; name another directory or remove it")
 
 
 def _reuse(
@@ -378,34 +339,3 @@ def _reuse(
         )
     logger.info(f"{out}: the same index is there already ({manifest.count} passages); reused")
     return manifest
-
-
-@contextmanager
-def _workshop(out: Path) -> Iterator[Path]:
-    """The directory beside `out` where it is built; stays if the build is cut off, for the next one to go on."""
-    work = out.parent / f".{out.name}.partial"
-    with telling_of_full_disk(out):
-        work.mkdir(parents=True, exist_ok=True)
-        with exclusive(work / "lock"):
-            try:
-                yield work
-            except BaseException:
-                if {path.name for path in work.iterdir()} == {"lock"}:  # nothing to go on with
-                    shutil.rmtree(work)
-                raise
-            shutil.rmtree(work)
-
-
-def _check_job(file: Path, job: dict[str, Any]) -> None:
-    """Refuse to go on with a build of something else."""
-    if not file.exists():
-        write_json(file, job)
-        return
-    begun = read_record(file, dict[str, Any], f"remove {file.parent} and build again")
-    if differing := [
-        f"{key} {begun.get(key)!r} -> {value!r}" for key, value in job.items() if begun.get(key) != value
-    ]:
-        raise RetrieverError(
-            f"{file.parent} holds an unfinished build of another index ({', '.join(differing)}). Finish that one with "
-            "its own command, or remove the directory"
-        )
