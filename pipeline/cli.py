@@ -48,7 +48,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(index_app, name="index")
-data_app = typer.Typer(help="Look at questions and corpora before they are trained on.", no_args_is_help=True)
+data_app = typer.Typer(
+    cls=_Commands, help="Look at questions and corpora before they are trained on.", no_args_is_help=True
+)
 app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; see configs/ and docs/.")]

@@ -41,7 +41,7 @@ class Commands(TyperGroup):
     mendable: tuple[type[Exception], ...] = (RetrieverError,)
     failures: tuple[type[Exception], ...] = ()
     """Of these the message is enough as well; the exit code is 1."""
-    resumable: tuple[str, ...] = ("build", "encode", "encode-with-ray")
+    resumable: tuple[str, ...] = ("build", "encode", "encode-with-ray", "import")
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -11,7 +11,7 @@ from actors.session import ray_session
 from pipeline.commands.predictions import protocol_scores
 from pipeline.core.agents.program import Answering
 from pipeline.core.config import Config
-from pipeline.core.data.questions import read_questions
+from pipeline.core.data.questions import read_questions, sample_questions
 from pipeline.core.data.run_check import look_at_corpus
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
@@ -58,7 +58,8 @@ def evaluate_model(
         RunFiles(run).check_layout()
     config = load(config_file, overrides)
     agent = answering(config) if model is None else searching(config.agent, model)
-    models = _best_models(run, config, agent) if run is not None and model is None else dict(agent.models)
+    of_run = run is not None and model is None
+    models = _best_models(run, config, agent, display) if run is not None and of_run else dict(agent.models)
     check_models(models.values())
     if out is not None and out.suffix != ".json":
         raise UserError(
@@ -66,7 +67,7 @@ def evaluate_model(
         )
     if split not in ("train", "dev", "test"):
         raise UserError(f"--split is {split}; choose train, dev or test")
-    sets = _read_sets(config, split)
+    sets = _read_sets(config, split, display)
     if run is None and config.retriever.index is None and config.retriever.url is None:
         raise UserError(
             "evaluation needs something to search: give --run, or retriever.index=DIR (see exsearch index build), or "
@@ -148,7 +149,7 @@ def scored(
     return result
 
 
-def _best_models(run: Path, config: Config, agent: Answering) -> dict[str, str]:
+def _best_models(run: Path, config: Config, agent: Answering, display: Display) -> dict[str, str]:
     """The model of each role at the run's best iteration; what it starts from where the run has not trained it.
 
     Raises:
@@ -161,21 +162,27 @@ def _best_models(run: Path, config: Config, agent: Answering) -> dict[str, str]:
             f"{run} has trained {' and '.join(trained)}, and its recipe does not say how they answer; the "
             "scores are in its report.json. Name a model with --model to see it search by itself"
         )
+    if not trained and (others := files.trained()):
+        display.line(
+            f"no iteration of {run} scored better on dev than what it started from, which is scored; for another one: "
+            f"--model {run}/iterations/0001/{next(iter(others))}/model"
+        )
     return {role: str(trained.get(role, start)) for role, start in agent.models.items()}
 
 
-def _read_sets(config: Config, split: str) -> dict[str, list[Question]]:
+def _read_sets(config: Config, split: str, display: Display) -> dict[str, list[Question]]:
     """Questions per file, sampled as a whole as the run does."""
     paths: Sequence[str] = getattr(config.data, split)
     if not paths:
         raise UserError(f"data.{split} is empty; name question files, or choose another --split")
-    chosen = read_questions(
-        paths,
-        root=config.data.root,
-        limit=getattr(config.data, f"{split}_limit"),
-        seed=config.seed,
-        hops=config.data.hops,
-    )
+    limit = getattr(config.data, f"{split}_limit")
+    everything = read_questions(paths, root=config.data.root, hops=config.data.hops)
+    chosen = everything if limit is None else sample_questions(everything, limit, config.seed)
+    if len(chosen) < len(everything):
+        display.line(
+            f"{len(chosen)} of {len(everything)} questions: a sample, as data.{split}_limit says "
+            f"(data.{split}_limit=null for all)"
+        )
     wanted = {question.id: question for question in chosen}
     sets = {
         path: [q for q in read_questions([path], root=config.data.root, with_evidence=True) if q.id in wanted]

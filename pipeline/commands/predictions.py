@@ -48,6 +48,7 @@ def evaluate_predictions(
     questions = read_questions(gold, with_evidence=True)
     rules = config.evaluation
     found = read_predictions(rules.protocol, predictions, questions)
+    _say_how_many(questions, found, display)
     answers = {id_: one.answer for id_, one in found.items() if one.answer is not None}
     result = {
         "predictions": str(predictions),
@@ -58,6 +59,16 @@ def evaluate_predictions(
     if out is not None:
         write_json(out, result)
     return result
+
+
+def _say_how_many(questions: Sequence[Question], found: Mapping[str, Prediction], display: Display) -> None:
+    asked = {question.id for question in questions}
+    if without := len(asked - found.keys()):
+        display.line(
+            f"{len(asked) - without} of {len(asked)} questions have a prediction; the others count as wrong"
+        )
+    if others := len(found.keys() - asked):
+        display.line(f"{others} predictions are of other questions, and are not looked at")
 
 
 def protocol_scores(

@@ -6,6 +6,7 @@ title and the marks of headings; the same folder gives the same passages and ids
 
 from __future__ import annotations
 
+import logging
 import re
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,15 @@ from pathlib import Path
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.records import Numbered, read_lines
 
+logger = logging.getLogger(__name__)
+
 SUFFIXES = (".txt", ".md")
 WORDS = 100
 """A passage has about so many; a longer paragraph is cut at the ends of its sentences."""
 
+_FEW_WORDS = 15
+"""With fewer a paragraph goes with the next one."""
+_TITLE_WORDS = 12
 _LETTERS = 8
 """In a word and the space behind it, where a script has no spaces to count."""
 _HEADING = re.compile(r"#{1,6}\s+(.*?)\s*#*$")
@@ -35,14 +41,16 @@ def read_text_folder(folder: Path) -> Numbered:
     """(number from 1, {id, title, text}) of the passages of all texts below a folder.
 
     The id is the path from the folder and the number of the passage in its file (`notes/harps.md#2`). The title is the
-    heading that a Markdown file begins with, or the name of the file. Further headings begin a passage.
+    heading that a Markdown file begins with, the short line that any other begins with, or the name of the file.
+    Further headings begin a passage. Files without words are left out, and told of in the log.
 
     Raises:
         RetrieverError: while iterating, at a file that is not UTF-8; a folder without any words.
     """
-    number = 0
-    for path in text_files(folder):
+    number, empty, files = 0, 0, text_files(folder)
+    for path in files:
         title, paragraphs = _title_and_paragraphs(path)
+        empty += not paragraphs
         for place, text in enumerate(_passages(paragraphs), start=1):
             number += 1
             yield (
@@ -51,6 +59,8 @@ def read_text_folder(folder: Path) -> Numbered:
             )
     if number == 0:
         raise RetrieverError(f"{folder}: there are no words in its {' and '.join(SUFFIXES)} files")
+    if empty:
+        logger.warning(f"{folder}: {empty} of {len(files)} files have no words, or none but a title")
 
 
 def _is_hidden(path: Path) -> bool:
@@ -61,6 +71,7 @@ def _is_hidden(path: Path) -> bool:
 class _Paragraph:
     text: str
     is_heading: bool
+    lines: int = 1
 
 
 def _title_and_paragraphs(path: Path) -> tuple[str, list[_Paragraph]]:
@@ -75,8 +86,17 @@ def _title_and_paragraphs(path: Path) -> tuple[str, list[_Paragraph]]:
             paragraphs.append(_Paragraph(text, heading is not None))
         else:
             paragraphs[-1].text += f" {text}"
+            paragraphs[-1].lines += 1
         last = number
+    if not title and len(paragraphs) > 1 and _is_title(paragraphs[0]):
+        title = paragraphs.pop(0).text
     return title or path.stem, [paragraph for paragraph in paragraphs if paragraph.text]
+
+
+def _is_title(first: _Paragraph) -> bool:
+    """One short line without the end of a sentence."""
+    is_short = first.lines == 1 and _size(first.text) <= _TITLE_WORDS
+    return is_short and not first.is_heading and not _SENTENCE_END.search(f"{first.text} ")
 
 
 def _passages(paragraphs: Sequence[_Paragraph]) -> Iterator[str]:
@@ -84,7 +104,8 @@ def _passages(paragraphs: Sequence[_Paragraph]) -> Iterator[str]:
     held: list[_Paragraph] = []
     for paragraph in paragraphs:
         for piece in _pieces(paragraph.text):
-            full = sum(_size(one.text) for one in held) + _size(piece) > WORDS
+            size = sum(_size(one.text) for one in held)
+            full = size >= _FEW_WORDS and size + _size(piece) > WORDS
             if (full or paragraph.is_heading) and not all(one.is_heading for one in held):
                 yield _together(held)
                 held = []

@@ -232,6 +232,6 @@ def test_a_reference_of_another_vocabulary_is_refused(model_path: Path) -> None:
 
 def test_a_missing_stream_is_an_error_before_any_training(model_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"Dpo needs the stream label, which example q0/0 has not; it has weight"
+        UserError, match=r"Dpo needs the stream label, which example q0/0 has not; it has log_weight"
     ):
         run_ranks(CONFIG, model_path, values_and_gradients, make_examples(), {"dpo": Dpo()})

@@ -51,8 +51,10 @@ def text_of(row: Row, names: Sequence[str], place: str) -> str:
     Raises:
         UserError: none is, or it is no text, or an empty one.
     """
-    name = next((name for name in names if name in row), names[0])
-    value = row.get(name)
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        raise UserError(f"{place}: no field {names[0]} (fields: {', '.join(sorted(row))[:200] or 'none'})")
+    value = row[name]
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{place}: {name} must be a string that is not empty, got {shown(value)}")
     return value.strip()

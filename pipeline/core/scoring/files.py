@@ -94,7 +94,12 @@ def _json_object(path: Path) -> Mapping[str, Any]:
     try:
         return json_object(path.read_bytes().removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
-        raise _Wrong(f"not a JSON object in UTF-8 ({error})") from error
+        hint = (
+            "; one object per line is the format of musique, kilt and nq"
+            if "Extra data" in str(error)
+            else ""
+        )
+        raise _Wrong(f"not a JSON object in UTF-8 ({error}){hint}") from error
 
 
 def _unique(found: Iterable[tuple[str, Prediction]]) -> dict[str, Prediction]:
@@ -107,6 +112,8 @@ def _unique(found: Iterable[tuple[str, Prediction]]) -> dict[str, Prediction]:
 
 
 def _of_hotpotqa(tree: Mapping[str, Any], with_triples: bool) -> dict[str, Prediction]:
+    if not {"answer", "sp", "evidence"} & tree.keys():
+        raise _Wrong(f"there is neither answer nor sp in it, but {', '.join(tree)[:100] or 'nothing'}")
     answers, facts = _part(tree, "answer"), _part(tree, "sp")
     triples = _part(tree, "evidence") if with_triples else {}
     return {

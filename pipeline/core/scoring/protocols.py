@@ -46,7 +46,9 @@ def score_predictions(
         "predicted": sum(one.answer is not None for one in own),
         "scores": {name: 100.0 * float(np.mean(column)) for name, column in values.items()},
         "counted": {name: len(column) for name, column in values.items()},
-        "intervals": {name: _interval(column, bootstrap_samples, seed) for name, column in values.items()},
+        "intervals": {
+            name: _interval(name, column, bootstrap_samples, seed) for name, column in values.items()
+        },
     }
 
 
@@ -70,7 +72,8 @@ _LOOKED_AT: Mapping[ProtocolName, Mapping[str, Callable[[Evidence], object]]] = 
 }
 
 
-def _interval(values: Sequence[float], samples: int, seed: int) -> list[float] | None:
-    if set(values) <= {0.0, 1.0}:
+def _interval(name: str, values: Sequence[float], samples: int, seed: int) -> list[float] | None:
+    # By its name: a metric that is no share has the same kind of interval where all its values happen to be 0 or 1.
+    if name == "accuracy" or name.endswith("em"):
         return [100.0 * bound for bound in wilson(int(sum(values)), len(values))]
     return [100.0 * bound for bound in bootstrap(values, samples, seed)] if samples else None

@@ -34,6 +34,26 @@ def test_a_text_is_called_after_its_file_and_its_passages_are_numbered_by_path(t
     ]
 
 
+def test_a_short_first_line_is_the_title_and_a_short_paragraph_goes_with_the_next(tmp_path: Path) -> None:
+    long = " ".join([SENTENCE] * 9)
+    write(
+        tmp_path,
+        a_txt=f"The Silver Harp (1904)\n\n{long}\n\nA note.\n\n{long}",
+        b_txt="A short text.\n\nMore.",
+    )
+    assert [(p.title, p.text) for p in passages(tmp_path)] == [
+        ("The Silver Harp (1904)", long),
+        ("The Silver Harp (1904)", f"A note.\n{long}"),
+        ("b", "A short text.\nMore."),
+    ]
+
+
+def test_files_without_words_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, a_txt="A.", b_txt=" \n", c_md="# Only a title")
+    assert len(passages(tmp_path)) == 1
+    assert "2 of 3 files have no words, or none but a title" in caplog.text
+
+
 def test_short_paragraphs_share_a_passage_and_borders_are_between_paragraphs(tmp_path: Path) -> None:
     paragraph = " ".join([SENTENCE] * 4)
     write(tmp_path, harps_txt=f"{paragraph}\n\n{paragraph}\n\n{paragraph}\n")
@@ -96,4 +116,6 @@ def test_a_text_that_is_not_utf8_is_refused_with_file_and_line(tmp_path: Path) -
 @given(words=st.lists(st.sampled_from(["harp", "of.", "\n", "\n\n", "Orvane!", "#", "x" * 40]), max_size=600))
 def test_no_word_is_lost_or_comes_twice(tmp_path: Path, words: list[str]) -> None:
     write(tmp_path, a_txt="begin " + " ".join(words))
-    assert " ".join(p.text for p in passages(tmp_path)).split() == ["begin", *" ".join(words).split()]
+    found = passages(tmp_path)
+    title = "" if found[0].title == "a" else found[0].title
+    assert " ".join([title, *(p.text for p in found)]).split() == ["begin", *" ".join(words).split()]
