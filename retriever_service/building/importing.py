@@ -14,14 +14,16 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
+from retriever_service.building.belonging import OWN_FORM, check_belongs
 from retriever_service.building.tuning import Tunable
 from retriever_service.building.workshop import (
     INDEX_DIR,
@@ -32,7 +34,7 @@ from retriever_service.building.workshop import (
     publish,
     workshop,
 )
-from retriever_service.encoding.encoder import Encoder, EncoderSpec, LoadEncoder, TextEncoder, Vectors
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, LoadEncoder, TextEncoder
 from retriever_service.errors import RetrieverError
 from retriever_service.files import FileRecord, check_disk, fsync, telling_of_room
 from retriever_service.index.bm25 import build_bm25
@@ -52,22 +54,7 @@ from retriever_service.passages.records import read_lines
 
 logger = logging.getLogger(__name__)
 
-SAMPLE = 256
-"""Passages that are encoded to be compared."""
-LEAST_COSINE = 0.985
-"""Median over the sample. Another number format, or 8 bits a dimension, leaves 0.999; another pooling does not."""
-LEAST_NEAREST = 0.9
-"""Share of the sample whose own vector is the nearest among the stored ones of the sample."""
-_NORM = 0.05
 _PYSERINI_INDEX, _PYSERINI_IDS = "index", "docid"
-
-_FORMS: Mapping[str, str] = {
-    "title and text": "{title} {text}",
-    "title in quotes, text on the next line": '"{title}"\n{text}',
-    "title, text on the next line": "{title}\n{text}",
-    "text alone": "{text}",
-}
-"""How other programs put a passage before the encoder: ours, Search-R1's, Pyserini's."""
 
 
 def import_index(
@@ -117,7 +104,12 @@ def import_index(
         made.check_job(encoder)
         with _leaving_nothing(work):
             corpus, files, about = made.passages()
-            check_belongs(opened, file, corpus, encoder, seed)
+            form = check_belongs(opened, file, corpus, encoder, seed)
+            if form != OWN_FORM:
+                logger.warning(
+                    f"the passages of {file} were encoded as {form}; passages that are added later are encoded as "
+                    f"{OWN_FORM}"
+                )
         files |= made.vectors(corpus)
         manifest = _manifest(opened, made.segment, encoder, search_parameters, about, made.words, files)
         publish(manifest, work / INDEX_DIR, out)
@@ -267,101 +259,6 @@ def _check_kind(opened: Any, file: Path, search_parameters: str) -> None:
     VectorSearch([opened]).set_parameters(search_parameters)
 
 
-def check_belongs(opened: Any, file: Path, corpus: Corpus, encoder: TextEncoder, seed: int) -> None:
-    """Compare vectors of the index with those that the encoder gives the passages of their rows.
-
-    Raises:
-        RetrieverError: they are not the same; says what differs, and by how much.
-    """
-    count = len(corpus)
-    rows = np.sort(
-        np.random.default_rng(seed).choice(count, min(SAMPLE, count), replace=False, shuffle=False)
-    )
-    stored = _stored(opened, file, rows)
-    passages = [corpus[int(row)] for row in rows]
-    compared = {name: _compared(encoder, _in_form(passages, form), stored) for name, form in _FORMS.items()}
-    name, best = max(compared.items(), key=lambda item: item[1].cosine)
-    if best.nearest < LEAST_NEAREST:
-        raise RetrieverError(
-            f"{file} is not of this corpus, in this order, or not of encoder {encoder.spec.model!r}: of {len(rows)} "
-            f"passages that were encoded, {best.nearest:.0%} are nearest to the vector of their own row (median cosine "
-            f"{best.cosine:.3f}). Name the corpus and the encoder that made it, or with --ids the order of its rows"
-        )
-    is_alike = best.cosine >= LEAST_COSINE and abs(best.norm - 1) <= _NORM
-    if _keeps_vectors(opened) and not is_alike:
-        raise RetrieverError(
-            f"{file} is of this corpus, but its vectors are not those of encoder {encoder.spec.model!r} as it is used "
-            f"here (passage prefix {encoder.spec.passage_prefix!r}, pooling {encoder.pooling or 'none'}): the median "
-            f"cosine of {len(rows)} passages is {best.cosine:.3f}, {LEAST_COSINE} is wanted, and their lengths "
-            f"differ by the factor {best.norm:.2f}. Give the prefixes and the model that it was made with"
-        )
-    if name != next(iter(_FORMS)):
-        logger.warning(
-            f"the passages of {file} were encoded as {name}; passages that are added later are encoded as "
-            f"{next(iter(_FORMS))}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Likeness:
-    """Of encoded passages to stored vectors."""
-
-    cosine: float
-    """Median."""
-    nearest: float
-    """Share whose own stored vector is the nearest of all stored ones."""
-    norm: float
-    """Median length of the stored ones, divided by that of the encoded ones."""
-
-
-def _compared(encoder: TextEncoder, passages: Sequence[Passage], stored: Vectors) -> _Likeness:
-    encoded = np.concatenate(list(encoder.encode_passages(passages)))
-    lengths, own_lengths = np.linalg.norm(encoded, axis=1), np.linalg.norm(stored, axis=1)
-    cosines = (encoded / lengths[:, None]) @ (stored / own_lengths[:, None]).T
-    own = np.diag(cosines)
-    return _Likeness(
-        cosine=float(np.median(own)),
-        # Copies of a text are as near as the text itself.
-        nearest=float(np.mean(own >= cosines.max(axis=1) - 1e-4)),
-        norm=float(np.median(own_lengths / lengths)),
-    )
-
-
-def _in_form(passages: Sequence[Passage], form: str) -> list[Passage]:
-    return [
-        replace(passage, title="", text=form.format(title=passage.title, text=passage.text))
-        if passage.title
-        else passage
-        for passage in passages
-    ]
-
-
-def _stored(opened: Any, file: Path, rows: npt.NDArray[np.int64]) -> Vectors:
-    try:
-        if (inverted := faiss.try_extract_index_ivf(opened)) is not None:
-            inverted.make_direct_map()
-        return np.stack([opened.reconstruct(int(row)) for row in rows])
-    except RuntimeError as error:
-        raise RetrieverError(
-            f"{file}: its vectors cannot be told row by row, so that nothing says whether they belong to this corpus "
-            f"({str(error).splitlines()[-1]:.200}); rows must be numbered from 0"
-        ) from error
-
-
-def _keeps_vectors(opened: Any) -> bool:
-    """Whether its vectors are kept so exactly that a cosine tells encoders apart: not in product quantisers."""
-    kind: Any = faiss.downcast_index(opened)
-    if isinstance(kind, faiss.IndexPreTransform):
-        return _keeps_vectors(kind.index)
-    if isinstance(kind, faiss.IndexHNSW):
-        return _keeps_vectors(kind.storage)
-    if isinstance(kind, faiss.IndexFlat | faiss.IndexIVFFlat):
-        return True
-    if isinstance(kind, faiss.IndexScalarQuantizer | faiss.IndexIVFScalarQuantizer):
-        return bool(8 * kind.sq.code_size >= 8 * kind.d)
-    return False
-
-
 def _factory_of(opened: Any) -> str:
     """FAISS's name of its kind: from an index no factory string can be read."""
     kind = faiss.downcast_index(opened)
@@ -369,16 +266,25 @@ def _factory_of(opened: Any) -> str:
 
 
 def _in_order(corpus: Corpus, ids: Path) -> Iterator[Passage]:
-    """The passages of these ids.
+    """The passages of these ids, each of which comes once.
 
     Raises:
-        RetrieverError: while iterating; an id that the corpus does not have.
+        RetrieverError: while iterating; an id that the corpus does not have, or that comes again.
     """
-    rows = {id_: row for row, id_ in enumerate(corpus.column("id").to_pylist())}
-    for number, line in read_lines(ids):
-        if (row := rows.get(line.strip())) is None:
-            raise RetrieverError(f"{ids}:{number}: the corpus has no passage {line.strip()!r:.100}")
-        yield corpus[row]
+    # In Arrow's arrays: as objects of Python the ids of 21 million passages take gigabytes.
+    wanted = pa.array((line.strip() for _, line in read_lines(ids)), pa.string())
+    rows = pc.index_in(wanted, value_set=corpus.column("id").combine_chunks())
+    if rows.null_count:
+        place = pc.index(pc.is_null(rows), True).as_py()
+        raise RetrieverError(
+            f"{ids}: the corpus has no passage {wanted[place].as_py()!r:.100} (id {place + 1})"
+        )
+    seen = np.zeros(len(corpus), dtype=np.bool_)
+    for place, row in enumerate(rows.to_numpy()):
+        if seen[row]:
+            raise RetrieverError(f"{ids}: {wanted[place].as_py()!r:.100} (id {place + 1}) comes again")
+        seen[row] = True
+        yield corpus[int(row)]
 
 
 def _manifest(

@@ -100,8 +100,14 @@ def test_the_rows_of_pyserini_are_in_the_order_of_its_ids(tmp_path: Path) -> Non
     engine = imported(folder, shuffled, tmp_path / "index")
     (hits,) = engine.search(["harp 17 number 17 was made in place 17 of 1917"], 1, SearchOptions())
     assert hits[0].passage.id == "p17"
+    (folder / "docid").write_text("p0\np1\np0\n")
+    with pytest.raises(RetrieverError, match=r"docid: 'p0' \(id 3\) comes again"):
+        imported(folder, shuffled, tmp_path / "other")
+    (folder / "docid").write_text("")
+    with pytest.raises(RetrieverError, match=r"has 300 vectors, .* 0 passages"):
+        imported(folder, shuffled, tmp_path / "other")
     (folder / "docid").write_text("nobody\n")
-    with pytest.raises(RetrieverError, match=r"docid:1: the corpus has no passage 'nobody'"):
+    with pytest.raises(RetrieverError, match=r"docid: the corpus has no passage 'nobody' \(id 1\)"):
         imported(folder, shuffled, tmp_path / "other")
 
 
@@ -133,7 +139,10 @@ def prefixed_encoder(spec: EncoderSpec, device: str) -> HashEncoder:
     ("load", "message"),
     [
         (other_encoder, "not of this corpus, in this order, or not of encoder"),
-        (prefixed_encoder, "the median cosine of 256 passages is"),
+        (
+            prefixed_encoder,
+            r"passage prefix .* the median distance of 256 passages is 0\.\d+ of their length",
+        ),
         (longer_encoder, "their lengths differ by the factor 0.33"),
     ],
 )
@@ -148,17 +157,45 @@ def test_another_encoder_is_refused_and_leaves_nothing(
     imported(file, corpus, tmp_path / "index")
 
 
+def off_by(share: float) -> Any:
+    """Loads an encoder whose vectors lie so far from those of the index, each in a direction of its own."""
+
+    class Off(HashEncoder):
+        def _vector(self, text: str) -> np.ndarray:
+            exact, elsewhere = super()._vector(text), super()._vector(text[::-1])
+            across = elsewhere - (elsewhere @ exact) * exact
+            return exact + share * across / np.linalg.norm(across)
+
+    return lambda spec, device: Off(spec)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "PQ16x4", "IVF8,Flat", "OPQ8_16,PQ8x4"])
+def test_a_small_change_is_a_matter_of_number_formats_and_a_wrong_prefix_is_not(
+    tmp_path: Path, corpus: Path, factory: str
+) -> None:
+    """Both as with real encoders, whatever the codes lose: bfloat16 is 0.01 away, a prefix at least 0.03."""
+    file = written(tmp_path / "own.index", factory)
+    how = {"search_parameters": "nprobe=8"} if factory.startswith("IVF") else {}
+    with pytest.raises(RetrieverError, match="is of this corpus, but its vectors are not those of encoder"):
+        import_index(file, [corpus], tmp_path / "i", SPEC, load_encoder=off_by(0.08), **how)  # type: ignore[arg-type]
+    import_index(file, [corpus], tmp_path / "i", SPEC, load_encoder=off_by(0.01), **how)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         (ROWS[:-1], "has 300 vectors, .* 299 passages"),
         (ROWS[::-1], "not of this corpus, in this order"),
         (
+            [row | {"text": "something else"} if n % 8 == 0 else row for n, row in enumerate(ROWS)],
+            r"of 256 passages that were encoded are other texts .* passage 'p\d+'",
+        ),
+        (
             [{**row, "text": f"something else {n * n}", "title": ""} for n, row in enumerate(ROWS)],
             "not of this corpus",
         ),
     ],
-    ids=["another number", "another order", "other texts"],
+    ids=["another number", "another order", "an eighth of other texts", "other texts"],
 )
 def test_another_corpus_is_refused(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", rows)
