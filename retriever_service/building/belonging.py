@@ -101,8 +101,8 @@ def check_belongs(opened: Any, file: Path, corpus: Corpus, encoder: TextEncoder,
         f"{file} is of this corpus, but its vectors are not those of encoder {encoder.spec.model!r} as it is used "
         f"here (passage prefix {encoder.spec.passage_prefix!r}, pooling {encoder.pooling or 'none'}, at most "
         f"{encoder.spec.max_length} tokens): the median distance of {len(rows)} passages is {best.middle:.3f} of their "
-        f"length, {NEAR} is allowed, and their lengths differ by the factor {best.norm:.2f}. Give the model, prefixes "
-        "and number of tokens that it was made with"
+        f"length, {NEAR} is allowed, and their lengths differ by the factor {best.norm:.2f}. Give the model, prefixes, "
+        "number format (--encoder-dtype) and number of tokens that it was made with"
     )
 
 
