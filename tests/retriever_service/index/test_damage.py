@@ -82,7 +82,7 @@ def done(command: str) -> None:
 def cut_off(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command ends when everything is made, and nothing declared whole."""
     with monkeypatch.context() as patch:
-        for module in ("building.build.write_manifest", "encoding.encode.finish_job"):
+        for module in ("building.workshop.write_manifest", "encoding.encode.finish_job"):
             patch.setattr(f"retriever_service.{module}", stop)
         assert run(command).exit_code == 130
 
