@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.config.task import SHIPPED_MODEL
 from pipeline.core.errors import UserError
 from retriever_service import files
 from retriever_service.errors import RetrieverError
@@ -27,6 +28,11 @@ def check_model(path: str) -> None:
         beside = [entry.name for entry in directory.parent.iterdir()] if directory.parent.is_dir() else []
         if near := get_close_matches(directory.name, beside, n=1, cutoff=0.8):
             raise UserError(f"model.path: {path} does not exist; there is {directory.with_name(near[0])}")
+        if path == SHIPPED_MODEL:
+            raise UserError(
+                f"model.path: {path} does not exist here; it is in the checkout of the program: run there, or give the "
+                "whole path, or another model"
+            )
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise UserError(f"model.path: {path} does not exist; give a model directory or a hub name")
         return

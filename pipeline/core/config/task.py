@@ -14,9 +14,12 @@ from pipeline.core.config.section import OnDisk, Section, Sources, as_list
 from retriever_service.encoding.encoder import lasting_name
 from retriever_service.service.client import Dialect
 
+SHIPPED_MODEL = "models/tiny-searcher"
+"""Of the checkout."""
+
 
 class ModelConfig(Section):
-    path: Annotated[str, OnDisk()] = "models/tiny-searcher"
+    path: Annotated[str, OnDisk()] = SHIPPED_MODEL
     """Directory, relative to the current one, or hub name of the model to start from."""
     max_length: int = Field(4096, ge=16)
     """Longest context in tokens: question, searches, records and answer together."""

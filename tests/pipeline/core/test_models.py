@@ -128,3 +128,11 @@ def test_a_damaged_export_is_refused_with_the_mend_that_there_is(tmp_path: Path)
     (state / "checkpoint.json").write_text("{}")
     with pytest.raises(UserError, match=r"Without a copy, remove train\.json beside it"):
         check_export(model)
+
+
+def test_the_shipped_model_is_looked_for_in_the_checkout_and_not_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"models/tiny-searcher does not exist here; it is in the checkout"):
+        check_model("models/tiny-searcher")
