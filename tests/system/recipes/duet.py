@@ -80,9 +80,10 @@ class Ranked:
 
     def __call__(self, task: Question, episodes: Sequence[Episode]) -> Weighted:
         order = np.argsort([episode.scores["log_likelihood"] for episode in episodes])
-        weights = {episodes[int(k)].sample: float(rank + 1) for rank, k in enumerate(order)}
+        log_weights = {episodes[int(k)].sample: float(np.log(rank + 1)) for rank, k in enumerate(order)}
         made = {
-            name: [Example.of(e.turn(name), weight=weights[e.sample]) for e in episodes] for name in NAMES
+            name: [Example.of(e.turn(name), log_weight=log_weights[e.sample]) for e in episodes]
+            for name in NAMES
         }
         return Weighted(made, {"scores": [e.scores["log_likelihood"] for e in episodes]})
 
