@@ -29,13 +29,10 @@ def outcome_of(report: Json) -> Outcome:
     """ExSearch's report, ready to be shown."""
     row = report["cold_start"]
     name = "0, cold" if row is not None and "maximisation" in row["phase_seconds"] else "base"
-    nothing_better = "\nno iteration scored better on dev than what it started from, which stays the best"
-    stayed = bool(report["iterations"]) and report["best_iteration"] == 0
-    legend = (
-        LEGEND
-        + nothing_better * stayed
-        + "".join(_of_engines(iteration) for iteration in report["iterations"][-1:])
-    )
+    legend = LEGEND
+    if report["iterations"] and report["best_iteration"] == 0:
+        legend += "\nno iteration scored better on dev than what it started from, which stays the best"
+    legend += "".join(_of_engines(iteration) for iteration in report["iterations"][-1:])
     return Outcome(report, COLUMNS, legend, None if row is None else (name, row), TESTS)
 
 

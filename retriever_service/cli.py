@@ -42,6 +42,7 @@ from retriever_service.console import (
 )
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
+from retriever_service.files import json_object
 from retriever_service.passages.evaluation import DEFAULT_KS
 from retriever_service.passages.hits import Hit, SearchOptions
 from retriever_service.search.engine import SearchEngine
@@ -466,9 +467,10 @@ def _filter(where: str | None) -> Any:
     if where is None:
         return None
     try:
-        return Filter.parse(json.loads(where))
-    except json.JSONDecodeError as error:
-        raise RetrieverError(f"--where {where!r} is not JSON: {error}") from error
+        conditions = json_object(where.encode())
+    except ValueError as error:
+        raise RetrieverError(f"--where {where!r:.200} is no JSON object: {error}") from error
+    return Filter.parse(conditions)
 
 
 def _row(hit: Hit) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import logging
 import sys
 from collections import Counter
 
+from bench.odd_files.data import made_of_data
 from bench.odd_files.directories import directories
 from bench.odd_files.readers import data_files
 from bench.odd_files.trial import trials
@@ -24,7 +25,7 @@ def main() -> None:
     total: Counter[str] = Counter()
     print("| read | files | inputs | records | errors |\n|---|---|---|---|---|")
     wrong = []
-    for reader in [*data_files(), *directories()]:
+    for reader in [*data_files(), *made_of_data(), *directories()]:
         if chosen.reader not in reader.name:
             continue
         outcomes = list(trials(reader))

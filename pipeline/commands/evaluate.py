@@ -58,8 +58,9 @@ def evaluate_model(
         RunFiles(run).check_layout()
     config = load(config_file, overrides)
     agent = answering(config) if model is None else searching(config.agent, model)
-    of_run = run is not None and model is None
-    models = _best_models(run, config, agent, display) if run is not None and of_run else dict(agent.models)
+    models = dict(agent.models)
+    if run is not None and model is None:
+        models = _best_models(run, config, agent, display)
     check_models(models.values())
     if out is not None and out.suffix != ".json":
         raise UserError(

@@ -128,14 +128,11 @@ class SearchWeights:
 class GoldAnswers:
     """The gold answers of a question that a trajectory was scored with, and their lengths in tokens."""
 
-    question: Question
     token_ids: Mapping[str, tuple[int, ...]]
 
     @classmethod
     def of(cls, question: Question, renderer: Renderer) -> GoldAnswers:
-        return cls(
-            question, {answer: tuple(renderer.answer_ids(answer)) for answer in question.distinct_answers}
-        )
+        return cls({answer: tuple(renderer.answer_ids(answer)) for answer in question.distinct_answers})
 
     def behind(self, trajectory: Trajectory) -> dict[str, Gold]:
         """Those that fit behind a trajectory.

@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bench.odd_files.damages import DAMAGES
+from bench.odd_files.data import made_of_data
 from bench.odd_files.directories import directories
 from bench.odd_files.readers import Reader, data_files
 from bench.odd_files.trial import MENDABLE, Outcome, trials
 
-READERS = [*data_files(), *directories()]
+READERS = [*data_files(), *made_of_data(), *directories()]
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)

@@ -170,9 +170,9 @@ def read_trajectories(path: Path, renderer: Renderer) -> list[Trajectory]:
         raise UserError(f"no trajectory file {path}; write one with `exsearch cold-start --out {path}`")
     try:
         table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise UserError(
-            f"{path} is not a Parquet file ({error}); write one with `exsearch cold-start`"
+            f"{path} is not a Parquet file ({error!s:.200}); write one with `exsearch cold-start`"
         ) from error
     stored = (table.schema.metadata or {}).get(_FINGERPRINT)
     if stored is None:
@@ -184,7 +184,12 @@ def read_trajectories(path: Path, renderer: Renderer) -> list[Trajectory]:
         )
     if table.num_rows == 0:
         raise UserError(f"{path} holds no trajectories; make it again with `exsearch cold-start`")
-    return trajectories_from_table(table)
+    try:
+        return trajectories_from_table(table)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} holds no whole trajectories ({error!s:.200}); make it again with `exsearch cold-start`"
+        ) from error
 
 
 _GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=0, seed=0, stop=())

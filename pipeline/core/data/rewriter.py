@@ -25,6 +25,7 @@ from pipeline.core.data.supervision import GoldStep, Unusable, states
 from pipeline.core.errors import UserError
 from pipeline.core.records import Question
 from retriever_service.backoff import Backoff
+from retriever_service.files import json_object
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,10 @@ a search query and a fact found with it. Rewrite each query as a short natural q
 ask at that point, and each fact as one clear sentence. A query may use only the question and earlier facts. \
 Keep every name, number and date exactly as it is written. Reply with nothing but a JSON array of one object \
 per step, in order: [{"query": "...", "evidence": "..."}]"""
+
+
+_NOT_AS_ASKED = (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError)
+"""What shows that an answer is not the one that was asked for."""
 
 
 class RewriteError(UserError):
@@ -98,7 +103,12 @@ class Rewriter:
         key = hashlib.blake2b(json.dumps(body).encode(), digest_size=16).hexdigest()
         content = self._cache.get(key)
         if content is not None:
-            return _apply(content, steps)
+            try:
+                return _apply(content, steps)
+            except _NOT_AS_ASKED as error:
+                logger.warning(
+                    f"the kept answer for question {question.id} is damaged, it is asked for again: {error!r}"
+                )
         async with self._slots:
             content, rewritten = await self._ask(body, steps)
         self._cache.put(key, content)
@@ -120,12 +130,7 @@ class Rewriter:
                 failure = error
                 if _is_final(error):
                     break
-            except (
-                ValueError,
-                KeyError,
-                IndexError,
-                TypeError,
-            ) as error:  # not the answer that was asked for
+            except _NOT_AS_ASKED as error:
                 failure = error
             logger.warning(f"{self.url}, attempt {attempt + 1} of {self.max_attempts}: {failure!r}")
         if isinstance(failure, httpx.HTTPError):
@@ -178,10 +183,15 @@ class _Cache:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._contents: dict[str, str] = {}
-        content = path.read_bytes() if path.exists() else b""
+        try:
+            content = path.read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}); remove it, or name another output"
+            ) from error
         for line in content.splitlines():
             try:
-                row = json.loads(line)
+                row = json_object(line)
                 self._contents[row["key"]] = row["content"]
             except (ValueError, KeyError, TypeError):
                 logger.warning(f"{path}: ignored a damaged line; that answer will be asked for again")

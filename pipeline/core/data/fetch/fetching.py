@@ -25,6 +25,7 @@ from pipeline.core.errors import UserError
 from retriever_service.files import (
     check_contents,
     exclusive,
+    json_object,
     record_file,
     records_as_json,
     records_from_json,
@@ -83,8 +84,8 @@ def _check_is_ours(out: Path) -> None:
 
 
 def _finished(out: Path, manifest: Json, settings: Json) -> Json:
-    _check_same(out, manifest.get("settings"), settings)
-    for name, record in records_from_json(manifest["files"]).items():
+    _check_same(out, manifest["settings"], settings)
+    for name, record in records_from_json(manifest.get("files", {})).items():
         check_contents(out / name, record, "remove the folder and fetch again")
     return manifest
 
@@ -116,8 +117,11 @@ def _read(path: Path) -> Json | None:
     if not path.exists():
         return None
     try:
-        found: Json = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json_object(path.read_bytes())
+        if odd := [name for name in ("settings", "splits") if not isinstance(found.get(name), dict)]:
+            raise ValueError(f"it has no {odd[0]}")
+        records_from_json(found.get("files", {}))
+    except (ValueError, OSError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!s:.200}); remove the folder and fetch again") from error
     return found
 
@@ -168,7 +172,10 @@ def _finish(out: Path, data_set: DataSet, state: Json) -> Json:
     """Unite the passages of the splits, look at what came out, and write the manifest."""
     splits = {split: counts for split, counts in state["splits"].items() if counts["questions"]}
     if not splits:
-        raise UserError(f"nothing of {data_set.name} can be scored: {json.dumps(state['splits'])}")
+        raise UserError(
+            f"nothing of {data_set.name} can be scored: {json.dumps(state['splits'])}; it was read from "
+            f"{_in_words(state['settings']['from'])}"
+        )
     for split in state["splits"].keys() - splits.keys():
         (out / f"{split}.jsonl").unlink(missing_ok=True)
     number = _unite(out, list(state["splits"]))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pipeline.core.data.fetch.catalogue import DataSet, Split
+from pipeline.core.data.fields import ids_of, text_of
 from pipeline.core.errors import UserError
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.records import Record, open_records
@@ -47,13 +48,21 @@ class Origin:
                 raise UserError(f"{error}{mend}") from error
 
     def names(self) -> dict[str, list[str]]:
-        """Other names of entities by their Wikidata id (2WikiMultihopQA)."""
+        """Other names of entities by their Wikidata id (2WikiMultihopQA).
+
+        Raises:
+            UserError, RetrieverError: the file of aliases is damaged.
+        """
         if self.aliases is None:
             return {}
-        return {
-            row["Q_id"]: [*row.get("aliases", []), *row.get("demonyms", [])]
-            for _, row in open_records(self.aliases)
-        }
+        records, found = open_records(self.aliases), dict[str, list[str]]()
+        for number, row in records:
+            names = [
+                *ids_of(row, "aliases", records.place(number)),
+                *ids_of(row, "demonyms", records.place(number)),
+            ]
+            found[text_of(row, ("Q_id",), records.place(number))] = names
+        return found
 
 
 def find_origin(data_set: DataSet, given: str | None) -> Origin:

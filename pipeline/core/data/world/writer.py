@@ -19,6 +19,7 @@ from pipeline.core.data.world.passages import generate_passages, passage_of
 from pipeline.core.data.world.questions import generate_questions
 from pipeline.core.data.world.spec import SPLITS, WorldSpec
 from pipeline.core.errors import UserError
+from retriever_service.files import json_object
 
 __all__ = [
     "GENERATOR_VERSION",
@@ -105,13 +106,13 @@ def _is_complete(out: Path, summary: WorldSummary) -> bool:
             f"{out} is not empty and holds no {_MANIFEST}; choose an empty directory or empty this one"
         )
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{manifest} is not valid JSON ({error}); choose an empty directory") from error
+        found = json_object(manifest.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{manifest} is damaged ({error!s:.200}); choose an empty directory") from error
     if found != asdict(summary):
         raise UserError(
-            f"{out} holds another world (seed {found.get('seed')}, size {found.get('size')}); choose an empty "
-            f"directory for seed {summary.seed}, size {summary.size}"
+            f"{out} holds another world (seed {found.get('seed')!s:.50}, size {found.get('size')!s:.50}); choose an "
+            f"empty directory for seed {summary.seed}, size {summary.size}"
         )
     return True
 

@@ -406,6 +406,17 @@ def test_rewritten_steps_keep_their_passages_and_are_asked_for_once(
     assert "secret" not in cache.read_text()
 
 
+def test_a_kept_answer_that_is_damaged_is_asked_for_again(tokenizer: Any, serve: Any, tmp_path: Path) -> None:
+    server, cache = serve(GOOD), tmp_path / "cache.jsonl"
+    rewriting(tokenizer, server.url, cache, QUESTION)
+    row = json.loads(cache.read_text())
+    for content in ("[{", "[" * 200_000, 7):
+        cache.write_text(json.dumps(row | {"content": content}) + "\n")
+        asked = len(server.requests)
+        assert len(rewriting(tokenizer, server.url, cache, QUESTION).trajectories) == 1
+        assert len(server.requests) == asked + 1
+
+
 def test_a_cache_line_that_a_kill_cut_off_is_asked_for_again(
     tmp_path: Path, tokenizer: Any, serve: Callable[..., ChatServer]
 ) -> None:
