@@ -34,6 +34,7 @@ from retriever_service.console import (
     QueryPrefix,
     Reranker,
     SearchParameters,
+    TargetRecall,
     VectorsDtype,
     Workers,
     encoder_spec,
@@ -43,6 +44,7 @@ from retriever_service.console import (
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
 from retriever_service.files import json_object
+from retriever_service.index.store import Manifest
 from retriever_service.passages.evaluation import DEFAULT_KS
 from retriever_service.passages.hits import Hit, SearchOptions
 from retriever_service.search.engine import SearchEngine
@@ -114,9 +116,7 @@ def build(
     max_tokens: MaxTokens = None,
     encoder_dtype: EncoderDtype = None,
     bm25: Annotated[bool, typer.Option("--bm25", help="Build a word index too.")] = False,
-    recall: Annotated[
-        float, typer.Option(help="Share of the exact top 10 that an approximate index is tuned to find.")
-    ] = 0.95,
+    recall: TargetRecall = 0.95,
     device: Device = "cpu",
     workers: Workers = None,
     memory: Memory = None,
@@ -148,11 +148,7 @@ def build(
                 on_progress=advance,
                 **how,
             )
-    say(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
-    for point in manifest.recall:
-        chosen = " (chosen)" if point.search_parameters == manifest.search_parameters else ""
-        found = ", ".join(f"{share:.3f} at {cutoff}" for cutoff, share in point.recall.items())
-        say(f"  recall {found}  {point.search_parameters}{chosen}")
+    _report_built(out, manifest)
 
 
 @app.command("import")
@@ -163,19 +159,27 @@ def import_(
     encoder: EncoderName = "minilm",
     query_prefix: QueryPrefix = None,
     passage_prefix: PassagePrefix = None,
+    passage_template: Annotated[
+        str | None,
+        typer.Option(help="How {title} and {text} were put together (default: the usual one that fits)."),
+    ] = None,
+    normalise: Annotated[
+        bool | None,
+        typer.Option("--normalise/--no-normalise", help="To length 1 (default: as the family does)."),
+    ] = None,
     max_tokens: MaxTokens = None,
     encoder_dtype: EncoderDtype = None,
     ids: Annotated[
         Path | None, typer.Option(help="Ids of the rows' passages, a line each (default: the corpus' order).")
     ] = None,
-    search_parameters: Annotated[
-        str, typer.Option(help="How an approximate index is searched, e.g. nprobe=64 or efSearch=128.")
-    ] = "",
+    search_parameters: SearchParameters = "",
+    recall: TargetRecall = 0.95,
     bm25: Annotated[bool, typer.Option("--bm25", help="Build a word index too.")] = False,
     link: Annotated[
         bool, typer.Option("--link", help="A hard link in place of a copy; never change the file then.")
     ] = False,
     device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Of the passages that are compared.")] = 0,
 ) -> None:
     """Take over an index that FAISS wrote elsewhere, without encoding its corpus again.
 
@@ -186,18 +190,22 @@ def import_(
     from retriever_service.building.importing import import_index
 
     spec = encoder_spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype)
-    manifest = import_index(
-        index,
-        corpus,
-        out,
-        spec,
-        ids=ids,
-        search_parameters=search_parameters,
-        bm25=bm25,
-        link=link,
-        device=device,
-    )
-    say(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
+    with progress("importing", "passages") as advance:
+        manifest = import_index(
+            index,
+            corpus,
+            out,
+            dataclasses.replace(spec, passage_template=passage_template, normalise=normalise),
+            ids=ids,
+            search_parameters=search_parameters,
+            target_recall=recall,
+            bm25=bm25,
+            link=link,
+            device=device,
+            on_progress=advance,
+            seed=seed,
+        )
+    _report_built(out, manifest)
 
 
 @app.command()
@@ -482,6 +490,14 @@ def _row(hit: Hit) -> dict[str, Any]:
         "metadata": dict(passage.metadata),
         "score": hit.score,
     }
+
+
+def _report_built(out: Path, manifest: Manifest) -> None:
+    say(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
+    for point in manifest.recall:
+        chosen = " (chosen)" if point.search_parameters == manifest.search_parameters else ""
+        found = ", ".join(f"{share:.3f} at {cutoff}" for cutoff, share in point.recall.items())
+        say(f"  recall {found}  {point.search_parameters}{chosen}")
 
 
 def _report_update(index: Path, num_passages: int, change: dict[str, int], as_json: bool) -> None:

@@ -115,6 +115,9 @@ Factory = Annotated[str, typer.Option(help="FAISS index factory string: Flat, SQ
 SearchParameters = Annotated[
     str, typer.Option(help="Of an approximate index, e.g. nprobe=64 or efSearch=128 (default: as tuned).")
 ]
+TargetRecall = Annotated[
+    float, typer.Option(help="Share of the exact top 10 that an approximate index is tuned to find.")
+]
 MethodName = Annotated[Method, typer.Option(help="How to search.")]
 Reranker = Annotated[str | None, typer.Option("--rerank", help="Cross-encoder that orders the best anew.")]
 Candidates = Annotated[int, typer.Option(help="How many of the best the cross-encoder orders anew.")]

@@ -1,161 +1,196 @@
 """Whether corpus, order and encoder belong to an index: a sample is encoded, and compared with what is stored of it.
 
-What codes lose of a vector is taken out, so that the same is asked of every kind of index. Measured with MiniLM, as
-distances relative to the length of a vector: 0.01 between weights in bfloat16 and in float32, 0.03 between the passage
-prefixes "query: " and "passage: ", 0.08 between "passage: " and none, over 1 between two passages. A cosine hardly
-tells these apart: 0.997 is a wrong prefix.
+What is compared is how much further apart the two are than the codes of the index alone would put them, relative to
+the length of a vector: next to 0 for the same encoder, whatever the codes. `python -m bench.belonging` measures it for
+right and wrong encoders and corpora (docs/retriever.md has the figures). A cosine hardly tells these apart: 0.997 is
+a wrong prefix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+import dataclasses
+from dataclasses import dataclass
+from string import Formatter
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
+from retriever_service.building.ready_index import ReadyIndex, Rows
 from retriever_service.encoding.encoder import TextEncoder, Vectors
 from retriever_service.errors import RetrieverError
-from retriever_service.passages.corpus import PASSAGE_TEMPLATE, Corpus, Passage
+from retriever_service.passages.corpus import PASSAGE_TEMPLATE, Corpus, Passage, passage_text
 
-Rows = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 SAMPLE = 256
-"""Passages that are encoded to be compared."""
+"""Passages drawn from the whole corpus."""
+LONGEST, DRAWN_FOR_LONGEST = 64, 4_096
+"""Of so many that are drawn, the longest besides: where a text was cut shows in no other."""
 NEAR = 0.025
-"""Most distance, in the middle of the sample, that is a matter of number formats."""
-ASTRAY = 0.3
-"""Vectors that lie further apart are of different texts; a text that was cut elsewhere is nearer as a rule."""
-MOST_ASTRAY = 0.05
-"""Share of the sample."""
-LEAST_NEAREST = 0.9
-"""Share of the sample whose own vector is the nearest among the stored ones: below, nothing of it belongs together."""
+"""Most deviation that is a matter of number formats."""
+TEMPLATES = (PASSAGE_TEMPLATE, '"{title}"\n{text}', "{title}\n{text}", "{text}")
+"""Ours and Pyserini's fields; Search-R1's and FlashRAG's contents; Pyserini's contents; the text alone."""
+_TRIED = 32
+"""Passages by which one of them is chosen."""
+_SAME_LENGTH = 0.02
+_SHORT = 0.25
+"""Share of the passages, the shortest, that no limit of tokens cuts as a rule."""
+_FEW = 0.5
+_MOSTLY = 0.9
+"""Share of passages that are nearest to the vector of their own row, if corpus and order are the right ones."""
 
-OWN_FORM = "title and text"
-FORMS: Mapping[str, str] = {
-    OWN_FORM: PASSAGE_TEMPLATE,
-    "title in quotes, text on the next line": '"{title}"\n{text}',
-    "title, text on the next line": "{title}\n{text}",
-    "text alone": "{text}",
-}
-"""How other programs put a passage before the encoder: ours, Search-R1's, Pyserini's."""
+
+def check_template(template: str) -> None:
+    """Refuse what cannot be filled with a title and a text.
+
+    Raises:
+        RetrieverError: says what it may hold.
+    """
+    try:
+        fields = {field for _, field, _, _ in Formatter().parse(template) if field is not None}
+    except ValueError:
+        fields = set()
+    if "text" not in fields or not fields <= {"title", "text"}:
+        raise RetrieverError(
+            f"passage template {template!r}: it must hold {{text}}, may hold {{title}}, and no other braces"
+        )
+
+
+def check_belongs(
+    ready: ReadyIndex, corpus: Corpus, encoder: TextEncoder, template: str | None, seed: int
+) -> str:
+    """Compare vectors of an index with those that the encoder gives the passages of their rows.
+
+    Args:
+        template: None to find out which of `TEMPLATES` it was.
+
+    Returns:
+        The template by which titles were put before texts.
+
+    Raises:
+        RetrieverError: they are not the same, or cannot be searched by inner product; says what differs, by how much.
+    """
+    drawn, longest = draw(corpus, seed)
+    if template is None:
+        template = min(
+            TEMPLATES, key=lambda form: compare(ready, corpus, drawn[:_TRIED], encoder, form).deviation()
+        )
+    compared = compare(ready, corpus, np.union1d(drawn, longest), encoder, template)
+    # Not "any above it": also where one of them is not a number.
+    if not all(compared.among(rows).deviation() <= NEAR for rows in (drawn, longest)):
+        raise RetrieverError(f"{ready.file} {_what_differs(compared, corpus, encoder, template)}")
+    _check_metric(ready, compared.lengths)
+    return template
+
+
+def draw(corpus: Corpus, seed: int) -> tuple[Rows, Rows]:
+    """A sample of rows, and the longest of a larger one."""
+    many = np.random.default_rng(seed).permutation(len(corpus))[:DRAWN_FOR_LONGEST].astype(np.int64)
+    sizes = np.array([len(corpus[int(row)].text) for row in many])
+    return many[:SAMPLE], many[np.argsort(-sizes, kind="stable")[:LONGEST]]
 
 
 @dataclass(frozen=True, slots=True)
-class _Likeness:
-    """Of encoded passages to stored vectors."""
+class Compared:
+    """Passages and the vectors of their rows; arrays are [passages]."""
 
-    distances: npt.NDArray[np.float64]
-    """Of each, relative to the length of the encoded one; without what codes lose."""
-    cosine: float
-    """Median."""
-    nearest: float
-    """Share whose own stored vector is the nearest of all stored ones."""
-    norm: float
-    """Median length of the stored ones, divided by that of the encoded ones."""
+    rows: Rows
+    excess: Floats
+    """Square of the distance between stored and encoded vector, less that which codes make, over the squared length."""
+    own: npt.NDArray[np.bool_]
+    """Whether no stored vector of another passage is nearer."""
+    lengths: Floats
+    """Of the encoded vectors."""
+    stored_lengths: Floats
+    """Of the stored ones, over those of the encoded ones once they are coded."""
+    sizes: npt.NDArray[np.int64]
+    """Characters."""
 
-    @property
-    def middle(self) -> float:
-        return float(np.median(self.distances))
+    def among(self, rows: Rows) -> Compared:
+        return self.where(np.isin(self.rows, rows))
 
+    def where(self, mask: npt.NDArray[np.bool_]) -> Compared:
+        return Compared(*(getattr(self, field.name)[mask] for field in dataclasses.fields(self)))
 
-def check_belongs(opened: Any, file: Path, corpus: Corpus, encoder: TextEncoder, seed: int) -> str:
-    """Compare vectors of an index with those that the encoder gives the passages of their rows.
-
-    Returns:
-        The form (a key of `FORMS`) in which the passages were put before the encoder.
-
-    Raises:
-        RetrieverError: they are not the same; says what differs, and by how much.
-    """
-    count = len(corpus)
-    rows = np.sort(
-        np.random.default_rng(seed).choice(count, min(SAMPLE, count), replace=False, shuffle=False)
-    ).astype(np.int64)
-    stored = _stored(opened, file, rows)
-    passages = [corpus[int(row)] for row in rows]
-    compared = {
-        name: _compared(opened, encoder, _in_form(passages, form), stored) for name, form in FORMS.items()
-    }
-    name, best = min(compared.items(), key=lambda item: item[1].middle)
-    astray = np.flatnonzero(best.distances > ASTRAY)
-    if best.middle <= NEAR and len(astray) <= MOST_ASTRAY * len(rows):
-        return name
-    if best.middle <= NEAR:
-        first = int(astray[0])
-        raise RetrieverError(
-            f"{file} is not of this corpus: {len(astray)} of {len(rows)} passages that were encoded are other texts "
-            f"than those of their rows, the first is row {rows[first]}, passage {passages[first].id!r}. Name the "
-            "corpus that made it"
-        )
-    if best.nearest < LEAST_NEAREST:
-        raise RetrieverError(
-            f"{file} is not of this corpus, in this order, or not of encoder {encoder.spec.model!r}: of {len(rows)} "
-            f"passages that were encoded, {best.nearest:.0%} are nearest to the vector of their own row (median cosine "
-            f"{best.cosine:.3f}). Name the corpus and the encoder that made it, or with --ids the order of its rows"
-        )
-    raise RetrieverError(
-        f"{file} is of this corpus, but its vectors are not those of encoder {encoder.spec.model!r} as it is used "
-        f"here (passage prefix {encoder.spec.passage_prefix!r}, pooling {encoder.pooling or 'none'}, at most "
-        f"{encoder.spec.max_length} tokens): the median distance of {len(rows)} passages is {best.middle:.3f} of their "
-        f"length, {NEAR} is allowed, and their lengths differ by the factor {best.norm:.2f}. Give the model, prefixes, "
-        "number format (--encoder-dtype) and number of tokens that it was made with"
-    )
+    def deviation(self) -> float:
+        """Root mean square."""
+        return float(np.sqrt(np.maximum(self.excess.mean(), 0.0)))
 
 
-def _compared(opened: Any, encoder: TextEncoder, passages: Sequence[Passage], stored: Vectors) -> _Likeness:
-    encoded = np.concatenate(list(encoder.encode_passages(passages)))
-    lengths, own_lengths = np.linalg.norm(encoded, axis=1), np.linalg.norm(stored, axis=1)
-    cosines = (encoded / lengths[:, None]) @ (stored / own_lengths[:, None]).T
-    own = np.diag(cosines)
-    return _Likeness(
-        distances=_distances(opened, encoded, stored),
-        cosine=float(np.median(own)),
+def compare(ready: ReadyIndex, corpus: Corpus, rows: Rows, encoder: TextEncoder, template: str) -> Compared:
+    rows = np.sort(rows)
+    texts = [passage_text(corpus[int(row)], template) for row in rows]
+    encoded = np.concatenate(list(encoder.encode_passages(Passage("", "", text) for text in texts)))
+    stored, coded = ready.sample(rows), ready.coded(encoded)
+    lengths = _lengths(encoded)
+    # Codes put the stored vector as far from the one that was added as they put ours from itself, in no particular
+    # direction: the squares add up.
+    excess = np.square(_lengths(stored - encoded)) - np.square(_lengths(coded - encoded))
+    towards = (encoded / lengths[:, None]) @ (stored / _lengths(stored)[:, None]).T
+    return Compared(
+        rows=rows,
+        excess=excess / np.square(lengths),
         # Copies of a text are as near as the text itself.
-        nearest=float(np.mean(own >= cosines.max(axis=1) - 1e-4)),
-        norm=float(np.median(own_lengths / lengths)),
+        own=np.diagonal(towards) >= towards.max(axis=1) - 1e-4,
+        lengths=lengths,
+        stored_lengths=_lengths(stored) / _lengths(coded),
+        sizes=np.array([len(text) for text in texts]),
     )
 
 
-def _distances(opened: Any, encoded: Vectors, stored: Vectors) -> npt.NDArray[np.float64]:
-    """Codes put the stored vector as far from the one that was added as they put ours from itself, in no particular
-    direction: the squares add up."""
-    lost = np.square(_coded(opened, encoded) - encoded).sum(axis=1, dtype=np.float64)
-    apart = np.square(stored - encoded).sum(axis=1, dtype=np.float64)
-    lengths = np.square(encoded).sum(axis=1, dtype=np.float64)
-    relative: npt.NDArray[np.float64] = np.maximum(apart - lost, 0.0) / lengths
-    return np.sqrt(relative)
+def _lengths(vectors: Vectors) -> Floats:
+    lengths: Floats = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    return lengths
 
 
-def _coded(opened: Any, vectors: Vectors) -> Vectors:
-    """What the index would keep of these vectors."""
-    kind: Any = faiss.downcast_index(opened)
-    codec = faiss.downcast_index(kind.storage) if isinstance(kind, faiss.IndexHNSW) else kind
-    kept: Vectors = codec.sa_decode(codec.sa_encode(np.ascontiguousarray(vectors)))
-    return kept
+def _what_differs(compared: Compared, corpus: Corpus, encoder: TextEncoder, template: str) -> str:
+    """The likeliest, with the numbers that say so."""
+    number, model = len(compared.rows), encoder.spec.model
+    if compared.own.mean() < _MOSTLY:
+        return (
+            f"is not of this corpus, in this order, or not of encoder {model!r}: of {number} passages that were "
+            f"encoded, {compared.own.sum()} are nearest to the vector of their own row. Name the corpus and the "
+            "encoder that made it, or with --ids the order of its rows"
+        )
+    found = (
+        f"is of this corpus, but its vectors are not those of encoder {model!r} as it is used here: they are "
+        f"{compared.deviation():.3f} of their length away from it, as a root mean square of {number} passages; "
+        f"{NEAR} is allowed"
+    )
+    ratio = float(np.median(compared.stored_lengths))
+    if abs(ratio - 1) > _SAME_LENGTH:
+        return (
+            f"{found}. They are {ratio:.3g} times as long: one of the two scales them to length 1. Give --normalise or "
+            "--no-normalise"
+        )
+    differing = ~(compared.excess <= NEAR**2)
+    short = compared.where(compared.sizes <= np.quantile(compared.sizes, _SHORT))
+    if compared.own[differing].all() and short.deviation() <= NEAR:
+        return (
+            f"{found}. The shortest agree ({short.deviation():.3f}): texts were cut at another number of tokens than "
+            f"{encoder.spec.max_length}. Give --max-tokens"
+        )
+    if differing.mean() < _FEW:
+        first = int(compared.rows[differing][0])
+        return (
+            f"holds vectors of other texts: {differing.sum()} of {number} passages that were encoded differ from what "
+            f"is in their rows, the first is passage {corpus[first].id!r} in row {first}; the others agree. Name the "
+            f"corpus as it was when the index was made, or, where texts were cut at another number of tokens than "
+            f"{encoder.spec.max_length}, give --max-tokens"
+        )
+    return (
+        f"{found}. Give the model, pooling (here {encoder.pooling or 'none'}), --passage-prefix (here "
+        f"{encoder.spec.passage_prefix!r}), --passage-template (here {template!r}), --encoder-dtype and --max-tokens "
+        "that it was made with"
+    )
 
 
-def _stored(opened: Any, file: Path, rows: Rows) -> Vectors:
-    try:
-        if (inverted := faiss.try_extract_index_ivf(opened)) is not None:
-            inverted.make_direct_map()
-        vectors = np.stack([opened.reconstruct(int(row)) for row in rows])
-        _coded(opened, vectors[:1])
-        return vectors
-    except RuntimeError as error:
+def _check_metric(ready: ReadyIndex, lengths: Floats) -> None:
+    """By distances the order is that of inner products only where all vectors are of length 1."""
+    if ready.index.metric_type == faiss.METRIC_L2 and not np.allclose(lengths, 1.0, atol=1e-3):
         raise RetrieverError(
-            f"{file}: its vectors cannot be told row by row, so that nothing says whether they belong to this corpus "
-            f"({str(error).splitlines()[-1]:.200}); rows must be numbered from 0"
-        ) from error
-
-
-def _in_form(passages: Sequence[Passage], form: str) -> list[Passage]:
-    return [
-        replace(passage, title="", text=form.format(title=passage.title, text=passage.text))
-        if passage.title
-        else passage
-        for passage in passages
-    ]
+            f"{ready.file} is searched by L2 distances, and its vectors are {lengths.min():.3f} to "
+            f"{lengths.max():.3f} long: the nearest are not those of the largest inner product, by which is searched "
+            "here. Build the index with faiss.METRIC_INNER_PRODUCT"
+        )

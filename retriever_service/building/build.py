@@ -23,7 +23,7 @@ import faiss
 import numpy as np
 
 from retriever_service.building.planner import check_fits, plan_index
-from retriever_service.building.tuning import Tunable, draw_sample, tune
+from retriever_service.building.tuning import TARGET_RECALL, tune_segments
 from retriever_service.building.workshop import (
     INDEX_DIR,
     JOB_FILE,
@@ -42,7 +42,6 @@ from retriever_service.files import (
     writing,
 )
 from retriever_service.index.bm25 import build_bm25
-from retriever_service.index.dense import VectorSearch
 from retriever_service.index.filling import fill
 from retriever_service.index.index_size import empty_index, index_size
 from retriever_service.index.store import (
@@ -51,21 +50,16 @@ from retriever_service.index.store import (
     MANIFEST_FILE,
     METRIC,
     Manifest,
-    RecallPoint,
     Segment,
     open_index,
-    read_segment,
     verify_checksums,
     write_segment,
 )
 from retriever_service.machine import release_freed_memory
 from retriever_service.passages.corpus import CorpusReader
-from retriever_service.passages.ranked import NO_ROW, Ranked, Rows
 
 logger = logging.getLogger(__name__)
 
-TARGET_RECALL = 0.95
-_RECALL_AT = 10
 _TRAINED_FILE = "trained.faiss"
 
 
@@ -199,7 +193,7 @@ def _build(
     words = "bm25-0" if bm25 else None
     if words is not None:
         files |= once(work, directory, words, lambda: build_bm25(store.corpus, directory / words))
-    search_parameters, recall = _tune(store, directory, segments, target_recall, seed)
+    search_parameters, recall = tune_segments(store, directory, segments, target_recall, seed)
     manifest = Manifest(
         version=FORMAT_VERSION,
         generation=0,
@@ -275,33 +269,6 @@ def _fill_segments(
 
 def _read_behind(store: VectorStore, offset: int, start: int, stop: int) -> Vectors:
     return store.read(offset + start, offset + stop)
-
-
-def _tune(
-    store: VectorStore, directory: Path, segments: Sequence[Segment], target_recall: float, seed: int
-) -> tuple[str, tuple[RecallPoint, ...]]:
-    """How an approximate index is best searched, and what was measured; nothing of an exact one."""
-    k = min(_RECALL_AT, store.manifest.count - 1)
-    if segments[0].factory == FLAT or k < 1:
-        return "", ()
-
-    def search(queries: Vectors, depth: int, search_parameters: str) -> Rows:
-        scores, rows, start = [], [], 0
-        for segment in segments:
-            # One at a time: what is mapped, and was read, counts as memory of this process.
-            vectors = VectorSearch([read_segment(directory / segment.index_file)])
-            vectors.set_parameters(search_parameters)
-            part = vectors.search(queries, depth)
-            scores.append(part.scores)
-            rows.append(np.where(part.rows >= 0, part.rows + start, NO_ROW))
-            start += segment.count
-        return Ranked.best(np.concatenate(scores, axis=1), np.concatenate(rows, axis=1), depth).rows
-
-    sample = draw_sample(store, k, seed=seed)
-    release_freed_memory()
-    tunable = Tunable.of(read_segment(directory / segments[0].index_file))
-    report = tune(store, sample, search, tunable, target_recall)
-    return report.search_parameters, report.points
 
 
 def _reuse(

@@ -12,19 +12,18 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from retriever_service.building.belonging import OWN_FORM, check_belongs
-from retriever_service.building.tuning import Tunable
+from retriever_service.building.belonging import check_belongs, check_template
+from retriever_service.building.ready_index import ReadyIndex
+from retriever_service.building.tuning import TARGET_RECALL, Tunable, tune_segments
 from retriever_service.building.workshop import (
     INDEX_DIR,
     JOB_FILE,
@@ -34,27 +33,28 @@ from retriever_service.building.workshop import (
     publish,
     workshop,
 )
+from retriever_service.encoding.encode import Progress
+from retriever_service.encoding.encode_job import plain_bytes
 from retriever_service.encoding.encoder import Encoder, EncoderSpec, LoadEncoder, TextEncoder
 from retriever_service.errors import RetrieverError
 from retriever_service.files import FileRecord, check_disk, fsync, telling_of_room
 from retriever_service.index.bm25 import build_bm25
 from retriever_service.index.dense import VectorSearch
 from retriever_service.index.store import (
-    FLAT,
     FORMAT_VERSION,
     MANIFEST_FILE,
     METRIC,
     PASSAGES_FILE,
     Manifest,
+    RecallPoint,
     Segment,
-    read_segment,
 )
 from retriever_service.passages.corpus import Corpus, CorpusReader, Passage, write_passages
 from retriever_service.passages.records import read_lines
 
 logger = logging.getLogger(__name__)
 
-_PYSERINI_INDEX, _PYSERINI_IDS = "index", "docid"
+_TOLD_EVERY = 10_000
 
 
 def import_index(
@@ -65,9 +65,11 @@ def import_index(
     *,
     ids: str | Path | None = None,
     search_parameters: str = "",
+    target_recall: float = TARGET_RECALL,
     bm25: bool = False,
     link: bool = False,
     device: str = "cpu",
+    on_progress: Progress | None = None,
     load_encoder: LoadEncoder = Encoder.load,
     seed: int = 0,
 ) -> Manifest:
@@ -76,44 +78,73 @@ def import_index(
     Args:
         index: the file, or Pyserini's folder (`index`, and `docid` with the ids of the rows).
         corpus_sources: see `CorpusReader`; passages in the order of the rows, unless `ids` says which row is which.
+        spec: the encoder that made the vectors, as it was used. Where `passage_template` is open, the usual ones are
+            tried, and the one that fits is kept.
         ids: a file with the id of each row's passage, a line each.
-        search_parameters: how an approximate index is searched, in FAISS's notation.
+        search_parameters: how an approximate index is searched, in FAISS's notation; empty to tune it to
+            `target_recall`, against an exact search over the vectors that it holds.
         bm25: build a word index too.
         link: a hard link in place of a copy; the file must not be changed afterwards.
-        seed: of the sample that is compared.
+        on_progress: told of passages that were read.
+        seed: of the passages that are compared, and of those that it is tuned with.
 
     Raises:
         RetrieverError: no such file, or one that FAISS cannot read or that is not searched as ours are; a corpus or an
             encoder that does not belong to it; another index in the way; too little disk.
     """
-    file, ids = _files_of(Path(index), None if ids is None else Path(ids))
     out = Path(out_dir)
     check_target(out)
     if (out / MANIFEST_FILE).exists():
         raise RetrieverError(f"{out} holds an index already; name another directory or remove it")
-    opened = read_segment(file)
-    _check_kind(opened, file, search_parameters)
+    if spec.passage_template is not None:
+        check_template(spec.passage_template)
+    ready = ReadyIndex.open(Path(index), None if ids is None else Path(ids))
+    VectorSearch([ready.index]).set_parameters(search_parameters)
     encoder = load_encoder(spec, device)
-    if encoder.dimension != opened.d:
+    if encoder.dimension != ready.index.d:
         raise RetrieverError(
-            f"{file} has vectors of {opened.d} dimensions, encoder {encoder.spec.model!r} gives {encoder.dimension}; "
-            "name the encoder that made them"
+            f"{ready.file} has vectors of {ready.index.d} dimensions, encoder {encoder.spec.model!r} gives "
+            f"{encoder.dimension}; name the encoder that made them"
         )
     with workshop(out) as work:
-        made = _Import(work, file, ids, opened, list(map(str, corpus_sources)), link, bm25)
+        made = _Import(work, ready, list(map(str, corpus_sources)), link, bm25, on_progress)
         made.check_job(encoder)
         with _leaving_nothing(work):
             corpus, files, about = made.passages()
-            form = check_belongs(opened, file, corpus, encoder, seed)
-            if form != OWN_FORM:
-                logger.warning(
-                    f"the passages of {file} were encoded as {form}; passages that are added later are encoded as "
-                    f"{OWN_FORM}"
-                )
+            template = check_belongs(ready, corpus, encoder, spec.passage_template, seed)
+        if template != encoder.spec.passage_template:
+            encoder = load_encoder(replace(spec, passage_template=template), device)
         files |= made.vectors(corpus)
-        manifest = _manifest(opened, made.segment, encoder, search_parameters, about, made.words, files)
+        recall: tuple[RecallPoint, ...] = ()
+        if not search_parameters and Tunable.of(ready.index) is not None:
+            logger.info(
+                f"tuning {ready.factory} to recall {target_recall}; --search-parameters leaves this out"
+            )
+            search_parameters, recall = tune_segments(
+                ready, work / INDEX_DIR, [made.segment], target_recall, seed
+            )
+        manifest = Manifest(
+            version=FORMAT_VERSION,
+            generation=0,
+            count=made.segment.count,
+            num_deleted=0,
+            dimension=encoder.dimension,
+            metric=METRIC,
+            factory=made.segment.factory,
+            search_parameters=search_parameters,
+            encoder=encoder.spec,
+            encoder_fingerprint=encoder.fingerprint,
+            corpus_sources=about.sources,
+            corpus_checksum=about.checksum,
+            num_duplicates=about.num_duplicates,
+            segments=(made.segment,),
+            tombstones=None,
+            bm25=made.words,
+            recall=recall,
+            files=files,
+        )
         publish(manifest, work / INDEX_DIR, out)
-    logger.info(f"imported {file} as {out}: {manifest.count} passages, {manifest.factory}")
+    logger.info(f"imported {ready.file} as {out}: {manifest.count} passages, {manifest.factory}")
     return manifest
 
 
@@ -145,20 +176,19 @@ class _Import:
     """What goes into the directory, part by part; a part that an earlier process has made is taken up."""
 
     work: Path
-    file: Path
-    ids: Path | None
-    opened: Any
+    ready: ReadyIndex
     sources: Sequence[str]
     link: bool
     bm25: bool
+    on_progress: Progress | None
 
     def check_job(self, encoder: TextEncoder) -> None:
         """Refuse to go on with an import of something else."""
-        state = self.file.stat()
+        state = self.ready.file.stat()
         job = {
-            "index": [str(self.file.resolve()), state.st_size, state.st_mtime_ns],
+            "index": [str(self.ready.file.resolve()), state.st_size, state.st_mtime_ns],
             "corpus": list(self.sources),
-            "ids": None if self.ids is None else str(self.ids.resolve()),
+            "ids": None if self.ready.ids is None else str(self.ready.ids.resolve()),
             "encoder": encoder.fingerprint,
             "bm25": self.bm25,
         }
@@ -166,7 +196,7 @@ class _Import:
 
     @property
     def segment(self) -> Segment:
-        return Segment("segments/0000", self.opened.ntotal, _factory_of(self.opened))
+        return Segment("segments/0000", self.ready.index.ntotal, self.ready.factory)
 
     @property
     def words(self) -> str | None:
@@ -196,73 +226,42 @@ class _Import:
         return files
 
     def _write_passages(self, reader: CorpusReader, path: Path) -> None:
-        if self.ids is None:
-            write_passages(iter(reader), path)
+        copies = 1 if self.ready.ids is None else 2
+        check_disk(path.parent, copies * plain_bytes(self.sources), "a copy of the passages")
+        if self.ready.ids is None:
+            write_passages(self._told(reader), path)
         else:
             everything = path.with_name(f".{PASSAGES_FILE}.all")
-            write_passages(iter(reader), everything)
-            write_passages(_in_order(Corpus(everything), self.ids), path)
+            write_passages(self._told(reader), everything)
+            write_passages(_in_order(Corpus(everything), self.ready.ids), path)
             everything.unlink()
-        if (count := len(Corpus(path))) != self.opened.ntotal:
+        count, expected = len(Corpus(path)), self.ready.index.ntotal
+        if count != expected:
+            again = f" (and {reader.num_duplicates:,} that came again)" if reader.num_duplicates else ""
             raise RetrieverError(
-                f"{self.file} has {self.opened.ntotal:,} vectors, {', '.join(self.sources)} {count:,} passages; name "
-                "the corpus that it was made of"
+                f"{self.ready.file} has {expected:,} vectors, {', '.join(self.sources)} {count:,} passages{again}; "
+                "name the corpus that it was made of"
             )
+
+    def _told(self, passages: Iterable[Passage]) -> Iterator[Passage]:
+        for number, passage in enumerate(passages, start=1):
+            yield passage
+            if self.on_progress is not None and number % _TOLD_EVERY == 0:
+                self.on_progress(number, self.ready.index.ntotal)
 
     def _take_vectors(self, path: Path) -> None:
         if self.link:
             try:
-                os.link(self.file, path)
+                os.link(self.ready.file, path)
             except OSError as error:
                 raise RetrieverError(
-                    f"{self.file} cannot be linked to {path.parent} ({error.strerror}); copy it: leave --link out"
+                    f"{self.ready.file} cannot be linked to {path.parent} ({error.strerror}); copy it: leave --link out"
                 ) from error
             return
-        check_disk(path.parent, self.file.stat().st_size, "a copy of the index")
+        check_disk(path.parent, self.ready.file.stat().st_size, "a copy of the index")
         with telling_of_room(path):
-            shutil.copyfile(self.file, path)
+            shutil.copyfile(self.ready.file, path)
             fsync(path)
-
-
-def _files_of(index: Path, ids: Path | None) -> tuple[Path, Path | None]:
-    if index.is_dir():
-        own_ids = index / _PYSERINI_IDS
-        index, ids = index / _PYSERINI_INDEX, ids or (own_ids if own_ids.is_file() else None)
-    if not index.is_file():
-        raise RetrieverError(f"there is no index {index}; name a file that FAISS wrote, or Pyserini's folder")
-    if ids is not None and not ids.is_file():
-        raise RetrieverError(f"there is no file of ids {ids}")
-    return index, ids
-
-
-def _check_kind(opened: Any, file: Path, search_parameters: str) -> None:
-    """Refuse what would be searched with another meaning than ours."""
-    kind = faiss.downcast_index(opened)
-    if opened.metric_type != faiss.METRIC_INNER_PRODUCT:
-        raise RetrieverError(
-            f"{file} is searched by a distance, not by inner product, which is what scores are here. Build an index of "
-            "vectors of length 1 with faiss.METRIC_INNER_PRODUCT: it gives the same order"
-        )
-    if isinstance(kind, faiss.IndexIDMap):
-        raise RetrieverError(
-            f"{file} maps its rows to ids of its own (IndexIDMap); write what it holds (faiss.write_index(index.index, "
-            "FILE)), and give the ids with --ids"
-        )
-    if not opened.ntotal:
-        raise RetrieverError(f"{file} holds no vectors")
-    tunable = Tunable.of(opened)
-    if tunable is not None and not search_parameters:
-        raise RetrieverError(
-            f"{file} is approximate: say with --search-parameters how thoroughly it is searched, such as "
-            f"{tunable.name}=64"
-        )
-    VectorSearch([opened]).set_parameters(search_parameters)
-
-
-def _factory_of(opened: Any) -> str:
-    """FAISS's name of its kind: from an index no factory string can be read."""
-    kind = faiss.downcast_index(opened)
-    return FLAT if isinstance(kind, faiss.IndexFlat) else type(kind).__name__
 
 
 def _in_order(corpus: Corpus, ids: Path) -> Iterator[Passage]:
@@ -285,34 +284,3 @@ def _in_order(corpus: Corpus, ids: Path) -> Iterator[Passage]:
             raise RetrieverError(f"{ids}: {wanted[place].as_py()!r:.100} (id {place + 1}) comes again")
         seen[row] = True
         yield corpus[int(row)]
-
-
-def _manifest(
-    opened: Any,
-    segment: Segment,
-    encoder: TextEncoder,
-    search_parameters: str,
-    about: _About,
-    words: str | None,
-    files: Mapping[str, FileRecord],
-) -> Manifest:
-    return Manifest(
-        version=FORMAT_VERSION,
-        generation=0,
-        count=segment.count,
-        num_deleted=0,
-        dimension=opened.d,
-        metric=METRIC,
-        factory=segment.factory,
-        search_parameters=search_parameters,
-        encoder=encoder.spec,
-        encoder_fingerprint=encoder.fingerprint,
-        corpus_sources=about.sources,
-        corpus_checksum=about.checksum,
-        num_duplicates=about.num_duplicates,
-        segments=(segment,),
-        tombstones=None,
-        bm25=words,
-        recall=(),
-        files=dict(files),
-    )

@@ -9,8 +9,9 @@ Guarantees:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import faiss
@@ -19,7 +20,10 @@ import numpy.typing as npt
 
 from retriever_service.encoding.encoder import Vectors
 from retriever_service.errors import RetrieverError
-from retriever_service.index.store import RecallPoint
+from retriever_service.index.dense import VectorSearch
+from retriever_service.index.store import FLAT, RecallPoint, Segment, read_segment
+from retriever_service.machine import release_freed_memory
+from retriever_service.passages.ranked import NO_ROW, Ranked
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +32,9 @@ Rows = npt.NDArray[np.int64]
 Search = Callable[[Vectors, int, str], Rows]
 """(queries, depth, search parameters in FAISS's notation) -> rows of the corpus, best first."""
 
+TARGET_RECALL = 0.95
 NUM_QUERIES = 1_000
+_RECALL_AT = 10
 _SCORES_BYTES = 64 << 20
 """Of the scores of one block of rows, for all queries."""
 _FIRST_BLOCK, LARGEST_BLOCK = 1_024, 16_384
@@ -210,6 +216,33 @@ def tune(
         reached=reached,
         points=tuple(point for _, point in sorted(points.items())),
     )
+
+
+def tune_segments(
+    store: StoredVectors, directory: Path, segments: Sequence[Segment], target_recall: float, seed: int
+) -> tuple[str, tuple[RecallPoint, ...]]:
+    """How an approximate index is best searched, and what was measured; nothing of an exact one."""
+    k = min(_RECALL_AT, store.manifest.count - 1)
+    if segments[0].factory == FLAT or k < 1:
+        return "", ()
+
+    def search(queries: Vectors, depth: int, search_parameters: str) -> Rows:
+        scores, rows, start = [], [], 0
+        for segment in segments:
+            # One at a time: what is mapped, and was read, counts as memory of this process.
+            vectors = VectorSearch([read_segment(directory / segment.index_file)])
+            vectors.set_parameters(search_parameters)
+            part = vectors.search(queries, depth)
+            scores.append(part.scores)
+            rows.append(np.where(part.rows >= 0, part.rows + start, NO_ROW))
+            start += segment.count
+        return Ranked.best(np.concatenate(scores, axis=1), np.concatenate(rows, axis=1), depth).rows
+
+    sample = draw_sample(store, k, seed=seed)
+    release_freed_memory()
+    tunable = Tunable.of(read_segment(directory / segments[0].index_file))
+    report = tune(store, sample, search, tunable, target_recall)
+    return report.search_parameters, report.points
 
 
 def _smallest(recall: Callable[[int], float], parameter: Tunable, target: float) -> int:

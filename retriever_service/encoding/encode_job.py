@@ -159,12 +159,16 @@ def _read_corpus(sources: Sequence[str | Path], passages: Path, *, keep: bool) -
         for _ in reader:
             pass
         return reader
-    # Files as they are; what comes compressed or from the hub has no size to go by.
-    plain = [path for path in map(Path, reader.sources) if path.is_file() and path.suffix != ".gz"]
-    check_disk(passages.parent, sum(path.stat().st_size for path in plain), "a copy of the passages")
+    check_disk(passages.parent, plain_bytes(reader.sources), "a copy of the passages")
     with writing(passages) as file:
         write_passages(reader, Path(file.name))
     return reader
+
+
+def plain_bytes(sources: Sequence[str | Path]) -> int:
+    """Of files as they are; what comes compressed or from the hub has no size to go by."""
+    plain = [path for path in map(Path, sources) if path.is_file() and path.suffix != ".gz"]
+    return sum(path.stat().st_size for path in plain)
 
 
 def pending_shards(job: Job) -> list[int]:

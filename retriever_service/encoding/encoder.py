@@ -1,7 +1,8 @@
 """Sentence encoders: queries and passages to vectors.
 
 Guarantees:
-- a passage is encoded as "title text" behind the passage prefix, a query behind the query prefix;
+- a passage is encoded as "title text", unless the spec has another template, behind the passage prefix, a query
+  behind the query prefix;
 - vectors are float32, finite, and of unit length where the spec says `normalise`, whatever the weights' dtype;
 - on the CPU a query's vector is the same to the last bit in whatever company it is encoded;
 - the same passages in the same order give the same vectors;
@@ -80,6 +81,7 @@ class EncoderSpec:
     max_length: longer texts are cut at so many tokens. None: the model's own limit.
     dtype: of the weights. None: bfloat16 where the device computes in it, which is faster and costs next to no
         accuracy (docs/results.md), else float32.
+    passage_template: how {title} and {text} of a passage that has both are put together. None: "{title} {text}".
     """
 
     model: str = BUNDLED_MODEL
@@ -88,6 +90,7 @@ class EncoderSpec:
     normalise: bool | None = None
     max_length: int | None = None
     dtype: WeightsDtype | None = None
+    passage_template: str | None = None
 
 
 class TextEncoder(Protocol):
@@ -118,12 +121,15 @@ class Encoder:
 
     def __init__(self, model: SentenceTransformer, spec: EncoderSpec) -> None:
         self.spec = spec
+        self._template = spec.passage_template or PASSAGE_TEMPLATE
+        use = dataclasses.asdict(spec) | {"model": ""}
+        del use["passage_template"]
         self.fingerprint = fingerprint(
             model,
             {
                 "modules": [(type(module).__name__, "+".join(_pooling_modes(module))) for module in model],
-                "passage_template": PASSAGE_TEMPLATE,
-                "use": dataclasses.asdict(spec) | {"model": ""},
+                "passage_template": self._template,
+                "use": use,
             },
         )
         dimension = model.get_embedding_dimension()
@@ -186,7 +192,9 @@ class Encoder:
         """Vectors in the order of the passages, by windows of `WINDOW_PASSAGES`; batches are of like length."""
         prefix = self.spec.passage_prefix or ""
         remaining = iter(passages)
-        while texts := [passage_text(passage) for passage in islice(remaining, WINDOW_PASSAGES)]:
+        while texts := [
+            passage_text(passage, self._template) for passage in islice(remaining, WINDOW_PASSAGES)
+        ]:
             if self._on_cpu:
                 batches = of_like_size(self._num_tokens(texts, prefix), _CPU_BATCH_TOKENS)
                 yield self._encode(texts, prefix, batches, pad_to=1)
@@ -298,6 +306,7 @@ def _resolve(spec: EncoderSpec, model: SentenceTransformer) -> EncoderSpec:
         passage_prefix=family.passage_prefix if spec.passage_prefix is None else spec.passage_prefix,
         normalise=family.normalise if spec.normalise is None else spec.normalise,
         max_length=spec.max_length or min(model.max_seq_length or limit, limit),
+        passage_template=spec.passage_template or PASSAGE_TEMPLATE,
     )
 
 

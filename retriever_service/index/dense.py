@@ -3,7 +3,9 @@
 Guarantees:
 - with Flat segments on the CPU, rows and scores are those of an exact search, to the last bit whatever other
   queries are searched at the same time, and however the rows are divided into segments;
-- FAISS's placeholder id -1 stays -1 and never becomes a row of another segment.
+- FAISS's placeholder id -1 stays -1 and never becomes a row of another segment;
+- scores are inner products, also those of a segment (an imported one) that FAISS searches by squared distances: for
+  vectors of length 1, and only such are imported, these are 2 - 2 times the inner product.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ class VectorSearch:
         self._starts = np.cumsum([0, *(segment.ntotal for segment in segments)])
         self._on_gpu = device.startswith("cuda") and faiss.get_num_gpus() > 0
         self._segments = _to_gpus(segments) if self._on_gpu else tuple(segments)
+        self._by_distance = [segment.metric_type == faiss.METRIC_L2 for segment in segments]
         self._is_flat = [not self._on_gpu and isinstance(s, faiss.IndexFlat) for s in segments]
 
     def set_parameters(self, search_parameters: str) -> None:
@@ -132,6 +135,8 @@ class VectorSearch:
             rows = np.where((rows >= 0) & mask[rows], rows, NO_ROW)
         if self._is_flat[number]:
             scores = _exact_scores(segment, vectors, rows)
+        elif self._by_distance[number]:
+            scores = np.float32(1) - scores / np.float32(2)
         found = rows >= 0
         return Ranked(
             np.where(found, scores, NO_SCORE).astype(np.float32), np.where(found, rows + start, NO_ROW)

@@ -53,9 +53,9 @@ class Passage:
 PASSAGE_TEMPLATE = "{title} {text}"
 
 
-def passage_text(passage: Passage) -> str:
-    """What is encoded of a passage: `PASSAGE_TEMPLATE`, or the text alone where there is no title."""
-    return PASSAGE_TEMPLATE.format(title=passage.title, text=passage.text) if passage.title else passage.text
+def passage_text(passage: Passage, template: str = PASSAGE_TEMPLATE) -> str:
+    """What is encoded of a passage: title and text as in `template`, or the text alone where there is no title."""
+    return template.format(title=passage.title, text=passage.text) if passage.title else passage.text
 
 
 def read_corpus(sources: Sequence[str | Path]) -> Iterator[Passage]:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from retriever_service.encoding.encoder import EncoderSpec, Vectors
-from retriever_service.passages.corpus import Passage, passage_text
+from retriever_service.passages.corpus import PASSAGE_TEMPLATE, Passage, passage_text
 
 DIMENSION = 32
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,11 +42,11 @@ class HashEncoder:
 
     def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
         for passage in passages:
-            yield self._vector(passage_text(passage))[None]
+            yield self._vector(passage_text(passage, self.spec.passage_template or PASSAGE_TEMPLATE))[None]
 
     def _vector(self, text: str) -> Vectors:
         total = np.zeros(DIMENSION, dtype=np.float32)
-        for word in ["", *text.lower().split()]:
+        for word in ["", *text.lower().split()[: self.spec.max_length]]:
             seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
             total += np.random.default_rng(seed).standard_normal(DIMENSION, dtype=np.float32)
         unit: Vectors = total / np.linalg.norm(total)

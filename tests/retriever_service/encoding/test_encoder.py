@@ -34,7 +34,9 @@ def encoder() -> Encoder:
 
 
 def test_what_the_spec_leaves_open_is_filled_in(encoder: Encoder) -> None:
-    assert encoder.spec == EncoderSpec("minilm", "", "", normalise=True, max_length=256, dtype="float32")
+    assert encoder.spec == EncoderSpec(
+        "minilm", "", "", normalise=True, max_length=256, dtype="float32", passage_template="{title} {text}"
+    )
     assert encoder.dimension == 384
 
 
