@@ -29,8 +29,10 @@ from retriever_service.console import (
     MaxTokens,
     Memory,
     MethodName,
+    Normalise,
     Out,
     PassagePrefix,
+    PassageTemplate,
     QueryPrefix,
     Reranker,
     SearchParameters,
@@ -40,11 +42,11 @@ from retriever_service.console import (
     encoder_spec,
     progress,
     say,
+    say_built,
 )
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
 from retriever_service.files import json_object
-from retriever_service.index.store import Manifest
 from retriever_service.passages.evaluation import DEFAULT_KS
 from retriever_service.passages.hits import Hit, SearchOptions
 from retriever_service.search.engine import SearchEngine
@@ -148,7 +150,7 @@ def build(
                 on_progress=advance,
                 **how,
             )
-    _report_built(out, manifest)
+    say_built(out, manifest)
 
 
 @app.command("import")
@@ -159,14 +161,8 @@ def import_(
     encoder: EncoderName = "minilm",
     query_prefix: QueryPrefix = None,
     passage_prefix: PassagePrefix = None,
-    passage_template: Annotated[
-        str | None,
-        typer.Option(help="How {title} and {text} were put together (default: the usual one that fits)."),
-    ] = None,
-    normalise: Annotated[
-        bool | None,
-        typer.Option("--normalise/--no-normalise", help="To length 1 (default: as the family does)."),
-    ] = None,
+    passage_template: PassageTemplate = None,
+    normalise: Normalise = None,
     max_tokens: MaxTokens = None,
     encoder_dtype: EncoderDtype = None,
     ids: Annotated[
@@ -179,7 +175,7 @@ def import_(
         bool, typer.Option("--link", help="A hard link in place of a copy; never change the file then.")
     ] = False,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Of the passages that are compared.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the passages that are compared, and tuned with.")] = 0,
 ) -> None:
     """Take over an index that FAISS wrote elsewhere, without encoding its corpus again.
 
@@ -205,7 +201,7 @@ def import_(
             on_progress=advance,
             seed=seed,
         )
-    _report_built(out, manifest)
+    say_built(out, manifest)
 
 
 @app.command()
@@ -490,14 +486,6 @@ def _row(hit: Hit) -> dict[str, Any]:
         "metadata": dict(passage.metadata),
         "score": hit.score,
     }
-
-
-def _report_built(out: Path, manifest: Manifest) -> None:
-    say(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
-    for point in manifest.recall:
-        chosen = " (chosen)" if point.search_parameters == manifest.search_parameters else ""
-        found = ", ".join(f"{share:.3f} at {cutoff}" for cutoff, share in point.recall.items())
-        say(f"  recall {found}  {point.search_parameters}{chosen}")
 
 
 def _report_update(index: Path, num_passages: int, change: dict[str, int], as_json: bool) -> None:

@@ -31,6 +31,7 @@ from typer.core import TyperGroup
 from retriever_service.encoding.encoder import EncoderSpec, WeightsDtype, lasting_name
 from retriever_service.encoding.vectors import StoreDtype
 from retriever_service.errors import RetrieverError
+from retriever_service.index.store import Manifest
 from retriever_service.interrupts import Interrupted, interruptible
 from retriever_service.passages.hits import Method
 
@@ -118,6 +119,14 @@ SearchParameters = Annotated[
 TargetRecall = Annotated[
     float, typer.Option(help="Share of the exact top 10 that an approximate index is tuned to find.")
 ]
+PassageTemplate = Annotated[
+    str | None,
+    typer.Option(help="How {title} and {text} were put together (default: the usual one that fits)."),
+]
+Normalise = Annotated[
+    bool | None,
+    typer.Option("--normalise/--no-normalise", help="To length 1 (default: as the family does)."),
+]
 MethodName = Annotated[Method, typer.Option(help="How to search.")]
 Reranker = Annotated[str | None, typer.Option("--rerank", help="Cross-encoder that orders the best anew.")]
 Candidates = Annotated[int, typer.Option(help="How many of the best the cross-encoder orders anew.")]
@@ -134,6 +143,15 @@ def encoder_spec(
     """Its directory may be relative to the current one, whoever loads it."""
     model = lasting_name(encoder)
     return EncoderSpec(model, query_prefix, passage_prefix, max_length=max_tokens, dtype=dtype)
+
+
+def say_built(out: Path, manifest: Manifest) -> None:
+    """What an index is, and how much of an exact search it finds."""
+    say(f"{out}: {manifest.count:,} passages, {manifest.dimension} dimensions, {manifest.factory}")
+    for point in manifest.recall:
+        chosen = " (chosen)" if point.search_parameters == manifest.search_parameters else ""
+        found = ", ".join(f"{share:.3f} at {cutoff}" for cutoff, share in point.recall.items())
+        say(f"  recall {found}  {point.search_parameters}{chosen}")
 
 
 class _Rate(ProgressColumn):

@@ -14,6 +14,7 @@ from faiss.contrib.factory_tools import reverse_index_factory
 
 from retriever_service.encoding.encoder import Vectors
 from retriever_service.errors import RetrieverError
+from retriever_service.index.store import read_segment
 
 Rows = npt.NDArray[np.int64]
 
@@ -49,13 +50,10 @@ class ReadyIndex:
             ids = source / _PYSERINI_IDS
         if ids is not None and not ids.is_file():
             raise RetrieverError(f"there is no file of ids {ids}")
-        try:
-            index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
-            raise RetrieverError(
-                f"{file}: FAISS cannot read it ({str(error).rpartition('failed: ')[2]:.200}). If it is one part of a "
-                "file, join them all first: cat part_* > joined.index; else get or build it again"
-            ) from error
+        index = read_segment(
+            file,
+            "if it is one part of a file, join them all first: cat part_* > joined.index; else get or build it again",
+        )
         ready = cls(file, index, ids)
         ready._check_kind()
         return ready

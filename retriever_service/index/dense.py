@@ -5,7 +5,8 @@ Guarantees:
   queries are searched at the same time, and however the rows are divided into segments;
 - FAISS's placeholder id -1 stays -1 and never becomes a row of another segment;
 - scores are inner products, also those of a segment (an imported one) that FAISS searches by squared distances: for
-  vectors of length 1, and only such are imported, these are 2 - 2 times the inner product.
+  vectors of length 1, and only such are imported, these are 2 - 2 times the inner product; where codes change the
+  length, as nearly as they keep it.
 """
 
 from __future__ import annotations

@@ -255,8 +255,11 @@ def _open(directory: Path, manifest: Manifest) -> OpenIndex:
     return OpenIndex(directory, manifest, tuple(segments), corpus, _alive(directory, manifest))
 
 
-def read_segment(index_file: Path) -> faiss.Index:
+def read_segment(index_file: Path, mend: str = MEND) -> faiss.Index:
     """The vectors of a segment, memory-mapped.
+
+    Args:
+        mend: what to do where the file cannot be read.
 
     Raises:
         RetrieverError: FAISS cannot read the file.
@@ -265,7 +268,7 @@ def read_segment(index_file: Path) -> faiss.Index:
         # The older IO_FLAG_MMAP silently reads Flat and HNSW indexes into memory.
         return faiss.read_index(str(index_file), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
-        raise RetrieverError(f"{index_file}: FAISS cannot read it ({error}); {MEND}") from error
+        raise RetrieverError(f"{index_file}: FAISS cannot read it ({error}); {mend}") from error
 
 
 def _alive(directory: Path, manifest: Manifest) -> Mask | None:
