@@ -5,17 +5,22 @@ Recipes and commands use nothing else, and nobody else builds engines.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.background import Background, Ongoing
 from actors.engine_use import EngineUse
+from actors.memory import Memory
 from actors.observer import Observer
 from actors.policy import Policy, Turns
 from actors.pool import EnginePool, engine_options, engines_per_node
@@ -26,16 +31,19 @@ from actors.session import actor_environment
 from actors.weighting import ShardSink
 from pipeline.core.agents.program import GREEDY, Program, Sampling, Task
 from pipeline.core.config import ClusterConfig, RetrieverConfig
+from pipeline.core.order import TIMES_IN_FLIGHT, longest_first
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Episode
 from pipeline.core.retrieval import Searched
 from pipeline.core.shards import Counts, Shards
 from pipeline.core.weighing import Weigh
-from retriever_service import interrupts
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.passages.hits import Hit
 
 logger = logging.getLogger(__name__)
+
+STORE_SHARE = 0.5
+"""Of Ray's object stores, for episodes that have not been weighed. What does not fit there is spilled to disk."""
 
 Status = Callable[[str], AbstractContextManager[None]]
 
@@ -45,13 +53,15 @@ class SampleReport:
     """What came of a phase of sampling.
 
     Attributes:
+        seconds: from its beginning to its end, in this process.
         statistics: what the recipe's `Weigh` says of it.
-        engines: what those of each policy did, of the workers that are there at the end. Not what was done before this
-            process began, where a phase went on.
+        engines: what those of each policy did meanwhile, of the workers that are there at the end: also for phases that
+            overlapped, and not what was done before this process began.
     """
 
     trajectories: int
     generated_tokens: int
+    seconds: float
     statistics: Mapping[str, Any]
     engines: Mapping[str, EngineUse] = field(default_factory=dict)
 
@@ -87,6 +97,9 @@ class Cluster:
             searched,
             runtime_env={"env_vars": actor_environment(on_gpu=retriever.torch_device == "cuda")},
             start_timeout_s=cluster.start_timeout_s,
+            engines=sum(engines_per_node(s.rollout.workers) for s in policies if s.rollout is not None)
+            if self.placement.device == "cpu"
+            else 0,
             observer=self._observer,
         )
         turns = Turns(take_turns=self.placement.take_turns, park_on_disk=cluster.park_learners == "disk")
@@ -94,7 +107,10 @@ class Cluster:
         self._policies = {
             spec.name: self._new_policy(spec, start[spec.name], turns, status) for spec in policies
         }
-        self._shard_sink = ShardSink(cluster, self._observer)
+        self._background = Background()
+        self._idle_sinks = [self._new_sink()]
+        self._memories: dict[str, Memory] = {}
+        """By policy, the room for what its engines have sampled, which all phases share."""
         self._start_engines()
 
     def __enter__(self) -> Cluster:
@@ -104,11 +120,13 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """End all actors and free their resources."""
+        """End what still goes on and all actors, and free their resources."""
+        self._background.close()
         for policy in self._policies.values():
             policy.close()
         self._retrievers.close()
-        self._shard_sink.close()
+        for sink in self._idle_sinks:
+            sink.close()
         remove_placement_group(self._group)
         self._observer.close()
 
@@ -118,7 +136,7 @@ class Cluster:
 
     # ---------------------------------------------------------------- sampling
 
-    def sample(
+    def begin(
         self,
         program: Program[Any],
         shards: Shards,
@@ -128,9 +146,13 @@ class Cluster:
         samples: int,
         sampling: Sampling,
         name: str = "",
+        lengths: Mapping[str, float] = MappingProxyType({}),
         on_progress: OnProgress = lambda done: None,
-    ) -> SampleReport:
+    ) -> Ongoing[SampleReport]:
         """Run `program` `samples` times on every task whose shard is not complete; make the missing shards.
+
+        It goes on while the caller does something else. Phases may overlap where the same versions play their roles;
+        their tasks then share the engines.
 
         Args:
             shards: the tasks and where they go, on a file system that the weighting actor reaches; after `resume`.
@@ -138,32 +160,40 @@ class Cluster:
             roles: who plays each role of the program, at its current version. The program runs beside the first.
             sampling: its seed is that of the run and the phase.
             name: of the phase, for metrics.
+            lengths: about how long tasks take, by their ids, in any unit; in what order they begin depends on it.
+            on_progress: called from another thread.
 
         Returns:
-            the report of all shards, those that were complete included.
+            what gives the report of all shards, those that were complete included. It raises `ClusterError` where
+            workers or a weighting actor died too often, or too many episodes failed; `RuntimeError` where nothing can
+            be trained on (see `weigh`).
 
         Raises:
-            ClusterError: workers or the weighting actor died too often, or too many episodes failed.
-            RuntimeError: nothing can be trained on (see `weigh`).
+            ClusterError: engines cannot be brought to a current version.
         """
-        to_do = shards.to_do()
+        pools = self._serving(roles)
+        home = next(iter(pools.values()))
+        to_do = longest_first(shards.to_do(), lengths, TIMES_IN_FLIGHT * home.in_flight // samples)
         work = Work(to_do, done=len(shards.tasks) - len(to_do), counts=shards.counts())
-        pools, sink = self._serving(roles), self._shard_sink
-        rollout = next(iter(pools.values())).rollout
+        rollout, memory = home.rollout, self._memory_of(home)
+        phase = Phase(program, samples, sampling, rollout.max_failure_share, name)
+        before, began = _uses(pools), time.perf_counter()
 
-        async def whole_phase() -> Mapping[str, Any]:
-            phase = Phase(program, samples, sampling, rollout.max_failure_share, name)
-            async with (
-                self._retrievers.at_work(),
-                sink.at_work(shards, weigh, work, max_restarts=rollout.max_restarts),
-            ):
-                await run_phase(phase, work, pools, sink, on_progress)
-                return await sink.finish()
+        async def whole_phase() -> SampleReport:
+            with self._a_sink() as sink:
+                async with (
+                    self._retrievers.at_work(),
+                    sink.at_work(shards, weigh, work, max_restarts=rollout.max_restarts),
+                ):
+                    await run_phase(phase, work, pools, sink, on_progress, memory)
+                    statistics = await sink.finish()
+            seconds = time.perf_counter() - began
+            engines = await asyncio.to_thread(_used_since, before, pools)
+            return SampleReport(
+                work.counts.episodes, work.counts.generated_tokens, seconds, statistics, engines
+            )
 
-        before = _uses(pools)
-        statistics = interrupts.run(whole_phase())
-        engines = _used_since(before, pools)
-        return SampleReport(work.counts.episodes, work.counts.generated_tokens, statistics, engines)
+        return self._background.begin(whole_phase())
 
     def greedy(
         self,
@@ -185,8 +215,25 @@ class Cluster:
             async with self._retrievers.at_work():
                 await run_phase(phase, Work(tasks), pools, keep, on_progress)
 
-        interrupts.run(whole_phase())
+        self._background.begin(whole_phase()).result()
         return [found[task.id] for task in tasks]
+
+    def _memory_of(self, pool: EnginePool) -> Memory:
+        memory = self._memories.setdefault(pool.name, Memory(0.0, pool.options.max_model_len))
+        memory.limit = STORE_SHARE * pool.store_bytes()
+        return memory
+
+    @contextmanager
+    def _a_sink(self) -> Iterator[ShardSink]:
+        """One that no other phase uses."""
+        sink = self._idle_sinks.pop() if self._idle_sinks else self._new_sink()
+        try:
+            yield sink
+        finally:
+            self._idle_sinks.append(sink)
+
+    def _new_sink(self) -> ShardSink:
+        return ShardSink(self.config, self._observer)
 
     @staticmethod
     def _serving(roles: Mapping[str, Policy]) -> dict[str, EnginePool]:

@@ -32,8 +32,9 @@ from retriever_service.encoding.encoder import Encoder
 from retriever_service.errors import RetrieverUnavailable
 
 if TYPE_CHECKING:
+    from retriever_service.choices import StoreDtype
     from retriever_service.encoding.encoder import EncoderSpec, LoadEncoder, TextEncoder
-    from retriever_service.encoding.vectors import Job, Shard, StoreDtype, VectorStore
+    from retriever_service.encoding.vectors import Job, Shard, VectorStore
 
 logger = logging.getLogger(__name__)
 

@@ -81,6 +81,7 @@ class VllmEngine:
         self._push_deadline = 0.0
         self._must_be_woken = False
         self._most_rows = 0
+        self._ids_of_stops: dict[tuple[str, ...], list[int]] = {}
         self._counter = UseCounter()
         self._segment = Segment()
 
@@ -155,15 +156,32 @@ class VllmEngine:
                 seed=sampling.seed,
                 max_tokens=max_tokens,
                 stop=list(sampling.stop),
+                stop_token_ids=self._stop_ids(sampling.stop),
                 include_stop_str_in_output=True,
                 skip_special_tokens=False,
                 spaces_between_special_tokens=False,
                 logprobs=0,
                 flat_logprobs=True,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_clone=True,
             ),
         )
         return _completion(output)
+
+    def _stop_ids(self, stop: tuple[str, ...]) -> list[int]:
+        """Ids of the stop strings that are tokens of their own.
+
+        The engine ends a request at these itself. Of any other end it is told, some steps later, by the process that
+        reads the text.
+        """
+        if (ids := self._ids_of_stops.get(stop)) is None:
+            tokenizer = self._serving().get_tokenizer()
+            encoded = [tokenizer.encode(text, add_special_tokens=False) for text in stop]
+            ids = [
+                one[0] for one, text in zip(encoded, stop, strict=True) if tokenizer.decode(one[:1]) == text
+            ]
+            self._ids_of_stops[stop] = ids
+        return ids
 
     async def score(self, token_ids: Sequence[int], start: int) -> float:
         """log p(token_ids[start:] | token_ids[:start]): the sum of `token_logprobs`."""
@@ -230,13 +248,12 @@ class VllmEngine:
         from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if self._refusal or self._llm is None:
-            raise EngineError(self._refusal)
+        llm = self._serving()
         prompt = tokens_input([int(i) for i in prompt_ids], cache_salt=salt)
         output = None
         try:
             async with asyncio.timeout(self.options.request_timeout_s):
-                async for latest in self._llm.generate(prompt, params, str(next(self._request_numbers))):
+                async for latest in llm.generate(prompt, params, str(next(self._request_numbers))):
                     output = latest
         except TimeoutError as error:
             raise EngineError(
@@ -254,6 +271,11 @@ class VllmEngine:
             reason = output.outputs[0].finish_reason if output is not None else "no output"
             raise EngineError(f"vLLM gave up a request of {len(prompt_ids)} prompt tokens: {reason}")
         return output
+
+    def _serving(self) -> AsyncLLM:
+        if self._refusal or self._llm is None:
+            raise EngineError(self._refusal)
+        return self._llm
 
     async def ping(self) -> None:
         """Answers when the engine process has: between two of its steps.
@@ -452,4 +474,5 @@ def _one_token(prompt_logprobs: int | None = None) -> SamplingParams:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
         skip_reading_prefix_cache=False,
+        skip_clone=True,
     )

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from actors import engine_memory
 from actors.engine_use import UseCounter
 from actors.weight_transfer import Transport, backend_name
+from pipeline.core.packages import has_gpu_packages
 from pipeline.core.plan.memory import Device, number_format
 from retriever_service.machine import available_cores, share_of_cores
 
@@ -24,11 +23,14 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _GIB = 2**30
-MOST_AGENTS: dict[Device, int] = {"gpu": 512, "cpu": 128}
+MOST_AGENTS: dict[Device, int] = {"gpu": 512, "cpu": 256}
 """In flight per engine where `rollout.concurrency` leaves it open."""
 GPU_BATCHED_TOKENS = 8_192
 CPU_BATCHED_TOKENS = 4_096
 """Tokens that an engine computes in one step, prompts and continuations together; see `batched_tokens`."""
+CPU_CACHE_BLOCK = 32
+"""Tokens of a block of cached keys and values on CPUs, the fewest that vLLM's kernel takes. Only whole blocks are found
+again: of vLLM's own 128 an agent's next turn would compute half a block too much, and so would each scored answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,7 @@ class EngineOptions:
     num_threads: int | None = None
     """Threads on CPUs, not bound to cores, so that other processes may share them. Null: see `engines_per_node`."""
     engines_per_node: int | None = None
-    """On CPUs so many engines divide the cores of their node. Null: vLLM binds one thread to each core it may use."""
+    """On CPUs so many engines divide the cores of their node. Null: an engine has a thread for each."""
     weight_transport: Transport = "shared_memory"
     """How pushed weights arrive (actors.weight_transfer)."""
     start_timeout_s: float = 900.0
@@ -72,9 +74,9 @@ class EngineOptions:
 
 def create_llm(options: EngineOptions, counter: UseCounter) -> AsyncLLM:
     """A running engine that is counted; `set_environment` comes first."""
-    from vllm.v1.engine.async_llm import AsyncLLM
+    from actors.vllm_process import async_llm
 
-    llm = AsyncLLM.from_engine_args(
+    llm = async_llm().from_engine_args(
         _engine_args(options), stat_loggers=[lambda vllm_config, engine_index: counter]
     )
     engine_memory.remove_names()
@@ -110,7 +112,7 @@ def set_environment(options: EngineOptions) -> None:
     # Homes may be on a network's file system, where many engines compile at the same time into the same files.
     os.environ.setdefault("VLLM_CACHE_ROOT", str(node_cache("vllm")))
     os.environ.setdefault("TRITON_CACHE_DIR", str(node_cache("triton")))
-    if torch.version.cuda is not None:
+    if has_gpu_packages():
         # A fork of a process that has so much as counted its GPUs cannot use them.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     threads = options.num_threads
@@ -119,6 +121,7 @@ def set_environment(options: EngineOptions) -> None:
     if threads is not None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["MALLOC_CONF"] = engine_memory.keep_freed_memory(os.environ.get("MALLOC_CONF", ""))
     if options.weight_transport == "ipc":
         # CUDA memory handles can only be pickled; they come from our own learner.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -142,6 +145,21 @@ def in_flight(concurrency: int | None, fit: int, most: int) -> int:
     return concurrency if concurrency is not None else min(fit, most)
 
 
+def _executor(options: EngineOptions, *, on_cpu: bool) -> Any:
+    """What runs the model's workers, for `AsyncEngineArgs`."""
+    if options.tensor_parallel_size > 1:
+        # Inside a placement group vLLM would take Ray, which refuses a bundle of several GPUs. All are in reach here.
+        return "mp"
+    if on_cpu:
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+        # The model in the engine's own process. As a class: its name "uni" vLLM turns into "mp" on CPUs, whose engine
+        # process spins, on a core that is needed, until its worker process answers. What "mp" is taken for there, the
+        # number of threads, `set_environment` says.
+        return UniProcExecutor
+    return None
+
+
 def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -155,8 +173,13 @@ def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
     if on_cpu:
         device = {
             "kv_cache_memory_bytes": int(options.kv_cache_gib * _GIB),
+            "block_size": CPU_CACHE_BLOCK,
             # vLLM's CPU generator cannot continue a seeded request whose prompt was prefilled in several chunks.
             "enable_chunked_prefill": False,
+            # There is nothing that could run beside the computing. To plan a step before the tokens of the last one are
+            # known only computes one token more for every request that has just ended.
+            "async_scheduling": False,
+            "scheduler_cls": "actors.engine_scheduler.HoldingScheduler",
             "max_num_batched_tokens": batched_tokens(
                 options.max_model_len, options.max_num_seqs, on_cpu=True
             ),
@@ -165,8 +188,7 @@ def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
         model=options.model,
         dtype=number_format(options.dtype, "cpu" if on_cpu else "gpu"),
         tensor_parallel_size=options.tensor_parallel_size,
-        # Inside a placement group vLLM would take Ray, which refuses a bundle of several GPUs. All are in reach here.
-        distributed_executor_backend="mp" if options.tensor_parallel_size > 1 else None,
+        distributed_executor_backend=_executor(options, on_cpu=on_cpu),
         max_model_len=options.max_model_len,
         max_num_seqs=options.max_num_seqs,
         seed=options.seed,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import ray
 
-from actors.session import has_gpu_packages
+from pipeline.core.packages import has_gpu_packages
 from retriever_service.machine import share_of_cores
 
 CORES_PER_GPU = 2
@@ -58,17 +58,17 @@ def rooms() -> list[Room]:
     ]
 
 
-def threads_of_replica(cores: int, replicas: int, gpus: int) -> int:
+def threads_of_replica(cores: int, sharers: int, gpus: int) -> int:
     """Its share of a node's cores, at least one.
 
-    On CPUs the engines of the node have the same cores: they generate while the retriever waits, and the other way
-    round. On GPUs they do both at once, and some cores are left to them.
+    Engines generate while the retriever searches. On CPUs they are among those that share the cores: more threads than
+    that would wait for each other, and cost all of them several times the time. On GPUs some cores are left to them.
 
     Args:
-        replicas: on the node, this one included.
+        sharers: replicas on the node, this one included, and engines that compute on its CPUs.
         gpus: of the node, which engines and learner ranks use.
     """
-    return share_of_cores(cores, replicas, kept=CORES_PER_GPU * gpus)
+    return share_of_cores(cores, sharers, kept=CORES_PER_GPU * gpus)
 
 
 def gpus_here() -> int:

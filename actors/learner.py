@@ -3,7 +3,7 @@
 Guarantees, whatever the ZeRO stage, the number of ranks and the token budget of a pack:
 
 - the gradient of an optimiser step is that of the globally normalised loss of `pipeline.core.losses`;
-- examples of a packed row never see each other;
+- examples of a packed row never see each other, also where what they begin with in common is computed once;
 - a run that is killed, loaded from its last checkpoint and continued ends with the same weights (bit for
   bit on CPU in float32) as one that was never stopped;
 - no gradient that is not finite reaches a weight, and no weight that is not finite reaches a disk.
@@ -36,7 +36,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.losses.loss import Loss, Outputs, Prepared, Terms
 from pipeline.core.packing import OptimizerStep, PackedBatch, collate, packing_efficiency, plan_epoch
 from pipeline.core.policies import Head
-from pipeline.core.records import Example, Outline
+from pipeline.core.records import Example
 from pipeline.core.schedule import learning_rate_at
 from pipeline.core.training import TrainReport
 from pipeline.core.training_phase import Phase, phase_key
@@ -72,7 +72,7 @@ class Learner:
         seed: int = 0,
         head: Head = "lm",
     ) -> None:
-        deepspeed = learner_setup.import_deepspeed()
+        learner_setup.import_deepspeed()
         self.config, self.rank, self.world_size, self.head = config, rank, world_size, head
         self.device = learner_setup.join_process_group(
             master_addr, master_port, rank=rank, world_size=world_size, local_rank=local_rank
@@ -92,19 +92,9 @@ class Learner:
         self.model, self._zero_init = learner_setup.load_model(
             config, self.source, self.dtype, ds_config, head
         )
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable,
-            lr=config.learning_rate,
-            betas=config.adam_betas,
-            eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        self.engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=optimizer, model_parameters=trainable, config=ds_config
-        )
+        self.engine = learner_setup.make_engine(config, self.model, ds_config)
         self.outputs = ModelOutputs(self.engine, self.model, self.device)
+        self._shares_prefixes = config.share_prefixes and self.outputs.can_share_prefixes
         self._checkpoints = Checkpointer()
         learner_setup.seed_everything(seed + rank)
 
@@ -144,14 +134,14 @@ class Learner:
             FloatingPointError: the loss or the gradient of more than `learner.max_skipped_steps` steps is not finite.
                 No weight has changed by it.
         """
-        records = PhaseExamples(examples, loss, self.head)
+        records = PhaseExamples(examples, loss, self.head, share_prefixes=self._shares_prefixes)
         outlines = records.outlines
         peak, prepared = learning_rate or self.config.learning_rate, loss.prepare(outlines)
         # An example that is not computed counts in its batch's normaliser only: it has no length to compute.
         lengths = [o.length if c else 0 for o, c in zip(outlines, prepared.computed, strict=True)]
         if not any(lengths):
             logger.warning("no training example has a say: the phase leaves the model as it is")
-        plan = self._plan(outlines, lengths, phase_seed, epochs or self.config.epochs) if any(lengths) else []
+        plan = self._plan(records, lengths, loss, phase_seed, epochs) if any(lengths) else []
 
         key = phase_key(records.digests, loss, phase_seed, peak, len(plan))
         phase = self._enter_phase(key, checkpoints, start)
@@ -188,7 +178,7 @@ class Learner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # an engine on the same GPU may need what this phase does not use any more
 
-        fill, balance = packing_efficiency(plan, lengths, self.config.tokens_per_microbatch)
+        fill, balance = packing_efficiency(plan, self.config.tokens_per_microbatch)
         computed = [k for step in plan for k in step.examples if lengths[k]]
         return TrainReport(
             examples=len(outlines),
@@ -233,19 +223,20 @@ class Learner:
         return self._progress
 
     def _plan(
-        self, outlines: Sequence[Outline], lengths: Sequence[int], phase_seed: int, epochs: int
+        self, records: PhaseExamples, lengths: Sequence[int], loss: Loss, phase_seed: int, epochs: int | None
     ) -> list[OptimizerStep]:
-        units = [outline.unit for outline in outlines]
         return [
             step
-            for epoch in range(epochs)
+            for epoch in range(epochs or self.config.epochs)
             for step in plan_epoch(
                 lengths,
                 batch_size=self.config.batch_size,
                 world_size=self.world_size,
                 token_budget=self.config.tokens_per_microbatch,
                 seed=(phase_seed, epoch),
-                units=units,
+                units=[outline.unit for outline in records.outlines],
+                whole_units=loss.compares,
+                overlaps=records.overlaps,
             )
         ]
 
@@ -300,7 +291,8 @@ class Learner:
         for index, pack in enumerate(packs):
             last = index == len(packs) - 1
             self.engine.set_gradient_accumulation_boundary(last)
-            terms = self._terms(collate(pack, own, loss.streams, prepared.streams), loss, normaliser)
+            row = collate(pack, own, loss.streams, prepared.streams, share_prefixes=self._shares_prefixes)
+            terms = self._terms(row, loss, normaliser)
             sums.add(terms)
             if last:
                 total, metrics = sums.over_all_ranks()

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from actors.collectives import gathered, on_each_rank
 from actors.learner_outputs import OF_HEAD
 from pipeline.core.errors import UserError
-from pipeline.core.example_files import read_examples, read_outlines
+from pipeline.core.example_files import read_examples, read_outlines, read_outlines_and_overlaps
 from pipeline.core.losses.loss import Form, Loss
 from pipeline.core.policies import Head
+from pipeline.core.prefixes import Overlap, overlaps_of
 from pipeline.core.records import Example, Numbers, Outline
 from pipeline.core.training_phase import digest_of
 from retriever_service.files import record_file
@@ -27,31 +28,50 @@ class PhaseExamples:
     Attributes:
         outlines: of all examples, in their order.
         digests: of the contents of the examples; they change when these do.
+        overlaps: what each has in common with others of its unit; None if nobody wants to know.
 
     Args:
         examples: records, or Parquet shards of them.
         loss, head: what will be made of them.
+        share_prefixes: whether to find out about overlaps.
 
     Raises:
         UserError: on all ranks; a shard that holds something else, an example without a stream that the loss needs, or
             with one of another form or that is not finite, a head that does not give what the loss needs.
     """
 
-    def __init__(self, examples: Sequence[Example] | Sequence[str | Path], loss: Loss, head: Head) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example] | Sequence[str | Path],
+        loss: Loss,
+        head: Head,
+        *,
+        share_prefixes: bool = False,
+    ) -> None:
         self._loss = loss
         self._records = [item for item in examples if isinstance(item, Example)]
         self._shards = [Path(item) for item in examples if not isinstance(item, Example)]
         ranks, mine = dist.get_world_size(), self._shards[dist.get_rank() :: dist.get_world_size()]
-        looked_at = gathered(
-            on_each_rank(lambda: [(read_outlines(shard), record_file(shard).sha256) for shard in mine])
-        )
+
+        def look_at(shard: Path) -> tuple[Sequence[Outline], str, list[Overlap]]:
+            outlines, overlaps = (
+                read_outlines_and_overlaps(shard) if share_prefixes else (read_outlines(shard), [])
+            )
+            return outlines, record_file(shard).sha256, overlaps
+
+        looked_at = gathered(on_each_rank(lambda: [look_at(shard) for shard in mine]))
         by_shard = [looked_at[number % ranks][number // ranks] for number in range(len(self._shards))]
-        self.digests = [digest_of(self._records), *(digest for _, digest in by_shard)]
+        self.digests = [digest_of(self._records), *(digest for _, digest, _ in by_shard)]
         self.outlines: list[Outline] = list(self._records)
+        units, token_ids = [it.unit for it in self._records], [it.token_ids for it in self._records]
+        overlaps = overlaps_of(units, token_ids) if share_prefixes else []
         self._first: list[int] = []  # of each shard, which example its first one is
-        for outlines, _ in by_shard:
-            self._first.append(len(self.outlines))
+        for outlines, _, in_shard in by_shard:
+            first = len(self.outlines)
+            self._first.append(first)
             self.outlines += outlines
+            overlaps += (Overlap(first + one.rank, one.shared) for one in in_shard)
+        self.overlaps = overlaps if share_prefixes else None
         _check_outlines(self.outlines, loss, head)
 
     def load(self, own: Iterable[int]) -> Mapping[int, Example]:

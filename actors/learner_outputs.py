@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
@@ -38,20 +39,34 @@ class ModelOutputs:
         config = getattr(model, "config", None)
         self._packed_attention = getattr(config, "_attn_implementation", None) == PACKED
 
+    @property
+    def can_share_prefixes(self) -> bool:
+        """Whether it takes rows in which what several examples begin with is there once."""
+        return self._packed_attention
+
     def of(self, batch: PackedBatch, output: Output) -> torch.Tensor:
         """`logprobs` or `values` [M], `logits` [M, V], `embeddings` [n, D]; see `Outputs`."""
         if output == "embeddings":
             return self._embeddings(batch)
-        predictors = self._tensor(batch.predictors)
         if output == "values":
-            predicted = self._forward(batch).logits[0, predictors, 0]
+            predicted = self._forward(batch).logits[0, self._tensor(batch.predictors), 0]
             return predicted.to(torch.promote_types(predicted.dtype, torch.float32))
-        logits = self._forward(batch, logits_to_keep=predictors).logits[0]
-        return logits if output == "logits" else token_logprobs(logits, self._tensor(batch.targets))
+        if output == "logits":
+            return self._logits(batch, batch.predictors)
+        # What several examples predict alike, the same target from the same tokens, passes the output layer once.
+        pairs = batch.predictors * (batch.targets.max() + 1) + batch.targets
+        _, first, back = np.unique(pairs, return_index=True, return_inverse=True)
+        logits = self._logits(batch, batch.predictors[first])
+        logprobs = token_logprobs(logits, self._tensor(batch.targets[first]))
+        return logprobs if np.array_equal(back, np.arange(len(first))) else logprobs[self._tensor(back)]
+
+    def _logits(self, batch: PackedBatch, predictors: npt.NDArray[np.int64]) -> torch.Tensor:
+        logits: torch.Tensor = self._forward(batch, logits_to_keep=self._tensor(predictors)).logits
+        return logits.squeeze(0)  # unlike [0] it has a gradient that is a view
 
     def _forward(self, batch: PackedBatch, **further: Any) -> Any:
         if self._packed_attention:
-            further["segment_lengths"] = batch.segment_lengths
+            further |= {"segment_lengths": batch.segment_lengths, "branches": batch.branches}
         return self._call(
             input_ids=self._tensor(batch.input_ids),
             position_ids=self._tensor(batch.position_ids),

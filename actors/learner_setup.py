@@ -21,6 +21,7 @@ from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
 from pipeline.core.plan.memory import number_format
 from pipeline.core.policies import Head
+from retriever_service.imports import quick_imports
 from retriever_service.machine import available_cores
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -31,7 +32,8 @@ def import_deepspeed() -> Any:
     """DeepSpeed takes seconds to import, and must be told about a machine without GPUs before that."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
+    with quick_imports():
+        import deepspeed
 
     # DeepSpeed would compile its own shared-memory collectives at the first start: that needs a C++ compiler,
     # and a process killed meanwhile leaves a lock on which every later one waits for ever. gloo does as well.
@@ -121,6 +123,8 @@ def load_model(
     if head == "embedding":
         return _sentence_encoder(config, source, dtype), zero_init
     model = _transformer(config, source, dtype, head)
+    if head == "lm" and not torch.cuda.is_available():
+        _embed_sparsely(model)
     if config.lora is not None:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -157,7 +161,8 @@ def load_frozen(
 
 
 def _transformer(config: LearnerConfig, source: Path, dtype: torch.dtype, head: Head) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+    with quick_imports():
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 
     from pipeline.core.attention import PACKED
 
@@ -171,6 +176,17 @@ def _transformer(config: LearnerConfig, source: Path, dtype: torch.dtype, head: 
     )
 
 
+def _embed_sparsely(model: Any) -> None:
+    """Where the output layer's weight is the embedding's too, have the embedding give its gradient by rows.
+
+    They are added to the output layer's, which is dense in any case. Else it is a matrix of its own, of zeros but for
+    some hundred rows of maybe 262,144, that a CPU has to write and to add.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embedding, torch.nn.Embedding) and head is not None and head.weight is embedding.weight:
+        embedding.sparse = True
+
+
 def _sentence_encoder(config: LearnerConfig, source: Path, dtype: torch.dtype) -> Any:
     from sentence_transformers import SentenceTransformer
 
@@ -180,6 +196,23 @@ def _sentence_encoder(config: LearnerConfig, source: Path, dtype: torch.dtype) -
             "without them"
         )
     return SentenceTransformer(str(source), device="cpu", model_kwargs={"dtype": dtype})
+
+
+def make_engine(config: LearnerConfig, model: Any, ds_config: dict[str, Any]) -> Any:
+    """The model's DeepSpeed engine, with its optimiser."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trainable,
+        lr=config.learning_rate,
+        betas=config.adam_betas,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    engine, *_ = import_deepspeed().initialize(
+        model=model, optimizer=optimizer, model_parameters=trainable, config=ds_config
+    )
+    return engine
 
 
 def offload_training_state(engine: Any) -> None:

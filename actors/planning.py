@@ -13,9 +13,9 @@ import ray
 from actors.engine_options import MOST_AGENTS, agents_that_fit, batched_tokens, in_flight
 from actors.placement import Placement, PolicyPlacement, plan_placement
 from actors.preflight import cluster_address
-from actors.session import has_gpu_packages
 from pipeline.core.config import EXSEARCH, Config, LearnerConfig, RolloutConfig
 from pipeline.core.errors import UserError
+from pipeline.core.packages import has_gpu_packages
 from pipeline.core.plan.assumptions import Assumptions
 from pipeline.core.plan.disk import disk_needs
 from pipeline.core.plan.engine import EngineLoad, EngineNeeds, engine_needs

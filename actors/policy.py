@@ -59,6 +59,7 @@ class Turns:
                 if other is not policy:
                     other.rest()
                 if other.pool is not None:
+                    other.pool.must_be_idle(f"to give their memory to the learner of {policy.name}")
                     other.pool.sleep()
 
     def to_sample(self) -> None:
@@ -99,6 +100,8 @@ class Policy:
         self.spec, self.name, self.pool = spec, spec.name, pool
         self.current = start
         """The version that this policy is. The learner may have trained on since."""
+        self.pushed: PushReport | None = None
+        """How the version came to the engines that they serve; None where no push brought it."""
         self._learner: LearnerGroup | None = None
         self._learner_holds: int | None = None
         """Version of the learner's weights; None if they belong to no version: no learner, or trained and not saved."""
@@ -126,31 +129,33 @@ class Policy:
         return self.current
 
     def push(self) -> PushReport | None:
-        """Bring the current version to the engines; `sample` does it by itself where it was not done.
+        """Bring the current version to the engines; sampling does it by itself where it was not done.
 
         An engine that misses it is ended. Where all do, or the learner fails, they load the version from its model
         directory.
 
         Returns:
-            the report of a push from the learner; None if the engines served it already, or loaded it from disk.
+            the report of a push from the learner, which `pushed` keeps; None if the engines served it already, or
+            loaded it from disk.
 
         Raises:
-            ClusterError: the policy has no engines.
+            ClusterError: the policy has no engines, or they sample with another version.
         """
         pool = self._pool_or_error()
         if pool.serving == self.current.version:
             return None
+        pool.must_be_idle(f"to serve version {self.current.version}")
         self._turns.to_sample()
-        pool.serving = None
+        pool.serving = self.pushed = None
         pool.lose_silent()
-        report = self._push_from_learner(pool)
-        if report is None:
+        self.pushed = self._push_from_learner(pool)
+        if self.pushed is None:
             pool.reload(self.current)
             metrics.PUSHES.add(policy=self.name, way="from_disk")
         else:
             pool.now_serves(self.current)
-            self._count(report)
-        return report
+            self._count(self.pushed)
+        return self.pushed
 
     def _push_from_learner(self, pool: EnginePool) -> PushReport | None:
         """None where the learner does not hold the version, or no engine got it."""

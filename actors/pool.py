@@ -14,11 +14,12 @@ Guarantees:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -27,6 +28,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from actors.deaths import in_words
 from actors.engine_options import MOST_AGENTS, EngineOptions, in_flight
 from actors.engine_use import EngineUse
+from actors.hands import Hands
 from actors.observer import Observer
 from actors.placement import PolicyPlacement
 from actors.retriever import RetrieverClient
@@ -75,6 +77,17 @@ def engine_options(
     )
 
 
+@dataclass(eq=False)
+class _AtWork:
+    """A shift, and how many phases share it."""
+
+    shift: Shift
+    phases: int = 0
+    has_begun: asyncio.Event = field(default_factory=asyncio.Event)
+    is_over: asyncio.Event = field(default_factory=asyncio.Event)
+    working: asyncio.Task[None] = field(init=False)
+
+
 class EnginePool:
     """One rollout worker per engine.
 
@@ -111,7 +124,7 @@ class EnginePool:
         """Workers that were lost and in whose place none has come yet."""
         self._model = options.model
         self._version = 0
-        self._shift: Shift | None = None
+        self._now: _AtWork | None = None
         """None while the pool is not at work."""
 
     # ---------------------------------------------------------------- up and down
@@ -182,43 +195,63 @@ class EnginePool:
     async def at_work(self) -> AsyncIterator[None]:
         """Workers are watched meanwhile. Those that are away, or go away, are replaced while the others go on.
 
-        Failures are counted from here. A worker that is not up when the work ends is waited for the next time; where a
-        learner needs the memory until then it is ended, and the next time starts another.
+        Phases that overlap share the workers, and failures are counted from the beginning of the first. A worker that
+        is not up when the work ends is waited for the next time; where a learner needs the memory until then it is
+        ended, and the next time starts another.
 
         Raises:
             ClusterError: fewer than `rollout.min_workers` are left, after more than `rollout.max_restarts` failures or
                 without room for others.
         """
-        self._shift = Shift(
-            self.name, self.rollout, self.cluster, self._seats, self._ask_for, self._bring_up, self.lost
-        )
+        if self._now is None:
+            self._now = _AtWork(
+                Shift(
+                    self.name,
+                    self.rollout,
+                    self.cluster,
+                    self._seats,
+                    self.agents_per_worker,
+                    self._ask_for,
+                    self._bring_up,
+                    self.lost,
+                )
+            )
+            self._now.working = asyncio.create_task(self._work(self._now))
+            await self._now.has_begun.wait()
+        now = self._now
+        now.phases += 1
         try:
-            async with self._shift.on():
+            async with asyncio.TaskGroup() as tasks:
+                watch = tasks.create_task(_as_long_as(now.working))
                 yield
+                watch.cancel()
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from failures
         finally:
-            self._shift = None
+            now.phases -= 1
+            if not now.phases:
+                now.is_over.set()
+                await asyncio.wait([now.working])
+
+    async def _work(self, now: _AtWork) -> None:
+        try:
+            async with now.shift.on():
+                now.has_begun.set()
+                await now.is_over.wait()
+        finally:
+            self._now = None
             if self.options.sleeps:
                 for seat in self._seats:
                     seat.send_away()
 
-    async def hired(self) -> Any:
-        """The next worker that may be given work: each one once, those that are there first. Waits for those to come.
-
-        Of this and the next three: while the pool is at work only.
-        """
-        return await self._at_work.hired()
+    @property
+    def hands(self) -> Hands:
+        """Who gets the next task. Of this and the next: while the pool is at work only."""
+        return self._at_work.hands
 
     async def worker_for(self, number: int) -> Any:
         """One of the workers; numbers are spread over them. Waits while all are away."""
         return await self._at_work.worker_for(number)
-
-    def employs(self, worker: Any) -> bool:
-        """Whether it may be given work: it is neither lost nor about to leave."""
-        return self._at_work.employs(worker)
-
-    def let_go(self, worker: Any) -> None:
-        """It has nothing in hand any more: where it is about to leave it ends, which makes its node free to go."""
-        self._at_work.let_go(worker)
 
     def peer(self, worker: Any) -> Peer:
         """One of the workers, for a program that runs on another policy's."""
@@ -240,12 +273,22 @@ class EnginePool:
                 seat.worker = None
                 self._observer.lost("rollout", self.name)
                 self._missing += 1
-                if self._shift is not None:
-                    self._shift.replace(seat, cause)
-        if self._shift is not None:
-            self._shift.let_go(worker)
+                if self._now is not None:
+                    self._now.shift.replace(seat, cause)
+        if self._now is not None:
+            self._now.shift.let_go(worker)
 
     # ---------------------------------------------------------------- what they serve
+
+    def must_be_idle(self, why: str) -> None:
+        """
+        Raises:
+            ClusterError: a phase that has not ended is at work with them.
+        """
+        if self._now is not None:
+            raise ClusterError(
+                f"the engines of {self.name} are sampling with version {self._version}; they must end that first {why}"
+            )
 
     def sleep(self) -> None:
         """Give the engines' GPU memory to others, until a push or `reload`."""
@@ -285,6 +328,17 @@ class EnginePool:
             if isinstance(answer, EngineUse)
         }
 
+    @property
+    def in_flight(self) -> int:
+        """Episodes at once, of all workers that are there."""
+        return self.agents_per_worker * len(self._present())
+
+    def store_bytes(self) -> float:
+        """Of Ray's object stores on the nodes where workers are, together; without end if Ray does not say."""
+        ours = {seat.node for seat in self._present()}
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] in ours]
+        return sum(node["Resources"].get("object_store_memory", 0.0) for node in nodes) or math.inf
+
     def receivers(self) -> list[EngineRef]:
         """The engines as a push sees them."""
         size = self.rollout.tensor_parallel_size
@@ -307,8 +361,8 @@ class EnginePool:
 
     @property
     def _at_work(self) -> Shift:
-        assert self._shift is not None, "the pool is not at work"
-        return self._shift
+        assert self._now is not None, "the pool is not at work"
+        return self._now.shift
 
     def _ask_for(self, index: int) -> Newcomer:
         return Newcomer(self._new_worker(index), self._retriever)
@@ -332,6 +386,11 @@ class EnginePool:
             concurrency=self.rollout.concurrency,
             identity=self._observer.identity("rollout", self.name, index),
         )
+
+
+async def _as_long_as(working: asyncio.Task[None]) -> None:
+    """Raises what ends it early. Whoever stops waiting does not end it."""
+    await asyncio.shield(working)
 
 
 def engines_per_node(workers: int) -> int:

@@ -10,8 +10,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from actors.placement import Placement, plan_placement
-from actors.session import ClusterError, has_gpu_packages, resources_in_words
+from actors.session import ClusterError, resources_in_words
 from pipeline.core.config import ClusterConfig, RetrieverConfig
+from pipeline.core.packages import has_gpu_packages
 from pipeline.core.policies import PolicySpec
 
 logger = logging.getLogger(__name__)

@@ -65,9 +65,9 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         index_dir: a built index, on a path that the actor's node sees; replicas on one node share its pages.
         encoder, device, search_parameters, cached_queries: see `SearchEngine.open`.
         num_threads: the same; None for the replica's share of its node's cores.
-        on_node: replicas that share its node, this one included.
+        sharers: replicas, this one included, and engines that share the CPUs of its node.
         local_copy: folder of this node, where the index is copied to and opened; None opens it where it is.
-        max_batch, max_waiting: see `BatchingSearcher`.
+        max_batch, max_waiting, wait_s: see `BatchingSearcher`.
         identity: under which it logs and counts.
     """
 
@@ -78,12 +78,13 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         encoder: EncoderSpec | None = None,
         device: str = "cpu",
         num_threads: int | None = None,
-        on_node: int = 1,
+        sharers: int = 1,
         local_copy: str | None = None,
         search_parameters: str = "",
         cached_queries: int = CACHED_QUERIES,
         max_batch: int = 128,
         max_waiting: int = 65_536,
+        wait_s: float = 0.0,
         identity: Identity | None = None,
     ) -> None:
         introduce(identity)
@@ -91,7 +92,7 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         self._copy: LocalCopy | None = None
         """Held as long as this process lives, so that nobody removes it."""
         # Also beside a GPU: Ray has told OpenMP to use one, as the actor reserves none.
-        threads = num_threads or threads_of_replica(available_cores(), on_node, gpus_here())
+        threads = num_threads or threads_of_replica(available_cores(), sharers, gpus_here())
         logger.info(f"searches with {threads} threads")
         load = partial(
             self._open,
@@ -103,7 +104,9 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
             search_parameters=search_parameters,
             cached_queries=cached_queries,
         )
-        super().__init__(load, max_batch=max_batch, max_waiting=max_waiting, on_batch=self._note_batch)
+        super().__init__(
+            load, max_batch=max_batch, max_waiting=max_waiting, wait_s=wait_s, on_batch=self._note_batch
+        )
 
     async def info(self) -> dict[str, Any]:
         """What is being served."""

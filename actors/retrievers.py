@@ -38,6 +38,7 @@ class Retrievers:
         searched: a built index, for actors of the run's own; or servers, and there are no such actors.
         runtime_env: Ray environment of the actors.
         start_timeout_s: longest wait for an index to be opened, in seconds.
+        engines: that compute on the CPUs of a replica's node, and share them with it.
         observer: of the run.
     """
 
@@ -48,13 +49,17 @@ class Retrievers:
         *,
         runtime_env: dict[str, Any],
         start_timeout_s: float,
+        engines: int = 0,
         observer: Observer | None = None,
     ) -> None:
         self.config, self._observer = config, observer or Observer()
+        self._engines = engines
         self._runtime_env, self._start_timeout_s = runtime_env, start_timeout_s
         self._actors: list[Any] = []
         self._processes: dict[int, str] = {}
         """Of each replica, as it was seen last."""
+        self._phases = 0
+        """That are at work."""
         if isinstance(searched, Path):
             self._start(searched)
         else:
@@ -98,14 +103,21 @@ class Retrievers:
 
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
-        """Replicas are watched meanwhile; one that hangs is started again. Its searches go to the others, or wait."""
-        watches = [asyncio.create_task(self._watch(number)) for number in range(len(self._actors))]
+        """Replicas are watched meanwhile; one that hangs is started again. Its searches go to the others, or wait.
+
+        Phases that overlap share the watch.
+        """
+        if not self._phases:
+            self._watches = [asyncio.create_task(self._watch(number)) for number in range(len(self._actors))]
+        self._phases += 1
         try:
             yield
         finally:
-            for watch in watches:
-                watch.cancel()
-            await asyncio.gather(*watches, return_exceptions=True)
+            self._phases -= 1
+            if not self._phases:
+                for watch in self._watches:
+                    watch.cancel()
+                await asyncio.gather(*self._watches, return_exceptions=True)
 
     async def _watch(self, number: int) -> None:
         """Start a replica again that answers nothing, or searches for one batch, for `retriever.timeout_s`."""
@@ -162,9 +174,10 @@ class Retrievers:
             str(index),
             device=config.torch_device,
             num_threads=config.threads_per_replica,
-            on_node=on_node,
+            sharers=on_node + self._engines,
             local_copy=config.local_copy,
             max_batch=config.max_batch,
+            wait_s=config.batch_wait_s,
             search_parameters=config.search_parameters,
             identity=self._observer.identity("retriever", number=number),
         )

@@ -1,8 +1,8 @@
 """A rollout worker: one vLLM engine, many episodes at once.
 
 A request is one task with its K samples of a program. All episodes run as coroutines; none waits for another, and the
-engine batches whatever is in flight. What comes back for a task is two objects: small `Counts` for the driver and the
-episodes themselves, which the driver passes on by reference only.
+engine batches whatever is in flight. What comes back for a task is two objects: a small `Receipt` for the driver and
+the episodes themselves, which the driver passes on by reference only.
 
 A program whose roles are several policies runs on a worker of one of them and reaches the others through their
 workers' `generate` and `token_logprobs`.
@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pickle
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from actors.engine import VllmEngine, WeightState
 from actors.engine_options import EngineOptions, in_flight
 from actors.engine_use import EngineUse
 from actors.retriever import RetrieverClient
+from actors.slots import Slots
 from pipeline.core.agents.program import (
     Completion,
     EngineError,
@@ -95,6 +97,20 @@ class RolloutRequest:
     phase: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What the driver is told of a task's episodes: what was counted in them, and how many bytes they take."""
+
+    counts: Counts
+    size: int
+
+    @classmethod
+    def of(cls, episodes: Sequence[Episode]) -> Receipt:
+        buffers: list[pickle.PickleBuffer] = []
+        rest = pickle.dumps(episodes, protocol=5, buffer_callback=buffers.append)
+        return cls(Counts.of(episodes), len(rest) + sum(buffer.raw().nbytes for buffer in buffers))
+
+
 class RolloutWorker:
     """The actor class; `actors.pool` gives it its resources. Await `start` before use.
 
@@ -137,7 +153,7 @@ class RolloutWorker:
         self.engine.options = replace(self.engine.options, model=model)
         await self.engine.start(version)
         fit = self.engine.agents_that_fit
-        self._slots = asyncio.Semaphore(in_flight(self._concurrency, fit, self.engine.options.max_num_seqs))
+        self._slots = Slots(in_flight(self._concurrency, fit, self.engine.options.max_num_seqs))
         logger.info(
             f"the engine is up after {time.perf_counter() - began:.1f} s, with {model}; {fit} agents fit into its cache"
         )
@@ -156,8 +172,12 @@ class RolloutWorker:
         """From now on programs retrieve there."""
         self.retriever = retriever
 
+    async def wants_more(self) -> None:
+        """Answers as soon as none of the episodes that it was asked for waits for a slot."""
+        await self._slots.nobody_waits()
+
     @ray.method(num_returns=2)
-    async def rollout(self, request: RolloutRequest) -> tuple[Counts, list[Episode]]:
+    async def rollout(self, request: RolloutRequest) -> tuple[Receipt, list[Episode]]:
         """All episodes of one task, in the order of their numbers.
 
         Raises:
@@ -166,7 +186,7 @@ class RolloutWorker:
         episodes = await asyncio.gather(
             *(self._episode(request, sample) for sample in range(request.samples))
         )
-        return Counts.of(episodes), list(episodes)
+        return Receipt.of(episodes), list(episodes)
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """One turn for a program that runs elsewhere."""
@@ -231,7 +251,7 @@ class RolloutWorker:
         self.engine.shutdown()
 
     async def _episode(self, request: RolloutRequest, sample: int) -> Episode:
-        async with self._slots:
+        async with self._slots.one():
             with self._counted():
                 episode = await self._attempts(request, sample)
         _count(episode, request.phase)

@@ -1,8 +1,8 @@
 """One phase of sampling: every task served exactly once, whatever dies meanwhile.
 
-The driver moves references and small summaries, never episodes. A worker that joins takes tasks at once, one that is
-to leave takes no more. If one dies or hangs, what it had in hand is sampled again by whoever is free; so it is if the
-worker of another role does.
+The driver moves references and small summaries, never episodes. Phases that overlap share the workers. A worker that
+joins gets tasks at once, one that is to leave gets no more (`actors.hands`). If one dies or hangs, what it had in hand
+is sampled again by whoever has room; so it is if the worker of another role does.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from ray.exceptions import ObjectLostError, RayTaskError
 
 from actors import metrics
 from actors.deaths import DEATHS, in_words
+from actors.hands import Hand
+from actors.memory import Memory
 from actors.pool import EnginePool
-from actors.rollout import PeerDied, RolloutRequest
+from actors.rollout import PeerDied, Receipt, RolloutRequest
 from actors.session import ClusterError
 from pipeline.core.agents.program import Program, Sampling, Task
 from pipeline.core.shards import Counts
@@ -112,12 +114,18 @@ class Work:
 
 
 async def run_phase(
-    phase: Phase, work: Work, pools: Mapping[str, EnginePool], sink: Sink, on_progress: OnProgress
+    phase: Phase,
+    work: Work,
+    pools: Mapping[str, EnginePool],
+    sink: Sink,
+    on_progress: OnProgress,
+    memory: Memory | None = None,
 ) -> None:
     """Serve all tasks; `sink` gets each one's episodes before it counts as done.
 
     Args:
         pools: the engines of each role. Programs run on the workers of the first.
+        memory: room for episodes until the sink has taken them, which phases may share; None: without end.
 
     Raises:
         ClusterError: workers died too often, or too many episodes failed.
@@ -125,75 +133,78 @@ async def run_phase(
     async with AsyncExitStack() as at_work:
         for pool in set(pools.values()):
             await at_work.enter_async_context(pool.at_work())
-        await _Run(phase, work, pools, sink, on_progress).to_the_end()
-
-
-@dataclass
-class _Crew:
-    """A worker, and how many still take tasks for it."""
-
-    worker: Any
-    slots: int
+        await _Run(phase, work, pools, sink, on_progress, memory).to_the_end()
 
 
 class _Run:
     def __init__(
-        self, phase: Phase, work: Work, pools: Mapping[str, EnginePool], sink: Sink, on_progress: OnProgress
+        self,
+        phase: Phase,
+        work: Work,
+        pools: Mapping[str, EnginePool],
+        sink: Sink,
+        on_progress: OnProgress,
+        memory: Memory | None,
     ) -> None:
         self.phase, self.work, self.pools, self.sink = phase, work, pools, sink
         self.on_progress = on_progress
         self.home = next(iter(pools.values()))
+        self.hands, self.memory = self.home.hands, memory or Memory(math.inf, 0)
 
     async def to_the_end(self) -> None:
         try:
             async with asyncio.TaskGroup() as tasks:
-                hiring = tasks.create_task(self._hire(tasks))
+                giving = tasks.create_task(self._dispatch(tasks))
                 await self.work.all_done()
-                hiring.cancel()
+                giving.cancel()
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from failures
         self._check_failures()
 
-    async def _hire(self, tasks: asyncio.TaskGroup) -> None:
-        """Every worker, as it comes, takes so many tasks at once that its engine is never short of episodes."""
-        at_once = math.ceil(self.home.agents_per_worker / self.phase.samples) + 1
-        numbers = itertools.count()
-        while True:
-            crew = _Crew(await self.home.hired(), at_once)
-            for _ in range(at_once):
-                tasks.create_task(self._slot(crew, next(numbers)))
+    async def _dispatch(self, tasks: asyncio.TaskGroup) -> None:
+        """Every task, as long as there are any, to whoever has room."""
+        for number in itertools.count():
+            if (task := await self.work.take()) is None:
+                return
+            await self.memory.reserve(self.phase.samples)
+            try:
+                hand = await self.hands.take(self.phase.samples)
+            except asyncio.CancelledError:
+                self.memory.release(self.phase.samples)
+                raise
+            tasks.create_task(self._do(task, hand, number))
 
-    async def _slot(self, crew: _Crew, number: int) -> None:
-        while self.home.employs(crew.worker) and (task := await self.work.take()) is not None:
-            # While it waited for work, its worker may have gone.
-            counts = await self._serve(task, crew.worker, number) if self.home.employs(crew.worker) else None
-            if counts is None:
-                self.work.give_back(task)
-                continue
-            self.work.finish(counts)
-            self._check_failures(at_least=MIN_FOR_FAILURE_SHARE)
-            self.on_progress(self.work.done)
-            self._count_tasks()
-        crew.slots -= 1
-        if not crew.slots:
-            self.home.let_go(crew.worker)
+    async def _do(self, task: Task, hand: Hand, number: int) -> None:
+        try:
+            counts = await self._serve(task, hand, number)
+        finally:
+            # Other phases go on, also where this one is given up.
+            self.hands.put_down(hand, self.phase.samples)
+            self.memory.release(self.phase.samples)
+        if counts is None:
+            self.work.give_back(task)
+            return
+        self.work.finish(counts)
+        self._check_failures(at_least=MIN_FOR_FAILURE_SHARE)
+        self.on_progress(self.work.done)
+        self._count_tasks()
 
     def _count_tasks(self) -> None:
         for state, number in self.work.states().items():
             metrics.TASKS.set(number, phase=self.phase.name, state=state)
 
-    async def _serve(self, task: Task, worker: Any, slot: int) -> Counts | None:
+    async def _serve(self, task: Task, hand: Hand, number: int) -> Counts | None:
         """One task, sampled and in the sink; None where a worker was lost on the way, and nothing is in the sink."""
-        peers = {role: await pool.worker_for(slot) for role, pool in self._others().items()}
+        peers = {role: await pool.worker_for(number) for role, pool in self._others().items()}
         try:
-            return await self._sample(task, worker, peers)
+            return await self._sample(task, hand, peers)
         except (*DEATHS, ObjectLostError) as error:
-            self.home.lost(worker, in_words(error))
+            self.home.lost(hand.worker, in_words(error))
         except PeerDied as died:
             self.pools[died.role].lost(peers[died.role], str(died))
         return None
 
-    async def _sample(self, task: Task, worker: Any, peers: Mapping[str, Any]) -> Counts:
+    async def _sample(self, task: Task, hand: Hand, peers: Mapping[str, Any]) -> Counts:
         """One task on these workers.
 
         Raises:
@@ -209,20 +220,22 @@ class _Run:
             peers={role: self.pools[role].peer(peer) for role, peer in peers.items()},
             phase=self.phase.name,
         )
-        counts_ref, episodes_ref = worker.rollout.remote(request)
+        receipt_ref, episodes_ref = hand.worker.rollout.remote(request)
+        self.hands.sent(hand)
         try:
-            counts: Counts = await counts_ref
+            receipt: Receipt = await receipt_ref
         except RayTaskError as error:
             if isinstance(error.cause, PeerDied):
                 raise error.cause from error
             raise
+        self.memory.learn(receipt.counts.episodes, receipt.size)
         try:
-            await self.sink(task, counts, episodes_ref)
+            await self.sink(task, receipt.counts, episodes_ref)
         except RayTaskError as error:
             if isinstance(error.cause, ObjectLostError):
                 raise error.cause from error
             raise
-        return counts
+        return receipt.counts
 
     def _others(self) -> dict[str, EnginePool]:
         return {role: pool for role, pool in self.pools.items() if pool is not self.home}

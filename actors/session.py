@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, RayError
 
 from actors.preflight import check_address, check_nodes, cluster_address
 from pipeline.core.config import ClusterConfig
 from pipeline.core.errors import RunError
+from pipeline.core.packages import has_gpu_packages
 from pipeline.core.preflight import check_machine
 from retriever_service.interrupts import Interrupted
 
@@ -153,8 +153,3 @@ def count_devices() -> int:
     """GPUs of the connected cluster if they can be used, else its CPUs."""
     resources = ray.cluster_resources()
     return (has_gpu_packages() and int(resources.get("GPU", 0))) or int(resources.get("CPU", 0))
-
-
-def has_gpu_packages() -> bool:
-    """Whether the installed torch, and vLLM with it, were built for GPUs."""
-    return torch.version.cuda is not None

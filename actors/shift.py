@@ -1,4 +1,5 @@
-"""The time that a pool is at work: its workers are watched, those that are away are replaced, and new ones join."""
+"""The time that a pool is at work: its workers are watched, those that are away are replaced, new ones join, and each
+gets as much to do as it has room for."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from ray.exceptions import RayError
 
 from actors import heartbeat
 from actors.deaths import RESTART_PAUSE_S, in_words
+from actors.hands import Hands
 from actors.heartbeat import Silent
 from actors.seats import Newcomer, Seat, alive_nodes, draining_nodes
 from actors.session import ClusterError
@@ -35,6 +37,7 @@ class Shift:
     Args:
         name: of the policy, for messages.
         seats: of the pool; workers come and go there.
+        slots: of each worker's engine.
         ask_for: asks Ray for a worker for the seat with this number.
         bring_up: lets a worker that has room serve the current version, within `cluster.start_timeout_s`.
         lose: ends a worker, for this reason.
@@ -46,6 +49,7 @@ class Shift:
         rollout: RolloutConfig,
         cluster: ClusterConfig,
         seats: Sequence[Seat],
+        slots: int,
         ask_for: Callable[[int], Newcomer],
         bring_up: Callable[[Newcomer], Awaitable[None]],
         lose: Callable[[Any, str], None],
@@ -55,11 +59,11 @@ class Shift:
         self._backoff = Backoff(RESTART_PAUSE_S)
         self._failures: list[str | None] = []
         """The node of each worker that failed; None where it never had one."""
+        self.hands = Hands(slots, self._employs, self.let_go, lose, self._spawn)
         self._leaving: list[Any] = []
         """Workers on nodes that are to leave, with something in hand."""
         self._filling: set[int] = set()
         """The seats that somebody is on the way to."""
-        self._hired: asyncio.Queue[Any] = asyncio.Queue()
         self._arrival = asyncio.Event()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -90,10 +94,6 @@ class Shift:
 
     # ---------------------------------------------------------------- who works
 
-    async def hired(self) -> Any:
-        """See `EnginePool.hired`."""
-        return await self._hired.get()
-
     async def worker_for(self, number: int) -> Any:
         """See `EnginePool.worker_for`."""
         while not (present := [seat.worker for seat in self.seats if seat.worker is not None]):
@@ -101,12 +101,8 @@ class Shift:
             await self._arrival.wait()
         return present[number % len(present)]
 
-    def employs(self, worker: Any) -> bool:
-        """See `EnginePool.employs`."""
-        return any(seat.worker is worker for seat in self.seats)
-
     def let_go(self, worker: Any) -> None:
-        """See `EnginePool.let_go`."""
+        """It has nothing in hand any more: where it is about to leave it ends, which makes its node free to go."""
         if self._is_leaving(worker):
             self._leaving = [leaving for leaving in self._leaving if leaving is not worker]
             ray.kill(worker)
@@ -118,6 +114,10 @@ class Shift:
 
     # ---------------------------------------------------------------- watching
 
+    def _employs(self, worker: Any) -> bool:
+        """Whether it may be given work: it is neither lost nor about to leave."""
+        return any(seat.worker is worker for seat in self.seats)
+
     def _is_leaving(self, worker: Any) -> bool:
         return any(leaving is worker for leaving in self._leaving)
 
@@ -128,7 +128,7 @@ class Shift:
         task.add_done_callback(self._background.discard)
 
     def _hire(self, worker: Any) -> None:
-        self._hired.put_nowait(worker)
+        self.hands.hire(worker)
         self._arrival.set()
         self._spawn(self._watch(worker))
 
@@ -137,7 +137,7 @@ class Shift:
         limit = self.cluster.heartbeat_timeout_s
         while True:
             await asyncio.sleep(limit / 4)
-            if not self.employs(worker) and not self._is_leaving(worker):
+            if not self._employs(worker) and not self._is_leaving(worker):
                 return
             try:
                 await heartbeat.answer(worker.ping.remote(), limit, "cluster.heartbeat_timeout_s")
@@ -153,8 +153,10 @@ class Shift:
                 if seat.worker is not None and seat.node in draining:
                     logger.warning(f"rollout worker {seat.index} of {self.name} leaves: its node is drained")
                     self._leaving.append(seat.worker)
-                    seat.worker = None
+                    leaving, seat.worker = seat.worker, None
                     self._fill(seat, "its node was drained")
+                    if not self.hands.holds(leaving):
+                        self.let_go(leaving)
 
     # ---------------------------------------------------------------- replacing
 

@@ -2,7 +2,8 @@
 
 It makes our weight receivers known, and has vLLM's lines also go to the log of the worker that the engine belongs to.
 And it ties the engine's processes to the process that started them: vLLM's own engine process would outlive a killed
-rollout actor and keep its memory (on a GPU: all of it) from the actor's replacement.
+rollout actor and keep its memory (on a GPU: all of it) from the actor's replacement. While it lives it keeps what it
+frees (`actors.engine_memory.keep_freed_memory`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 
 from actors import weight_transfer
 from actors.actor_log import introduce_libraries
+from actors.engine_memory import heed_settings
 
 _PR_SET_PDEATHSIG = 1
 
@@ -22,6 +24,7 @@ def load() -> None:
     """May be called more than once in a process."""
     weight_transfer.register()
     end_with_parent()
+    heed_settings()
     introduce_libraries()
 
 

@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayError
@@ -23,7 +23,6 @@ from actors.actor_log import Identity, introduce
 from actors.deaths import DEATHS, in_words
 from actors.heartbeat import Silent
 from actors.observer import Observer
-from actors.sampling import Work
 from actors.session import ClusterError
 from pipeline.core.agents.program import Task
 from pipeline.core.config import ClusterConfig
@@ -31,11 +30,18 @@ from pipeline.core.records import Episode
 from pipeline.core.shards import Counts, Shards
 from pipeline.core.weighing import Weigh, Weighted
 
+if TYPE_CHECKING:
+    from actors.sampling import Work
+
 logger = logging.getLogger(__name__)
 
 WRITE_EVERY_S = 60.0
 """Tasks that wait are written with the first that is done so many seconds after the last write: what is lost with the
 actor was done within that time of each other."""
+
+ADDS_AT_ONCE = 8
+"""Tasks on their way to the actor: enough that it need not wait for the next. Ray copies the episodes of every call
+that waits to the actor's node, where those of all workers might not fit."""
 
 
 class Weighting:
@@ -181,7 +187,7 @@ class ShardSink:
         """
         self._shards, self._weigh, self._work = shards, weigh, work
         self._deaths, self._max_restarts = 0, max_restarts
-        self._replacing = asyncio.Lock()
+        self._replacing, self._adding = asyncio.Lock(), asyncio.Semaphore(ADDS_AT_ONCE)
         self._in_memory: dict[int, dict[str, tuple[Task, Counts]]] = {}
         """By shard that is not complete, the tasks that the actor has."""
         actor = self._actor
@@ -209,12 +215,13 @@ class ShardSink:
             RayTaskError: the episodes are lost, or cannot be weighed.
         """
         while True:
-            actor, deaths = self._actor, self._deaths
-            try:
-                is_complete = await actor.add.remote(episodes)
-            except DEATHS as error:
-                await self._replace(actor, in_words(error))
-                continue
+            async with self._adding:
+                actor, deaths = self._actor, self._deaths
+                try:
+                    is_complete = await actor.add.remote(episodes)
+                except DEATHS as error:
+                    await self._replace(actor, in_words(error))
+                    continue
             if deaths == self._deaths:
                 break
             # Else the actor that took them has died since: they go to the next one.

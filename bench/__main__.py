@@ -1,43 +1,84 @@
-"""Run all benchmarks, or those named: `python -m bench [NAME ...]`; the names are those of `BENCHMARKS`."""
+"""Run all benchmarks, or those named: `python -m bench [NAME ...] [--smoke] [--json FILE] [--plot SVG]`.
+
+Each is a ratio of two figures of one run, the second of which is a limit or a peer. With `--smoke` every one runs once,
+at a small size: it shows that they work, and its figures say little.
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from bench import checkpoint, encode, examples, learner, push, retrieval, scale
-from bench.measure import HEADER
+from bench import (
+    checkpoint,
+    columns,
+    dispatch,
+    encode,
+    estep,
+    examples,
+    iteration,
+    large_vocabulary,
+    learner,
+    push,
+    retrieval,
+    scale,
+    scoring,
+    start,
+)
+from bench.measure import HEADER, Brevity, Ratio, circumstances, print_table, write_ratios
+from bench.plots import draw_ratios
 
 BENCHMARKS = {
+    "estep": estep.run,
+    "iteration": iteration.run,
+    "scoring": scoring.run,
     "learner": learner.run,
+    "large_vocabulary": large_vocabulary.run,
+    "columns": columns.run,
     "examples": examples.run,
     "checkpoint": checkpoint.run,
     "encode": encode.run,
     "retrieval": retrieval.run,
     "push": push.run,
+    "start": start.run,
+    "dispatch": dispatch.run,
     "scale": scale.run,
 }
 
 
-def main(names: list[str]) -> int:
+def main() -> int:
     """Print one row per ratio. Returns the exit code: 2 for an unknown name."""
-    unknown = [name for name in names if name not in BENCHMARKS]
-    if unknown:
-        print(f"unknown benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}", file=sys.stderr)
-        return 2
-    console = Console()
-    table = Table(*HEADER.split("; "))
-    for name in names or BENCHMARKS:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}; all without"
+    )
+    parser.add_argument("--smoke", action="store_true", help="once, at a small size")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every run's figures there")
+    parser.add_argument("--plot", type=Path, metavar="SVG", help="also draw the table there")
+    arguments = parser.parse_args()
+    names = arguments.names or list(BENCHMARKS)
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        parser.error(f"unknown benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}")
+    Brevity.is_on = arguments.smoke
+    console, rows, when = Console(stderr=True), list[Ratio](), circumstances()
+    for name in names:
         with console.status(f"measuring: {name}"):
-            ratios = BENCHMARKS[name]()
+            rows += (ratios := BENCHMARKS[name]())
         for ratio in ratios:
-            table.add_row(*ratio.cells())
-            console.print(f"{ratio.what}: {ratio.cells()[4]}")
-    console.print(table)
+            console.print(f"{ratio.what}, to {ratio.limit_name}: {ratio.cells()[4]}")
+        if arguments.json is not None:
+            # After each: what was measured for half an hour is kept whatever becomes of the rest.
+            write_ratios(arguments.json, rows, when)
+    print_table(HEADER, (ratio.cells() for ratio in rows))
+    if arguments.plot is not None:
+        draw_ratios(rows, arguments.plot)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

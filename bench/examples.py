@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import torch.distributed as dist
 
 from actors.learner_examples import PhaseExamples
-from bench.measure import RUNS, Ratio, in_turn, print_table
+from bench.measure import Brevity, Ratio, in_turn, print_table
 from pipeline.core.config import LearnerConfig
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.packing import collate, plan_epoch
@@ -49,13 +49,13 @@ def run() -> list[Ratio]:
 
 def by_outline(shards: Sequence[Path], ranks: int) -> None:
     """As the learner does it."""
-    _epoch(PhaseExamples(shards, WeightedNll(), "lm"), ranks)
+    _epoch(PhaseExamples(shards, WeightedNll(), "lm", share_prefixes=True), ranks)
 
 
 def by_lists(shards: Sequence[Path], ranks: int) -> None:
     """Every rank makes Python objects of all tokens, and keeps all examples."""
     examples = [_example(**row) for shard in shards for row in pq.read_table(shard).to_pylist()]
-    _epoch(PhaseExamples(examples, WeightedNll(), "lm"), ranks)
+    _epoch(PhaseExamples(examples, WeightedNll(), "lm", share_prefixes=True), ranks)
 
 
 def _example(id, unit, role, token_ids, loss_mask, streams) -> Example:  # type: ignore[no-untyped-def]
@@ -74,12 +74,14 @@ def _epoch(examples: PhaseExamples, ranks: int) -> None:
         token_budget=config.tokens_per_microbatch,
         seed=(0, 0),
         units=[outline.unit for outline in outlines],
+        whole_units=loss.compares,
+        overlaps=examples.overlaps,
     )
     phase_key(examples.digests, loss)
     packs = [pack for step in plan for pack in step.packs[0]]
     own = examples.load(k for pack in packs for k in pack)
     for pack in packs:
-        collate(pack, own, loss.streams, prepared.streams)
+        collate(pack, own, loss.streams, prepared.streams, share_prefixes=True)
 
 
 WAYS: dict[str, Callable[[Sequence[Path], int], None]] = {"outline": by_outline, "lists": by_lists}
@@ -162,7 +164,7 @@ def _compare(directory: Path, tokens: int) -> None:
     for ranks in (1, 8):
         for way, rates in zip(WAYS, _rates(directory, tokens, ranks), strict=True):
             seconds = sorted(tokens / rate for rate in rates)
-            peaks = [_peak(way, directory, ranks) for _ in range(RUNS)]
+            peaks = [_peak(way, directory, ranks) for _ in range(Brevity.runs())]
             rows.append(
                 (
                     way,

@@ -2,8 +2,7 @@
 
     python -m bench.peaks engine MODEL '{"kv_cache_gib": 0.5, ...}'      (what `bench.plan` starts)
 
-What is measured is anonymous resident memory (RssAnon): what the processes themselves hold. Pages of files, such as
-those of libraries and of memory-mapped weights, are left out: processes share them, and the kernel takes them back.
+What is measured is the anonymous memory of `bench.memory`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from bench.memory import anonymous, tree
 
 if TYPE_CHECKING:
     from actors.engine import VllmEngine
@@ -81,34 +82,6 @@ def _cpu_seconds() -> float:
     """Of children that have ended."""
     times = os.times()
     return times.children_user + times.children_system
-
-
-def tree(pid: int) -> list[int]:
-    """A process and its descendants, as far as they live.
-
-    Not those with their parent's command line: they are about to start another program, and until then the parent's
-    memory is counted as theirs too.
-    """
-    try:
-        tasks = list(Path(f"/proc/{pid}/task").iterdir())
-    except OSError:
-        return []
-    command = _read(pid, "cmdline")
-    children = [int(child) for task in tasks for child in _read(pid, f"task/{task.name}/children").split()]
-    return [pid, *(one for child in children if _read(child, "cmdline") != command for one in tree(child))]
-
-
-def anonymous(pid: int) -> int:
-    lines = _read(pid, "status").splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:")), 0)
-
-
-def _read(pid: int, name: str) -> str:
-    """A file of that process in /proc; nothing if it has ended."""
-    try:
-        return Path(f"/proc/{pid}/{name}").read_text()
-    except OSError:
-        return ""
 
 
 # ---------------------------------------------------------------- what is measured

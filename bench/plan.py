@@ -6,7 +6,7 @@
 
 Qwen2-architecture models with random weights. A learner rank trains a few steps on full rows, an engine serves and
 scores more requests than it takes at once; both as in a run's actors, one after the other. Prints a Markdown table:
-most anonymous memory (`bench.peaks`), predicted and measured, and of what the prediction is made. `--allocators`: what
+most anonymous memory (`bench.memory`), predicted and measured, and of what the prediction is made. `--allocators`: what
 the rank holds with glibc in place of our allocator on CPUs, and what the processor time of each is, start included.
 `--asleep`: what an engine keeps while it sleeps.
 """

@@ -4,15 +4,16 @@
 
 Real are the pool, the phase, the sink, the weighting actor with ExSearch's weights, the shards on disk, the progress
 display and all of Ray between them. Stand-ins are the engines (`bench.stand_in`), several of them in one process, and
-the retriever: a search takes a fixed time. The ideal is the time of the same questions on the same engines with a
-driver that takes none: there the clock jumps from event to event. With `--overhead` a phase of each size is run on
-engines that answer at once, and what it costs the driver is shown.
+the retriever: a search takes a fixed time. The ideal is the time of the same trajectories on the same engines with a
+driver that takes none and leaves no slot empty: there the clock jumps from event to event. With `--overhead` a phase of
+each size is run on engines that answer at once, and what it costs the driver is shown.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import math
 import tempfile
 import threading
@@ -33,7 +34,7 @@ from actors.pool import EnginePool
 from actors.sampling import Phase, Work, run_phase
 from actors.session import ray_session
 from actors.weighting import ShardSink
-from bench.measure import Ratio, print_table
+from bench.measure import Brevity, Ratio, print_table
 from bench.stand_in import Handle, Host, Pace, Worker, in_no_time
 from pipeline.core.agents.program import Sampling
 from pipeline.core.config import AgentConfig, ClusterConfig, RolloutConfig, WeightingConfig
@@ -155,18 +156,42 @@ def _measured(cost: Cost) -> Iterator[None]:
         cost.memory_mib.append(process.memory_info().rss / 2**20)
 
 
-def ideal_s(pace: Pace, workers: int, concurrency: int, number: int) -> float:
-    """Of the same questions, where no driver, no network and no disk takes any time."""
-    to_do = iter(questions(number))
+def ideal_s(pace: Pace, workers: int, concurrency: int, number: int, samples: int = SAMPLES) -> float:
+    """Of the same trajectories in the same order, where no driver, no network and no disk takes any time, and a slot
+    that gets free takes the next one at once."""
+    to_do = ((question, sample) for question in questions(number) for sample in range(samples))
 
     async def slot(worker: Worker) -> None:
-        for question in to_do:
-            await worker.sample(question, SEED, SAMPLES)
+        for question, sample in to_do:
+            await worker.sample(question, SEED, range(sample, sample + 1))
 
     async def all_of_them() -> None:
-        at_once = math.ceil(concurrency / SAMPLES) + 1
         pool = [Worker(pace, concurrency) for _ in range(workers)]
-        await asyncio.gather(*(slot(worker) for _ in range(at_once) for worker in pool))
+        await asyncio.gather(*(slot(worker) for _ in range(concurrency) for worker in pool))
+
+    return in_no_time(all_of_them)
+
+
+def lock_step_s(pace: Pace, workers: int, concurrency: int, number: int) -> float:
+    """Of the same questions in the turn loop of Search-R1 (`LLMGenerationManager.run_llm_loop`): a batch that fills all
+    engines writes a turn, all of it is searched for at once, and so on until its last trajectory has ended; then the
+    next batch. Driver, network and disk take no time here either.
+    """
+    pool = [Worker(pace, concurrency) for _ in range(workers)]
+    drawn = [
+        pool[0].turns(question, SEED, sample) for question in questions(number) for sample in range(SAMPLES)
+    ]
+
+    async def all_of_them() -> None:
+        for first in range(0, len(drawn), workers * concurrency):
+            batch = list(
+                zip(drawn[first : first + workers * concurrency], itertools.cycle(pool), strict=False)
+            )
+            for turn in range(pace.turns):
+                batch = [(turns, worker) for turns, worker in batch if turn < len(turns)]
+                if turn and batch:
+                    await asyncio.sleep(pace.search_s)
+                await asyncio.gather(*(worker.turn(turns[turn]) for turns, worker in batch))
 
     return in_no_time(all_of_them)
 
@@ -197,20 +222,22 @@ def overhead(sizes: Sequence[int]) -> list[Cost]:
 
 def run(workers: int = WORKERS, concurrency: int = CONCURRENCY, number: int = QUESTIONS) -> list[Ratio]:
     """For the table of `python -m bench`."""
+    if Brevity.is_on:
+        workers, concurrency, number = workers // 8, concurrency // 4, number // 64
     cost, ideal = efficiency(workers, concurrency, number)
-    return [_ratio(workers, concurrency, cost, ideal)]
+    what = f"E-step, {workers} stand-in engines, {workers * concurrency:,} trajectories at once"
+    lock_step = lock_step_s(Pace(), workers, concurrency, number)
 
+    def ratio(limit: str, seconds: float, goal: float) -> Ratio:
+        trajectories = cost.questions * SAMPLES
+        return Ratio(
+            what, limit, "trajectories", [trajectories / cost.seconds], [trajectories / seconds], goal
+        )
 
-def _ratio(workers: int, concurrency: int, cost: Cost, ideal: float) -> Ratio:
-    trajectories = cost.questions * SAMPLES
-    return Ratio(
-        f"E-step, {workers} stand-in engines, {workers * concurrency:,} trajectories at once",
-        "a driver that takes no time",
-        "trajectories",
-        [trajectories / cost.seconds],
-        [trajectories / ideal],
-        0.95,
-    )
+    return [
+        ratio("a driver that takes no time", ideal, 0.95),
+        ratio(f"lock-step turns, retriever of {1000 * Pace().search_s:.0f} ms", lock_step, 2.0),
+    ]
 
 
 def main() -> None:

@@ -13,17 +13,18 @@ import itertools
 import selectors
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import ray
 
 from actors.engine_use import EngineUse
-from actors.rollout import RolloutRequest
+from actors.rollout import Receipt, RolloutRequest
+from actors.slots import Slots
 from pipeline.core.agents.program import Completion, Task, derive_seed
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.records import Episode, Step, StopReason
-from pipeline.core.shards import Counts
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
@@ -45,6 +46,9 @@ class Pace:
         search_s: a search.
         turns: the most turns of a trajectory; the least is 1, all are equally likely.
         turn_tokens: mean length of a turn in tokens. Lengths are log-normal: the longest are many times as long.
+        of_question: share of what decides the lengths that is the question's own, the same in every iteration. By
+            default the mean lengths of a question's trajectories in two iterations correlate at about 0.5, as in the
+            demo (0.46 and 0.57).
         passage_tokens: what a search adds to the context.
     """
 
@@ -53,6 +57,7 @@ class Pace:
     search_s: float = 0.3
     turns: int = 7
     turn_tokens: int = 150
+    of_question: float = 0.15
     passage_tokens: int = 300
 
     def of_step(self, sequences: int) -> float:
@@ -102,23 +107,33 @@ class Worker:
 
     def __init__(self, pace: Pace, concurrency: int) -> None:
         self._pace, self._engine = pace, Engine(pace)
-        self._slots = asyncio.Semaphore(concurrency)
+        self.slots = Slots(concurrency)
 
-    async def sample(self, task: Task, seed: int, samples: int) -> list[list[int]]:
-        """Takes the time of so many trajectories. The tokens of each one's turns."""
-        drawn = [self.turns(task, seed, sample) for sample in range(samples)]
+    async def sample(self, task: Task, seed: int, samples: range) -> list[list[int]]:
+        """Takes the time of these trajectories. The tokens of each one's turns."""
+        drawn = [self.turns(task, seed, sample) for sample in samples]
         await asyncio.gather(*map(self._live, drawn))
         return drawn
 
     def turns(self, task: Task, seed: int, sample: int) -> list[int]:
         """How many tokens each turn has."""
-        draw = np.random.default_rng(derive_seed(seed, task.id, sample))
-        number, sigma = int(draw.integers(1, self._pace.turns + 1)), 0.8
-        lengths = draw.lognormal(np.log(self._pace.turn_tokens) - sigma**2 / 2, sigma, number)
+        question = np.random.default_rng(derive_seed(task.id)).standard_normal(2)
+        drawn = np.random.default_rng(derive_seed(seed, task.id, sample)).standard_normal(
+            1 + self._pace.turns
+        )
+        own = self._pace.of_question
+        several = NormalDist().cdf(own**0.5 * question[0] + (1 - own) ** 0.5 * drawn[0])
+        number, sigma = 1 + int(several * self._pace.turns), 0.8
+        normal = own**0.5 * question[1] + (1 - own) ** 0.5 * drawn[1 : 1 + number]
+        lengths = self._pace.turn_tokens * np.exp(sigma * normal - sigma**2 / 2)
         return [max(1, int(length)) for length in lengths]
 
+    async def turn(self, tokens: int) -> None:
+        """One turn by itself, for a loop that goes in lock-step."""
+        await self._engine.generate(tokens)
+
     async def _live(self, turns: list[int]) -> None:
-        async with self._slots:
+        async with self.slots.one():
             for number, tokens in enumerate(turns):
                 if number:
                     await asyncio.sleep(self._pace.search_s)
@@ -147,11 +162,15 @@ class Host:
     async def ping(self, number: int) -> None:
         pass
 
+    async def wants_more(self, number: int) -> None:
+        await self._workers[number].slots.nobody_waits()
+
     @ray.method(num_returns=2)  # type: ignore[untyped-decorator]
-    async def rollout(self, number: int, request: RolloutRequest) -> tuple[Counts, list[Episode]]:
-        turns = await self._workers[number].sample(request.task, request.sampling.seed, request.samples)
+    async def rollout(self, number: int, request: RolloutRequest) -> tuple[Receipt, list[Episode]]:
+        samples = range(request.samples)
+        turns = await self._workers[number].sample(request.task, request.sampling.seed, samples)
         episodes = [self._episode(request.task, sample, tokens) for sample, tokens in enumerate(turns)]
-        return Counts.of(episodes), episodes
+        return Receipt.of(episodes), episodes
 
     def _episode(self, task: Task, sample: int, turns: list[int]) -> Episode:
         """Of the size of a real one: ids, log-probabilities, what each search found, and a likelihood."""
@@ -180,7 +199,7 @@ class Handle:
     """One worker of a host, as the pool calls it."""
 
     def __init__(self, host: Any, number: int) -> None:
-        for name in ("where", "start", "ping", "rollout"):
+        for name in ("where", "start", "ping", "wants_more", "rollout"):
             setattr(self, name, _Method(getattr(host, name), number))
 
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.core.display import Display
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.plan.machine import GPU_MEMORY_GIB
 from retriever_service.cli import app as index_app
@@ -32,6 +31,10 @@ from retriever_service.console import (
     encoder_spec,
 )
 from retriever_service.errors import RetrieverError
+from retriever_service.imports import quick_imports
+
+if TYPE_CHECKING:
+    from pipeline.core.display import Display
 
 
 class _Commands(Commands):
@@ -61,17 +64,32 @@ RunOption = Annotated[Path | None, typer.Option("--run", help="Run directory. Re
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
 
 
+def _display() -> Display:
+    from pipeline.core.display import Display
+
+    return Display()
+
+
 @app.command()
-def train(config: ConfigFile = None, run: RunOption = None, overrides: Overrides = None) -> None:
+def train(
+    config: ConfigFile = None,
+    run: RunOption = None,
+    overrides: Overrides = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also write a timeline of one iteration (tracking.profile).")
+    ] = False,
+) -> None:
     """Train by EM, or by the recipe of the configuration; the same command goes on with an interrupted run.
 
     Example: exsearch train --config configs/real-cpu.yaml --run runs/real data.root=DIR em.iterations=2
     """
-    from pipeline import methods
+    with quick_imports(without=()):
+        from pipeline import methods
 
-    display = Display()
+    display = _display()
     path = run or Path("runs") / (config.stem if config else "default")
-    display.outcome(methods.train(methods.load(config, overrides or []), path, display))
+    settings = [*(overrides or []), *(["tracking.profile=true"] if profile else [])]
+    display.outcome(methods.train(methods.load(config, settings), path, display))
     display.line(f"report: {path / 'report.json'}")
 
 
@@ -123,9 +141,10 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """The whole EM loop on a generated encyclopedia: a tiny model teaches itself to search."""
-    from pipeline.commands.demo import run_demo
+    with quick_imports(without=()):
+        from pipeline.commands.demo import run_demo
 
-    display = Display()
+    display = _display()
     run_demo(run, overrides or [], display)
 
 
@@ -140,7 +159,7 @@ def world(
     """Generate an encyclopedia with multi-hop questions."""
     from pipeline.commands.demo import make_world
 
-    summary = make_world(out, seed, size, Display())
+    summary = make_world(out, seed, size, _display())
     typer.echo(json.dumps(summary))
 
 
@@ -154,7 +173,7 @@ def cold_start(
     from pipeline.commands.cold_start import write_cold_start
     from pipeline.methods import load
 
-    typer.echo(json.dumps(write_cold_start(load(config, overrides or []), out, Display())))
+    typer.echo(json.dumps(write_cold_start(load(config, overrides or []), out, _display())))
 
 
 @app.command()
@@ -188,7 +207,7 @@ def evaluate(
 
     Or the predictions of any program: exsearch evaluate --protocol hotpotqa --predictions FILE --gold FILE
     """
-    display = Display()
+    display = _display()
     keys = [*(overrides or []), *([] if protocol is None else [f"evaluation.protocol={protocol}"])]
     if predictions is not None or gold:
         from pipeline.commands.predictions import evaluate_predictions
@@ -197,7 +216,8 @@ def evaluate(
             predictions, gold or [], keys, of_a_model=(config, run, model), out=out, display=display
         )
     else:
-        from pipeline.commands.evaluate import evaluate_model
+        with quick_imports(without=()):
+            from pipeline.commands.evaluate import evaluate_model
 
         scores = evaluate_model(config, keys, run=run, model=model, split=split, out=out, display=display)
     if as_json:
@@ -221,26 +241,38 @@ def status(
 
 @app.command()
 def ask(
-    question: Annotated[str, typer.Argument(help="What you want to know.")],
     model: Annotated[str, typer.Option("--model", help="Model directory.")],
+    question: Annotated[
+        str | None, typer.Argument(help="What you want to know (default: each line of standard input).")
+    ] = None,
     index: Annotated[
         Path | None, typer.Option("--index", help="Index directory (default: the configuration's retriever).")
+    ] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option("--questions", help='File of questions instead, {"id", "question"} a line.'),
     ] = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
     overrides: Overrides = None,
 ) -> None:
-    """Ask one question and watch the agent think, search and record."""
-    from pipeline.commands.ask import ask as run_ask
-    from pipeline.commands.ask import run_config_of
+    """Ask questions; of one at a time, watch the agent think, search and record.
+
+    The engine is started once, however many there are. Example: exsearch ask --model MODEL --index INDEX < lines.txt
+    """
+    with quick_imports(without=()):
+        from pipeline.commands.ask import ask as run_ask
+        from pipeline.commands.ask import run_config_of
+    from pipeline.core.config.loading import is_override
     from pipeline.methods import load
 
-    display = Display()
-    loaded = load(config or run_config_of(model), overrides or [])
-    if as_json:
-        typer.echo(json.dumps(run_ask(question, model, index, loaded, display), ensure_ascii=False))
-    else:
-        run_ask(question, model, index, loaded, display, typer.echo)
+    overrides = overrides or []
+    if question is not None and (questions is not None or is_override(question)):
+        # What stands first where no question does.
+        overrides = [question, *overrides]
+        question = None
+    loaded = load(config or run_config_of(model), overrides)
+    run_ask(question, questions, model, index, loaded, _display(), typer.echo, json_lines=as_json)
 
 
 @data_app.command("check")
@@ -254,7 +286,7 @@ def check_data(config: ConfigFile = None, overrides: Overrides = None, as_json: 
     from pipeline.commands import data
     from pipeline.methods import load
 
-    found = data.check_data(load(config, overrides or []), Display())
+    found = data.check_data(load(config, overrides or []), _display())
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
     else:
@@ -283,7 +315,7 @@ def fetch_data(
     """
     from pipeline.commands.data import fetch
 
-    typer.echo(json.dumps(fetch(name, out, source, Display()), ensure_ascii=False))
+    typer.echo(json.dumps(fetch(name, out, source, _display()), ensure_ascii=False))
 
 
 @index_app.command("encode-with-ray")
@@ -307,7 +339,7 @@ def encode_with_ray(
     """
     from pipeline.commands.encode import encode_on_cluster
 
-    display = Display()
+    display = _display()
     spec = encoder_spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype)
     store = encode_on_cluster(corpus, out, spec, display, num_actors=actors, store_dtype=dtype)
     display.line(f"{out}: {store.manifest.count:,} passages, {store.manifest.dimension} dimensions, {dtype}")

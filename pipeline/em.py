@@ -9,13 +9,15 @@
         dev      greedy evaluation; stop early if it no longer improves
     test the best theta_t, beside the base model, the cold start and the one-search baseline
 
+The dev questions of theta_t are answered beside those of the next E-step, which needs the same weights. With
+`em.asynchronous` the E-step of t + 1 goes on beside the M-step of t, and samples from theta_{t-1}.
+
 Iteration 0 is the cold start. Version t of the policy `searcher` is theta_t; where there is a cold start, version -1 is
 the base model, else version 0 is. Steps that the run directory has finished are skipped, so the same command resumes.
 """
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,13 +36,13 @@ from pipeline.core.example_files import read_examples, read_outlines
 from pipeline.core.losses.likelihood import WeightedNll, average_log_weight
 from pipeline.core.policies import PolicySpec
 from pipeline.core.record_tables import examples_to_table
-from pipeline.core.report import Outcome, best_iteration, should_stop
+from pipeline.core.report import Outcome, best_iteration
 from pipeline.core.run import Json, write_json, write_table
 from pipeline.core.weighing import SearchWeights
 from pipeline.em_report import em_report, outcome_of
+from pipeline.iterations import iterate
 from pipeline.run import Run, open_run
-
-logger = logging.getLogger(__name__)
+from pipeline.steps import Begun
 
 
 def train(config: Config, run_path: Path, display: Display) -> Outcome:
@@ -84,32 +86,23 @@ class ExpectationMaximisation:
         if starts_cold:
             self.test("base", -1)
         self.cold_start(self.run)
-        self.dev(0)
         self.test("cold_start" if starts_cold else "base", 0)
         if self.config.evaluation.baselines:
             self.test("no_search", 0, think=False, search=False, record=False)
             self.test("one_search", 0, think=False)
-        for t in range(1, em.iterations + 1):
-            self.e_step(t)
-            self.m_step(t)
-            self.dev(t)
-            self.run.end_iteration(t, em)
-            self.report()
-            if should_stop(self.run.files, t, em):
-                logger.info(f"stopped early: no better dev {em.select_by} for {em.patience}")
-                break
+        iterate(self.run, em, self.begin_dev, self.begin_e_step, self.m_step, self.report)
         self.test("best", best_iteration(self.run.files, em))
         return self.report()
 
     # ---------------------------------------------------------------- the steps
 
-    def e_step(self, t: int) -> None:
-        """Trajectories of theta_{t-1} and their weights."""
+    def begin_e_step(self, t: int, version: int) -> Begun:
+        """Trajectories of theta_version and their weights, for the M-step of t."""
         config, rollout = self.config, self.config.rollout
-        self.run.sample(
+        return self.run.begin_sampling(
             t,
             SearchProgram(config.agent, score_answers=True),
-            {SEARCHER: t - 1},
+            {SEARCHER: version},
             SearchWeights(config.weighting, config.agent, config.model.path, config.evaluation.protocol),
             samples=rollout.samples,
             sampling=Sampling.of(rollout, derive_seed(config.seed, "e-step", t)),
@@ -144,9 +137,9 @@ class ExpectationMaximisation:
         write_table(path, examples_to_table(mixed))
         return path
 
-    def dev(self, t: int) -> None:
+    def begin_dev(self, t: int) -> Begun:
         """Push theta_t and evaluate it on the dev questions."""
-        self.run.evaluate(t, SearchProgram(self.config.agent), {SEARCHER: t}, answers=SEARCHER)
+        return self.run.begin_evaluation(t, SearchProgram(self.config.agent), {SEARCHER: t}, answers=SEARCHER)
 
     def test(self, name: str, version: int, **switches: bool) -> None:
         """Evaluate one version on the test questions; `switches` turns it into a baseline."""

@@ -79,13 +79,15 @@ def _em_row(run: RunFiles, t: int) -> Json | None:
     return {
         "iteration": t,
         "phase_seconds": {name: result["seconds"] for name, result in phases.items()},
-        "train": {name: value for name, value in phases.get("expectation", {}).items() if name != "seconds"},
-        "learner": {
-            name: value for name, value in phases.get("maximisation", {}).items() if name != "seconds"
-        },
+        "train": _without_times(phases.get("expectation", {})),
+        "learner": _without_times(phases.get("maximisation", {})),
         "push": evaluation.get("push", {}).get(SEARCHER),
         "dev": evaluation.get("scores"),
     }
+
+
+def _without_times(step: Json) -> Json:
+    return {name: value for name, value in step.items() if name not in ("seconds", "seconds_waited")}
 
 
 def _proposal(rollout: RolloutConfig, weighting: WeightingConfig) -> str:

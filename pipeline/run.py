@@ -9,19 +9,20 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from actors.background import Ongoing
 from actors.cluster import Cluster, SampleReport
 from actors.observer import Observer
 from actors.planning import check_memory
 from actors.policy import Policy
 from actors.reservation import plan
-from actors.session import actor_logs, has_gpu_packages, ray_session
+from actors.session import actor_logs, ray_session
 from pipeline.core.agents.program import GREEDY, Program, Sampling
-from pipeline.core.config import Config, Iterations
+from pipeline.core.config import EXSEARCH, Config, Iterations
 from pipeline.core.data.run_check import look_at_data
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
@@ -30,17 +31,19 @@ from pipeline.core.evaluation import evaluate
 from pipeline.core.losses.loss import Loss
 from pipeline.core.mirror.mirror import Mirror
 from pipeline.core.models import check_export
+from pipeline.core.packages import has_gpu_packages
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.preflight import check_run
 from pipeline.core.record_tables import trajectories_to_table
 from pipeline.core.records import Example, Question
-from pipeline.core.report import scalars, should_stop, step_report
+from pipeline.core.report import step_report
 from pipeline.core.retention import remove_what_need_not_stay
 from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
 from pipeline.core.run import ACTOR_LOGS, Json, RunDirectory, RunFiles, write_json, write_table
-from pipeline.core.shards import Shards, has_examples, write_examples
+from pipeline.core.shards import Shards, generated_tokens, has_examples, write_examples
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import NothingToTrainOn, Weigh
+from pipeline.steps import Begun, Steps, in_iteration
 from retriever_service.index.store import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -85,14 +88,20 @@ def open_run(
         logger.info(
             f"logs of the actors: {files.path / ACTOR_LOGS}; what they and libraries print: {actor_logs()}"
         )
-        plan(policies, config.cluster, config.retriever)
+        placement = plan(policies, config.cluster, config.retriever)
+        if config.of_recipe.asynchronous and placement.take_turns:
+            section = "em" if config.recipe == EXSEARCH else config.recipe
+            raise UserError(
+                f"{section}.asynchronous: the learner is to train while engines sample, but they take turns on the "
+                "same devices; set cluster.take_turns: false, if both fit there, or on GPUs cluster.colocate: no"
+            )
         searched = servers or prepare_index(config.retriever, config.data, files.path / "index", display)
         files.keep_to(
             searched.fingerprint if isinstance(searched, Servers) else read_manifest(searched).fingerprint
         )
         look_at_data(files.path, config, splits, searched, display)
         run = Run(config, files, splits, searched, tracker, display, policies)
-        with run.start_cluster():
+        with run.start_cluster(), run:
             yield run
 
 
@@ -113,7 +122,7 @@ def _most_tokens(config: Config, splits: Splits) -> int:
     return len(splits.train) * config.rollout.samples * config.model.max_length
 
 
-class Run:
+class Run(Steps):
     """One run of a recipe. `open_run` gives it.
 
     Versions of a policy: t is what the last training up to step "t/NAME/train" made; before the first of them it is the
@@ -130,8 +139,8 @@ class Run:
         display: Display,
         policies: Sequence[PolicySpec],
     ) -> None:
-        self.config, self.files, self.splits, self.searched = config, files, splits, searched
-        self.tracker, self.display = tracker, display
+        super().__init__(files, tracker, display, config.tracking)
+        self.config, self.splits, self.searched = config, splits, searched
         self._specs = {spec.name: spec for spec in policies}
         self._frozen: dict[str, Snapshot] = {}
         self._whole: set[Path] = set()
@@ -181,25 +190,6 @@ class Run:
 
     # ---------------------------------------------------------------- steps
 
-    def once(self, step: str, work: Callable[[], Json]) -> Json:
-        """Do a step ("3/selector/train", "test/best") unless it is finished, and record its figures once."""
-        if (finished := self.files.finished(step)) is not None:
-            return finished
-        t, name = _in_iteration(step)
-        if t is not None:
-            self.tracker.rollback(t, name)
-
-        def recorded() -> Json:
-            logger.info(f"{step} begins")
-            result = work()
-            logger.info(f"{step}: {scalars(result)}")
-            # Before the step counts as finished: a kill in between has it repeated, and no figure is missing.
-            if t is not None:
-                self.tracker.log(scalars(result), iteration=t, phase=name)
-            return result
-
-        return self.files.once(step, recorded)
-
     def sample(
         self,
         t: int,
@@ -210,7 +200,23 @@ class Run:
         samples: int,
         sampling: Sampling,
     ) -> Json:
+        """Step "t/sample": `begin_sampling`, and its end."""
+        return self.begin_sampling(t, program, roles, weigh, samples=samples, sampling=sampling).finish()
+
+    def begin_sampling(
+        self,
+        t: int,
+        program: Program[Any],
+        roles: Mapping[str, int],
+        weigh: Weigh[Any],
+        *,
+        samples: int,
+        sampling: Sampling,
+    ) -> Begun:
         """Step "t/sample": episodes of all training questions, and the examples made of them for each policy.
+
+        It goes on beside the steps that are done until its `finish`: an evaluation of the same versions, which then
+        shares the engines, or a training, where the learner has devices of its own.
 
         A step that was cut off keeps its complete shards; their questions are not sampled again. One that is finished
         is done again as far as shards are missing now, unless all that was to be trained on them is trained.
@@ -233,14 +239,14 @@ class Run:
             if len(shards.complete) < len(shards):  # `resume` has said why
                 self.files.forget(f"{t}/sample")
 
-        def work() -> Json:
+        def work() -> AbstractContextManager[Ongoing[SampleReport]]:
             policies, title = self._at(roles), f"iteration {t}: sampling"
-            report = self._sample(shards, "sample", title, program, policies, weigh, samples, sampling)
-            counts = {"trajectories": report.trajectories, "generated_tokens": report.generated_tokens}
-            engines = {name: use.figures() for name, use in report.engines.items()}
-            return {**report.statistics, **counts, "engines": engines}
+            lengths = generated_tokens(self.at(f"{t - 1}/rollouts"))
+            return self._sampling(
+                shards, "sample", title, program, policies, weigh, samples, sampling, lengths
+            )
 
-        return self.once(f"{t}/sample", work)
+        return self.begin(f"{t}/sample", work, _figures)
 
     def make_examples(
         self,
@@ -316,8 +322,15 @@ class Run:
         return self.once(f"{t}/{name}/train", work)
 
     def evaluate(self, t: int, program: Program[Any], roles: Mapping[str, int], *, answers: str) -> Json:
+        """Step "t/evaluation": `begin_evaluation`, and its end."""
+        return self.begin_evaluation(t, program, roles, answers=answers).finish()
+
+    def begin_evaluation(
+        self, t: int, program: Program[Any], roles: Mapping[str, int], *, answers: str
+    ) -> Begun:
         """Step "t/evaluation": greedy scores on the dev questions; `push` says what the pushes moved, by policy.
 
+        It goes on beside a sampling of the same versions, and begun before that has its questions answered first.
         Without dev questions nothing is done, and the result is empty.
 
         Args:
@@ -325,20 +338,16 @@ class Run:
             answers: the role whose turn holds the answer.
         """
         if not self.splits.dev:
-            return {}
+            return Begun(dict)
 
-        def work() -> Json:
-            policies = self._at(roles)
-            pushed = {
-                name: asdict(report)
-                for name, policy in policies.items()
-                if (report := policy.push()) is not None
-            }
-            title = f"iteration {t}: dev"
-            scores = self._scores(f"{t}/evaluation", title, program, policies, self.splits.dev, answers)
+        def result(scores: Json) -> Json:
+            pushes = {name: self.cluster.policy(name).pushed for name in roles}
+            pushed = {name: asdict(report) for name, report in pushes.items() if report is not None}
             return {"push": pushed, "scores": scores}
 
-        return self._once_evaluated(f"{t}/evaluation", work)
+        return self._begin_scores(
+            f"{t}/evaluation", f"iteration {t}: dev", program, roles, self.splits.dev, answers, result
+        )
 
     def test(self, name: str, program: Program[Any], roles: Mapping[str, int], *, answers: str) -> Json:
         """Step "test/NAME": greedy scores on the test questions; done again if other versions are to be evaluated.
@@ -351,23 +360,17 @@ class Run:
         if (self.files.finished(step) or {}).get("iteration") != version:
             self.files.forget(step)
 
-        def work() -> Json:
-            policies = self._at(roles)
-            scores = self._scores(step, f"test: {name}", program, policies, self.splits.test, answers)
+        def result(scores: Json) -> Json:
             return {"iteration": version} | scores
 
-        return self._once_evaluated(step, work)
+        begun = self._begin_scores(step, f"test: {name}", program, roles, self.splits.test, answers, result)
+        return begun.finish()
 
     def end_iteration(self, t: int, iterations: Iterations) -> None:
         """Mark iteration t as whole, and remove the models and checkpoints that need not stay."""
         self.files.close_iteration(t)
+        self._write_timeline(t)
         remove_what_need_not_stay(self.files, t, iterations, self.config.storage)
-
-    def close_iteration(self, t: int, iterations: Iterations) -> bool:
-        """`end_iteration`, and write the report so far. True if training is to stop (`patience`)."""
-        self.end_iteration(t, iterations)
-        self.report(iterations)
-        return should_stop(self.files, t, iterations)
 
     def report(self, iterations: Iterations) -> Json:
         """`report.json`, made anew; `step_report` says what is in it."""
@@ -389,7 +392,8 @@ class Run:
             policy.restore(self._checked(name, self.snapshot(name, versions[name])))
         return policies
 
-    def _sample(
+    @contextmanager
+    def _sampling(
         self,
         shards: Shards,
         name: str,
@@ -399,12 +403,13 @@ class Run:
         weigh: Weigh[Any],
         samples: int,
         sampling: Sampling,
-    ) -> SampleReport:
-        """Make the shards that an earlier process has not completed."""
+        lengths: Mapping[str, float],
+    ) -> Iterator[Ongoing[SampleReport]]:
+        """Make the shards that an earlier process has not completed, and show how far it has come."""
         shards.resume(self.config.rollout.max_failure_share)
         total, done = len(shards.tasks), len(shards.tasks) - len(shards.to_do())
         with self.display.progress(title, total, "questions", done=done) as advance:
-            return self.cluster.sample(
+            yield self.cluster.begin(
                 program,
                 shards,
                 weigh,
@@ -412,17 +417,9 @@ class Run:
                 samples=samples,
                 sampling=sampling,
                 name=name,
+                lengths=lengths,
                 on_progress=lambda done: advance.to(done, total),
             )
-
-    def _once_evaluated(self, step: str, work: Callable[[], Json]) -> Json:
-        result = self.once(step, work)
-        shutil.rmtree(self._parts(step), ignore_errors=True)
-        return result
-
-    def _parts(self, step: str) -> Path:
-        """Where the shards of an evaluation are until it is finished."""
-        return self.at(f"{step}.parts")
 
     def _newest_model(self, name: str) -> Snapshot:
         """The newest version of a policy whose model is there."""
@@ -448,31 +445,47 @@ class Run:
         self._whole.add(model)
         return snapshot
 
-    def _scores(
+    def _begin_scores(
         self,
         step: str,
         title: str,
         program: Program[Any],
-        policies: Mapping[str, Policy],
+        roles: Mapping[str, int],
         questions: Sequence[Question],
         answers: str,
-    ) -> Json:
-        """The trajectories are kept beside the scores for whoever wants to read them."""
+        result: Callable[[Json], Json],
+    ) -> Begun:
+        """Greedy scores, of which `result` makes the step's. The trajectories stay, for whoever wants to read them."""
+        parts, evaluation = self.at(f"{step}.parts"), self.config.evaluation
         # Parts of other versions, which an earlier process may have left, are none of these.
-        versions = "-".join(f"{role}-{policy.current.version}" for role, policy in policies.items())
-        parts = self._parts(step) / versions
-        shards = Shards(questions, parts, {}, self.config.rollout.questions_per_shard)
-        name = _in_iteration(step)[1]
-        self._sample(shards, name, title, program, policies, NothingToTrainOn(), 1, GREEDY)
-        trajectories = [episode.turn(answers) for episode in shards.episodes()]
-        write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))
-        evaluation = self.config.evaluation
-        return evaluate(
-            questions, trajectories, evaluation.bootstrap_samples, self.config.seed, evaluation.protocol
+        versions = "-".join(
+            f"{role}-{self.snapshot(role, version).version}" for role, version in roles.items()
         )
+        shards = Shards(questions, parts / versions, {}, self.config.rollout.questions_per_shard)
+
+        def work() -> AbstractContextManager[Ongoing[SampleReport]]:
+            name, weigh = in_iteration(step)[1], NothingToTrainOn()
+            return self._sampling(shards, name, title, program, self._at(roles), weigh, 1, GREEDY, {})
+
+        def scores(report: SampleReport) -> tuple[Json, float]:
+            trajectories = [episode.turn(answers) for episode in shards.episodes()]
+            write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))
+            found = evaluate(
+                questions, trajectories, evaluation.bootstrap_samples, self.config.seed, evaluation.protocol
+            )
+            return result(found), report.seconds
+
+        def finish() -> Json:
+            recorded = begun.finish()
+            shutil.rmtree(parts, ignore_errors=True)
+            return recorded
+
+        begun = self.begin(step, work, scores)
+        return Begun(finish, begun.cancel)
 
 
-def _in_iteration(step: str) -> tuple[int | None, str]:
-    """ "3/selector/train" is "selector/train" of iteration 3, "test/best" is of none."""
-    head, _, name = step.partition("/")
-    return (int(head), name) if head.isdecimal() else (None, step)
+def _figures(report: SampleReport) -> tuple[Json, float]:
+    """Of step "t/sample", and the seconds that it took."""
+    counts = {"trajectories": report.trajectories, "generated_tokens": report.generated_tokens}
+    engines = {name: use.figures() for name, use in report.engines.items()}
+    return {**report.statistics, **counts, "engines": engines}, report.seconds

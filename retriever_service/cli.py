@@ -12,10 +12,11 @@ import logging
 import os
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from retriever_service.choices import DEFAULT_KS
 from retriever_service.console import (
     AsJson,
     Candidates,
@@ -44,13 +45,11 @@ from retriever_service.console import (
     say,
     say_built,
 )
-from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError
-from retriever_service.files import json_object
-from retriever_service.passages.evaluation import DEFAULT_KS
-from retriever_service.passages.hits import Hit, SearchOptions
-from retriever_service.search.engine import SearchEngine
 from retriever_service.service.settings import TOKEN_VARIABLE, ServerSettings
+
+if TYPE_CHECKING:
+    from retriever_service.passages.hits import Hit
 
 _SERVING = ServerSettings()
 _PROBED_PASSAGES = 256
@@ -224,7 +223,7 @@ def plan(
     """Predict disk, memory and time of an index, and whether it fits here. Measures this machine for seconds."""
     from retriever_service.building.calibration import calibrate
     from retriever_service.building.planner import PASSAGE_BYTES, check_fits, plan_index
-    from retriever_service.encoding.encoder import Encoder
+    from retriever_service.encoding.encoder import Encoder, EncoderSpec
     from retriever_service.passages.corpus import passage_text, read_corpus
 
     sample = list(islice(read_corpus(corpus), _PROBED_PASSAGES)) if corpus else []
@@ -272,6 +271,9 @@ def search(
     as_json: AsJson = False,
 ) -> None:
     """Search an index."""
+    from retriever_service.passages.hits import SearchOptions
+    from retriever_service.search.engine import SearchEngine
+
     if not query.strip():
         raise RetrieverError("the query is empty; say what to look for")
     engine = SearchEngine.open(index, search_parameters=search_parameters, reranker=rerank)
@@ -308,6 +310,8 @@ def evaluate(
         read_run,
         write_run,
     )
+    from retriever_service.passages.hits import SearchOptions
+    from retriever_service.search.engine import SearchEngine
 
     judged = read_qrels(qrels)
     asked = {id_: text for id_, text in read_queries(queries).items() if id_ in judged}
@@ -466,6 +470,7 @@ def info(
 
 
 def _filter(where: str | None) -> Any:
+    from retriever_service.files import json_object
     from retriever_service.passages.filters import Filter
 
     if where is None:

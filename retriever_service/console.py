@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -28,12 +28,13 @@ from rich.progress import (
 from rich.text import Text
 from typer.core import TyperGroup
 
-from retriever_service.encoding.encoder import EncoderSpec, WeightsDtype, lasting_name
-from retriever_service.encoding.vectors import StoreDtype
+from retriever_service.choices import Method, StoreDtype, WeightsDtype
 from retriever_service.errors import RetrieverError
-from retriever_service.index.store import Manifest
 from retriever_service.interrupts import Interrupted, interruptible
-from retriever_service.passages.hits import Method
+
+if TYPE_CHECKING:
+    from retriever_service.encoding.encoder import EncoderSpec
+    from retriever_service.index.store import Manifest
 
 
 class Commands(TyperGroup):
@@ -141,6 +142,8 @@ def encoder_spec(
     dtype: WeightsDtype | None,
 ) -> EncoderSpec:
     """Its directory may be relative to the current one, whoever loads it."""
+    from retriever_service.encoding.encoder import EncoderSpec, lasting_name
+
     model = lasting_name(encoder)
     return EncoderSpec(model, query_prefix, passage_prefix, max_length=max_tokens, dtype=dtype)
 

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.gpu.hosted import HostedEngine, engine_options, hosted
+from bench.gpu.hosted import HostedEngine, engine_options, hosted, scored_per_s
 from bench.gpu.models import SHAPES, random_model
 from bench.gpu.rows import Row, Size
 from pipeline.core.agents.program import Sampling
 
 PROMPT, TURN = 600, 76
+ANSWER = range(10, 18)
+"""Token ids."""
 
 
 def run(device: str, scratch: Path) -> list[Row]:
@@ -29,20 +31,21 @@ def run(device: str, scratch: Path) -> list[Row]:
         started = time.perf_counter()
         with hosted(options) as host:
             rows.append(Row(f"{name}: start", time.perf_counter() - started, "s"))
-            measure(host, size, requests // 8, concurrency)
-            seconds = measure(host, size, requests, concurrency)
+            vocabulary = SHAPES[size]["vocab_size"]
+            generate(host, random_prompts(vocabulary, requests // 8, seed=0), concurrency)
+            prompts = random_prompts(vocabulary, requests, seed=1)
+            seconds = generate(host, prompts, concurrency)
             rows += [
                 Row(f"{name}: generated, {PROMPT} prompt + {TURN} tokens, {concurrency} at once",
                     requests * TURN / seconds, "tokens/s"),
-                Row(f"{name}: scored, one answer of 8 tokens on a cached prompt", scoring(host, size, requests),
-                    "answers/s"),
+                Row(f"{name}: scored, one answer of {len(ANSWER)} tokens on a cached prompt",
+                    scored_per_s(host, [[*prompt, *ANSWER] for prompt in prompts[-256:]], PROMPT), "answers/s"),
             ]  # fmt: skip
     return rows
 
 
-def measure(host: HostedEngine, size: Size, requests: int, concurrency: int) -> float:
-    """Seconds for that many sampled requests."""
-    prompts = random_prompts(size, requests)
+def generate(host: HostedEngine, prompts: list[list[int]], concurrency: int) -> float:
+    """Seconds for a sampled turn behind each."""
 
     async def all_of_them() -> None:
         slots = asyncio.Semaphore(concurrency)
@@ -52,26 +55,14 @@ def measure(host: HostedEngine, size: Size, requests: int, concurrency: int) -> 
             async with slots:
                 await host.engine.generate(prompts[number], sampling)
 
-        await asyncio.gather(*(one(number) for number in range(requests)))
+        await asyncio.gather(*(one(number) for number in range(len(prompts))))
 
     start = time.perf_counter()
     host.run(all_of_them())
     return time.perf_counter() - start
 
 
-def scoring(host: HostedEngine, size: Size, requests: int) -> float:
-    """Answers scored per second; the prompts have been seen before, as trajectories that were just sampled."""
-    prompts = [[*prompt, *range(10, 18)] for prompt in random_prompts(size, requests)[-256:]]
-
-    async def all_of_them() -> None:
-        await asyncio.gather(*(host.engine.score(prompt, PROMPT) for prompt in prompts))
-
-    start = time.perf_counter()
-    host.run(all_of_them())
-    return len(prompts) / (time.perf_counter() - start)
-
-
-def random_prompts(size: Size, requests: int) -> list[list[int]]:
-    rng = np.random.default_rng(requests)
-    ids: list[list[int]] = rng.integers(2, SHAPES[size]["vocab_size"], (requests, PROMPT)).tolist()
+def random_prompts(vocabulary: int, number: int, seed: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    ids: list[list[int]] = rng.integers(2, vocabulary, (number, PROMPT)).tolist()
     return ids

@@ -39,9 +39,13 @@ def random_model(directory: Path, size: Size, device: str) -> Path:
         model = Qwen3ForCausalLM(config)
         torch.set_default_dtype(torch.float32)
     model.save_pretrained(directory)
+    copy_tokenizer(directory)
+    return directory
+
+
+def copy_tokenizer(directory: Path) -> None:
     for file in TOKENIZER.glob("tokenizer*"):
         shutil.copy(file, directory)
-    return directory
 
 
 def random_examples(

@@ -23,7 +23,7 @@ from bench.gpu.learner import GIB, make_learner
 from bench.gpu.models import random_examples, random_model
 from bench.gpu.push import sender
 from bench.gpu.rows import Row, Size, at_most
-from bench.peaks import anonymous, tree
+from bench.memory import anonymous, tree
 from pipeline.core.config import LearnerConfig
 from pipeline.core.losses.likelihood import WeightedNll
 

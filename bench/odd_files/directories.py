@@ -94,8 +94,8 @@ def runs() -> list[Reader]:
 
 
 def shards() -> list[Reader]:
-    from pipeline.core.example_files import read_examples, read_outlines
-    from pipeline.core.shards import Shards, write_examples
+    from pipeline.core.example_files import read_examples, read_outlines, read_outlines_and_overlaps
+    from pipeline.core.shards import Shards, generated_tokens, write_examples
     from pipeline.core.weighing import Weighted
 
     def examples(folder: Path) -> None:
@@ -128,6 +128,13 @@ def shards() -> list[Reader]:
     return [
         Reader("shards of a phase", make, resumed, files, is_native=True),
         Reader(
+            "how long questions took",
+            make,
+            lambda folder: len(generated_tokens(folder / "rollouts")),
+            files[:1],
+            may_be_empty=True,
+        ),
+        Reader(
             "training examples",
             examples,
             lambda folder: len(read_examples(folder / "0.parquet")),
@@ -138,6 +145,13 @@ def shards() -> list[Reader]:
             "outlines",
             examples,
             lambda folder: len(read_outlines(folder / "0.parquet")),
+            ["0.parquet"],
+            is_native=True,
+        ),
+        Reader(
+            "outlines and overlaps",
+            examples,
+            lambda folder: len(read_outlines_and_overlaps(folder / "0.parquet")[1]),
             ["0.parquet"],
             is_native=True,
         ),

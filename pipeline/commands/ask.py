@@ -1,9 +1,11 @@
-"""One question to a trained searcher, watched step by step."""
+"""Questions to a trained searcher: one that is watched step by step, or a file of them."""
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,29 +24,79 @@ from pipeline.core.records import Question, Trajectory
 from pipeline.core.retrieval import Searched, Servers, await_servers
 from pipeline.core.run import Json, RunFiles
 from retriever_service.index.store import read_manifest
+from retriever_service.passages.evaluation import read_queries
 
+PART = 256
+"""Questions that are answered before the first of them is shown."""
 POLL_S = 0.2
 """Longest that the last event is waited for, in seconds."""
 
 
 def ask(
-    question: str,
+    question: str | None,
+    questions: Path | None,
     model: str,
     index: Path | None,
     config: Config,
     display: Display,
-    on_text: Callable[[str], None] = lambda text: None,
-) -> Json:
-    """Answer greedily.
+    say: Callable[[str], None],
+    *,
+    json_lines: bool = False,
+) -> None:
+    """Answer one question, those of a file, or each line of standard input.
+
+    Args:
+        questions: a file (`read_queries`), in place of `question`.
+        say: told lines for a person to read; with `json_lines` an object per question.
+
+    Raises:
+        UserError, RetrieverError: no such model, index or file, or no server that answers.
+    """
+    if question is not None and not question.strip():
+        raise UserError("the question is empty; say what you want to know")
+    if questions is not None:
+        texts = read_queries(questions)
+        with (
+            open_searcher(model, index, config, display, at_once=None) as searcher,
+            display.progress("answering", len(texts), "questions") as advance,
+        ):
+            answers = searcher.answers(texts, lambda done: advance.to(done, len(texts)))
+            for id_, answer in zip(texts, answers, strict=True):
+                say(
+                    _in_json({"id": id_, **answer})
+                    if json_lines
+                    else f"{answer['question']}\n    {answer['answer']}"
+                )
+        return
+    with open_searcher(model, index, config, display) as searcher:
+        for text in [question] if question is not None else _lines(display):
+            if json_lines:
+                say(_in_json(searcher.watched(text)))
+            else:
+                searcher.watched(text, say)
+
+
+def _lines(display: Display) -> Iterator[str]:
+    """Of standard input, those that say something. A person is asked for each of them, and ends with Ctrl-D."""
+    while True:
+        if sys.stdin.isatty():
+            display.line("Your question (Ctrl-D ends):")
+        if not (line := sys.stdin.readline()):
+            return
+        if line.strip():
+            yield line.strip()
+
+
+@contextmanager
+def open_searcher(
+    model: str, index: Path | None, config: Config, display: Display, *, at_once: int | None = 1
+) -> Iterator[OpenSearcher]:
+    """A trained searcher, up until the block ends: its engine and retriever are started once for all questions.
 
     Args:
         index: None for the retriever of the configuration.
         config: its `agent` section says how to search; the model should have been trained with the same.
-        on_text: told the trajectory while it unfolds, for people to read.
-
-    Returns:
-        `{"question", "answer", "stop_reason", "steps": [{"query", "hits": [{"id", "title", "text", "score"}],
-        "record"}]}`.
+        at_once: questions in flight. None: as many as fit.
 
     Raises:
         UserError, RetrieverError: no such model or index, or no server that answers.
@@ -54,19 +106,55 @@ def ask(
     spec = PolicySpec(
         SEARCHER,
         config.model.at(model),
-        config.rollout.with_one(concurrency=1, enforce_eager=True),
+        config.rollout.with_one(concurrency=at_once, enforce_eager=True),
     )
-    retriever = config.retriever.model_copy(update={"replicas": 1})
+    # Nobody asks beside a single question: its searches need not wait for others.
+    alone = {"batch_wait_s": 0.0} if at_once == 1 else {}
+    retriever = config.retriever.model_copy(update={"replicas": 1, **alone})
     with ray_session(config.cluster):
         with display.status("starting the retriever and vLLM"):
             cluster = Cluster([spec], config.cluster, retriever, searched)
-        with cluster, _watching(lambda event: show(event, on_text)) as on_event:
-            (episode,) = cluster.greedy(
-                SearchProgram(config.agent, on_event=on_event),
-                [Question("ask", question, ("",))],
-                {SEARCHER: cluster.policy(SEARCHER)},
-            )
-    return as_json(question, episode.turn(SEARCHER))
+        with cluster:
+            yield OpenSearcher(cluster, config)
+
+
+class OpenSearcher:
+    """What `open_searcher` gives: answers greedily, question after question.
+
+    An answer is `{"question", "answer", "stop_reason", "steps": [{"query", "hits": [{"id", "title", "text", "score"}],
+    "record"}]}`.
+    """
+
+    def __init__(self, cluster: Cluster, config: Config) -> None:
+        self._cluster, self._config = cluster, config
+
+    def watched(self, question: str, on_text: Callable[[str], None] = lambda text: None) -> Json:
+        """One answer. `on_text` is told the trajectory while it unfolds, for people to read."""
+        with _watching(lambda event: show(event, on_text)) as on_event:
+            (answer,) = self._greedy(SearchProgram(self._config.agent, on_event=on_event), {"ask": question})
+        return answer
+
+    def answers(
+        self, questions: Mapping[str, str], on_progress: Callable[[int], None] = lambda done: None
+    ) -> Iterator[Json]:
+        """One answer per question, in their order, as they come, in parts that keep the engine busy.
+
+        Args:
+            questions: text by id.
+            on_progress: told how many have been answered.
+        """
+        items = list(questions.items())
+        for first in range(0, len(items), PART):
+            part = dict(items[first : first + PART])
+            yield from self._greedy(SearchProgram(self._config.agent), part)
+            on_progress(first + len(part))
+
+    def _greedy(self, program: SearchProgram, questions: Mapping[str, str]) -> list[Json]:
+        tasks = [Question(id_, text, ("",)) for id_, text in questions.items()]
+        episodes = self._cluster.greedy(program, tasks, {SEARCHER: self._cluster.policy(SEARCHER)})
+        return [
+            as_json(task.text, episode.turn(SEARCHER)) for task, episode in zip(tasks, episodes, strict=True)
+        ]
 
 
 class _Relay:
@@ -148,6 +236,10 @@ def show(event: Event, on_text: Callable[[str], None]) -> None:
             on_text(f"stopped: {event.text}")
     else:
         on_text(f"{event.kind:>7}  {event.text}")
+
+
+def _in_json(answer: Json) -> str:
+    return json.dumps(answer, ensure_ascii=False)
 
 
 def as_json(question: str, trajectory: Trajectory) -> Json:

@@ -11,8 +11,9 @@ from actors.encoding import encode_with_actors
 from actors.session import ray_session
 from pipeline.core.config import ClusterConfig
 from pipeline.core.display import Display
+from retriever_service.choices import StoreDtype
 from retriever_service.encoding.encoder import EncoderSpec
-from retriever_service.encoding.vectors import StoreDtype, VectorStore
+from retriever_service.encoding.vectors import VectorStore
 
 
 def encode_on_cluster(

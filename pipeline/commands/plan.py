@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from actors.planning import plan_run
-from actors.session import has_gpu_packages
 from pipeline import methods
 from pipeline.core.config import Config
 from pipeline.core.data.questions import read_questions
 from pipeline.core.errors import UserError
+from pipeline.core.packages import has_gpu_packages
 from pipeline.core.plan.assumptions import Assumptions
 from pipeline.core.plan.machine import Nodes, this_machine
 from pipeline.core.plan.memory import PLACES, Memory, Where, gib

@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -25,13 +27,10 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from pipeline.core.progress import PROGRESS_FILE, ActorKind, ProgressFile
+from pipeline.core.progress import PROGRESS_FILE, ActorKind, Move, ProgressFile
 from pipeline.core.report import SCORES, Column, Outcome
 
 logger = logging.getLogger(__name__)
-
-OnMove = Callable[[float, float | None, float | None], None]
-"""See `ProgressFile.move`."""
 
 LOG_FILE = "run.log"
 STARTED = "a process begins to work on this run"
@@ -44,11 +43,11 @@ class Advance:
     Where it turns out only later that a phase did not begin at nothing, `to(done, total, begun_at)` says so.
 
     Args:
-        on_move: told the same.
+        move: told the same.
     """
 
-    def __init__(self, progress: Progress, task: TaskID, on_move: OnMove) -> None:
-        self._progress, self._task, self._on_move = progress, task, on_move
+    def __init__(self, progress: Progress, task: TaskID, move: Move) -> None:
+        self._progress, self._task, self._move = progress, task, move
 
     def __call__(self, count: int) -> None:
         self._progress.advance(self._task, count)
@@ -59,8 +58,21 @@ class Advance:
         self._tell(begun_at)
 
     def _tell(self, begun_at: float | None = None) -> None:
-        (task,) = self._progress.tasks
-        self._on_move(task.completed, task.total, begun_at)
+        (task,) = (task for task in self._progress.tasks if task.id == self._task)
+        self._move(task.completed, task.total, begun_at)
+
+
+class _Counted(ProgressColumn):
+    """A column of what is counted; empty beside what is only waited for."""
+
+    max_refresh = 0.5  # as rich's own time columns
+
+    def __init__(self, column: ProgressColumn) -> None:
+        super().__init__()
+        self._column = column
+
+    def render(self, task: Task) -> RenderableType:
+        return self._column(task) if task.fields["unit"] is not None else ""
 
 
 class _LogFile(logging.FileHandler):
@@ -77,48 +89,61 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True)
         self._progress_file: ProgressFile | None = None
+        self._bars: Progress | None = None
+        """Of all that goes on; None while nothing does."""
 
     @contextmanager
     def progress(self, description: str, total: int | None, unit: str, *, done: int = 0) -> Iterator[Advance]:
         """A bar while the block runs, which begins at `done`; afterwards one line with how long it took."""
-        columns = (
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(unit),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        start = time.perf_counter()
         with (
-            self._told(description, total, unit, done) as on_move,
-            Progress(*columns, console=self.console, transient=True) as progress,
+            self._told(description, total, unit, done) as move,
+            self._shown(description, total, unit, done) as (bars, task),
         ):
-            yield Advance(progress, progress.add_task(description, total=total, completed=done), on_move)
-        self.line(f"{description}: {time.perf_counter() - start:.1f} s")
+            yield Advance(bars, task, move)
 
     @contextmanager
     def status(self, description: str) -> Iterator[None]:
         """A spinner while the block runs; afterwards one line with how long it took."""
-        start = time.perf_counter()
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with (
-            self._told(description, None, None),
-            Progress(*columns, console=self.console, transient=True) as progress,
-        ):
-            progress.add_task(description, total=None)
+        with self._told(description, None, None), self._shown(description, None, None):
             yield
+
+    @contextmanager
+    def _shown(
+        self, description: str, total: int | None, unit: str | None, done: int = 0
+    ) -> Iterator[tuple[Progress, TaskID]]:
+        """A line among those of all that goes on: blocks may overlap in any order."""
+        start = time.perf_counter()
+        if self._bars is None:
+            counted = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
+            self._bars = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                *(_Counted(column) for column in counted),
+                TimeElapsedColumn(),
+                _Counted(TimeRemainingColumn()),
+                console=self.console,
+                transient=True,
+            )
+            self._bars.start()
+        bars = self._bars
+        task = bars.add_task(description, total=total, completed=done, unit=unit)
+        try:
+            yield bars, task
+        finally:
+            bars.remove_task(task)
+            if not bars.tasks:
+                bars.stop()
+                self._bars = None
         self.line(f"{description}: {time.perf_counter() - start:.1f} s")
 
     @contextmanager
-    def _told(self, description: str, total: int | None, unit: str | None, done: int = 0) -> Iterator[OnMove]:
+    def _told(self, description: str, total: int | None, unit: str | None, done: int = 0) -> Iterator[Move]:
         """The phase in the run's progress file as well, if this is a run."""
         if self._progress_file is None:
             yield lambda done, total, begun_at: None
             return
-        with self._progress_file.phase(description, total, unit, done):
-            yield self._progress_file.move
+        with self._progress_file.phase(description, total, unit, done) as move:
+            yield move
 
     def restarted(self, kind: ActorKind) -> None:
         """An actor took the place of a lost one: for the run's progress file alone, the log has said why."""

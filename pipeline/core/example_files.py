@@ -12,17 +12,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.core.errors import UserError
+from pipeline.core.prefixes import Overlap, overlaps_of
 from pipeline.core.record_tables import (
     EXAMPLE_SCHEMA,
     OUTLINE_SCHEMA,
     examples_from_table,
     outlines_from_table,
     require_columns,
+    token_ids_from_table,
 )
-from pipeline.core.records import Example, StoredOutline
+from pipeline.core.records import Example, StoredOutline, TokenIds
 
 ROWS_AT_ONCE = 64
 """Of a shard, however many it has: to read rows takes several times the memory that they have afterwards."""
+
+_WITH_TOKENS = OUTLINE_SCHEMA.append(EXAMPLE_SCHEMA.field("token_ids"))
 
 BUFFER_BYTES = 256 << 10
 """Of the file, for each column."""
@@ -36,6 +40,21 @@ def read_outlines(shard: Path) -> list[StoredOutline]:
     """
     with _told_of(shard):
         return [one for _, table in _tables(shard, OUTLINE_SCHEMA) for one in outlines_from_table(table)]
+
+
+def read_outlines_and_overlaps(shard: Path) -> tuple[list[StoredOutline], list[Overlap]]:
+    """Of all examples of a shard, in one pass: the second says what each begins with in common with others of its unit.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    outlines: list[StoredOutline] = []
+    token_ids: list[TokenIds] = []
+    with _told_of(shard):
+        for _, table in _tables(shard, _WITH_TOKENS):
+            outlines += outlines_from_table(table)
+            token_ids += token_ids_from_table(table)
+        return outlines, overlaps_of([outline.unit for outline in outlines], token_ids)
 
 
 def read_examples(shard: Path, rows: npt.NDArray[np.int64] | None = None) -> list[Example]:

@@ -13,6 +13,7 @@ from pipeline.core.config.task import SHIPPED_MODEL
 from pipeline.core.errors import UserError
 from retriever_service import files
 from retriever_service.errors import RetrieverError
+from retriever_service.imports import quick_imports
 
 
 def check_model(path: str) -> None:
@@ -178,13 +179,16 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer
-
     check_model(path)
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except Exception as error:  # the library of tokenizers raises nothing narrower
-        where = "" if Path(path).is_dir() else ", which is no directory here and was taken for a hub name,"
-        raise UserError(
-            f"model.path: the tokenizer of {path}{where} cannot be loaded: {error!s:.300}"
-        ) from error
+    with quick_imports():  # also around the first use, which imports more
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # the library of tokenizers raises nothing narrower
+            where = (
+                "" if Path(path).is_dir() else ", which is no directory here and was taken for a hub name,"
+            )
+            raise UserError(
+                f"model.path: the tokenizer of {path}{where} cannot be loaded: {error!s:.300}"
+            ) from error

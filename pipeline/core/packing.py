@@ -4,10 +4,13 @@ A *pack* is one row of whole examples, end to end, at most `token_budget` tokens
 `plan_epoch`:
 
 - every example is in exactly one optimiser step, and (if it needs computing) in exactly one pack;
-- the examples of one unit are in the same step and in the same pack;
+- the examples of one unit are in the same step; in the same pack too, if the loss compares them or they fit;
 - no pack is above the token budget;
 - all ranks run the same number of packs in a step (some may be empty): collectives of ZeRO stay in lockstep;
 - which examples form a step depends on the seed and the batch size only, not on the ranks or the budget.
+
+Where what examples begin with in common is computed once (`pipeline.core.prefixes`), a token that another example of
+the pack has as well counts `SHARED_COST`.
 """
 
 from __future__ import annotations
@@ -20,22 +23,35 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.core.errors import UserError
-from pipeline.core.records import Example, Mask, Numbers
+from pipeline.core.prefixes import Branches, Overlap, PrefixTree, prefix_tree
+from pipeline.core.records import Example, Mask, Numbers, TokenIds
 
 Pack = tuple[int, ...]
 """Indices of the examples of one packed row. May be empty."""
 
+SHARED_COST = 0.25
+"""Of a token that is in the row already: what of its attention is computed again, and the memory that takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """One optimiser step: `packs[rank][m]` is what `rank` computes as micro-batch `m`.
+    """One optimiser step: `packs[rank][m]` is what `rank` computes as micro-batch `m`, `loads[rank][m]` its tokens.
 
     Example (two ranks, budget 100, lengths 60, 50, 40, 0):
-        OptimizerStep(examples=(2, 0, 3, 1), packs=(((0, 2),), ((1,),)))
+        OptimizerStep(examples=(2, 0, 3, 1), packs=(((0, 2),), ((1,),)), loads=((100,), (50,)))
     """
 
     examples: tuple[int, ...]
     packs: tuple[tuple[Pack, ...], ...]
+    loads: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Examples that are to be in one pack, and the tokens of it that they take."""
+
+    examples: Pack
+    load: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,8 +59,11 @@ class PackedBatch:
     """One packed row of n examples, T tokens and M target tokens, ready for a causal language model."""
 
     input_ids: npt.NDArray[np.int64]  # [1, T]
-    position_ids: npt.NDArray[np.int64]  # [1, T], from 0 again at each example
-    segment_lengths: tuple[int, ...]  # tokens of each example, sum T
+    position_ids: npt.NDArray[np.int64]  # [1, T], in its example
+    segment_lengths: tuple[
+        int, ...
+    ]  # tokens of each sequence that attention sees; of each example, sum T, or:
+    branches: Branches | None  # how those come from the T tokens, where some are of several examples
     predictors: npt.NDArray[np.int64]  # [M], position whose logits predict the target: the one before it
     targets: npt.NDArray[np.int64]  # [M], token ids
     example_of_target: npt.NDArray[np.int64]  # [M], position of the target's example in the pack
@@ -61,6 +80,8 @@ def plan_epoch(
     token_budget: int,
     seed: Sequence[int],
     units: Sequence[str],
+    whole_units: bool = True,
+    overlaps: Sequence[Overlap] | None = None,
 ) -> list[OptimizerStep]:
     """The optimiser steps of one epoch, in a seeded random order.
 
@@ -73,98 +94,122 @@ def plan_epoch(
         token_budget: most tokens of a pack (`learner.tokens_per_microbatch`).
         seed: e.g. (phase seed, epoch).
         units: the name of each example's unit.
+        whole_units: whether a unit that is longer than the budget is an error; else it is cut into several parts.
+        overlaps: where common beginnings are computed once.
 
     Raises:
-        UserError: a unit is longer than the token budget.
+        UserError: an example, or a unit that must be whole, is longer than the token budget.
     """
     members: dict[str, list[int]] = {}
     for index, unit in enumerate(units):
         members.setdefault(unit, []).append(index)
     groups = list(members.values())
-    unit_lengths = [sum(lengths[i] for i in group) for group in groups]
-    for unit, length in zip(members, unit_lengths, strict=True):
-        if length > token_budget:
+    parts = [_parts(group, lengths, overlaps, math.inf if whole_units else token_budget) for group in groups]
+    longest = max((part.load for some in parts for part in some), default=0)
+    for unit, some in zip(members, parts, strict=True):
+        if some and (load := max(part.load for part in some)) > token_budget:
             raise UserError(
-                f"training example {unit} has {length} tokens, more than learner.tokens_per_microbatch: "
-                f"{token_budget}. Raise that key to at least {max(unit_lengths)}."
+                f"training example {unit} has {load} tokens, more than learner.tokens_per_microbatch: "
+                f"{token_budget}. Raise that key to at least {longest}."
             )
     if not lengths:
         return []
     order = np.random.default_rng(seed).permutation(len(groups))
     batches = np.array_split(order, min(len(groups), math.ceil(len(lengths) / batch_size)))
-    steps = [_plan_step([int(u) for u in batch], unit_lengths, world_size, token_budget) for batch in batches]
-    return [_of_examples(step, groups, lengths) for step in steps]
+    return [
+        _plan_step(
+            tuple(i for unit in batch for i in groups[unit]),
+            [part for unit in batch for part in parts[unit]],
+            world_size,
+            token_budget,
+        )
+        for batch in batches
+    ]
 
 
-def _of_examples(
-    step: OptimizerStep, groups: Sequence[Sequence[int]], lengths: Sequence[int]
-) -> OptimizerStep:
-    """A step of units as one of their examples."""
-    return OptimizerStep(
-        examples=tuple(i for unit in step.examples for i in groups[unit]),
-        packs=tuple(
-            tuple(tuple(i for unit in pack for i in groups[unit] if lengths[i]) for pack in packs)
-            for packs in step.packs
-        ),
-    )
+def _parts(
+    unit: Sequence[int], lengths: Sequence[int], overlaps: Sequence[Overlap] | None, budget: float
+) -> list[_Part]:
+    """The computed examples of a unit in as few parts as the budget allows, those that begin alike side by side."""
+    in_order = unit if overlaps is None else sorted(unit, key=lambda i: overlaps[i].rank)
+    parts: list[_Part] = []
+    shared = 0
+    for i in in_order:
+        # With the last one that is computed it has in common what all between them have.
+        shared = min(shared, overlaps[i].shared) if overlaps is not None else 0
+        if not lengths[i]:
+            continue
+        more = lengths[i] - shared + math.ceil(SHARED_COST * shared)
+        if parts and parts[-1].load + more <= budget:
+            parts[-1] = _Part((*parts[-1].examples, i), parts[-1].load + more)
+        else:
+            parts.append(_Part((i,), lengths[i]))
+        shared = lengths[i]
+    return parts
 
 
-def packing_efficiency(
-    plan: Sequence[OptimizerStep], lengths: Sequence[int], token_budget: int
-) -> tuple[float, float]:
-    """(tokens / token budget of all packs, tokens / tokens if every rank's pack were as long as the longest).
+def packing_efficiency(plan: Sequence[OptimizerStep], token_budget: int) -> tuple[float, float]:
+    """(load / token budget of all packs, load / load if every rank's pack were as long as the longest).
 
     The first says whether a larger or smaller budget would help, the second how little ranks wait for each
     other (1: not at all). NaN for an empty plan.
     """
     tokens = budget = slowest = 0
     for step in plan:
-        loads = [[sum(lengths[i] for i in pack) for pack in packs] for packs in step.packs]
-        tokens += sum(map(sum, loads))
-        budget += token_budget * len(loads) * len(loads[0])
-        slowest += len(loads) * sum(max(at_once) for at_once in zip(*loads, strict=True))
+        tokens += sum(map(sum, step.loads))
+        budget += token_budget * len(step.loads) * len(step.loads[0])
+        slowest += len(step.loads) * sum(max(at_once) for at_once in zip(*step.loads, strict=True))
     return (tokens / budget, tokens / slowest) if tokens else (math.nan, math.nan)
 
 
-def _plan_step(batch: Sequence[int], lengths: Sequence[int], world_size: int, budget: int) -> OptimizerStep:
-    longest_first = sorted((i for i in batch if lengths[i] > 0), key=lambda i: -lengths[i])
-    packs = _first_fit(longest_first, lengths, budget)
+def _plan_step(
+    examples: tuple[int, ...], parts: Sequence[_Part], world_size: int, budget: int
+) -> OptimizerStep:
+    longest_first = sorted(parts, key=lambda part: -part.load)
+    packs = _first_fit(longest_first, budget)
     num_packs = world_size * max(1, math.ceil(len(packs) / world_size))
-    packs = _spread(longest_first, lengths, budget, num_packs) or packs + [[]] * (num_packs - len(packs))
+    packs = _spread(longest_first, budget, num_packs) or packs + [[]] * (num_packs - len(packs))
     # Ranks wait for each other at every micro-batch: those that run at the same time should be equally long.
-    packs.sort(key=lambda pack: -sum(lengths[i] for i in pack))
-    rounds = [packs[start : start + world_size] for start in range(0, num_packs, world_size)]
-    by_rank = tuple(tuple(tuple(one_round[rank]) for one_round in rounds) for rank in range(world_size))
-    return OptimizerStep(examples=tuple(batch), packs=by_rank)
+    packs.sort(key=_load, reverse=True)
+    by_rank = [packs[rank::world_size] for rank in range(world_size)]
+    return OptimizerStep(
+        examples=examples,
+        packs=tuple(
+            tuple(tuple(i for part in pack for i in part.examples) for pack in own) for own in by_rank
+        ),
+        loads=tuple(tuple(map(_load, own)) for own in by_rank),
+    )
 
 
-def _first_fit(longest_first: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+def _load(parts: Sequence[_Part]) -> int:
+    return sum(part.load for part in parts)
+
+
+def _first_fit(longest_first: Sequence[_Part], budget: int) -> list[list[_Part]]:
     """First-fit decreasing: at most 11/9 of the fewest possible packs, plus one."""
-    packs: list[list[int]] = []
+    packs: list[list[_Part]] = []
     room: list[int] = []
-    for i in longest_first:
-        chosen = next((p for p, free in enumerate(room) if free >= lengths[i]), None)
+    for part in longest_first:
+        chosen = next((p for p, free in enumerate(room) if free >= part.load), None)
         if chosen is None:
             packs.append([])
             room.append(budget)
             chosen = len(packs) - 1
-        packs[chosen].append(i)
-        room[chosen] -= lengths[i]
+        packs[chosen].append(part)
+        room[chosen] -= part.load
     return packs
 
 
-def _spread(
-    longest_first: Sequence[int], lengths: Sequence[int], budget: int, num_packs: int
-) -> list[list[int]] | None:
+def _spread(longest_first: Sequence[_Part], budget: int, num_packs: int) -> list[list[_Part]] | None:
     """Longest first into the emptiest pack: nearly equal packs. None if one would overflow."""
-    packs: list[list[int]] = [[] for _ in range(num_packs)]
+    packs: list[list[_Part]] = [[] for _ in range(num_packs)]
     used = [0] * num_packs
-    for i in longest_first:
+    for part in longest_first:
         emptiest = min(range(num_packs), key=used.__getitem__)
-        if used[emptiest] + lengths[i] > budget:
+        if used[emptiest] + part.load > budget:
             return None
-        packs[emptiest].append(i)
-        used[emptiest] += lengths[i]
+        packs[emptiest].append(part)
+        used[emptiest] += part.load
     return packs
 
 
@@ -173,6 +218,8 @@ def collate(
     examples: Sequence[Example] | Mapping[int, Example],
     names: Iterable[str] = (),
     derived: Mapping[str, Sequence[float]] | None = None,
+    *,
+    share_prefixes: bool = False,
 ) -> PackedBatch:
     """Lay the examples of a pack end to end.
 
@@ -183,15 +230,16 @@ def collate(
         examples: those of the pack, by their number; others need not be there.
         names: the streams to lay out; all examples have them.
         derived: further streams, one number for every example of the phase (`Prepared.streams`).
+        share_prefixes: whether what several begin with is there once.
     """
     if not pack:
         zero = np.zeros(1, dtype=np.int64)
-        return PackedBatch(zero[None], zero[None], (1,), zero, zero, zero, zero[:0], {}, {})
+        return PackedBatch(zero[None], zero[None], (1,), None, zero, zero, zero, zero[:0], {}, {})
     chosen = [examples[i] for i in pack]
-    lengths = tuple(len(example.token_ids) for example in chosen)
-    token_ids = np.concatenate([example.token_ids for example in chosen]).astype(np.int64)
+    sequences = [example.token_ids for example in chosen]
+    tree = prefix_tree(sequences) if share_prefixes else _side_by_side(sequences)
     masks = [np.concatenate([[False], example.loss_mask[1:]]) for example in chosen]
-    targets = np.flatnonzero(np.concatenate(masks))
+    targets = [np.flatnonzero(mask) for mask in masks]
     unit_numbers = {
         unit: number for number, unit in enumerate(dict.fromkeys(example.unit for example in chosen))
     }
@@ -204,15 +252,31 @@ def collate(
         else:
             streams[name] = np.concatenate([_on_targets(o, m) for o, m in zip(values, masks, strict=True)])
     return PackedBatch(
-        input_ids=token_ids[None],
-        position_ids=np.concatenate([np.arange(length) for length in lengths])[None],
-        segment_lengths=lengths,
-        predictors=targets - 1,
-        targets=token_ids[targets],
-        example_of_target=np.repeat(np.arange(len(chosen)), [int(mask.sum()) for mask in masks]),
+        input_ids=tree.token_ids[None],
+        position_ids=tree.position_ids[None],
+        segment_lengths=tree.lengths,
+        branches=tree.branches,
+        predictors=np.concatenate([path[at - 1] for path, at in zip(tree.paths, targets, strict=True)]),
+        targets=np.concatenate([ids[at] for ids, at in zip(sequences, targets, strict=True)]).astype(
+            np.int64
+        ),
+        example_of_target=np.repeat(np.arange(len(chosen)), [len(at) for at in targets]),
         unit=np.array([unit_numbers[example.unit] for example in chosen], dtype=np.int64),
         numbers={name: value.astype(np.float32) for name, value in numbers.items()},
         streams={name: value.astype(np.float32) for name, value in streams.items()},
+    )
+
+
+def _side_by_side(sequences: Sequence[TokenIds]) -> PrefixTree:
+    """Each sequence a branch of its own."""
+    lengths = tuple(map(len, sequences))
+    ends = np.cumsum(lengths)
+    return PrefixTree(
+        token_ids=np.concatenate(sequences).astype(np.int64),
+        position_ids=np.concatenate([np.arange(length) for length in lengths]),
+        paths=tuple(np.arange(end - length, end) for length, end in zip(lengths, ends, strict=True)),
+        lengths=lengths,
+        branches=None,
     )
 
 

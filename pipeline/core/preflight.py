@@ -21,6 +21,7 @@ from pipeline.core.models import CHECKSUMS, check_export, check_model, local_sna
 from pipeline.core.plan.disk import CHECKPOINT_BYTES, disk_needs
 from pipeline.core.plan.memory import Device, number_format
 from pipeline.core.policies import PolicySpec
+from retriever_service.imports import quick_imports
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,8 @@ def _check_attention(policies: Sequence[PolicySpec]) -> None:
             "learner.attention as it is (packed)"
         )
     # It needs torch and transformers, which take seconds to import.
-    from pipeline.core.attention_check import check_attention
+    with quick_imports():
+        from pipeline.core.attention_check import check_attention
 
     for spec in policies:
         if spec.learner is not None and spec.head != "embedding":

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,8 +34,12 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+Move = Callable[[float, float | None, float | None], None]
+"""Says how far a phase has come, of how much; and, if that was not known yet, where this process began."""
+
+
 class ProgressFile:
-    """Writes it. A phase may have others within it; the innermost is told."""
+    """Writes it. Of phases that go on at once the one that began last is told. Several threads may move them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -49,38 +54,46 @@ class ProgressFile:
         self._phases: list[Json] = []
         self._last_phase: Json | None = None
         self._due, self._works = 0.0, True
+        self._lock = threading.Lock()
         self._write()
 
     @contextmanager
-    def phase(self, name: str, total: float | None, unit: str | None, begun_at: float = 0) -> Iterator[None]:
-        """A phase while the block runs; see `move`. So much of it was done before."""
-        phase = {"name": name, "unit": unit, "begun_at": begun_at, "done": begun_at, "total": total}
-        self._phases.append({**phase, "since": now()})
-        self._write()
-        try:
-            yield
-        finally:
-            self._last_phase = self._phases.pop()
-        if self._phases:
-            self._write()
+    def phase(self, name: str, total: float | None, unit: str | None, begun_at: float = 0) -> Iterator[Move]:
+        """A phase while the block runs, and what moves it. So much of it was done before."""
+        phase: Json = {"name": name, "unit": unit, "begun_at": begun_at, "done": begun_at, "total": total}
+        phase["since"] = now()
 
-    def move(self, done: float, total: float | None, begun_at: float | None) -> None:
-        """How far the innermost phase has come; and, if that was not known yet, where this process began."""
-        self._phases[-1].update(done=done, total=total)
-        if begun_at is not None:
-            self._phases[-1]["begun_at"] = begun_at
-        if time.monotonic() >= self._due:
+        def move(done: float, total: float | None, begun_at: float | None) -> None:
+            with self._lock:
+                phase.update(done=done, total=total)
+                if begun_at is not None:
+                    phase["begun_at"] = begun_at
+                if time.monotonic() >= self._due:
+                    self._write()
+
+        with self._lock:
+            self._phases.append(phase)
             self._write()
+        try:
+            yield move
+        finally:
+            with self._lock:
+                self._last_phase = phase
+                self._phases = [other for other in self._phases if other is not phase]
+                if self._phases:
+                    self._write()
 
     def restarted(self, kind: ActorKind) -> None:
         """An actor took the place of a lost one."""
-        self._restarts[kind] += 1
-        self._write()
+        with self._lock:
+            self._restarts[kind] += 1
+            self._write()
 
     def end(self, state: str, reason: str | None) -> None:
         """The last word: finished, failed or interrupted. The phase stays that was the last one."""
-        self._process.update(state=state, reason=reason)
-        self._write()
+        with self._lock:
+            self._process.update(state=state, reason=reason)
+            self._write()
 
     def _write(self) -> None:
         phase = self._phases[-1] if self._phases else self._last_phase

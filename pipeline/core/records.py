@@ -295,8 +295,8 @@ class Example:
 
     Attributes:
         id: unique in a phase, "q17/3".
-        unit: examples of one unit (a pair, a group) are never split, neither over optimiser steps nor over packed rows;
-            its own id where it stands alone.
+        unit: examples of one unit (a pair, the trajectories of a question) are in one optimiser step, and in one packed
+            row where the loss compares them or they fit; its own id where it stands alone.
         role: of the turn that it was made of.
         loss_mask: [T], True for a target. The first token never is one: nothing comes before it.
         streams: by name one number ([1]), one per token ([T]), or R per target ([targets, R]); float64.
@@ -318,11 +318,10 @@ class Example:
 
     @classmethod
     def of(cls, trajectory: Trajectory, **streams: float) -> Example:
-        """A trajectory as it is, with one number per stream."""
-        name = f"{trajectory.question_id}/{trajectory.sample}"
+        """A trajectory as it is, with one number per stream. Those of a question are a unit."""
         return cls(
-            name,
-            name,
+            f"{trajectory.question_id}/{trajectory.sample}",
+            trajectory.question_id,
             trajectory.role,
             trajectory.token_ids,
             trajectory.loss_mask,

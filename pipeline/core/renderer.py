@@ -29,6 +29,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -36,12 +37,14 @@ import numpy as np
 
 from pipeline.core.config import AgentConfig, Tags
 from pipeline.core.errors import UserError
-from pipeline.core.records import Example, Trajectory
+from pipeline.core.records import Example, TokenIds, Trajectory
 from retriever_service.passages.hits import Hit
 
 _SLOT = "EXSEARCHSLOT"
 _CHARACTERS_PER_TOKEN = 8
 """More than text has on average, so that looking at so many characters per token is mostly enough."""
+_REMEMBERED = 4096
+"""Texts of which the ids are kept, of each kind."""
 _ANSWER_DEMAND = "No more searches are possible. Give the final answer now."
 
 
@@ -74,6 +77,9 @@ class Renderer:
         self.config = config
         self.tags = config.tags
         self.stop = (self.tags.think[1], self.tags.answer[1], self.tags.search[0])
+        # The same few texts of our own come in every turn, and the trajectories of a question find the same passages.
+        self._ids_of_own = lru_cache(maxsize=_REMEMBERED)(self._encode_own)
+        self._ids_of_document = lru_cache(maxsize=_REMEMBERED)(self._encode_document)
         single = [ids for tag in _all_strings(self.tags) if len(ids := self.trusted_ids(tag)) == 1]
         self._tag_ids = {id_ for (id_,) in single}
         if config.layout == "chat":
@@ -101,7 +107,7 @@ class Renderer:
         for rank, hit in enumerate(hits, start=1):
             text = f"{hit.passage.title}: {hit.passage.text}" if hit.passage.title else hit.passage.text
             ids += self.trusted_ids(f"[{rank}]")
-            ids += self._first_tokens(f" {text}", self.config.max_document_tokens)
+            ids += self._ids_of_document(text).tolist()
             ids += self.trusted_ids("\n")
         return ids + self.trusted_ids(f"{closing}{after}")
 
@@ -206,7 +212,14 @@ class Renderer:
 
     def trusted_ids(self, text: str) -> list[int]:
         """Ids of our own text; special tokens (the chat template's) are recognised."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+        return list(self._ids_of_own(text)) if text else []
+
+    def _encode_own(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _encode_document(self, text: str) -> TokenIds:
+        """int32: a fraction of the memory that a list of Python's integers takes."""
+        return np.asarray(self._first_tokens(f" {text}", self.config.max_document_tokens), dtype=np.int32)
 
     def _untrusted(self, text: str) -> list[int]:
         """Ids of text from outside; what looks like a special token or a tag stays plain text."""

@@ -59,7 +59,8 @@ FREE_TO_CHANGE = ("cluster", "storage", "tracking", "rollout.workers", "rollout.
                   "rollout.gpu_memory_utilization", "rollout.kv_cache_gib", "rollout.tensor_parallel_size",
                   "rollout.enforce_eager", "retriever.url",
                   "retriever.replicas", "retriever.threads_per_replica", "retriever.local_copy",
-                  "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.timeout_s",
+                  "retriever.device", "retriever.gpus_per_replica", "retriever.max_batch", "retriever.batch_wait_s",
+                  "retriever.timeout_s",
                   "retriever.max_attempts", "rollout.max_failure_share", "em.iterations", "em.patience",
                   "learner.num_ranks", "learner.zero_stage", "learner.offload_optimizer", "learner.offload_parameters",
                   "learner.tokens_per_microbatch", "learner.gradient_checkpointing",
@@ -71,6 +72,8 @@ own `iterations` and `patience`."""
 
 ACTOR_LOGS = "logs"
 """Of the actors' logs. Nothing that a run goes on from is there."""
+PROFILE_FILE = "profile.json"
+"""Of `actors.timeline`: a timeline of one iteration."""
 DATA_FILE = "data.json"
 """Of `core.data.run_check`: what was found in questions and corpus before the first step."""
 MIRROR_FILE = "mirror.json"
@@ -235,8 +238,12 @@ class RunDirectory(RunFiles):
         if (finished := self.finished(step)) is not None:
             return finished
         start = time.perf_counter()
-        result = work() | {"seconds": round(time.perf_counter() - start, 3)}
-        write_json(self.at(f"{step}.json"), result)
+        result = work()
+        return self.record(step, result, time.perf_counter() - start)
+
+    def record(self, step: str, result: Json, seconds: float) -> Json:
+        """A step is finished, which took so long; its result as `finished` gives it."""
+        write_json(self.at(f"{step}.json"), {**result, "seconds": round(seconds, 3)})
         return self.finished(step) or {}
 
     def forget(self, step: str) -> None:

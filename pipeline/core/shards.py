@@ -326,6 +326,15 @@ class Shards:
         files.fsync(self.rollouts)
 
 
+def generated_tokens(rollouts: Path) -> dict[str, float]:
+    """How much was generated for each task of a phase, by its id, as far as its side-cars say."""
+    found: dict[str, float] = {}
+    for side_car in sorted(rollouts.glob("_*.json")):
+        with _told_of(side_car, "it says nothing of how long questions take"):
+            found |= {row["id"]: float(row["generated_tokens"]) for row in _rows(side_car)}
+    return found
+
+
 def write_examples(shard: Path, examples: Iterable[Example]) -> None:
     """Write a shard of examples that no sampling made, and its side-car."""
     write_table(shard, examples_to_table(examples))
@@ -341,14 +350,16 @@ def has_examples(shard: Path) -> bool:
 
 
 @contextmanager
-def _told_of(side_car: Path) -> Iterator[None]:
+def _told_of(side_car: Path, consequence: str = _MEND) -> Iterator[None]:
     """Whatever shows that files are not there as they were written is told in the log, and goes no further."""
     try:
         yield
     except RetrieverError as error:
         logger.warning(str(error))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning(f"{side_car} cannot be read, or is of an earlier version ({error!r:.200}); {_MEND}")
+        logger.warning(
+            f"{side_car} cannot be read, or is of an earlier version ({error!r:.200}); {consequence}"
+        )
 
 
 def _check_contents(tables: Mapping[str, Path], recorded: Mapping[str, Mapping[str, Any]]) -> None:

@@ -149,7 +149,8 @@ def _seconds_left(
 
 
 def _seconds(steps: Iterable[Json]) -> float:
-    return sum(float(step.get("seconds") or 0.0) for step in steps)
+    """That the run took for them: of one that went on beside others, those in which it was waited for."""
+    return sum(float(step.get("seconds_waited", step.get("seconds")) or 0.0) for step in steps)
 
 
 def _rates(iterations: dict[int, dict[str, Json]]) -> Json:

@@ -50,6 +50,7 @@ from pipeline.core.weighing import (
     weights_of,
 )
 from pipeline.core.weighting import Scored, trained_gold
+from pipeline.iterations import iterate
 from pipeline.run import Run, open_run
 from retriever_service import interrupts
 from retriever_service.errors import RetrieverError
@@ -162,22 +163,26 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
             for name in models:
                 seed = derive_seed(config.seed, name, 0)
                 run.train(0, name, loss, seed=seed, epochs=epochs, learning_rate=rate)
-        run.evaluate(0, program, roles(0), answers=GENERATOR)
         run.test("start", program, roles(0), answers=GENERATOR)
-        for t in range(1, settings.iterations + 1):
-            run.sample(
+
+        def train_all(t: int) -> None:
+            for name in models:
+                run.train(t, name, loss, seed=derive_seed(config.seed, name, t))
+
+        iterate(
+            run,
+            settings,
+            lambda t: run.begin_evaluation(t, program, roles(t), answers=GENERATOR),
+            lambda t, version: run.begin_sampling(
                 t,
                 replace(program, scores_answers=True),
-                roles(t - 1),
+                roles(version),
                 PermutationWeights(config.agent, models[GENERATOR]),
                 samples=settings.permutations,
                 sampling=Sampling.of(rollout, derive_seed(config.seed, "sample", t)),
-            )
-            for name in models:
-                run.train(t, name, loss, seed=derive_seed(config.seed, name, t))
-            run.evaluate(t, program, roles(t), answers=GENERATOR)
-            if run.close_iteration(t, settings):
-                break
+            ),
+            train_all,
+        )
         run.test("best", program, roles(best_iteration(run.files, settings)), answers=GENERATOR)
         return step_outcome(run.report(settings), COLUMNS)
 

@@ -34,6 +34,7 @@ from pipeline.core.records import Episode, Example, Question, StopReason, count_
 from pipeline.core.report import Column, Outcome, best_iteration, step_outcome
 from pipeline.core.weighing import Weighted, logs_from_json
 from pipeline.core.weighting import log_mean, log_sum
+from pipeline.iterations import iterate
 from pipeline.run import open_run
 
 REFERENCE = "reference"
@@ -122,13 +123,10 @@ class Pairs:
             and likelihoods[best] - likelihoods[worst] >= self.least_gap
         ):
             examples = [
-                replace(
-                    Example.of(
-                        episodes[sample].turn(SEARCHER),
-                        label=label,
-                        reference_logprob=episodes[sample].scores["reference_logprob"],
-                    ),
-                    unit=task.id,
+                Example.of(
+                    episodes[sample].turn(SEARCHER),
+                    label=label,
+                    reference_logprob=episodes[sample].scores["reference_logprob"],
                 )
                 for sample, label in ((best, 1.0), (worst, -1.0))
             ]
@@ -174,21 +172,21 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
     with open_run(config, run_path, display, splits, policies(config)) as run:
         cold_start(run)
         run.freeze(REFERENCE, run.snapshot(SEARCHER, 0))
-        run.evaluate(0, program, {SEARCHER: 0}, answers=SEARCHER)
         run.test("start", program, {SEARCHER: 0}, answers=SEARCHER)
-        for t in range(1, settings.iterations + 1):
-            run.sample(
+        loss = Dpo(settings.beta, settings.nll_coefficient)
+        iterate(
+            run,
+            settings,
+            lambda t: run.begin_evaluation(t, program, {SEARCHER: t}, answers=SEARCHER),
+            lambda t, version: run.begin_sampling(
                 t,
                 SearchWithReference(SearchProgram(config.agent, score_answers=True)),
-                {SEARCHER: t - 1, REFERENCE: 0},
+                {SEARCHER: version, REFERENCE: 0},
                 Pairs(settings.least_gap),
                 samples=rollout.samples,
                 sampling=Sampling.of(rollout, derive_seed(config.seed, "sample", t)),
-            )
-            loss = Dpo(settings.beta, settings.nll_coefficient)
-            run.train(t, SEARCHER, loss, seed=derive_seed(config.seed, "train", t))
-            run.evaluate(t, program, {SEARCHER: t}, answers=SEARCHER)
-            if run.close_iteration(t, settings):
-                break
+            ),
+            lambda t: run.train(t, SEARCHER, loss, seed=derive_seed(config.seed, "train", t)),
+        )
         run.test("best", program, {SEARCHER: best_iteration(run.files, settings)}, answers=SEARCHER)
         return step_outcome(run.report(settings), COLUMNS, LEGEND)

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
 
 from retriever_service.building.calibration import Calibration, Seconds
 from retriever_service.building.tuning import LARGEST_BLOCK, NUM_QUERIES
+from retriever_service.choices import StoreDtype
 from retriever_service.errors import RetrieverError
 from retriever_service.index.filling import SLICE_ROWS
 from retriever_service.index.index_size import IndexSize, index_size
@@ -50,8 +50,6 @@ _WORDS_DISK_PER_BYTE = 0.9
 """Of the word index, for every byte of text. Measured: 0.6 to 0.9, less the larger the corpus is."""
 _GPU_SCRATCH_BYTES = 1536 << 20
 """What FAISS takes on each GPU for intermediate results."""
-
-StoreDtype = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from retriever_service.choices import StoreDtype
 from retriever_service.encoding.encode_job import (
     SHARD_ROWS,
     EncoderIdentity,
@@ -31,7 +32,7 @@ from retriever_service.encoding.encode_job import (
 )
 from retriever_service.encoding.encode_workers import EncoderHere, EncoderProcesses, Encoders, OnRows, Task
 from retriever_service.encoding.encoder import Encoder, EncoderSpec, LoadEncoder, TextEncoder
-from retriever_service.encoding.vectors import Contents, Job, StoreDtype, VectorStore
+from retriever_service.encoding.vectors import Contents, Job, VectorStore
 from retriever_service.errors import RetrieverError
 from retriever_service.machine import available_cores, available_memory
 from retriever_service.passages.corpus import Passage

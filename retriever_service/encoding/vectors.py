@@ -20,12 +20,13 @@ import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
+from retriever_service.choices import StoreDtype
 from retriever_service.encoding.encoder import EncoderSpec, Vectors
 from retriever_service.errors import RetrieverError
 from retriever_service.files import FileRecord, check_contents, check_size, json_object
@@ -36,7 +37,6 @@ PASSAGES_FILE, SHARDS_DIR, JOB_FILE, MANIFEST_FILE = "passages.arrow", "shards",
 MEND = "remove it (and manifest.json, if there is one) and encode again: only what is missing is made anew"
 _GAP_ROWS, _SPAN_ROWS = 16, 4_096
 
-StoreDtype = Literal["float32", "float16"]
 T = TypeVar("T")
 
 

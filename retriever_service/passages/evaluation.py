@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from retriever_service.choices import DEFAULT_KS
 from retriever_service.errors import RetrieverError
 from retriever_service.files import writing
 from retriever_service.passages.records import open_records, read_lines
@@ -29,7 +30,6 @@ Run = dict[str, list[tuple[str, float]]]
 
 Measure = Literal["ndcg", "recall", "mrr", "all_gold"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
-DEFAULT_KS = (5, 10, 100)
 
 _NAME_IN_LIBRARY = {"ndcg": "nDCG", "recall": "R", "mrr": "RR", "all_gold": "R"}
 _BEIR_HEADER = ["query-id", "corpus-id", "score"]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
+from retriever_service.choices import Method
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.filters import Filter
-
-Method = Literal["dense", "bm25", "hybrid"]
 
 
 @dataclass(frozen=True, slots=True)

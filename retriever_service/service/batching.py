@@ -1,8 +1,8 @@
 """Many callers, one searcher: concurrent requests become batches.
 
 Guarantees:
-- requests that arrive while a batch is being searched form the next batch: no caller waits for a timer, and
-  an idle searcher answers at once;
+- requests that arrive while a batch is being searched form the next batch. An idle searcher answers at once, unless it
+  is told to wait a little for more (`wait_s`): small batches cost several times as much per query;
 - one thread owns the searcher (a GPU index may not even be read by two threads);
 - an answer is that of a plain search: only requests with the same k and options are searched together, and a
   failure among them is no other request's;
@@ -14,6 +14,7 @@ Guarantees:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
@@ -68,6 +69,8 @@ class _Request:
     k: int
     options: SearchOptions
     reply: asyncio.Future[Answers]
+    arrived: float
+    """On the event loop's clock."""
 
 
 class BatchingSearcher(Generic[S]):
@@ -77,6 +80,7 @@ class BatchingSearcher(Generic[S]):
         load: makes the searcher; called once, in the owner thread. Failures come out of `ready` and `search`.
         max_batch: most queries in one batch (a longer single request is still one batch).
         max_waiting: most queries that may wait.
+        wait_s: the longest that a request waits for others while the searcher is idle and the batch not full.
         on_batch: told the queries and seconds of every batch, in the owner thread.
     """
 
@@ -86,6 +90,7 @@ class BatchingSearcher(Generic[S]):
         *,
         max_batch: int = 128,
         max_waiting: int = 65_536,
+        wait_s: float = 0.0,
         on_batch: Callable[[int, float], None] | None = None,
     ) -> None:
         self.fingerprint: str | None = None
@@ -94,6 +99,8 @@ class BatchingSearcher(Generic[S]):
         """Queries that wait for the next batch now."""
         self._max_batch = max_batch
         self._max_waiting = max_waiting
+        self._wait_s = wait_s
+        self._no_more_waiting = asyncio.Event()  # the next batch is full, or the last
         self._on_batch = on_batch
         self._owner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retriever")
         self._searcher: Future[S] = self._owner.submit(self._load, load)
@@ -168,9 +175,12 @@ class BatchingSearcher(Generic[S]):
                 f"{self.waiting} queries are waiting (limit {self._max_waiting})",
                 retry_after_s=self.waiting * (self._query_s or 0.0),
             )
-        request = _Request(queries, k, options, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        request = _Request(queries, k, options, loop.create_future(), loop.time())
         self._requests.append(request)
         self.waiting += len(queries)
+        if self.waiting >= self._max_batch:
+            self._no_more_waiting.set()
         if self._serving is None or self._serving.done():
             self._serving = asyncio.create_task(self._serve())
         return request.reply
@@ -196,6 +206,7 @@ class BatchingSearcher(Generic[S]):
             nobody waits for it.
         """
         self._draining = True
+        self._no_more_waiting.set()
         if not self._requests and not self._searcher.done():
             return False
         idle = asyncio.ensure_future(self._come_to_rest())
@@ -225,7 +236,7 @@ class BatchingSearcher(Generic[S]):
         """Answer batch after batch until nobody waits."""
         # Callers that became runnable together with the first one get a turn to join its batch.
         await asyncio.sleep(0)
-        while batch := self._next_batch():
+        while batch := await self._next_batch():
             self._searching = batch
             outcomes = await asyncio.wrap_future(self._owner.submit(self._search_batch, batch))
             self._searching = []
@@ -237,8 +248,12 @@ class BatchingSearcher(Generic[S]):
                 else:
                     request.reply.set_result(outcome)
 
-    def _next_batch(self) -> list[_Request]:
+    async def _next_batch(self) -> list[_Request]:
         """Take waiting requests in order, up to `max_batch` queries; drop those whose caller has gone."""
+        if self._requests and self._wait_s:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._requests[0].arrived + self._wait_s):
+                    await self._no_more_waiting.wait()
         batch: list[_Request] = []
         size = 0
         while self._requests and (not batch or size + len(self._requests[0].queries) <= self._max_batch):
@@ -247,6 +262,8 @@ class BatchingSearcher(Generic[S]):
             if not request.reply.done():
                 batch.append(request)
                 size += len(request.queries)
+        if self.waiting < self._max_batch and not self._draining:
+            self._no_more_waiting.clear()
         return batch
 
     # ---------------------------------------------------------------- in the owner thread

@@ -18,9 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, SkipValidation, mo
 # pydantic reads `typing.TypedDict` from Python 3.12 on only.
 from typing_extensions import TypedDict
 
+from retriever_service.choices import Method
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.filters import Filter
-from retriever_service.passages.hits import Hit, Method, SearchOptions
+from retriever_service.passages.hits import Hit, SearchOptions
 from retriever_service.service.batching import Answers
 
 SEARCH_R1_TOPK = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -260,14 +261,16 @@ def test_death_of_the_engine_process_ends_a_push_long_before_its_deadline(
 def test_the_shared_memory_of_an_engine_has_no_name_that_could_outlive_it(
     shared_engine: EngineFixture,
 ) -> None:
-    mapped = {
-        mapping.path
-        for process in psutil.Process().children(recursive=True)
-        for mapping in process.memory_maps()
-        if mapping.path.startswith("/dev/shm/psm_")
-    }
-    assert mapped  # else there is nothing to look at
-    assert [path for path in mapped if Path(path).exists()] == []
+    processes = psutil.Process().children(recursive=True)
+    assert processes  # else there is nothing to look at
+    mapped = {mapping.path for process in processes for mapping in process.memory_maps()}
+    assert [path for path in mapped if path.startswith("/dev/shm/") and Path(path).exists()] == []
+
+
+def test_an_engine_on_cpus_is_one_process_beside_its_own(shared_engine: EngineFixture) -> None:
+    """A second one would have the first spin on a core while it waits."""
+    names = [process.name() for process in psutil.Process().children(recursive=True)]
+    assert sum(name.startswith("VLLM::") for name in names) == 1
 
 
 class ScriptedEngine(VllmEngine):
@@ -402,7 +405,7 @@ def test_prompt_tokens_and_those_found_in_the_cache_are_counted(shared_engine: E
 
     used = shared_engine.engine.use - before
     assert (used.prompt_tokens, used.preemptions) == (600, 0)
-    assert used.cached_tokens == 256  # blocks of 128
+    assert used.cached_tokens == 288  # blocks of 32
 
 
 def test_the_cache_has_room_for_some_agents(shared_engine: EngineFixture) -> None:
@@ -430,3 +433,14 @@ def test_an_engine_that_records_its_proposal_gives_log_q_of_what_it_sampled_and_
     proposal = hf_model.truncated_logprobs(ids + completion.token_ids, sampling)[len(ids) - 1 :]
     np.testing.assert_allclose(completion.logprobs, proposal, atol=1e-3)
     assert np.abs(np.array(completion.logprobs) - own).max() > 0.1
+
+
+def test_the_process_of_an_engine_loads_nothing_that_vllm_can_do_without(
+    shared_engine: EngineFixture,
+) -> None:
+    processes = [p for p in multiprocessing.active_children() if p.name == "EngineCore"]
+    assert processes
+    for process in processes:
+        libraries = {mapping.path for mapping in psutil.Process(process.pid).memory_maps()}
+        assert any("torch" in path for path in libraries)
+        assert not any("sklearn" in path or "pandas" in path for path in libraries)

@@ -101,15 +101,15 @@ def test_each_node_of_a_cluster_gets_as_many_replicas_and_they_know_it(
     where = ray.get([actor.ready.remote() for actor in started._actors])
     assert Counter(where) == dict.fromkeys(workers, 2)
     for told in ray.get([actor.options.remote() for actor in started._actors]):
-        assert (told["on_node"], told["num_threads"], told["local_copy"]) == (2, 5, "/nvme")
+        assert (told["sharers"], told["num_threads"], told["local_copy"]) == (2, 5, "/nvme")
     started.close()
 
     config = RetrieverConfig(replicas=3, gpus_per_replica=1)
-    started = Retrievers(config, tmp_path, runtime_env={}, start_timeout_s=60)
+    started = Retrievers(config, tmp_path, runtime_env={}, start_timeout_s=60, engines=2)
     started.wait()
     where = ray.get([actor.ready.remote() for actor in started._actors])
     assert len(set(where)) == 1
-    assert [told["on_node"] for told in ray.get([a.options.remote() for a in started._actors])] == [3] * 3
+    assert [told["sharers"] for told in ray.get([a.options.remote() for a in started._actors])] == [5] * 3
     started.close()
 
 

@@ -75,9 +75,9 @@ def reference(model: Path, examples: list[Example], config: LearnerConfig) -> Ex
             lengths,
             batch_size=config.batch_size,
             world_size=1,
-            token_budget=LONGEST,
+            token_budget=1000,
             seed=(1, epoch),
-            units=[e.id for e in examples],
+            units=[e.unit for e in examples],
         )
     ]
     losses, grad_norms = [], []
@@ -127,6 +127,44 @@ def test_ranks_zero_stage_and_packing_do_not_change_losses_gradients_or_weights(
 ) -> None:
     config = CONFIG.model_copy(update=changes)
     metrics, weights = run_ranks(config, model_path, train, make_examples())
+    assert [step["loss"] for step in metrics.history] == pytest.approx(expected.losses, abs=1e-5)
+    assert [step["grad_norm"] for step in metrics.history] == pytest.approx(expected.grad_norms, rel=1e-4)
+    assert_same_weights(weights, expected.weights)
+
+
+def siblings() -> list[Example]:
+    """Four questions of three trajectories: of each the second begins like the first, the third is it once more."""
+    examples = make_examples()
+    made = []
+    for k, example in enumerate(examples):
+        first = examples[k - k % 3]
+        ids, mask = example.token_ids.copy(), example.loss_mask.copy()
+        if k % 3 == 1:
+            common = min(len(ids), first.length) // 2
+            ids[:common], mask[:common] = first.token_ids[:common], first.loss_mask[:common]
+        elif k % 3 == 2:
+            ids, mask = first.token_ids, first.loss_mask
+        made.append(replace(example, unit=f"q{k // 3}", token_ids=ids, loss_mask=mask))
+    return made
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokens_per_microbatch": 1000},
+        {"tokens_per_microbatch": LONGEST, "num_ranks": 2},
+        {"num_ranks": 2, "zero_stage": 3, "gradient_checkpointing": True},
+        {"share_prefixes": False, "num_ranks": 2},
+        {"attention": "eager"},
+    ],
+    ids=lambda changes: " ".join(f"{k}={v}" for k, v in changes.items()),
+)
+def test_that_common_beginnings_are_computed_once_does_not_change_losses_gradients_or_weights(
+    model_path: Path, changes: dict[str, Any]
+) -> None:
+    config = CONFIG.model_copy(update=changes)
+    expected = reference(model_path, siblings(), config)
+    metrics, weights = run_ranks(config, model_path, train, siblings())
     assert [step["loss"] for step in metrics.history] == pytest.approx(expected.losses, abs=1e-5)
     assert [step["grad_norm"] for step in metrics.history] == pytest.approx(expected.grad_norms, rel=1e-4)
     assert_same_weights(weights, expected.weights)

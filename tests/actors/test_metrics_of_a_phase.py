@@ -75,7 +75,7 @@ def test_a_phase_is_seen_in_what_ray_exports_and_in_the_logs(
     shards.resume()
     weigh = SearchWeights(WeightingConfig(), AGENT, MODEL)
     roles = {SEARCHER: policy}
-    sampled = cluster.sample(
+    sampled = cluster.begin(
         SearchProgram(AGENT, score_answers=True),
         shards,
         weigh,
@@ -83,7 +83,7 @@ def test_a_phase_is_seen_in_what_ray_exports_and_in_the_logs(
         samples=2,
         sampling=Sampling(1.0, seed=1),
         name="sample",
-    )
+    ).result()
     trained = policy.train(
         sorted((run / "examples").glob("*.parquet")), WeightedNll(), state=run / "l", seed=0
     )

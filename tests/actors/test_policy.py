@@ -40,6 +40,9 @@ class Pool:
         self.workers: list[Any] = [name]
         self.options = EngineOptions("model", request_timeout_s=5.0)
 
+    def must_be_idle(self, why: str) -> None:
+        pass
+
     def sleep(self) -> None:
         self.log.append(f"{self.name} sleeps")
         self.serving = None

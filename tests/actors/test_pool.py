@@ -199,3 +199,17 @@ def test_uses_are_of_the_workers_that_answer() -> None:
     working.done = EngineUse(prompt_tokens=100, cached_tokens=80)
 
     assert pool.uses() == {working: EngineUse(prompt_tokens=100, cached_tokens=80)}
+
+
+def test_engines_at_work_are_not_brought_to_another_version() -> None:
+    pool = started(Worker())
+
+    async def work() -> None:
+        async with pool.at_work():
+            with pytest.raises(
+                ClusterError, match=r"engines of a are sampling with version 7; .* to serve version 8"
+            ):
+                pool.must_be_idle("to serve version 8")
+
+    asyncio.run(work())
+    pool.must_be_idle("to serve version 8")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 
 import pytest
 
@@ -21,6 +20,9 @@ from tests.actors.pools import (
     without_ray,
 )
 
+FULL = 10_000
+"""Episodes of a task with which the hands of any of these workers are full."""
+
 
 @pytest.fixture(autouse=True)
 def nodes(monkeypatch: pytest.MonkeyPatch) -> Nodes:
@@ -33,9 +35,10 @@ def test_a_pool_grows_as_there_is_room_and_no_further() -> None:
 
     async def work() -> None:
         async with pool.at_work():
-            assert [await pool.hired(), await pool.hired()] == [first, soon]
-            with suppress(TimeoutError):
-                await asyncio.wait_for(pool.hired(), 0.1)
+            hands = [await pool.hands.take(FULL) for _ in range(2)]
+            assert [hand.worker for hand in hands] == [first, soon]
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(pool.hands.take(FULL), 0.1)
 
     asyncio.run(work())
     assert present(pool) == [first, soon]
@@ -74,23 +77,27 @@ def test_an_engine_that_began_to_start_with_an_earlier_version_loads_the_current
     assert (slow.version, slow.loaded) == (8, "model-8")
 
 
-def test_a_worker_on_a_node_that_is_to_leave_ends_when_it_has_nothing_in_hand(nodes: Nodes) -> None:
-    first, leaving, other = Worker(), Worker(node="going"), Worker()
+@pytest.mark.parametrize("in_hand", [0, 2])
+def test_a_worker_on_a_node_that_is_to_leave_ends_when_it_has_nothing_in_hand(
+    nodes: Nodes, in_hand: int
+) -> None:
+    leaving, other = Worker(node="going"), Worker()
     nodes.alive.add("going")
-    pool = started(first, leaving, other, size=2, max_restarts=0)
+    pool = started(leaving, other, max_restarts=0)
 
     async def work() -> None:
         async with pool.at_work():
+            hands = [await pool.hands.take(1) for _ in range(in_hand)]
             nodes.draining.add("going")
             async with asyncio.timeout(10):
-                while pool.employs(leaving):
+                while present(pool) != [other]:
                     await asyncio.sleep(0.01)
-            assert await until_present(pool, 2) == [first, other]
-            assert not leaving.killed
-            pool.let_go(leaving)
+            assert (await pool.hands.take(1)).worker is other
+            for hand in hands:
+                assert leaving.killed == (hand.worker is other)
+                pool.hands.put_down(hand, 1)
             assert leaving.killed
-            pool.let_go(first)
-            assert not first.killed
+            assert not other.killed
 
     asyncio.run(work())
 
@@ -103,8 +110,8 @@ def test_a_worker_that_is_about_to_leave_is_not_replaced_twice(nodes: Nodes, end
     async def work() -> None:
         async with pool.at_work():
             nodes.draining.add("going")
-            assert await pool.hired() is leaving
-            assert await pool.hired() is other
+            assert (await pool.hands.take(FULL)).worker is leaving
+            assert (await pool.hands.take(FULL)).worker is other
             if end == "it dies":
                 pool.lost(leaving, "its node is gone")
                 assert leaving.killed

@@ -20,7 +20,7 @@ from actors import pool as module
 from actors.engine_options import EngineOptions
 from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
-from actors.rollout import RolloutRequest
+from actors.rollout import Receipt, RolloutRequest
 from actors.sampling import Phase, Work, run_phase
 from actors.seats import alive_nodes
 from pipeline.core.agents.program import Sampling, Task, derive_seed
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.component
 
 TASK_S = 0.25
 CONCURRENCY = 2
-QUESTIONS = [Question(f"q{number}", "Who?", ("Ada",)) for number in range(120)]
+QUESTIONS = [Question(f"q{number}", "Who?", ("Ada",)) for number in range(240)]
 PREEMPTION = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
 
 
@@ -55,11 +55,14 @@ class Worker:
     async def ping(self) -> None:
         pass
 
+    async def wants_more(self) -> None:
+        await asyncio.sleep(4 * TASK_S)
+
     @ray.method(num_returns=2)
-    async def rollout(self, request: RolloutRequest) -> tuple[Counts, tuple[int, str]]:
+    async def rollout(self, request: RolloutRequest) -> tuple[Receipt, tuple[int, str]]:
         assert self.version == 7
         await asyncio.sleep(TASK_S)
-        return Counts(1), (derive_seed(request.sampling.seed, request.task.id), self.node)
+        return Receipt(Counts(1), 100), (derive_seed(request.sampling.seed, request.task.id), self.node)
 
     async def shutdown(self) -> None:
         pass

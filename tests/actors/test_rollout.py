@@ -16,6 +16,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from actors import rollout
 from actors.engine_options import EngineOptions
 from actors.rollout import Peer, PeerDied, RemoteModel, RolloutRequest, RolloutWorker
+from actors.slots import Slots
 from pipeline.core.agents.program import GREEDY, Completion, EngineError, Model, Retrieve, Sampling
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.records import Episode, Question, ScoreRequest, StopReason
@@ -50,7 +51,7 @@ class Engine:
 
 def worker(engine: Engine) -> RolloutWorker:
     made = RolloutWorker.__new__(RolloutWorker)
-    made.options, made.engine, made._slots = engine.options, engine, asyncio.Semaphore(2)  # type: ignore[assignment]
+    made.options, made.engine, made._slots = engine.options, engine, Slots(2)  # type: ignore[assignment]
     made.retriever = SimpleNamespace(search=None)  # type: ignore[assignment]
     return made
 
@@ -114,8 +115,8 @@ def request(program: Scripted, samples: int = 1, **peers: Any) -> RolloutRequest
 @pytest.mark.parametrize(("failures", "failed"), [(1, 0), (2, 1)])
 def test_an_episode_that_the_infrastructure_ended_is_run_once_more(failures: int, failed: int) -> None:
     program = Scripted(failures)
-    counts, episodes = asyncio.run(worker(Engine()).rollout(request(program)))  # type: ignore[misc]
-    assert (program.runs, counts.infrastructure_failures) == (2, failed)
+    receipt, episodes = asyncio.run(worker(Engine()).rollout(request(program)))  # type: ignore[misc]
+    assert (program.runs, receipt.counts.infrastructure_failures) == (2, failed)
     assert episodes[0].turns[0].policy_version == 4
 
 
@@ -146,9 +147,9 @@ def test_an_episode_that_is_run_again_is_the_same_episode() -> None:
 @pytest.mark.parametrize(("failures", "failed", "last"), [(0, 0, ""), (6, 3, "down")])
 def test_the_driver_is_told_counts(failures: int, failed: int, last: str) -> None:
     program = Scripted(failures)
-    counts, episodes = asyncio.run(worker(Engine()).rollout(request(program, samples=3)))  # type: ignore[misc]
+    receipt, episodes = asyncio.run(worker(Engine()).rollout(request(program, samples=3)))  # type: ignore[misc]
     assert [episode.sample for episode in episodes] == [0, 1, 2]
-    assert counts == Counts(3, 6, failed, last)
+    assert receipt.counts == Counts(3, 6, failed, last)
 
 
 class Exited(BaseException):
@@ -192,8 +193,8 @@ def handle(error: Exception | None) -> Any:
 
 
 def test_another_policys_worker_answers_for_its_role() -> None:
-    summary, _ = asyncio.run(worker(Engine()).rollout(request(Scripted(), judge=handle(None))))  # type: ignore[misc]
-    assert summary.infrastructure_failures == 0
+    receipt, _ = asyncio.run(worker(Engine()).rollout(request(Scripted(), judge=handle(None))))  # type: ignore[misc]
+    assert receipt.counts.infrastructure_failures == 0
 
 
 def test_the_death_of_another_policys_worker_is_told_with_its_role() -> None:

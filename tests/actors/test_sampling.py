@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,9 +14,10 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 
 from actors import shift as module
 from actors.engine_options import EngineOptions
+from actors.memory import Memory
 from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
-from actors.rollout import Peer, PeerDied, RolloutRequest
+from actors.rollout import Peer, PeerDied, Receipt, RolloutRequest
 from actors.sampling import Phase, Work, run_phase
 from actors.seats import Seat
 from actors.session import ClusterError
@@ -36,6 +38,7 @@ class Worker:
         self.starts = starts
         self.started_with: int | None = None
         self.rollout = SimpleNamespace(remote=self._rollout)
+        self.wants_more = SimpleNamespace(remote=lambda: asyncio.sleep(0))
         self.where = SimpleNamespace(remote=self._where)
         self.start = SimpleNamespace(remote=self._start)
 
@@ -43,14 +46,14 @@ class Worker:
         self.requests += 1
         return self._answer(request, self.requests >= self.dies_at), request.task.id
 
-    async def _answer(self, request: RolloutRequest, dies: bool) -> Counts:
+    async def _answer(self, request: RolloutRequest, dies: bool) -> Receipt:
         await asyncio.sleep(0)
         if dies:
             raise RayActorError()
         for role, peer in request.peers.items():
             if peer.handle.dies_at <= 0:
                 raise RayTaskError("rollout", "traceback", PeerDied(role))
-        return Counts(1, 10, self.failures, "down" if self.failures else "")
+        return Receipt(Counts(1, 10, self.failures, "down" if self.failures else ""), 400)
 
     async def _where(self) -> str:
         return "node"
@@ -252,14 +255,85 @@ def test_a_worker_that_joins_takes_tasks_at_once_and_one_that_is_to_leave_takes_
         async def __call__(self, task: Task, counts: Counts, reference: Any) -> None:
             await asyncio.sleep(0.01)
             await super().__call__(task, counts, reference)
-            if second.requests == 5:
+            if second.requests >= 5:
                 draining.add("node")
 
     sink = Slow()
-    assert run(growing, 60, sink) == 60
-    assert sorted(sink.taken) == sorted(f"q{i}" for i in range(60))
+    assert run(growing, 400, sink) == 400
+    assert sorted(sink.taken) == sorted(f"q{i}" for i in range(400))
     assert first in killed and second not in killed
     assert second.requests > first.requests
+
+
+@pytest.mark.parametrize(("number", "at_once"), [(20, 100), (300, 256), (7, 1)])
+def test_tasks_are_spread_evenly_though_one_worker_could_hold_them_all(number: int, at_once: int) -> None:
+    workers = [Worker() for _ in range(3)]
+    spread = pool(*workers, size=3)
+    spread.agents_per_worker = at_once
+    run(spread, number)
+    requests = [worker.requests for worker in workers]
+    assert max(requests) - min(requests) <= 1
+    assert sum(requests) == number
+
+
+def test_a_worker_that_is_faster_gets_more() -> None:
+    class Slow(Worker):
+        async def _answer(self, request: RolloutRequest, dies: bool) -> Receipt:
+            await asyncio.sleep(0.02)
+            return await super()._answer(request, dies)
+
+    slow, fast = Slow(), Worker()
+    run(pool(slow, fast, size=2), 60)
+    assert fast.requests > 5 * slow.requests
+
+
+async def together(pool: EnginePool, *sizes: int) -> list[Sink]:
+    """Phases of so many questions at once; their sinks."""
+    sinks = [Sink() for _ in sizes]
+    phase = Phase(None, 1, GREEDY, max_failure_share=0.02)  # type: ignore[arg-type]
+    phases = [
+        run_phase(phase, Work(questions(number)), {"searcher": pool}, sink, lambda done: None)
+        for number, sink in zip(sizes, sinks, strict=True)
+    ]
+    await asyncio.gather(*phases)
+    return sinks
+
+
+def test_phases_that_overlap_share_the_workers_and_their_replacements() -> None:
+    """The shorter one ends long before the other, which goes on with the same workers."""
+    workers = [Worker(dies_at=15), Worker(), Worker()]
+    short, long = asyncio.run(together(pool(*workers, size=2), 5, 90))
+    assert sorted(short.taken) == sorted(f"q{i}" for i in range(5))
+    assert sorted(long.taken) == sorted(f"q{i}" for i in range(90))
+    assert all(worker.requests > 10 for worker in workers)
+
+
+def test_one_worker_is_given_no_more_by_several_phases_than_it_has_room_for() -> None:
+    class Watched(Worker):
+        in_hand = most = 0
+
+        async def _answer(self, request: RolloutRequest, dies: bool) -> Receipt:
+            self.in_hand += 1
+            self.most = max(self.most, self.in_hand)
+            await asyncio.sleep(0.001)
+            self.in_hand -= 1
+            return await super()._answer(request, dies)
+
+    worker = Watched()
+    shared = pool(worker)
+    shared.agents_per_worker = 4
+    asyncio.run(together(shared, 30, 30))
+    assert (
+        worker.most == 16
+    )  # this one says at once that none of what it has waits, up to four times its slots
+
+
+def test_all_phases_hear_that_too_many_workers_are_lost() -> None:
+    async def both() -> Sequence[object]:
+        lost = pool(Worker(dies_at=3), *(Worker(starts=False) for _ in range(3)))
+        return await asyncio.gather(together(lost, 9), together(lost, 9), return_exceptions=True)
+
+    assert [type(outcome) for outcome in asyncio.run(both())] == [ClusterError, ClusterError]
 
 
 def in_room_after(seconds: float, node: str) -> Any:
@@ -270,3 +344,27 @@ def in_room_after(seconds: float, node: str) -> Any:
         return node
 
     return SimpleNamespace(remote=where)
+
+
+@pytest.mark.parametrize(("memory", "fit"), [(1200, 3), (100, 1), (math.inf, 20)])
+def test_a_slow_sink_slows_the_workers_down_before_what_waits_fills_the_memory(
+    memory: float, fit: int
+) -> None:
+    """A task takes 400 bytes. Without a limit a worker has four times as many in hand as its engine has slots."""
+    waiting: set[str] = set()
+    most = 0
+
+    class Slow(Sink):
+        async def __call__(self, task: Task, counts: Counts, reference: Any) -> None:
+            nonlocal most
+            waiting.add(task.id)
+            most = max(most, len(waiting))
+            await asyncio.sleep(0.005)
+            await super().__call__(task, counts, reference)
+            waiting.remove(task.id)
+
+    workers = [Worker() for _ in range(5)]
+    large, work = pool(*workers, size=5), Work(questions(40))
+    phase = Phase(None, 1, GREEDY, max_failure_share=0.0)  # type: ignore[arg-type]
+    asyncio.run(run_phase(phase, work, {"searcher": large}, Slow(), lambda done: None, Memory(memory, 25)))
+    assert (work.done, most) == (40, fit)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,9 @@ import ray
 from ray.exceptions import RayActorError
 
 from actors import weighting as module
-from actors.rollout import RolloutRequest
+from actors.engine_options import EngineOptions
+from actors.hands import Hands
+from actors.rollout import Receipt, RolloutRequest
 from actors.sampling import Phase, Work, run_phase
 from actors.session import ClusterError
 from actors.weighting import ShardSink, Weighting
@@ -61,15 +63,16 @@ class Worker:
         self.served: list[str] = []
         self.put = put
         self.rollout = SimpleNamespace(remote=self._rollout)
+        self.wants_more = SimpleNamespace(remote=lambda: asyncio.sleep(0))
 
     def _rollout(self, request: RolloutRequest) -> tuple[Any, Any]:
         task: Any = request.task
         self.served.append(task.id)
-        return self._counts(), self.put(episodes_of(task))
+        return self._receipt(), self.put(episodes_of(task))
 
-    async def _counts(self) -> Counts:
+    async def _receipt(self) -> Receipt:
         await asyncio.sleep(0.001)
-        return Counts(1, 2)
+        return Receipt(Counts(1, 2), 100)
 
 
 class Pool:
@@ -78,24 +81,29 @@ class Pool:
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.rollout, self.agents_per_worker = RolloutConfig(), 4
-        self.is_hired = False
+        self.options = EngineOptions("model")
+
+    @property
+    def hands(self) -> Hands:
+        return self._hands
 
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
-        self.is_hired = False
-        yield
+        asking = set[asyncio.Task[None]]()
 
-    async def hired(self) -> Worker:
-        if self.is_hired:
-            await asyncio.sleep(3600)
-        self.is_hired = True
-        return self.worker
+        def spawn(work: Coroutine[Any, Any, None]) -> None:
+            asking.add(asyncio.create_task(work))
 
-    def employs(self, worker: Worker) -> bool:
-        return True
+        self._hands = Hands(4, lambda worker: True, lambda worker: None, self._lose, spawn)
+        self._hands.hire(self.worker)
+        try:
+            yield
+        finally:
+            for task in asking:
+                task.cancel()
 
-    def let_go(self, worker: Worker) -> None:
-        pass
+    def _lose(self, worker: Worker, cause: str) -> None:
+        raise AssertionError(cause)
 
 
 def shards_at(at: Path) -> Shards:
@@ -258,6 +266,27 @@ def test_what_is_done_when_a_phase_is_given_up_is_not_sampled_again(
     assert len(worker.served) <= len(TASKS) - 8
     assert_is_whole(work, statistics, tmp_path)
     assert contents(tmp_path) == undisturbed
+
+
+def test_few_tasks_are_on_their_way_to_a_slow_actor_however_many_are_sampled(
+    tmp_path: Path, sink_of: Callable[..., ShardSink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their episodes are copied to its node; those of the others stay where they are."""
+    under_way: list[int] = []
+
+    class Slow(Mortal):
+        async def _call(self, name: str, *arguments: Any) -> Any:
+            if name != "add":
+                return await super()._call(name, *arguments)
+            under_way.append(1 + (under_way[-1] if under_way else 0))
+            await asyncio.sleep(0.005)
+            under_way.append(under_way[-1] - 1)
+            return await super()._call(name, *arguments)
+
+    monkeypatch.setattr(module, "ADDS_AT_ONCE", 2)
+    work, statistics = sample(tmp_path, sink_of(Slow()), Worker(lambda value: value))
+    assert_is_whole(work, statistics, tmp_path)
+    assert max(under_way) == 2
 
 
 def test_deaths_are_counted_by_phase(tmp_path: Path, sink_of: Callable[..., ShardSink]) -> None:

@@ -6,6 +6,8 @@ Most commands run in this process, with a hashing encoder and without Ray; the t
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,15 @@ from tests.pipeline.commands_support import COLD_START, TRAIN, passage, question
 from tests.retriever_service.fake_engine import ANIMALS
 from tests.retriever_service.scripted_server import ScriptedServer
 from tests.retriever_service.support import write_jsonl
+
+
+def test_help_loads_no_library_that_computes() -> None:
+    """Each of them takes longer to load than a person waits gladly for a help text."""
+    heavy = {"numpy", "pyarrow", "pydantic", "torch", "faiss", "ray"}
+    code = f"import sys, pipeline.cli; print(*{heavy} & {{*sys.modules}})"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert said.split() == []
+
 
 # ---------------------------------------------------------------- configuration
 

@@ -181,7 +181,7 @@ def test_an_interrupted_command_says_how_to_go_on(run_command: Any, monkeypatch:
 def test_an_interrupted_question_promises_nothing(
     run_command: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("pipeline.commands.ask.ask", interrupted)

@@ -31,6 +31,7 @@ from pipeline.core.shards import Shards
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import Weighted
 from pipeline.run import Run
+from pipeline.steps import Begun
 
 NAMES = ("selector", "generator")
 
@@ -83,6 +84,22 @@ def opened(
         policies = {name: StandInPolicy() for name in NAMES}
         run.cluster = cast(Cluster, SimpleNamespace(policy=policies.__getitem__, policies=policies))
         yield run
+
+
+def begins(phase: Callable[..., SampleReport], cancel: Callable[[], None] = lambda: None) -> Any:
+    """A cluster's `begin`, which does all of the phase when its result is asked for."""
+
+    def begin(*arguments: Any, **settings: Any) -> Any:
+        return SimpleNamespace(result=lambda: phase(*arguments, **settings), cancel=cancel)
+
+    return begin
+
+
+def answer_all(program: Any, shards: Shards, *_: object, **__: object) -> SampleReport:
+    """A phase of one answer for each task."""
+    for number in range(len(shards)):
+        shards.write(number, [([answer(t.id)], Weighted({}, {})) for t in shards.members(number)])
+    return SampleReport(len(shards.tasks), 1, 1.0, {})
 
 
 def trained(run: Run, name: str) -> list[tuple[Any, ...]]:
@@ -164,16 +181,68 @@ def test_a_sampling_that_was_cut_off_goes_on_behind_its_complete_shards(tmp_path
                 shards.write(number, episodes)
             return then()
 
-        cast(Any, run.cluster).sample = on_cluster
+        cast(Any, run.cluster).begin = begins(on_cluster)
         return run.sample(1, cast(Any, None), {}, weigh, samples=1, sampling=sampling)
 
     with opened(tmp_path, train=questions, questions_per_shard=2) as run, pytest.raises(Killed):
         sample(run, [1], kill)
     with opened(tmp_path, train=questions, questions_per_shard=2) as run:
-        result = sample(run, [0, 2], lambda: SampleReport(5, 50, {"bound": -1.0}))
+        result = sample(run, [0, 2], lambda: SampleReport(5, 50, 1.0, {"bound": -1.0}))
         assert [shard.name for shard in run.shards(1, "selector")] == [f"00000{n}.parquet" for n in range(3)]
     assert seen == [["q0", "q1", "q2", "q3", "q4"], ["q0", "q1", "q4"]]
     assert (result["trajectories"], result["generated_tokens"], result["bound"]) == (5, 50, -1.0)
+
+
+def test_a_sampling_is_told_how_long_its_questions_took_in_the_iteration_before(tmp_path: Path) -> None:
+    weigh, told = cast(Any, SimpleNamespace(outputs=["selector"])), list[Any]()
+
+    def sample(program: Any, shards: Shards, *_: object, lengths: Any, **__: object) -> SampleReport:
+        told.append(lengths)
+        shards.write(0, [([answer("q")], Weighted({"selector": []}, {}))])
+        return SampleReport(1, 2, 1.0, {})
+
+    with opened(tmp_path, train=[Question("q", "Who?", ("A",))]) as run:
+        cast(Any, run.cluster).begin = begins(sample)
+        for t in (1, 2):
+            run.sample(t, cast(Any, None), {}, weigh, samples=1, sampling=cast(Any, None))
+    assert told == [{}, {"q": 2.0}]
+
+
+def beside(path: Path, then: Callable[[Run, Begun], object]) -> list[str]:
+    """What is done of iteration 2 that was begun, and beside it; iteration 1 is trained meanwhile."""
+    done: list[str] = []
+
+    def phase(program: Any, shards: Shards, *_: object, **__: object) -> SampleReport:
+        done.append("sampled")
+        shards.write(0, [([], Weighted({"selector": []}, {"id": "q"}))])
+        return SampleReport(5, 50, 7.5, {"bound": -1.0})
+
+    with opened(path, train=[Question("q", "Who?", ("A",))]) as run, run:
+        cast(Any, run.cluster).begin = begins(phase, cancel=lambda: done.append("cancelled"))
+        weigh = cast(Any, SimpleNamespace(outputs=["selector"]))
+        begun = run.begin_sampling(2, cast(Any, None), {}, weigh, samples=1, sampling=cast(Any, None))
+        train(run, 1, "selector")
+        done.append("trained")
+        then(run, begun)
+    return done
+
+
+def test_a_sampling_goes_on_beside_a_training_and_is_recorded_at_its_end(tmp_path: Path) -> None:
+    assert beside(tmp_path, lambda run, begun: begun.finish()) == ["trained", "sampled"]
+    with opened(tmp_path) as run:
+        result = run.files.finished("2/sample")
+    assert result is not None
+    assert (result["bound"], result["seconds"]) == (-1.0, 7.5)
+    assert [line["phase"] for line in metrics(tmp_path)] == [*["selector/train"] * 3, "sample"]
+
+
+def test_a_sampling_that_is_not_ended_is_cancelled_with_the_run_and_begun_again_by_the_next(
+    tmp_path: Path,
+) -> None:
+    assert beside(tmp_path, lambda run, begun: None) == ["trained", "cancelled"]
+    assert beside(tmp_path, lambda run, begun: begun.cancel()) == ["trained", "cancelled"]
+    assert beside(tmp_path, lambda run, begun: begun.finish()) == ["trained", "sampled"]
+    assert beside(tmp_path, lambda run, begun: begun.finish()) == ["trained"]
 
 
 def test_a_shard_that_is_lost_before_training_has_read_it_is_sampled_again(tmp_path: Path) -> None:
@@ -186,9 +255,9 @@ def test_a_shard_that_is_lost_before_training_has_read_it_is_sampled_again(tmp_p
             for number in {shards.shard_of(task) for task in shards.to_do()}:
                 members = shards.members(number)
                 shards.write(number, [([], Weighted({"selector": []}, {"id": t.id})) for t in members])
-            return SampleReport(5, 50, {"bound": -1.0})
+            return SampleReport(5, 50, 1.0, {"bound": -1.0})
 
-        cast(Any, run.cluster).sample = on_cluster
+        cast(Any, run.cluster).begin = begins(on_cluster)
         weigh = cast(Any, SimpleNamespace(outputs=["selector"]))
         return run.sample(1, cast(Any, None), {}, weigh, samples=1, sampling=cast(Any, None))
 
@@ -254,7 +323,6 @@ def test_a_model_that_was_damaged_or_removed_is_refused_where_it_is_to_be_used(
         write_checksums(model)
 
     monkeypatch.setattr(StandInPolicy, "save", write)
-    monkeypatch.setattr(Run, "_scores", lambda self, *_: {"em": 1.0})
     question = [Question("q", "Who?", ("A",))]
     with opened(tmp_path, test=question) as run:
         train(run, 1, "selector")
@@ -265,7 +333,8 @@ def test_a_model_that_was_damaged_or_removed_is_refused_where_it_is_to_be_used(
     else:
         shutil.rmtree(model)
     with opened(tmp_path, test=question) as run:
-        assert run.test("best", cast(Any, None), {"selector": 2}, answers="selector")["em"] == 1.0
+        cast(Any, run.cluster).begin = begins(answer_all)
+        assert run.test("best", cast(Any, None), {"selector": 2}, answers="selector")["iteration"] == 2
         with pytest.raises(UserError, match=message):
             run.test("start", cast(Any, None), {"selector": 1}, answers="selector")
 
@@ -305,8 +374,9 @@ def test_a_test_is_done_again_if_another_version_is_the_best_one_now(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = iter([10.0, 20.0])
-    monkeypatch.setattr(Run, "_scores", lambda self, *_: {"em": next(scores)})
+    monkeypatch.setattr("pipeline.run.evaluate", lambda *_: {"em": next(scores)})
     with opened(tmp_path, test=[Question("q", "Who?", ("A",))]) as run:
+        cast(Any, run.cluster).begin = begins(answer_all)
         for version in (1, 1, 2):
             run.test("best", cast(Any, None), {"selector": version}, answers="selector")
         result = run.files.test_results()["best"]
@@ -329,10 +399,10 @@ def test_an_evaluation_that_was_cut_off_goes_on_behind_its_complete_shards_of_th
             for number in to_do:
                 shards.write(number, [([answer(t.id)], Weighted({}, {})) for t in shards.members(number)])
                 then()
-            return SampleReport(5, 50, {})
+            return SampleReport(5, 50, 1.0, {})
 
         with opened(tmp_path, test=questions, questions_per_shard=2) as run:
-            cast(Any, run.cluster).sample = on_cluster
+            cast(Any, run.cluster).begin = begins(on_cluster)
             return run.test("best", cast(Any, None), {"selector": version}, answers="selector")
 
     for version in (1, 1, 2):
@@ -354,11 +424,11 @@ def test_a_run_scores_by_the_protocol_of_its_configuration(tmp_path: Path, proto
 
     def sample(program: Any, shards: Shards, *_: object, **__: object) -> SampleReport:
         shards.write(0, [([said], Weighted({}, {}))])
-        return SampleReport(1, 1, {})
+        return SampleReport(1, 1, 1.0, {})
 
     questions = [Question("q", "When?", ("1914-1918",))]
     with opened(tmp_path, test=questions, evaluation=EvaluationConfig(protocol=protocol)) as run:
-        cast(Any, run.cluster).sample = sample
+        cast(Any, run.cluster).begin = begins(sample)
         result = run.test("best", cast(Any, None), {"selector": 0}, answers="selector")
     assert result["em"] == em
 

@@ -41,7 +41,7 @@ def test_one_iteration_changes_the_model_and_reports(
     from pipeline.em import train
 
     model = random_model(tmp_path / "model", architecture)
-    settings = [*overrides(world, index, model), f"agent.layout={layout}"]
+    settings = [*overrides(world, index, model), f"agent.layout={layout}", "tracking.profile=true"]
     if retriever == "server":
         # The cluster is up already: its actors do not see this variable.
         monkeypatch.setenv("EXSEARCH_TOKEN", TOKEN)
@@ -71,6 +71,12 @@ def test_one_iteration_changes_the_model_and_reports(
         context = trajectory.token_ids[: trajectory.answer_start]
         assert (example.token_ids[: trajectory.answer_start] == context).all()
     assert _weights(iteration / "searcher" / "model") != _weights(model)
+
+    trace = json.loads((tmp_path / "run" / "profile.json").read_text())["traceEvents"]
+    names = {it["pid"]: it["args"]["name"].split(" ")[0] for it in trace if it["name"] == "process_name"}
+    calls = [(names[it["pid"]], it["name"]) for it in trace if it["ph"] == "X"]
+    assert calls.count(("RolloutWorker", "rollout")) >= 8 + 4
+    assert {("driver", "1/sample"), ("driver", "1/searcher/train"), ("LearnerRank", "train")} <= set(calls)
 
 
 def _weights(model: Path) -> bytes:

@@ -14,11 +14,12 @@ pytestmark = pytest.mark.system
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-searcher"
 
 
-def ask(question: str, index: Path, *flags: str) -> str:
+def ask(index: Path, *arguments: str, typed: str = "") -> str:
     """What `exsearch ask` prints; nothing on stderr may frighten."""
-    command = [sys.executable, "-m", "pipeline.cli", "ask", *flags, "--model", str(MODEL)]
+    command = [sys.executable, "-m", "pipeline.cli", "ask", "--model", str(MODEL), "--index", str(index)]
     result = subprocess.run(
-        [*command, "--index", str(index), question, "agent.documents=1", "model.max_length=1024"],
+        [*command, *arguments, "agent.documents=1", "model.max_length=1024"],
+        input=typed,
         capture_output=True,
         text=True,
         timeout=300,
@@ -37,7 +38,7 @@ def question(world: Path) -> str:
 
 @pytest.fixture(scope="module")
 def answer(question: str, index: Path) -> dict[str, Any]:
-    return json.loads(ask(question, index, "--json"))  # type: ignore[no-any-return]
+    return json.loads(ask(index, "--json", question))  # type: ignore[no-any-return]
 
 
 def test_a_program_gets_one_json_object(question: str, answer: dict[str, Any]) -> None:
@@ -49,9 +50,23 @@ def test_a_program_gets_one_json_object(question: str, answer: dict[str, Any]) -
 def test_a_person_gets_the_same_trajectory_step_by_step(
     question: str, index: Path, answer: dict[str, Any]
 ) -> None:
-    lines = ask(question, index).splitlines()
+    lines = ask(index, question).splitlines()
     thoughts = [line.split(maxsplit=1)[1] for line in lines if line.startswith("  think ")]
     assert thoughts[: len(answer["steps"])] == [step["query"] for step in answer["steps"]]
     passages = [line for line in lines if line.startswith("    [1] ")]
     assert len(passages) == sum(len(step["hits"]) for step in answer["steps"])
     assert lines[-1] == f" answer  {answer['answer']}"
+
+
+@pytest.mark.chaos
+def test_questions_that_are_typed_one_after_the_other_get_the_answers_of_a_file_of_them(
+    question: str, index: Path, answer: dict[str, Any], tmp_path: Path
+) -> None:
+    typed = [json.loads(line) for line in ask(index, "--json", typed=f"{question}\nWho?\n").splitlines()]
+    file = tmp_path / "questions.jsonl"
+    file.write_text(
+        "".join(json.dumps({"id": str(n), "question": q}) + "\n" for n, q in enumerate((question, "Who?")))
+    )
+    found = [json.loads(line) for line in ask(index, "--json", "--questions", str(file)).splitlines()]
+    assert typed[0] == answer
+    assert found == [{"id": str(n), **one} for n, one in enumerate(typed)]

@@ -1,5 +1,5 @@
-"""`ray job submit` on two nodes: followed, stopped in mid-E-step and in mid-M-step, submitted again, it ends with the
-result of an undisturbed run, and a stopped job leaves nothing behind."""
+"""`ray job submit` on two nodes: followed, stopped in the middle, submitted again, it ends with the result of an
+undisturbed run, and a stopped job leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -30,32 +30,40 @@ def nodes() -> Iterator[Nodes]:
         yield started
 
 
+@pytest.mark.parametrize(
+    "in_e_step", [False, pytest.param(True, marks=pytest.mark.chaos)], ids=["m-step", "e-step and m-step"]
+)
 def test_a_job_that_is_stopped_and_submitted_again_ends_like_an_undisturbed_one(
-    nodes: Nodes, world: Path, index: Path, tmp_path: Path
+    nodes: Nodes, world: Path, index: Path, tmp_path: Path, in_e_step: bool
 ) -> None:
     settings = [
         *overrides(world, index, random_model(tmp_path / "model", "Qwen2")),
         *("rollout.workers=2", "rollout.samples=8", "rollout.concurrency=4", "rollout.questions_per_shard=1"),
         # An M-step that goes on for longer than `ray job stop` takes to begin.
-        *("learner.batch_size=1", "learner.epochs=4", "learner.checkpoint_minutes=1e-9"),
+        *("learner.batch_size=1", "learner.epochs=8", "learner.checkpoint_minutes=1e-9"),
         "cold_start.questions=0",
     ]
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
-    said = nodes.ray(*SUBMIT, "--submission-id", "undisturbed", "--", *entrypoint(undisturbed, settings))
-    assert "iteration 1: sampling" in said and "Job 'undisturbed' succeeded" in said
+    said = nodes.ray(
+        *SUBMIT, "--submission-id", f"undisturbed-{in_e_step}", "--", *entrypoint(undisturbed, settings)
+    )
+    assert "iteration 1: sampling" in said and f"Job 'undisturbed-{in_e_step}' succeeded" in said
 
     sample = stopped / "iterations/0001/sample.json"
     shards, checkpoint = (
         stopped / "iterations/0001/rollouts",
         "iterations/0001/searcher/learner/checkpoint.json",
     )
-    stop_when(nodes, "e-step", stopped, settings, lambda: any(shards.glob("*.parquet")))
-    assert not sample.exists()
-    stop_when(nodes, "m-step", stopped, settings, (stopped / checkpoint).exists)
+    if in_e_step:
+        stop_when(nodes, "e-step", stopped, settings, lambda: any(shards.glob("*.parquet")))
+        assert not sample.exists()
+    stop_when(nodes, f"m-step-{in_e_step}", stopped, settings, (stopped / checkpoint).exists)
     assert sample.exists() and not (stopped / "iterations/0001/searcher/train.json").exists()
 
-    said = nodes.ray(*SUBMIT, "--submission-id", "to-the-end", "--", *entrypoint(stopped, settings))
-    assert "Job 'to-the-end' succeeded" in said
+    said = nodes.ray(
+        *SUBMIT, "--submission-id", f"to-the-end-{in_e_step}", "--", *entrypoint(stopped, settings)
+    )
+    assert f"Job 'to-the-end-{in_e_step}' succeeded" in said
     assert trained(stopped)["resumed_at"] > 0
     assert scores(stopped) == scores(undisturbed)
     assert history(stopped) == history(undisturbed)

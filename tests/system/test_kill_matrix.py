@@ -33,14 +33,15 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(3600)]
 
 ITERATIONS = 4
 FROM = {
-    E_STEP: "iterations/0001/evaluation.json",
+    E_STEP: "iterations/0001/searcher/train.json",
     M_STEP: "iterations/0002/sample.json",
     EVALUATION: "iterations/0002/searcher/train.json",
-    SCORING: "iterations/0002/evaluation.json",
-    PUSH: "iterations/0003/searcher/train.json",
+    PUSH: "iterations/0003/sample.json",
+    SCORING: "iterations/0003/searcher/train.json",
     CHECKPOINT: "iterations/0004/sample.json",
 }
-"""The moments, and what the run has when the next one of that kind is the one meant.
+"""The moments, and what the run has when the next one of that kind is the one meant. An E-step and the evaluation of
+the iteration before it go on beside each other.
 
 While a learner works no engine is replaced, so that an engine is lost at one of its moments an iteration: then the
 other one is there for the push.
@@ -238,8 +239,8 @@ SHORT = {
     E_STEP: "weighting actor",
     M_STEP: "learner rank",
     EVALUATION: "its engine process",
-    SCORING: "a retriever replica",
     PUSH: "rollout worker",
+    SCORING: "a retriever replica",
     CHECKPOINT: "driver",
 }
 WHOLE = [pytest.param(dict.fromkeys(FROM, victim), id=victim, marks=pytest.mark.chaos) for victim in VICTIMS]

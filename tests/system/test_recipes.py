@@ -91,6 +91,7 @@ def weights(model: Path) -> dict[str, np.ndarray]:
     return load_file(model / "model.safetensors")
 
 
+@pytest.mark.chaos
 def test_two_policies_of_different_kinds_are_sampled_scored_trained_and_pushed(
     duet: Duet, tmp_path: Path
 ) -> None:

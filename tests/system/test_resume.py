@@ -102,9 +102,11 @@ def shards_when_at_rest(run: Path) -> dict[str, list[tuple[int, int]]]:
 
 
 def sampled(run: Path) -> dict[str, Any]:
-    """The figures of the E-step but for its time, without the digits that depend on who was in one batch."""
+    """The figures of the E-step but for its time and its engines', which are those of the process that finished it;
+    without the digits that depend on who was in one batch."""
     figures = json.loads((run / "iterations/0001/sample.json").read_text())
-    del figures["seconds"]
+    for name in ("seconds", "seconds_waited", "engines"):
+        del figures[name]
     return {key: round(value, 3) if isinstance(value, float) else value for key, value in figures.items()}
 
 

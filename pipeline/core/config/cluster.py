@@ -39,6 +39,8 @@ class ClusterConfig(Section):
 
 
 class TrackingConfig(Section):
+    profile: bool = False
+    """Write a timeline of the first iteration that is worked on, all actors beside each other: `profile.json`."""
     tensorboard: bool = True
     """Write TensorBoard events into the run directory."""
     wandb_project: str | None = None

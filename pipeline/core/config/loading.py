@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -94,6 +95,11 @@ def read_tree(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections (key: value), not a {type(tree).__name__}")
     return tree
+
+
+def is_override(text: str) -> bool:
+    """Whether this has the form of an override, `key.key=value`."""
+    return re.match(r"\s*[a-z_]\w*(\.\w+)*\s*=", text) is not None
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -33,7 +33,7 @@ class RolloutConfig(Section):
     """Top-k sampling; 0 is off."""
     concurrency: int | None = Field(None, ge=1)
     """Agents in flight per worker. Null: as many as the engine's KV cache holds when each is half of
-    `model.max_length` long, at most 512 on GPUs and 128 on CPUs."""
+    `model.max_length` long, at most 512 on GPUs and 256 on CPUs."""
     questions_per_shard: int = Field(256, ge=1)
     """Questions per shard of trajectories in the run directory. Of those that are done a killed run loses a
     minute's worth at most, and fewer than a shard."""
@@ -129,7 +129,8 @@ class LearnerConfig(Section):
     offload_parameters: bool = False
     """Keep parameters in CPU memory (stage 3 only)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the forward and backward pass. `auto`: bfloat16 on GPUs, float32 on CPUs."""
+    """Number format of the forward and backward pass. `auto`: bfloat16 on GPUs, float32 on CPUs, which without AMX
+    may take longer over bfloat16 (docs/performance.md)."""
     learning_rate: float = Field(2e-6, gt=0)
     """Peak learning rate (the paper: 2e-6)."""
     weight_decay: float = Field(0.0, ge=0)
@@ -158,6 +159,8 @@ class LearnerConfig(Section):
     attention: Attention = "packed"
     """packed: torch's own kernels, each example of a row by itself. flash_attention_2: that package, where it is
     installed. eager: plain matrix products, slow; for comparison, and for soft-capping (Gemma 2)."""
+    share_prefixes: bool = True
+    """Compute what the trajectories of a question begin with in common once; with attention: packed."""
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all parameters."""
     threads_per_rank: int | None = Field(None, ge=1)
@@ -212,6 +215,9 @@ class Iterations(Section):
     """Stop after this many iterations without a better dev score. Null: run all."""
     select_by: Literal["em", "f1", "accuracy"] = "em"
     """Dev metric that names the best iteration."""
+    asynchronous: bool = False
+    """Sample for the next iteration while the learner trains: from the version that it trains from, so one behind.
+    Where engines and learner share devices, `cluster.take_turns` must be off."""
 
 
 class EmConfig(Iterations):

@@ -135,12 +135,16 @@ class RetrieverConfig(Section):
     gpus_per_replica: float = Field(0.0, ge=0)
     """GPU share of each replica."""
     threads_per_replica: int | None = Field(None, ge=1)
-    """CPU threads of a replica. Null: its node's cores, without two per GPU, divided by the replicas there."""
+    """CPU threads of a replica. Null: its node's cores, without two per GPU, divided by the replicas there, and by the
+    engines if these compute on CPUs too."""
     local_copy: str | None = None
     """Folder on a disk that each node has for itself, say a local NVMe. Replicas copy the index there once per node and
     search the copy. Null: they search `index` where it is."""
     max_batch: int = Field(128, ge=1)
     """Most queries encoded at once."""
+    batch_wait_s: float = Field(0.1, ge=0, le=10)
+    """The longest that a query waits for others to be encoded with, in seconds, while its replica is idle: one alone
+    costs several times as much as in a batch, and the engines need the cores."""
     timeout_s: float = Field(60.0, gt=0)
     """Deadline of one search attempt, in seconds."""
     max_attempts: int = Field(4, ge=1)

@@ -31,6 +31,7 @@ class InfoNce:
     output: ClassVar[Output] = "embeddings"
     streams: ClassVar[Mapping[str, Form]] = {"is_query": "number", "group": "number"}
     reference: ClassVar[str | None] = None
+    compares: ClassVar[bool] = True
 
     def prepare(self, examples: Sequence[Outline]) -> Prepared:
         queries = [(e.unit, e.number("group")) for e in examples if e.number("is_query")]

@@ -32,6 +32,7 @@ class Divergence:
     reference: str | None = None
 
     output: ClassVar[Output] = "logits"
+    compares: ClassVar[bool] = False
 
     @property
     def streams(self) -> Mapping[str, Form]:

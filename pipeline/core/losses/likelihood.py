@@ -37,6 +37,7 @@ class WeightedNll:
     output: ClassVar[Output] = "logprobs"
     streams: ClassVar[Mapping[str, Form]] = {"log_weight": "logarithm"}
     reference: ClassVar[str | None] = None
+    compares: ClassVar[bool] = False
 
     def prepare(self, examples: Sequence[Outline]) -> Prepared:
         num_tokens = [example.num_targets for example in examples]

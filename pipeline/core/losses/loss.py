@@ -3,7 +3,8 @@ outputs of one packed row into its share of the loss.
 
 The learner adds the shares of all packed rows and ranks of an optimiser step. A loss is therefore a sum over tokens,
 examples or units, divided by a normaliser that the learner sums over the whole step; its value and its gradient do not
-depend on packing, ranks or accumulation. Examples of one unit (a pair, a group) are always in the same row.
+depend on packing, ranks or accumulation. Examples of one unit (a pair, a group) are in the same row if it compares
+them.
 """
 
 from __future__ import annotations
@@ -105,6 +106,10 @@ class Loss(Protocol):
     @property
     def reference(self) -> str | None:
         """Model directory of a frozen model whose logits on the same tokens it needs; None: of none."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether it compares the examples of a unit, and so needs all of them in one row."""
 
     def prepare(self, examples: Sequence[Outline]) -> Prepared:
         """

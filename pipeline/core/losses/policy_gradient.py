@@ -31,6 +31,7 @@ class ClippedRatio:
 
     output: ClassVar[Output] = "logprobs"
     reference: ClassVar[str | None] = None
+    compares: ClassVar[bool] = False
 
     @property
     def streams(self) -> Mapping[str, Form]:
@@ -68,6 +69,7 @@ class ClippedValue:
 
     output: ClassVar[Output] = "values"
     reference: ClassVar[str | None] = None
+    compares: ClassVar[bool] = False
 
     @property
     def streams(self) -> Mapping[str, Form]:

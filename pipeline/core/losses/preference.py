@@ -28,6 +28,7 @@ class _PairLoss(ABC):
     output: ClassVar[Output] = "logprobs"
     streams: ClassVar[Mapping[str, Form]] = {"label": "number"}
     reference: ClassVar[str | None] = None
+    compares: ClassVar[bool] = True
 
     def prepare(self, examples: Sequence[Outline]) -> Prepared:
         check_pairs(examples)

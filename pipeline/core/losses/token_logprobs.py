@@ -9,6 +9,8 @@ from torch import Tensor
 
 LOGIT_CHUNK_BYTES = 128 << 20
 """Largest float32 temporary of `token_logprobs`."""
+CPU_LOGIT_CHUNK_BYTES = 4 << 20
+"""The same on a CPU: what its caches hold, and what its allocator does not take from the kernel anew each time."""
 
 
 def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -46,11 +48,16 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_logits = torch.empty_like(logits)
         parts = [x.split(rows) for x in (grad_logits, logits, targets, normalisers, grad)]
         for out, chunk, target, normaliser, g in zip(*parts, strict=True):
-            softmax = (chunk.to(normaliser.dtype) - normaliser[:, None]).exp_()
+            softmax = (
+                out if out.dtype == normaliser.dtype else torch.empty_like(chunk, dtype=normaliser.dtype)
+            )
+            torch.sub(chunk, normaliser[:, None], out=softmax).exp_()
             softmax.mul_(-g[:, None]).scatter_add_(-1, target[:, None], g[:, None])
-            out.copy_(softmax)
+            if softmax is not out:
+                out.copy_(softmax)
         return grad_logits, None
 
 
 def rows_per_chunk(logits: Tensor) -> int:
-    return max(1, LOGIT_CHUNK_BYTES // (4 * logits.shape[-1]))
+    most = CPU_LOGIT_CHUNK_BYTES if logits.device.type == "cpu" else LOGIT_CHUNK_BYTES
+    return max(1, most // (4 * logits.shape[-1]))

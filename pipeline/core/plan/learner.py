@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from pipeline.core.losses.token_logprobs import LOGIT_CHUNK_BYTES
+from pipeline.core.losses.token_logprobs import CPU_LOGIT_CHUNK_BYTES, LOGIT_CHUNK_BYTES
 from pipeline.core.plan.memory import ACCELERATOR_CONTEXT, BYTES, GIB, Device, Dtype, Memory, Where, memory
 from pipeline.core.plan.shape import ModelShape
 
@@ -152,8 +152,9 @@ def _activations(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]
 def _output_layer(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
     """Logits of the trained tokens and their gradient: 2bMV; float32 pieces of them (`token_logprobs`)."""
     b, logits = BYTES[load.dtype], load.trained_tokens * shape.vocabulary
+    chunk = CPU_LOGIT_CHUNK_BYTES if load.device == "cpu" else LOGIT_CHUNK_BYTES
     return [
-        ("logits", 2 * b * logits + min(LOGIT_CHUNK_BYTES, 4 * logits), device),
+        ("logits", 2 * b * logits + min(chunk, 4 * logits), device),
         ("gathered output layer", 2 * b * shape.largest_tensor if stage_of(load) == 3 else 0, device),
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.core.config import Config
 from pipeline.core.plan.assumptions import Assumptions
 from pipeline.core.plan.machine import Node
@@ -21,7 +23,8 @@ def phases_of(
     """Cold start, and E-step, M-step, push and dev of every iteration, and the tests.
 
     The longest part of each is counted: sampling and training, no start, no encoding, no checkpoint. Where engines
-    share devices with ranks, each has all of its own; cores are divided among the processes of a node.
+    share devices with ranks, each has all of its own; cores are divided among the processes of a node. With
+    `em.asynchronous` every E-step but the first goes on beside an M-step.
     """
     assert searcher.engine is not None and searcher.rank is not None
     iterations, learner, rollout = config.em.iterations, config.learner, config.rollout
@@ -61,12 +64,17 @@ def phases_of(
     starts_cold = cold.questions > 0 or cold.trajectories is not None
     tests = 2 + 2 * config.evaluation.baselines + starts_cold if test else 0
     assert assumed.push_gb_s is not None
+    e_step = sampled("E-step", samples, iterations)
+    m_step = trained("M-step", samples * (1 + cold.mix), learner.epochs, iterations)
+    if config.em.asynchronous and layout.device == "gpu" and not layout.shared:
+        hidden = min(e_step.seconds, m_step.seconds) * max(0, iterations - 1)
+        e_step = replace(e_step, hidden_seconds=hidden)
     return tuple(
         phase
         for phase in (
             trained("cold start", cold.questions, cold.epochs, int(starts_cold)),
-            sampled("E-step", samples, iterations),
-            trained("M-step", samples * (1 + cold.mix), learner.epochs, iterations),
+            e_step,
+            m_step,
             PhaseWork("push", 0, searcher.push_bytes / (assumed.push_gb_s * GIGA), iterations),
             sampled("dev", dev, iterations + 1),
             sampled("test", test, tests),

@@ -54,7 +54,7 @@ class RunPlan:
 
     def seconds(self) -> float:
         """Of the whole run."""
-        return sum(phase.seconds * phase.times for phase in self.phases)
+        return sum(phase.all_seconds - phase.hidden_seconds for phase in self.phases)
 
     def refusals(self) -> list[str]:
         """What cannot be; empty if the run fits."""
@@ -104,12 +104,16 @@ class RunPlan:
         if self.layout.shared or self.layout.device == "cpu":
             return
         whole = self.seconds()
-        trains = sum(phase.seconds * phase.times for phase in self.phases if phase.trains)
-        for who, works in (("engines", whole - trains), ("learner ranks", trains)):
-            if whole and works / whole < MOSTLY_IDLE:
+        works = {
+            who: sum(phase.all_seconds for phase in self.phases if phase.trains == trains)
+            for who, trains in (("engines", False), ("learner ranks", True))
+        }
+        for who, seconds in works.items():
+            if whole and seconds / whole < MOSTLY_IDLE:
                 yield (
-                    f"the GPUs of the {who} are idle for {1 - works / whole:.0%} of the time, while the others work; "
-                    "cluster.colocate=yes lets engines and ranks share all of them"
+                    f"the GPUs of the {who} are idle for {1 - seconds / whole:.0%} of the time, while the others work; "
+                    "cluster.colocate=yes lets engines and ranks share all of them, em.asynchronous=true lets both "
+                    "work at once"
                 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.core.errors import UserError
+from retriever_service.imports import quick_imports
 
 
 class UnknownShape(UserError):
@@ -54,16 +55,17 @@ def read_shape(path: str) -> ModelShape:
     Raises:
         UnknownShape: there is no configuration that transformers knows, or it is not of a decoder.
     """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    with quick_imports():  # also around the first use, which imports more
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers import AutoConfig
 
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, StrictDataclassError) as error:
-        raise UnknownShape(
-            f"model.path: the configuration of {path} cannot be read ({str(error).splitlines()[0]}); give a directory "
-            "with the model's config.json, or fetch the model first"
-        ) from error
+        try:
+            config = AutoConfig.from_pretrained(path)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, StrictDataclassError) as error:
+            raise UnknownShape(
+                f"model.path: the configuration of {path} cannot be read ({str(error).splitlines()[0]}); give a "
+                "directory with the model's config.json, or fetch the model first"
+            ) from error
     return shape_of(config)
 
 
@@ -75,8 +77,9 @@ def shape_of(config: Any) -> ModelShape:
     Raises:
         UnknownShape: transformers has no causal language model for it, or one without attention heads.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    with quick_imports():
+        import torch
+        from transformers import AutoModelForCausalLM
 
     text = config.get_text_config(decoder=True)
     try:

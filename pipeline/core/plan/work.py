@@ -50,6 +50,13 @@ class PhaseWork:
     """It happens in a run."""
     trains: bool = False
     """The learner works, and not the engines."""
+    hidden_seconds: float = 0.0
+    """Of all times together those that another phase takes anyway, beside which this one goes on."""
+
+    @property
+    def all_seconds(self) -> float:
+        """Of all times, hidden ones included."""
+        return self.seconds * self.times
 
 
 def sampling_seconds(

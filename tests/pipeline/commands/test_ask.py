@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 import numpy as np
 import pytest
 
+from pipeline.commands import ask as module
 from pipeline.commands.ask import _watching, as_json, run_config_of, show
 from pipeline.core.agents.search import Event, OnEvent
+from pipeline.core.config import Config
+from pipeline.core.display import Display
+from pipeline.core.errors import UserError
 from pipeline.core.records import Step, StopReason, Trajectory
+from pipeline.core.run import Json
+from retriever_service.errors import RetrieverError
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
@@ -67,6 +77,64 @@ def test_the_configuration_of_a_runs_model_is_found_and_that_of_others_is_not(tm
     config.touch()
     assert run_config_of(str(model)) == config
     assert run_config_of("organisation/model") is None
+
+
+class Searcher:
+    """Answers every question with its own text."""
+
+    opened = 0
+
+    @contextmanager
+    def open(self, *arguments: Any, at_once: int | None = 1) -> Iterator[Searcher]:
+        self.opened += 1
+        yield self
+
+    def watched(self, question: str, on_text: Callable[[str], None] = lambda text: None) -> Json:
+        on_text(f" answer  {question}")
+        return {"question": question, "answer": question}
+
+    def answers(self, questions: Mapping[str, str], on_progress: Callable[[int], None]) -> Iterator[Json]:
+        return (self.watched(text) for text in questions.values())
+
+
+@pytest.fixture
+def searcher(monkeypatch: pytest.MonkeyPatch) -> Searcher:
+    searcher = Searcher()
+    monkeypatch.setattr(module, "open_searcher", searcher.open)
+    return searcher
+
+
+def asked(question: str | None = None, questions: Path | None = None, **options: bool) -> list[str]:
+    said: list[str] = []
+    module.ask(question, questions, "model", None, Config(), Display(), said.append, **options)
+    return said
+
+
+def test_each_line_of_standard_input_is_a_question_to_one_searcher(
+    searcher: Searcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\n  Where? \n"))
+    assert asked() == [" answer  Who?", " answer  Where?"]
+    assert searcher.opened == 1
+
+
+def test_a_file_of_questions_is_answered_in_its_order(searcher: Searcher, tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"id": "b", "question": "Who?"}\n{"id": "a", "question": "Where?"}\n')
+
+    assert asked(questions=path) == ["Who?\n    Who?", "Where?\n    Where?"]
+    found = [json.loads(line) for line in asked(questions=path, json_lines=True)]
+    assert [(answer["id"], answer["answer"]) for answer in found] == [("b", "Who?"), ("a", "Where?")]
+
+
+def test_nothing_starts_for_an_empty_question_or_a_file_that_is_none(
+    searcher: Searcher, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="the question is empty"):
+        asked(" ")
+    with pytest.raises(RetrieverError, match=r"missing\.jsonl"):
+        asked(questions=tmp_path / "missing.jsonl")
+    assert searcher.opened == 0
 
 
 @pytest.fixture

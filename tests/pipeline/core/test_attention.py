@@ -21,6 +21,7 @@ from torch.nn import functional
 from pipeline.core import attention as module
 from pipeline.core.attention import PACKED, packed_attention, per_segment, takes_varlen, varlen
 from pipeline.core.errors import UserError
+from pipeline.core.prefixes import prefix_tree
 
 SIZES: dict[str, Any] = {
     "vocab_size": 50,
@@ -164,8 +165,38 @@ def test_loss_and_gradients_of_a_packed_row_equal_those_of_separate_examples(nam
     assert_as_each_alone(name, PACKED)
 
 
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_so_do_those_of_a_row_in_which_common_beginnings_are_there_once(name: str, kernel: str) -> None:
+    long = EXAMPLES[0][0]
+    sequences = [long, long[:6], torch.cat([long[:6], long[:4]]), EXAMPLES[1][0], long]
+    tree = prefix_tree([ids.int().numpy() for ids in sequences])
+    assert len(tree.token_ids) == 11 + 4 + 4
+    results = []
+    for shares in (True, False):
+        model = tiny_model(CONFIGS[name], PACKED if shares else "eager")
+        if shares:
+            row = model(
+                torch.from_numpy(tree.token_ids)[None],
+                position_ids=torch.from_numpy(tree.position_ids)[None],
+                use_cache=False,
+                segment_lengths=tree.lengths,
+                branches=tree.branches,
+            ).logits[0]
+            rows = [row[torch.from_numpy(path)] for path in tree.paths]
+        else:
+            rows = [model(ids[None], use_cache=False).logits[0] for ids in sequences]
+        loss = sum((loss_of(r, i) for r, i in zip(rows, sequences, strict=True)), start=torch.zeros(()))
+        loss.backward()
+        results.append((loss.detach(), [parameter.grad for parameter in model.parameters()]))
+    (ours, our_gradients), (expected, gradients) = results
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+    for found, theirs in zip(our_gradients, gradients, strict=True):
+        tolerance = 1e-5 * max(1e-3, float(theirs.abs().max()))
+        torch.testing.assert_close(found, theirs, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("name", [*CONFIGS, "gemma2"])
-def test_so_do_those_of_transformers_own_attention(name: str) -> None:
+def test_so_do_those_of_transformers_of_transformers_own_attention(name: str) -> None:
     assert_as_each_alone(name, "eager")
 
 
@@ -197,6 +228,7 @@ def inputs(tokens: int, heads: int = 4, kv_heads: int = 2, size: int = 8) -> lis
     size=st.sampled_from([8, 256]),
     scaling=st.sampled_from([None, 0.3]),
     window=st.sampled_from([None, 1, 3, 20, 100]),
+    rows=st.sampled_from([1, 4, 128]),
 )
 def test_both_kernels_give_the_same_value_and_gradient(
     lengths: tuple[int, ...],
@@ -204,9 +236,11 @@ def test_both_kernels_give_the_same_value_and_gradient(
     size: int,
     scaling: float | None,
     window: int | None,
+    rows: int,
 ) -> None:
     found = []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "WINDOW_ROWS", rows)
         patch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
         for kernel in (varlen, per_segment):
             given_to = inputs(sum(lengths), *heads, size)

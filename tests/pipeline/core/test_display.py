@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from pipeline.core.display import Display
 from pipeline.core.report import Column, Outcome, step_outcome
@@ -328,3 +330,38 @@ def test_a_resumed_run_goes_on_in_its_log(tmp_path: Path, root_logger: logging.L
         logging.getLogger("pipeline.em").info(start)
     lines = (tmp_path / "run.log").read_text().splitlines()
     assert [line.rsplit(" ", 1)[1] for line in lines] == ["first", "second"]
+
+
+def test_things_that_go_on_at_once_have_a_line_each_and_end_in_any_order() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    display = Display(console)
+    sampling = display.progress("sampling", 10, "questions", done=2)
+    scoring = display.progress("dev", 5, "questions")
+    advance, ahead = sampling.__enter__(), scoring.__enter__()
+    with display.status("starting the learner"):
+        advance.to(7, 10)
+        ahead(4)
+        bars = display._bars
+        assert bars is not None
+        bars.refresh()
+        seen = Text.from_ansi(str(console.file.getvalue()).split("\r")[-1]).plain  # type: ignore[attr-defined]
+        assert [line.split()[1] for line in seen.splitlines()] == ["sampling", "dev", "starting"]
+        assert "7/10 questions" in seen and "4/5" in seen
+    sampling.__exit__(None, None, None)
+    scoring.__exit__(None, None, None)
+    assert display._bars is None
+
+
+def test_the_progress_file_tells_of_what_began_last_and_still_goes_on(tmp_path: Path) -> None:
+    display = Display(Console(file=io.StringIO()))
+
+    def told() -> tuple[str, float]:
+        phase = json.loads((tmp_path / "progress.json").read_text())["phase"]
+        return phase["name"], phase["done"]
+
+    with display.follow(tmp_path), contextlib.ExitStack() as stack:
+        advance = stack.enter_context(display.progress("sampling", 10, "questions"))
+        with display.progress("training", 3, "steps"):
+            advance.to(4, 10)
+            assert told()[0] == "training"
+        assert told() == ("sampling", 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.errors import UserError
-from pipeline.core.example_files import read_examples, read_outlines
+from pipeline.core.example_files import read_examples, read_outlines, read_outlines_and_overlaps
+from pipeline.core.prefixes import overlaps_of
 from pipeline.core.record_tables import examples_to_table
 from pipeline.core.records import Example
 
@@ -49,6 +51,15 @@ def test_outlines_are_read_without_the_tokens(shard: Path) -> None:
         read_examples(shard)
 
 
+def test_outlines_and_overlaps_come_together(tmp_path: Path) -> None:
+    examples = [replace(make(number % 7), id=f"q{number}", unit=f"q{number // 4}") for number in range(ROWS)]
+    shard = tmp_path / "000000.parquet"
+    pq.write_table(examples_to_table(examples), shard)
+    outlines, overlaps = read_outlines_and_overlaps(shard)
+    assert outlines == read_outlines(shard)
+    assert overlaps == overlaps_of([it.unit for it in examples], [it.token_ids for it in examples])
+
+
 def test_chosen_examples_come_in_full_and_hold_no_others(shard: Path) -> None:
     gc.collect()
     before, rows = pa.total_allocated_bytes(), np.array([3, 40, 41, 99])
@@ -80,7 +91,7 @@ def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
     other, text = tmp_path / "other.parquet", tmp_path / "text.parquet"
     pq.write_table(pa.table({"id": ["q"], "unit": ["q"], "loss_mask": [[True]]}), other)
     text.write_text("token_ids")
-    for read in (read_outlines, read_examples):
+    for read in (read_outlines, read_outlines_and_overlaps, read_examples):
         with pytest.raises(
             UserError, match=r"other\.parquet holds no training examples: the columns role, token_ids"
         ):

@@ -248,6 +248,64 @@ def test_a_token_that_is_not_there_is_refused(tokens: Any) -> None:
         examples_from_table(table.set_column(3, "token_ids", pa.array([tokens], pa.list_(pa.int32()))))
 
 
+@pytest.mark.parametrize("wrong", [0, 2])
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("loss_mask", [True] * 3, "example q: 4 ids and 3 mask flags"),
+        ("streams", [("x", {"values": [1.0, 2.0], "width": 0})], r"example q: stream x has the shape \[2\]"),
+        (
+            "streams",
+            [("x", {"values": [1.0] * 4, "width": 2})],
+            r"example q: stream x has the shape \[2, 2\]",
+        ),
+        ("streams", [("x", {"values": [1.0] * 4, "width": 3})], "cannot reshape"),
+        ("streams", [("x", {"values": [1.0], "width": None})], "1 elements of type int32 are null"),
+        ("unit", None, "1 values of the column unit are null: .* make it again"),
+    ],
+)
+def test_one_row_that_contradicts_itself_is_found_among_others(
+    wrong: int, column: str, values: Any, message: str
+) -> None:
+    table = examples_to_table([example_of(4)] * 3)
+    with pytest.raises(ValueError, match=message):
+        examples_from_table(with_value(table, column, wrong, values))
+
+
+@pytest.mark.parametrize("wrong", [0, 2])
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("loss_mask", [True] * 3, "trajectory q/0: arrays of different lengths"),
+        ("logprobs", [0.0] * 5, "trajectory q/0: arrays of different lengths"),
+        ("logprobs", None, "1 lists of type list<item: float> are null"),
+        ("answer_start", 5, "trajectory q/0: answer_start 5"),
+        ("answer_start", -1, "trajectory q/0: answer_start -1"),
+        ("answer_start", None, "1 values of the column answer_start are null"),
+        ("stop_reason", "tired", "'tired' is not a valid StopReason"),
+        ("stop_reason", None, "1 values of the column stop_reason are null"),
+        ("answer_opening", [None], "1 elements of lists of type list<item: int32> are null"),
+        ("steps", None, "null among the steps"),
+        ("steps", [None], "null among the steps"),
+        ("steps", [{"query": "a", "hits": None, "record": ""}], "null among the steps"),
+        ("steps", [{"query": "a", "hits": [{"id": "p"}], "record": ""}], "null among the steps"),
+    ],
+)
+def test_one_turn_that_contradicts_itself_is_found_among_others(
+    wrong: int, column: str, value: Any, message: str
+) -> None:
+    table = trajectories_to_table([trajectory_of(4)] * 3)
+    with pytest.raises(ValueError, match=message):
+        trajectories_from_table(with_value(table, column, wrong, value))
+
+
+def with_value(table: Any, column: str, row: int, value: Any) -> Any:
+    values = table[column].to_pylist()
+    values[row] = value
+    place = table.column_names.index(column)
+    return table.set_column(place, column, pa.array(values, table.schema.field(column).type))
+
+
 def test_a_number_that_is_not_there_is_none() -> None:
     table = trajectories_to_table([trajectory_of(3)])
     holey = table.set_column(5, "logprobs", pa.array([[-1.0, None, -2.0]], pa.list_(pa.float32())))

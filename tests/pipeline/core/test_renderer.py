@@ -353,7 +353,7 @@ def test_the_gold_answer_replaces_the_models_own_behind_the_answer_tag(tokenizer
     assert example.loss_mask.tolist() == [False] * len(prompt) + [True] * (
         len(example.token_ids) - len(prompt)
     )
-    assert (example.id, example.unit, example.number("log_weight")) == ("q/3", "q/3", 0.25)
+    assert (example.id, example.unit, example.number("log_weight")) == ("q/3", "q", 0.25)
     assert example.token_ids.dtype == np.int32
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.agents.program import Task
+from pipeline.core.agents.program import Completion, Task
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.records import Episode, Example, Question, StopReason
-from pipeline.core.shards import Counts, Done, Shards
+from pipeline.core.shards import Counts, Done, Shards, generated_tokens
 from pipeline.core.weighing import Weighted
 
 TASKS = [Question(f"q{number}", f"Who is {number}?", (str(number),)) for number in range(5)]
@@ -324,3 +324,31 @@ def test_a_side_car_says_of_each_task_what_was_counted(tmp_path: Path) -> None:
     assert rows[0]["digest"] != rows[1]["digest"]
     assert [row["infrastructure_failures"] for row in rows] == [0, 1]
     assert [row["last_failure"] for row in rows] == ["", "q1 is down"]
+
+
+def test_how_much_was_generated_for_a_task_can_be_read_again_of_all_shards_that_are_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert generated_tokens(tmp_path / "rollouts") == {}
+    shards = opened(tmp_path)
+    for number in range(len(shards)):
+        members = shards.members(number)
+        shards.write(number, [([writes(int(task.id[1:]), task)], Weighted(EXAMPLES, {})) for task in members])
+    assert generated_tokens(tmp_path / "rollouts") == {f"q{number}": number for number in range(5)}
+    (tmp_path / "rollouts/_000001.json").write_text("{")
+    assert generated_tokens(tmp_path / "rollouts") == {"q0": 0, "q1": 1, "q4": 4}
+    assert "it says nothing of how long questions take" in caplog.text
+
+
+EXAMPLES: dict[str, list[Example]] = {name: [] for name in OUTPUTS}
+
+
+def writes(tokens: int, task: Task) -> Episode:
+    """An episode in which the model writes so many tokens."""
+    transcript = Transcript()
+    transcript.append_environment([1, 2])
+    transcript.append_model(Completion([5] * tokens, [-1.0] * tokens, "", None, "eos"))
+    turn = transcript.trajectory(
+        question_id=task.id, sample=0, role="a", policy_version=0, stop_reason=StopReason.ANSWERED
+    )
+    return Episode(task.id, 0, (turn,))

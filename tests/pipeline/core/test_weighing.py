@@ -127,7 +127,7 @@ def test_gold_answers_count_together_and_the_most_likely_stands_in_place_of_the_
         start, ids = trajectory.answer_start, at.renderer.answer_ids(gold)
         assert example.token_ids.tolist() == [*trajectory.token_ids[:start].tolist(), *ids]
         assert example.loss_mask.tolist() == [*trajectory.loss_mask[:start].tolist(), *[True] * len(ids)]
-    assert (first.id, first.unit, first.role) == ("q1/0", "q1/0", "searcher")
+    assert (first.id, first.unit, first.role) == ("q1/0", "q1", "searcher")
 
 
 def test_infrastructure_failures_are_excluded_and_counted(bench: Any) -> None:

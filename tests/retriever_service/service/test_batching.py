@@ -251,6 +251,38 @@ def test_failed_update_is_reported_and_searching_goes_on(engine: FakeEngine) -> 
     assert asyncio.run(scenario()) == plain("lion", 1)
 
 
+def test_an_idle_searcher_that_is_to_wait_gathers_what_comes_one_after_the_other(engine: FakeEngine) -> None:
+    async def callers() -> None:
+        batcher = batching(engine, wait_s=0.5)
+        await batcher.ready()
+        searches = []
+        for query in QUERIES:
+            searches.append(asyncio.create_task(batcher.search([query], 1)))
+            await asyncio.sleep(0.01)
+        assert await asyncio.gather(*searches) == [plain(query, 1) for query in QUERIES]
+
+    asyncio.run(callers())
+    assert engine.searches == [QUERIES]
+
+
+@pytest.mark.parametrize("wait_s", [0.2, 3600.0])
+def test_a_full_batch_waits_for_nobody_and_the_last_one_not_for_ever(
+    engine: FakeEngine, wait_s: float
+) -> None:
+    async def callers() -> None:
+        batcher = batching(engine, max_batch=2, wait_s=wait_s)
+        await batcher.ready()
+        searches = [asyncio.create_task(batcher.search([query], 1)) for query in QUERIES]
+        await asyncio.wait(searches[:4], timeout=30)
+        assert [search.done() for search in searches] == [True] * 4 + [False]
+        if wait_s > 1:
+            assert await batcher.drain(grace_s=30)
+        assert await searches[4] == plain(QUERIES[4], 1)
+
+    asyncio.run(callers())
+    assert engine.searches == [QUERIES[:2], QUERIES[2:4], QUERIES[4:]]
+
+
 def test_drain_answers_who_waits_and_refuses_who_comes(engine: FakeEngine) -> None:
     async def scenario() -> Any:
         batcher = batching(engine)

@@ -126,6 +126,7 @@ def test_settings_of_the_own_retriever_are_not_silently_ignored_beside_a_server(
         "max_tokens": 64,
         "replicas": 2,
         "max_batch": 2,
+        "batch_wait_s": 0.5,
         "threads_per_replica": 2,
         "local_copy": "/nvme",
     }

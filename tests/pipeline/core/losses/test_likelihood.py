@@ -70,7 +70,7 @@ def test_gradient_of_weighted_log_probabilities_is_correct_in_chunks(
         return -(token_logprobs(x, targets) * weights).sum() / 5.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "LOGIT_CHUNK_BYTES", 4 * vocabulary * chunk_rows)
+        patch.setattr(module, "CPU_LOGIT_CHUNK_BYTES", 4 * vocabulary * chunk_rows)
         assert torch.autograd.gradcheck(loss, (logits,))
         reference = -(torch.log_softmax(logits, -1)[torch.arange(rows), targets] * weights).sum() / 5.0
         torch.testing.assert_close(loss(logits), reference)

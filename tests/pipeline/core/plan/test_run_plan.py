@@ -148,7 +148,7 @@ def test_devices_that_are_idle_most_of_the_time_are_pointed_out() -> None:
 
     assert made.warnings() == [
         "the GPUs of the engines are idle for 90% of the time, while the others work; cluster.colocate=yes lets "
-        "engines and ranks share all of them"
+        "engines and ranks share all of them, em.asynchronous=true lets both work at once"
     ]
 
 
@@ -175,3 +175,15 @@ def test_policies_that_share_devices_rest_while_another_is_trained() -> None:
     made = replace(plan(one), policies=(one, two), layout=Layout("gpu", True, True, ((),)))
 
     assert [use.bytes // GIB for use in made.gpus()] == [2 * 30 + 2 * 4, 50 + 2 * 2 + 4, 50 + 2 * 2 + 4]
+
+
+def test_what_goes_on_beside_another_phase_takes_no_time_of_its_own() -> None:
+    apart = plan(policy(holding(60), holding(70)), shared=False, turns=False)
+    e_step, m_step = apart.phases
+    overlapping = replace(
+        apart, phases=(replace(e_step, times=3, hidden_seconds=200.0), replace(m_step, times=3))
+    )
+    assert overlapping.seconds() == 100 + 3 * 900
+    (warning,) = overlapping.warnings()
+    assert "the GPUs of the engines are idle for 89% of the time" in warning
+    assert "em.asynchronous=true lets both work at once" in warning
