@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -191,6 +192,13 @@ def nothing_is_left() -> Iterator[None]:
     while (left := [*started_with(mark), *(segments() - before - mapped())]) and time.monotonic() < deadline:
         time.sleep(1)
     assert left == []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_of_its_own() -> Iterator[None]:
+    """What the tests of one module put into the environment, engines in this process do, others do not find there."""
+    with patch.dict(os.environ):
+        yield
 
 
 def started_with(mark: str) -> list[str]:

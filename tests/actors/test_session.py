@@ -38,7 +38,10 @@ print(most, held() - before)
 
 
 @pytest.mark.component
-def test_what_an_actor_frees_goes_back_to_the_machine_while_it_does_nothing() -> None:
+def test_what_an_actor_frees_goes_back_to_the_machine_while_it_does_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MALLOC_CONF", raising=False)
     output = subprocess.check_output(
         [sys.executable, "-c", FREES], env=os.environ | cpu_environment(), text=True, timeout=100
     )
