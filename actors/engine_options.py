@@ -121,8 +121,6 @@ def set_environment(options: EngineOptions) -> None:
     if threads is not None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    if settings := os.environ.get("MALLOC_CONF"):  # what actors on CPUs have; others do not allocate by jemalloc
-        os.environ["MALLOC_CONF"] = engine_memory.keep_freed_memory(settings)
     if options.weight_transport == "ipc":
         # CUDA memory handles can only be pickled; they come from our own learner.
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from actors import learner_files, learner_setup, learner_state, learner_weights
+from actors import allocator, learner_files, learner_setup, learner_state, learner_weights
 from actors.checkpointer import Checkpointer
 from actors.collectives import gathered, on_rank_zero
 from actors.learner_examples import PhaseExamples
@@ -72,6 +72,7 @@ class Learner:
         seed: int = 0,
         head: Head = "lm",
     ) -> None:
+        allocator.heed_settings()
         learner_setup.import_deepspeed()
         self.config, self.rank, self.world_size, self.head = config, rank, world_size, head
         self.device = learner_setup.join_process_group(

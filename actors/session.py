@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from actors import allocator
 from actors.preflight import check_address, check_nodes, cluster_address
 from pipeline.core.config import ClusterConfig
 from pipeline.core.errors import RunError
@@ -30,13 +31,12 @@ def cpu_environment() -> dict[str, str]:
     arithmetic of a small model, or keeps what does not fit together again, so that a process grows from step to step
     (`bench.plan --allocators`). An allocator that is preloaded already comes first.
     """
-    allocator = Path(ray.__file__).parent / "core/libjemalloc.so"
-    preloaded = [os.environ.get("LD_PRELOAD"), str(allocator) if allocator.exists() else None]
+    library = Path(ray.__file__).parent / "core/libjemalloc.so"
+    preloaded = [os.environ.get("LD_PRELOAD"), str(library) if library.exists() else None]
     return {
         "OMP_WAIT_POLICY": "PASSIVE",
         "LD_PRELOAD": ":".join(filter(None, preloaded)),
-        # Memory goes back to the kernel some seconds after it was freed, also from a process that then does nothing.
-        "MALLOC_CONF": os.environ.get("MALLOC_CONF", "background_thread:true"),
+        "MALLOC_CONF": os.environ.get("MALLOC_CONF", allocator.SETTINGS),
     }
 
 

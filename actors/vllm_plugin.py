@@ -2,8 +2,7 @@
 
 It makes our weight receivers known, and has vLLM's lines also go to the log of the worker that the engine belongs to.
 And it ties the engine's processes to the process that started them: vLLM's own engine process would outlive a killed
-rollout actor and keep its memory (on a GPU: all of it) from the actor's replacement. While it lives it keeps what it
-frees (`actors.engine_memory.keep_freed_memory`).
+rollout actor and keep its memory (on a GPU: all of it) from the actor's replacement.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import signal
 
 from actors import weight_transfer
 from actors.actor_log import introduce_libraries
-from actors.engine_memory import heed_settings
+from actors.allocator import heed_settings
 
 _PR_SET_PDEATHSIG = 1
 

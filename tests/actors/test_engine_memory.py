@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
-import pytest
 import torch
 
-from actors.engine_memory import drop_contents, keep_freed_memory, remove_names
-from actors.session import cpu_environment
+from actors.engine_memory import drop_contents, remove_names
 
 SIZE = 64 << 20
 
@@ -63,33 +60,3 @@ def test_the_shared_memory_of_descendants_loses_its_names_and_stays() -> None:
 
         assert not segment.exists()
         assert process.communicate("\n")[0].strip() == "7"
-
-
-FAULTS = """
-import resource
-import torch
-from actors.engine_memory import heed_settings
-
-heed_settings()
-torch.ones(4 << 20)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
-    torch.ones(4 << 20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def test_a_large_tensor_takes_the_memory_that_another_one_left() -> None:
-    environment = os.environ | cpu_environment()
-    environment["MALLOC_CONF"] = keep_freed_memory(environment["MALLOC_CONF"])
-    output = subprocess.check_output([sys.executable, "-c", FAULTS], env=environment, text=True, timeout=100)
-
-    assert int(output) < (16 << 20) / mmap.PAGESIZE
-
-
-@pytest.mark.parametrize("settings", ["", "dirty_decay_ms:0", "background_thread:true,oversize_threshold:1"])
-def test_settings_that_are_there_already_stay_and_nothing_is_said_twice(settings: str) -> None:
-    ours = keep_freed_memory(settings)
-
-    assert ours.endswith(settings) and ours.count("oversize_threshold") == 1
-    assert keep_freed_memory(ours) == ours

@@ -70,15 +70,6 @@ def test_a_cache_that_the_user_chose_is_kept() -> None:
     assert os.environ["VLLM_CACHE_ROOT"] == "/scratch/vllm"
 
 
-def test_settings_of_an_allocator_that_is_not_there_do_not_appear() -> None:
-    set_environment(EngineOptions("model"))
-    assert "MALLOC_CONF" not in os.environ
-
-    os.environ["MALLOC_CONF"] = "background_thread:true"
-    set_environment(EngineOptions("model"))
-    assert "background_thread:true" in os.environ["MALLOC_CONF"].split(",")
-
-
 def test_a_step_on_gpus_takes_8192_tokens_and_on_cpus_the_longest_prompt() -> None:
     assert batched_tokens(32_768, 512, on_cpu=False) == 8_192
     assert batched_tokens(32_768, 128, on_cpu=True) == 32_768

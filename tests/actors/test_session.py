@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import subprocess
 import sys
@@ -37,18 +38,41 @@ print(most, held() - before)
 """
 
 
+FAULTS = """
+import resource
+import torch
+from actors.allocator import heed_settings
+
+heed_settings()
+torch.ones(4 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(4 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def output_of(script: str) -> str:
+    """As an actor on a CPU runs it."""
+    environment = os.environ | cpu_environment()
+    return subprocess.check_output([sys.executable, "-c", script], env=environment, text=True, timeout=100)
+
+
 @pytest.mark.component
 def test_what_an_actor_frees_goes_back_to_the_machine_while_it_does_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("MALLOC_CONF", raising=False)
-    output = subprocess.check_output(
-        [sys.executable, "-c", FREES], env=os.environ | cpu_environment(), text=True, timeout=100
-    )
 
-    most, held = map(int, output.split())
+    most, held = map(int, output_of(FREES).split())
     assert most > 350
     assert held < 0.2 * most
+
+
+def test_a_large_tensor_takes_the_memory_that_another_one_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MALLOC_CONF", raising=False)
+
+    assert int(output_of(FAULTS)) < (16 << 20) / mmap.PAGESIZE
 
 
 def test_an_allocator_that_the_user_preloads_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
