@@ -19,6 +19,7 @@ import torch.distributed as dist
 from actors.collectives import choose_interface, gathered, meet
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
+from pipeline.core.linear import use_onednn
 from pipeline.core.plan.memory import number_format
 from pipeline.core.policies import Head
 from retriever_service.imports import quick_imports
@@ -168,12 +169,20 @@ def _transformer(config: LearnerConfig, source: Path, dtype: torch.dtype, head: 
 
     attention = PACKED if config.attention == "packed" else config.attention
     if head == "lm":
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
-    shape = AutoConfig.from_pretrained(source, num_labels=1)
-    shape.classifier_dropout = 0.0
-    return AutoModelForTokenClassification.from_pretrained(
-        source, config=shape, dtype=dtype, attn_implementation=attention
-    )
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention)
+    else:
+        shape = AutoConfig.from_pretrained(source, num_labels=1)
+        shape.classifier_dropout = 0.0
+        model = AutoModelForTokenClassification.from_pretrained(
+            source, config=shape, dtype=dtype, attn_implementation=attention
+        )
+    return _with_products_for_cpus(model, dtype)
+
+
+def _with_products_for_cpus(model: Any, dtype: torch.dtype) -> Any:
+    if dtype == torch.float32 and not torch.cuda.is_available():
+        use_onednn(model)
+    return model
 
 
 def _embed_sparsely(model: Any) -> None:
@@ -195,7 +204,8 @@ def _sentence_encoder(config: LearnerConfig, source: Path, dtype: torch.dtype) -
             "learner.lora and learner.gradient_checkpointing are for language models; a sentence encoder is trained "
             "without them"
         )
-    return SentenceTransformer(str(source), device="cpu", model_kwargs={"dtype": dtype})
+    encoder = SentenceTransformer(str(source), device="cpu", model_kwargs={"dtype": dtype})
+    return _with_products_for_cpus(encoder, dtype)
 
 
 def make_engine(config: LearnerConfig, model: Any, ds_config: dict[str, Any]) -> Any:

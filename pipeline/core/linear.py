@@ -1,0 +1,68 @@
+"""Linear layers of models that are trained on CPUs in float32, by oneDNN.
+
+torch takes MKL for products of float32, which has its fastest kernels for processors of one maker only, and oneDNN for
+those of bfloat16. vLLM's engines on CPUs take oneDNN for both.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+KEPT_KERNELS = 64
+"""Kernels that oneDNN keeps, half a megabyte each: it makes some for every length of a packed row that it meets, and
+would keep a thousand."""
+
+
+class OneDnnLinear(nn.Linear):
+    """`nn.Linear` whose products, those of the backward pass too, are oneDNN's. Made by `use_onednn`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _Product.apply(input, self.weight, self.bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Let every `nn.Linear` of a model compute by oneDNN, where this build of torch has it.
+
+    To be called before this process has computed anything by oneDNN: then it keeps no more than `KEPT_KERNELS`.
+
+    Args:
+        model: in float32 and on a CPU. Parameters, names and hooks stay; layers of derived classes are left alone.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # its own, and torch's of it
+        os.environ.setdefault(cache, str(KEPT_KERNELS))
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneDnnLinear
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (grad,) = grad_outputs
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            _product(grad, weight.t()) if for_x else None,
+            _product(rows.t(), x.flatten(0, -2).t()) if for_weight else None,
+            rows.sum(0) if for_bias else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias; what torch's own compiler calls for it."""
+    if x.numel() == 0:  # oneDNN refuses
+        return nn.functional.linear(x, weight, bias)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
