@@ -19,10 +19,10 @@ import torch.distributed as dist
 from actors.collectives import choose_interface, gathered, meet
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
-from pipeline.core.linear import use_onednn
 from pipeline.core.plan.memory import number_format
 from pipeline.core.policies import Head
 from retriever_service.imports import quick_imports
+from retriever_service.linear import use_onednn
 from retriever_service.machine import available_cores
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
@@ -176,11 +176,7 @@ def _transformer(config: LearnerConfig, source: Path, dtype: torch.dtype, head: 
         model = AutoModelForTokenClassification.from_pretrained(
             source, config=shape, dtype=dtype, attn_implementation=attention
         )
-    return _with_products_for_cpus(model, dtype)
-
-
-def _with_products_for_cpus(model: Any, dtype: torch.dtype) -> Any:
-    if dtype == torch.float32 and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         use_onednn(model)
     return model
 
@@ -205,7 +201,9 @@ def _sentence_encoder(config: LearnerConfig, source: Path, dtype: torch.dtype) -
             "without them"
         )
     encoder = SentenceTransformer(str(source), device="cpu", model_kwargs={"dtype": dtype})
-    return _with_products_for_cpus(encoder, dtype)
+    if not torch.cuda.is_available():
+        use_onednn(encoder)
+    return encoder
 
 
 def make_engine(config: LearnerConfig, model: Any, ds_config: dict[str, Any]) -> Any:

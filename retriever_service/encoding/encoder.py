@@ -154,6 +154,8 @@ class Encoder:
             from sentence_transformers import SentenceTransformer
             from transformers.utils import logging as transformers_logging
 
+            from retriever_service.linear import use_onednn
+
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise RetrieverError(f"the encoder cannot run on {device!r}: torch finds no GPU; use 'cpu'")
         if device == "cpu":
@@ -171,6 +173,8 @@ class Encoder:
                 f"encoder {spec.model!r} cannot be loaded: {error}. Give {BUNDLED_MODEL!r}, a model "
                 "directory or a model name of the Hugging Face hub"
             ) from error
+        if device == "cpu":
+            use_onednn(model)
         spec = _resolve(spec, model)
         model.max_seq_length = spec.max_length
         logger.info(f"encoder {spec.model}: {spec}")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pipeline.core.linear import OneDnnLinear, use_onednn
+from retriever_service.linear import OneDnnLinear, use_onednn
 
 sizes = st.integers(1, 40)
 
@@ -47,14 +47,16 @@ def test_outputs_and_gradients_are_those_of_the_layer_before(
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_layers_of_other_classes_stay_what_they_are() -> None:
+def test_other_layers_stay_what_they_are() -> None:
     class Own(nn.Linear):
         pass
 
-    model = nn.Sequential(Own(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Embedding(3, 2))
+    half = nn.Linear(2, 2, dtype=torch.bfloat16)
+    model = nn.Sequential(Own(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Embedding(3, 2), half)
     names = list(model.state_dict())
 
     use_onednn(model)
 
-    assert [type(module) for module in (model[0], model[1][0], model[2])] == [Own, OneDnnLinear, nn.Embedding]
+    kinds = [type(module) for module in (model[0], model[1][0], model[2], half)]
+    assert kinds == [Own, OneDnnLinear, nn.Embedding, nn.Linear]
     assert list(model.state_dict()) == names

@@ -1,4 +1,4 @@
-"""Linear layers of models that are trained on CPUs in float32, by oneDNN.
+"""Linear layers of models on CPUs in float32, by oneDNN.
 
 torch takes MKL for products of float32, which has its fastest kernels for processors of one maker only, and oneDNN for
 those of bfloat16. vLLM's engines on CPUs take oneDNN for both.
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 KEPT_KERNELS = 64
-"""Kernels that oneDNN keeps, half a megabyte each: it makes some for every length of a packed row that it meets, and
-would keep a thousand."""
+"""Kernels that oneDNN keeps, half a megabyte each: it makes some for every number of rows that it meets, and would keep
+a thousand."""
 
 
 class OneDnnLinear(nn.Linear):
@@ -25,19 +25,20 @@ class OneDnnLinear(nn.Linear):
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Let every `nn.Linear` of a model compute by oneDNN, where this build of torch has it.
+    """Let every `nn.Linear` of a model on a CPU compute by oneDNN, where this build of torch has it.
 
     To be called before this process has computed anything by oneDNN: then it keeps no more than `KEPT_KERNELS`.
 
     Args:
-        model: in float32 and on a CPU. Parameters, names and hooks stay; layers of derived classes are left alone.
+        model: its parameters, names and hooks stay. Layers of derived classes are left alone, and those that are not in
+            float32: torch has oneDNN compute these anyway.
     """
     if not torch.backends.mkldnn.is_available():
         return
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # its own, and torch's of it
         os.environ.setdefault(cache, str(KEPT_KERNELS))
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module.weight.dtype == torch.float32:
             module.__class__ = OneDnnLinear
 
 
