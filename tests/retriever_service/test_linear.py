@@ -51,12 +51,12 @@ def test_other_layers_stay_what_they_are() -> None:
     class Own(nn.Linear):
         pass
 
-    half = nn.Linear(2, 2, dtype=torch.bfloat16)
-    model = nn.Sequential(Own(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Embedding(3, 2), half)
+    inner, half = nn.Linear(2, 2), nn.Linear(2, 2, dtype=torch.bfloat16)
+    model = nn.Sequential(Own(2, 2), nn.Sequential(inner), nn.Embedding(3, 2), half)
     names = list(model.state_dict())
 
     use_onednn(model)
 
-    kinds = [type(module) for module in (model[0], model[1][0], model[2], half)]
+    kinds = [type(module) for module in (model[0], inner, model[2], half)]
     assert kinds == [Own, OneDnnLinear, nn.Embedding, nn.Linear]
     assert list(model.state_dict()) == names
