@@ -33,7 +33,7 @@ from retriever_service.errors import RetrieverError, RetrieverOverloaded, Retrie
 from retriever_service.index.local_copy import LocalCopy
 from retriever_service.index.read_ahead import read_ahead
 from retriever_service.machine import available_cores
-from retriever_service.passages.hits import Hit
+from retriever_service.passages.hits import Hit, check_request
 from retriever_service.search.engine import CACHED_QUERIES, SearchEngine
 from retriever_service.service.batching import BatchingSearcher
 from retriever_service.service.client import RetrieverHttpClient
@@ -155,14 +155,61 @@ class Replica(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Search:
+    query: str
+    k: int
+    hits: asyncio.Future[list[Hit]]
+
+
 class ActorReplica:
-    """A `RetrieverActor`."""
+    """A `RetrieverActor`. What is asked for while a call is under way goes together in the next one: calls cost time."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
+        self._waiting: list[_Search] = []
+        self._calling: asyncio.Task[None] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ActorReplica, (self._handle,)
 
     async def search(self, query: str, k: int) -> list[Hit]:
-        reference = self._handle.search.remote([query], k)
+        check_request([query], k)  # it must not fail those that go with it
+        search = _Search(query, k, asyncio.get_running_loop().create_future())
+        self._waiting.append(search)
+        if self._calling is None or self._calling.done():
+            self._calling = asyncio.create_task(self._call_while_searches_wait())
+        return await search.hits
+
+    async def _call_while_searches_wait(self) -> None:
+        await asyncio.sleep(0)  # callers that became runnable together
+        while self._waiting:
+            k = self._waiting[0].k
+            searches = [search for search in self._waiting if search.k == k and not search.hits.done()]
+            self._waiting = [search for search in self._waiting if search.k != k]
+            if searches:
+                await self._answer(searches, k)
+
+    async def _answer(self, searches: Sequence[_Search], k: int) -> None:
+        """One call. It ends early when none of its callers waits any more."""
+        call = asyncio.create_task(self._hits([search.query for search in searches], k))
+        callers = asyncio.create_task(_all_done([search.hits for search in searches]))
+        await asyncio.wait([call, callers], return_when=asyncio.FIRST_COMPLETED)
+        callers.cancel()
+        if not call.done():
+            call.cancel()
+            return
+        failure = call.exception()
+        for number, search in enumerate(searches):
+            if search.hits.done():
+                continue
+            if failure is not None:
+                search.hits.set_exception(failure)
+            else:
+                search.hits.set_result(call.result()[number])
+
+    async def _hits(self, queries: list[str], k: int) -> list[list[Hit]]:
+        reference = self._handle.search.remote(queries, k)
         try:
             results: list[list[Hit]] = await reference
         except asyncio.CancelledError:
@@ -173,7 +220,11 @@ class ActorReplica:
             if isinstance(error.cause, RetrieverError):
                 raise error.cause from error  # without the traceback that Ray puts in front
             raise
-        return results[0]
+        return results
+
+
+async def _all_done(futures: Sequence[asyncio.Future[Any]]) -> None:
+    await asyncio.wait(futures)
 
 
 class HttpReplica:

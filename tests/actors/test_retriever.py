@@ -127,10 +127,60 @@ def test_last_failure_is_typed_and_named() -> None:
 
 
 def test_bad_request_is_not_tried_again() -> None:
-    replica = FakeReplica(RetrieverError("k must be at least 1"))
-    with pytest.raises(RetrieverError, match="k must be"):
-        asyncio.run(client(replica).search("q", 0))
+    replica = FakeReplica(RetrieverError("no such index"))
+    with pytest.raises(RetrieverError, match="no such index"):
+        asyncio.run(client(replica).search("q", 1))
     assert replica.calls == 1
+
+
+def test_what_is_asked_while_a_call_is_under_way_goes_together_in_the_next_one() -> None:
+    calls: list[tuple[list[str], int]] = []
+
+    async def noted(queries: list[str], k: int) -> list[list[Hit]]:
+        calls.append((queries, k))
+        await asyncio.sleep(0.05)
+        return [hits_for(query, k) for query in queries]
+
+    async def scenario() -> None:
+        searching = RetrieverClient([ActorReplica(SimpleNamespace(search=SimpleNamespace(remote=noted)))])
+        first = asyncio.create_task(searching.search("a", 1))
+        await asyncio.sleep(0.02)
+        gone = asyncio.create_task(searching.search("gone", 1))
+        more = [
+            asyncio.create_task(searching.search(query, k)) for query, k in (("b", 1), ("c", 2), ("d", 1))
+        ]
+        with pytest.raises(RetrieverError, match="not valid Unicode"):
+            await searching.search("\ud800", 1)
+        gone.cancel()
+        assert await first == hits_for("a", 1)
+        assert await asyncio.gather(*more) == [hits_for("b", 1), hits_for("c", 2), hits_for("d", 1)]
+
+    asyncio.run(scenario())
+    assert calls == [(["a"], 1), (["b", "d"], 1), (["c"], 2)]
+
+
+def test_a_call_that_fails_fails_for_all_that_went_with_it_and_each_is_tried_again() -> None:
+    dead, alive = FakeReplica(DEAD), FakeReplica()
+
+    async def scenario() -> list[list[Hit]]:
+        searching = client(dead, alive)
+        return await asyncio.gather(*(searching.search(query, 1) for query in "abcd"))
+
+    assert asyncio.run(scenario()) == [hits_for(query, 1) for query in "abcd"]
+    assert dead.calls == 1
+
+
+def test_searches_that_wait_stay_behind_when_a_client_goes_to_another_process() -> None:
+    replica = ActorReplica("handle")
+
+    async def scenario() -> ActorReplica:
+        waiting = asyncio.create_task(replica.search("a", 1))
+        await asyncio.sleep(0)
+        copy: ActorReplica = pickle.loads(pickle.dumps(replica))
+        waiting.cancel()
+        return copy
+
+    assert asyncio.run(scenario())._handle == "handle"
 
 
 # ---------------------------------------------------------------- servers
