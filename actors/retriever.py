@@ -163,7 +163,7 @@ class _Search:
 
 
 class ActorReplica:
-    """A `RetrieverActor`. What is asked for while a call is under way goes together in the next one: calls cost time."""
+    """A `RetrieverActor`. What is asked for while a call is under way goes together in the next one."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
