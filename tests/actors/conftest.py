@@ -1,5 +1,5 @@
-"""One tiny model and one vLLM engine that all component tests share, so that its start is paid once; clusters of Ray that
-do not disturb each other."""
+"""One tiny model and one vLLM engine that all component tests share, so that its start is paid once; clusters of Ray
+that do not disturb each other."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.actors.support import EngineFixture, HfModel, build_model
 
 @pytest.fixture(scope="session", autouse=True)
 def clusters_without_handles_of_earlier_ones() -> Iterator[None]:
-    """Ray names the actors of one cluster after the other in a process alike: a handle of an earlier one that is collected
-    later on would end an actor of the next."""
+    """Ray names the actors of one cluster after the other alike, if a process starts them: a handle of an earlier one
+    that is collected later would end an actor of the next."""
     init = ray.init
 
     def collect_and_init(*arguments: Any, **options: Any) -> Any:
