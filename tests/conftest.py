@@ -14,7 +14,6 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import psutil
 import pytest
@@ -197,8 +196,11 @@ def nothing_is_left() -> Iterator[None]:
 @pytest.fixture(scope="module", autouse=True)
 def environment_of_its_own() -> Iterator[None]:
     """What the tests of one module put into the environment, engines in this process do, others do not find there."""
-    with patch.dict(os.environ):
-        yield
+    before = dict(os.environ)
+    yield
+    for name in [name for name in os.environ if name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
 
 
 def started_with(mark: str) -> list[str]:
