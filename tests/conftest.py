@@ -193,16 +193,6 @@ def nothing_is_left() -> Iterator[None]:
     assert left == []
 
 
-@pytest.fixture(scope="module", autouse=True)
-def environment_of_its_own() -> Iterator[None]:
-    """What the tests of one module put into the environment, engines in this process do, others do not find there."""
-    before = dict(os.environ)
-    yield
-    for name in [name for name in os.environ if name not in before]:
-        del os.environ[name]
-    os.environ.update(before)
-
-
 def started_with(mark: str) -> list[str]:
     """Command lines of processes that have inherited it."""
     found = []

@@ -1,35 +1,16 @@
-"""One tiny model and one vLLM engine that all component tests share, so that its start is paid once; clusters of Ray
-that do not disturb each other."""
+"""One tiny model and one vLLM engine that all component tests share, so that its start is paid once."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import pytest
-import ray
 
 from actors.engine import VllmEngine
 from actors.engine_options import EngineOptions
 from tests.actors.support import EngineFixture, HfModel, build_model
-
-
-@pytest.fixture(scope="session", autouse=True)
-def clusters_without_handles_of_earlier_ones() -> Iterator[None]:
-    """Ray names the actors of one cluster after the other alike, if a process starts them: a handle of an earlier one
-    that is collected later would end an actor of the next."""
-    init = ray.init
-
-    def collect_and_init(*arguments: Any, **options: Any) -> Any:
-        gc.collect()
-        return init(*arguments, **options)
-
-    with patch.object(ray, "init", collect_and_init):
-        yield
 
 
 @pytest.fixture(scope="session")
