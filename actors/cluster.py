@@ -108,6 +108,7 @@ class Cluster:
             spec.name: self._new_policy(spec, start[spec.name], turns, status) for spec in policies
         }
         self._background = Background()
+        self._num_sinks = 0
         self._idle_sinks = [self._new_sink()]
         self._memories: dict[str, Memory] = {}
         """By policy, the room for what its engines have sampled, which all phases share."""
@@ -233,7 +234,8 @@ class Cluster:
             self._idle_sinks.append(sink)
 
     def _new_sink(self) -> ShardSink:
-        return ShardSink(self.config, self._observer)
+        self._num_sinks += 1
+        return ShardSink(self.config, self._observer, number=self._num_sinks - 1)
 
     @staticmethod
     def _serving(roles: Mapping[str, Policy]) -> dict[str, EnginePool]:

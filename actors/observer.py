@@ -27,7 +27,7 @@ class Observer:
     ) -> None:
         self._run, self._on_restart = run, on_restart
         self._unseen: dict[Identity, tuple[int, int]] = {}
-        """Actors that are about to be started, and their files as they were before the first of that name."""
+        """Actors that are about to be started, and their files as they were before."""
         self._has_warned = False
         if run is not None:
             metrics.belongs_to(run=run.name)
@@ -35,7 +35,7 @@ class Observer:
     def identity(self, kind: ActorKind, policy: str = "", number: int = 0) -> Identity | None:
         """For an actor that is about to be started."""
         if (identity := self._identity(kind, policy, number)) is not None:
-            self._unseen.setdefault(identity, _stamp(identity.path))
+            self._unseen[identity] = _stamp(identity.path)
         return identity
 
     def is_up(self, kind: ActorKind, policy: str = "", number: int = 0) -> None:

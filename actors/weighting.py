@@ -153,19 +153,20 @@ WeightingActor = ray.remote(Weighting)
 class ShardSink:
     """The driver's end of the weighting actor: where the episodes of a phase go that become shards.
 
-    One actor serves all phases. If it dies or hangs another one takes its place: complete shards stay, and tasks of
-    others are queued again, so that each is counted once.
+    One actor serves a phase after the other; phases that overlap have a sink and an actor each. If it dies or hangs,
+    another one takes its place: complete shards stay, and tasks of others are queued again, so that each is counted once.
 
     Args:
         cluster: how long to wait for an actor to begin a phase, and for a sign of life.
         observer: of the run.
+        number: among the weighting actors.
     """
 
-    def __init__(self, cluster: ClusterConfig, observer: Observer | None = None) -> None:
-        self._observer = observer or Observer()
+    def __init__(self, cluster: ClusterConfig, observer: Observer | None = None, *, number: int = 0) -> None:
+        self._observer, self._number = observer or Observer(), number
         self._start_timeout_s = cluster.start_timeout_s
         self._heartbeat_timeout_s = cluster.heartbeat_timeout_s
-        self._actor = _new_actor(self._observer)
+        self._actor = _new_actor(self._observer, self._number)
         self._is_up = False  # it has begun a phase, and so has no need of time to start
 
     def close(self) -> None:
@@ -273,8 +274,9 @@ class ShardSink:
     async def _begin(self, actor: Any) -> None:
         begun = actor.begin.remote(self._shards, self._weigh)
         await heartbeat.answer(begun, self._start_timeout_s, "cluster.start_timeout_s")
-        self._is_up = True
-        self._observer.is_up("weighting")
+        if not self._is_up:
+            self._is_up = True
+            self._observer.is_up("weighting", number=self._number)
 
     async def _replace(self, dead: Any, cause: str) -> None:
         """Put a new actor in the place of a lost one; once, whoever notices first."""
@@ -290,7 +292,7 @@ class ShardSink:
                         f"{self._max_restarts}); last: {cause}"
                     )
                 await self._queue_lost(cause)
-                new = _new_actor(self._observer)
+                new, self._is_up = _new_actor(self._observer, self._number), False
                 try:
                     await self._begin(new)
                 except (Silent, *DEATHS) as error:
@@ -317,5 +319,5 @@ class ShardSink:
         )
 
 
-def _new_actor(observer: Observer) -> Any:
-    return WeightingActor.options(num_cpus=0).remote(observer.identity("weighting"))
+def _new_actor(observer: Observer, number: int) -> Any:
+    return WeightingActor.options(num_cpus=0).remote(observer.identity("weighting", number=number))

@@ -147,14 +147,3 @@ def test_logs_that_arrive_are_no_reason_for_a_warning(
     introduce(observer.identity("weighting"))
     observer.is_up("weighting")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-
-
-def test_two_of_one_name_that_start_at_the_same_time_are_no_reason_for_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    observer = Observer(tmp_path)
-    introduce(observer.identity("weighting"))
-    observer.identity("weighting")
-    observer.is_up("weighting")
-    observer.is_up("weighting")
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

@@ -19,6 +19,7 @@ from ray.exceptions import RayActorError
 from actors import weighting as module
 from actors.engine_options import EngineOptions
 from actors.hands import Hands
+from actors.observer import Observer
 from actors.rollout import Receipt, RolloutRequest
 from actors.sampling import Phase, Work, run_phase
 from actors.session import ClusterError
@@ -184,7 +185,7 @@ class Mortal:
 def sink_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ShardSink]:
     def made(*actors: Mortal) -> ShardSink:
         spare = iter(actors)
-        monkeypatch.setattr(module, "_new_actor", lambda observer: next(spare))
+        monkeypatch.setattr(module, "_new_actor", lambda observer, number: next(spare))
         monkeypatch.setattr(ray, "kill", lambda actor: setattr(actor, "is_dead", True))
         return ShardSink(ClusterConfig(start_timeout_s=30))
 
@@ -239,6 +240,20 @@ def test_an_actor_that_died_between_two_phases_or_while_it_starts_is_replaced(
     sink = sink_of(Mortal(begins=False), Mortal(begins=False), Mortal())
     work, statistics = sample(tmp_path, sink, Worker(lambda value: value))
     assert_is_whole(work, statistics, tmp_path)
+
+
+def test_only_an_actor_that_was_started_is_waited_for_in_the_logs(
+    tmp_path: Path, sink_of: Callable[..., ShardSink], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    up: list[tuple[str, int]] = []
+    monkeypatch.setattr(Observer, "is_up", lambda self, kind, *, number: up.append((kind, number)))
+    sink = sink_of(Mortal(), Mortal())
+    for phase in ("first", "second"):
+        sample(tmp_path / phase, sink, Worker(lambda value: value))
+    assert up == [("weighting", 0)]
+    sink._actor.is_dead = True
+    sample(tmp_path / "third", sink, Worker(lambda value: value))
+    assert up == [("weighting", 0)] * 2
 
 
 @pytest.mark.parametrize("how", ["interrupt", "error"])
