@@ -154,7 +154,8 @@ class ShardSink:
     """The driver's end of the weighting actor: where the episodes of a phase go that become shards.
 
     One actor serves a phase after the other; phases that overlap have a sink and an actor each. If it dies or hangs,
-    another one takes its place: complete shards stay, and tasks of others are queued again, so that each is counted once.
+    another one takes its place: complete shards stay, and tasks of others are queued again, so that each is counted
+    once.
 
     Args:
         cluster: how long to wait for an actor to begin a phase, and for a sign of life.
