@@ -26,7 +26,8 @@ from retriever_service.interrupts import Interrupted
 def cpu_environment() -> dict[str, str]:
     """For actors that compute on CPUs, beside this process' own environment.
 
-    They share the cores, so a thread that waits must not spin. And they allocate by jemalloc, which Ray brings along:
+    They share the cores, so a thread that waits must not spin; but for the microseconds between two products, in which it
+    could not be put to sleep and woken. And they allocate by jemalloc, which Ray brings along:
     glibc either gives each large tensor back to the kernel and faults it in again, which takes more time than the
     arithmetic of a small model, or keeps what does not fit together again, so that a process grows from step to step
     (`bench.plan --allocators`). An allocator that is preloaded already comes first.
@@ -35,6 +36,7 @@ def cpu_environment() -> dict[str, str]:
     preloaded = [os.environ.get("LD_PRELOAD"), str(library) if library.exists() else None]
     return {
         "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         "LD_PRELOAD": ":".join(filter(None, preloaded)),
         "MALLOC_CONF": os.environ.get("MALLOC_CONF", allocator.SETTINGS),
     }

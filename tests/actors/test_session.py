@@ -94,6 +94,7 @@ def test_threads_that_wait_leave_their_core_to_others_on_gpu_nodes_too_and_the_a
     assert actor_environment(on_gpu=True) == {"OMP_WAIT_POLICY": "PASSIVE"}
     assert actor_environment(on_gpu=False) == cpu_environment()
     assert cpu_environment()["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert 0 < int(cpu_environment()["GOMP_SPINCOUNT"]) < 100_000
 
 
 @pytest.mark.parametrize(("gpus", "of_retrievers"), [(0.0, False), (0.5, True)])
