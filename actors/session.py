@@ -26,8 +26,8 @@ from retriever_service.interrupts import Interrupted
 def cpu_environment() -> dict[str, str]:
     """For actors that compute on CPUs, beside this process' own environment.
 
-    They share the cores, so a thread that waits must not spin; but for the microseconds between two products, in which it
-    could not be put to sleep and woken. And they allocate by jemalloc, which Ray brings along:
+    They share the cores, so a thread that waits must not spin, but for the microseconds between two products of its
+    team, in which it could not be put to sleep and woken. And they allocate by jemalloc, which Ray brings along:
     glibc either gives each large tensor back to the kernel and faults it in again, which takes more time than the
     arithmetic of a small model, or keeps what does not fit together again, so that a process grows from step to step
     (`bench.plan --allocators`). An allocator that is preloaded already comes first.

@@ -112,7 +112,7 @@ def test_every_actor_of_a_gpu_run_gets_the_environment_of_what_it_computes_on(
 
     monkeypatch.setattr(cluster_module, "reserve", lambda *sections: ([], placement, None))
     monkeypatch.setattr(cluster_module, "Retrievers", Retrievers)
-    monkeypatch.setattr(cluster_module, "ShardSink", lambda *arguments: None)
+    monkeypatch.setattr(cluster_module, "ShardSink", lambda *arguments, **options: None)
     made = Cluster([], ClusterConfig(), RetrieverConfig(gpus_per_replica=gpus), Path("index"))
     assert made._room(None, 1.0)["runtime_env"]["env_vars"] == actor_environment(on_gpu=True)
     assert given == actor_environment(on_gpu=of_retrievers)
