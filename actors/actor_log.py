@@ -93,6 +93,7 @@ def _log_as(identity: Identity) -> None:
             logger.warning(f"the log {identity.path} cannot be written ({error})")
             return
         _handler.setFormatter(_JsonLine(identity))
+        _handler.addFilter(_is_kept)
         _handler.handleError = _keep_quiet  # type: ignore[method-assign]
         root = logging.getLogger()
         root.addHandler(_handler)
@@ -103,6 +104,11 @@ def _log_as(identity: Identity) -> None:
     for library in map(logging.getLogger, _APART):
         if not library.propagate and _handler not in library.handlers:
             library.addHandler(_handler)
+
+
+def _is_kept(record: logging.LogRecord) -> bool:
+    """Of other libraries warnings, also where one of them has set the root's level."""
+    return record.levelno >= logging.WARNING or record.name.partition(".")[0] in (*_OURS, *_APART)
 
 
 def _keep_quiet(record: logging.LogRecord) -> None:

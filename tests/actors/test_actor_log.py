@@ -65,6 +65,7 @@ def test_a_line_says_what_happened_and_to_whom(tmp_path: Path) -> None:
 
 def test_of_other_libraries_only_warnings_are_kept(tmp_path: Path) -> None:
     introduce(identity(tmp_path))
+    logging.getLogger().setLevel(logging.INFO)  # as a library may
     logging.getLogger("httpx").info("a request")
     logging.getLogger("httpx").warning("a slow request")
     LOGGER.info("ours")
