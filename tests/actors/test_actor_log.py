@@ -121,7 +121,7 @@ def test_a_file_is_bounded_and_processes_that_share_it_stay_together(
     assert first is not None and second is not None
     for number in range(40):
         for handler in (first, second):
-            handler.handle(LOGGER.makeRecord("a", logging.INFO, "", 0, f"{number}", None, None))
+            handler.handle(LOGGER.makeRecord("actors", logging.INFO, "", 0, f"{number}", None, None))
     assert sorted(file.name for file in path.parent.iterdir()) == [path.name, f"{path.name}.1"]
     assert all(file.stat().st_size <= 2000 for file in path.parent.iterdir())
     kept = [line["message"] for line in lines(path)]
