@@ -6,6 +6,7 @@ Recipes and commands use nothing else, and nobody else builds engines.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,7 +109,7 @@ class Cluster:
             spec.name: self._new_policy(spec, start[spec.name], turns, status) for spec in policies
         }
         self._background = Background()
-        self._num_sinks = 0
+        self._sink_numbers = itertools.count()
         self._idle_sinks = [self._new_sink()]
         self._memories: dict[str, Memory] = {}
         """By policy, the room for what its engines have sampled, which all phases share."""
@@ -234,8 +235,7 @@ class Cluster:
             self._idle_sinks.append(sink)
 
     def _new_sink(self) -> ShardSink:
-        self._num_sinks += 1
-        return ShardSink(self.config, self._observer, number=self._num_sinks - 1)
+        return ShardSink(self.config, self._observer, number=next(self._sink_numbers))
 
     @staticmethod
     def _serving(roles: Mapping[str, Policy]) -> dict[str, EnginePool]:

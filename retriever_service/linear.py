@@ -7,6 +7,8 @@ those of bfloat16. vLLM's engines on CPUs take oneDNN for both.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,11 +37,28 @@ def use_onednn(model: nn.Module) -> None:
     """
     if not torch.backends.mkldnn.is_available():
         return
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # its own, and torch's of it
-        os.environ.setdefault(cache, str(KEPT_KERNELS))
+    # Its own, and torch's of it; both are made with the first product.
+    caches = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    with environment_defaults(dict.fromkeys(caches, str(KEPT_KERNELS))):
+        _product(torch.ones(8, 8), torch.ones(8, 8))
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype == torch.float32:
             module.__class__ = OneDnnLinear
+
+
+@contextmanager
+def environment_defaults(settings: Mapping[str, str]) -> Iterator[None]:
+    """In the block, those that the environment has not: for libraries that read them with their first product only.
+
+    Processes that are started from this one are to decide for themselves.
+    """
+    ours = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
 
 
 class _Product(torch.autograd.Function):

@@ -244,18 +244,16 @@ class Encoder:
 def _fix_kernels() -> None:
     """Have MKL compute a row alike, whatever the number of rows: on Intel processors it does not by itself.
 
-    MKL reads its environment at the first product of a process; it is too late where there was one before. Processes
-    that are started from this one are to decide for themselves.
+    MKL reads its environment at the first product of a process; it is too late where there was one before.
 
     Source: "Strict CNR mode" in Intel's guide to Conditional Numerical Reproducibility of oneMKL.
     """
     import torch
 
-    before = os.environ.get("MKL_CBWR")
-    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
-    torch.ones(8, 8) @ torch.ones(8, 8)
-    if before is None:
-        del os.environ["MKL_CBWR"]
+    from retriever_service.linear import environment_defaults
+
+    with environment_defaults({"MKL_CBWR": "AUTO,STRICT"}):
+        torch.ones(8, 8) @ torch.ones(8, 8)
 
 
 def lasting_name(model: str) -> str:
