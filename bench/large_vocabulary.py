@@ -25,6 +25,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from actors.session import cpu_environment
@@ -36,6 +37,7 @@ from bench.measure import Brevity, Ratio, in_turn
 from pipeline.core.config import LearnerConfig
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.records import Example
+from retriever_service.linear import OneDnnLinear
 from retriever_service.machine import available_cores
 
 REQUESTS, FEW = 32, 4
@@ -136,15 +138,22 @@ def _matrices(config: Gemma3TextConfig) -> list[tuple[int, int]]:
 
 
 def _seconds(products: Products, dtype: torch.dtype) -> float:
-    """Of each kind one is measured, some times in turn."""
+    """Of each kind one is measured, some times in turn; in float32 by torch and by oneDNN, and the faster counts."""
     total = 0.0
     for (rows, inputs, outputs), times in products.items():
-        a = torch.randn(rows, inputs, dtype=dtype)
-        b = torch.randn(outputs, inputs, dtype=dtype).T
-        a @ b
-        repeats = min(times, 3)
-        start = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        total += (time.perf_counter() - start) / repeats * times
+        a, weight = torch.randn(rows, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
+        layers: list[nn.Linear] = [nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype)]
+        if dtype == torch.float32:
+            layers.append(OneDnnLinear(inputs, outputs, bias=False, device="meta"))
+        total += times * min(_seconds_of(layer, weight, a, min(times, 3)) for layer in layers)
     return total
+
+
+@torch.no_grad()
+def _seconds_of(layer: nn.Linear, weight: torch.Tensor, rows: torch.Tensor, repeats: int) -> float:
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer(rows)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        layer(rows)
+    return (time.perf_counter() - start) / repeats
