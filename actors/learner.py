@@ -459,10 +459,10 @@ class Learner:
     def named_weights(
         self, bucket_bytes: int = 256 << 20, dtype: torch.dtype | None = None
     ) -> Iterator[Bucket]:
-        """Buckets of (name in a Hugging Face checkpoint, copy of the whole tensor); see `learner_weights`.
+        """Buckets of (name in a Hugging Face checkpoint, whole tensor); see `learner_weights`.
 
         Args:
-            dtype: of the copies; None: as trained.
+            dtype: of the tensors; None: as trained.
         """
         return learner_weights.named_weights(
             self.model, bucket_bytes, dtype or self.dtype, partitioned=self.zero_stage == 3

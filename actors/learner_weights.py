@@ -16,14 +16,15 @@ from actors.weight_transfer import Bucket
 def named_weights(
     model: torch.nn.Module, bucket_bytes: int, dtype: torch.dtype, *, partitioned: bool
 ) -> Iterator[Bucket]:
-    """Buckets of (name in a Hugging Face checkpoint, copy of the whole tensor), adapters merged.
+    """Buckets of (name in a Hugging Face checkpoint, whole tensor), adapters merged.
 
     Tied weights come once. All ranks must exhaust the iterator in step: where parameters are partitioned (ZeRO-3) each
-    bucket is gathered from all of them. The copies outlive the gathering and later training.
+    bucket is gathered from all of them. The tensors outlive that, but may be the parameters themselves, and then
+    change with later training.
 
     Args:
         bucket_bytes: most bytes of a bucket; a larger tensor has one of its own.
-        dtype: of the copies.
+        dtype: of the tensors.
     """
     bucket: list[tuple[str, torch.nn.Parameter]] = []
     size = 0
@@ -33,15 +34,15 @@ def named_weights(
         # numel() of a parameter that ZeRO-3 has partitioned is 0.
         num_bytes = getattr(parameter, "ds_numel", parameter.numel()) * dtype.itemsize
         if bucket and size + num_bytes > bucket_bytes:
-            yield _copies(model, bucket, dtype, partitioned)
+            yield _bucket(model, bucket, dtype, partitioned)
             bucket, size = [], 0
         bucket.append((name, parameter))
         size += num_bytes
-    yield _copies(model, bucket, dtype, partitioned)
+    yield _bucket(model, bucket, dtype, partitioned)
 
 
 @torch.no_grad()
-def _copies(
+def _bucket(
     model: torch.nn.Module,
     parameters: Sequence[tuple[str, torch.nn.Parameter]],
     dtype: torch.dtype,
@@ -54,16 +55,16 @@ def _copies(
         if name.endswith(".base_layer.weight")
     }
     adapters = [p for m in adapted.values() for n, p in m.named_parameters() if n.startswith("lora_")]
-    copies = []
+    whole = []
     with gathered([parameter for _, parameter in parameters] + adapters, partitioned):
         for name, parameter in parameters:
             if name in adapted:
                 delta = adapted[name].get_delta_weight("default")
                 tensor = (parameter.float() + delta.float()).to(dtype)
             else:
-                tensor = parameter.detach().to(dtype, copy=True)
-            copies.append((name.replace(".base_layer.", "."), tensor))
-    return copies
+                tensor = parameter.detach().to(dtype, copy=partitioned)
+            whole.append((name.replace(".base_layer.", "."), tensor))
+    return whole
 
 
 def gathered(

@@ -170,7 +170,7 @@ PROCESSES.set_forkserver_preload(
 def weights_of(learner: Learner) -> Weights:
     buckets = list(learner.named_weights(bucket_bytes=5000))
     assert len(buckets) > 1
-    return {name: tensor.float().numpy() for name, tensor in itertools.chain.from_iterable(buckets)}
+    return {name: tensor.float().clone().numpy() for name, tensor in itertools.chain.from_iterable(buckets)}
 
 
 def train(
