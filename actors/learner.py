@@ -448,7 +448,8 @@ class Learner:
         state: dict[str, torch.Tensor] = {}
         for bucket in self.named_weights():
             if self.rank == 0:
-                state.update((name, tensor.cpu()) for name, tensor in bucket)
+                # Parameters may lie in one buffer of DeepSpeed's, and safetensors takes none that share memory.
+                state.update((name, tensor.to("cpu", copy=True)) for name, tensor in bucket)
         config, source = self.model.config, self.source
         on_rank_zero(
             lambda: learner_files.replace_directory(
