@@ -7,7 +7,9 @@ at a small size: it shows that they work, and its figures say little.
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
@@ -49,6 +51,17 @@ BENCHMARKS = {
 }
 
 
+def _alone(name: str) -> list[Ratio]:
+    """In a process of its own: what one leaves behind (threads, memory, process groups) is no other's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_measured, name, Brevity.is_on).result()
+
+
+def _measured(name: str, is_brief: bool) -> list[Ratio]:
+    Brevity.is_on = is_brief
+    return BENCHMARKS[name]()
+
+
 def main() -> int:
     """Print one row per ratio. Returns the exit code: 2 for an unknown name."""
     parser = argparse.ArgumentParser(
@@ -68,7 +81,7 @@ def main() -> int:
     console, rows, when = Console(stderr=True), list[Ratio](), circumstances()
     for name in names:
         with console.status(f"measuring: {name}"):
-            rows += (ratios := BENCHMARKS[name]())
+            rows += (ratios := _alone(name))
         for ratio in ratios:
             console.print(f"{ratio.what}, to {ratio.limit_name}: {ratio.cells()[4]}")
         if arguments.json is not None:

@@ -196,7 +196,11 @@ def train_and_export(learner: Learner, examples: list[Example], path: Path) -> W
     return weights_of(learner)
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_ranks": 2, "zero_stage": 3}], ids=["stage 0", "stage 3"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_ranks": 2, "zero_stage": 1}, {"num_ranks": 2, "zero_stage": 3}],
+    ids=["stage 0", "stage 1", "stage 3"],
+)
 def test_an_exported_model_opens_in_transformers_with_the_trained_weights(
     model_path: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
@@ -229,7 +233,11 @@ def lora_state(learner: Learner, examples: list[Example], path: Path) -> tuple[W
     return weights_of(learner), {"logits": logits.numpy()}
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_ranks": 2, "zero_stage": 3}], ids=["stage 0", "stage 3"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_ranks": 2, "zero_stage": 1}, {"num_ranks": 2, "zero_stage": 3}],
+    ids=["stage 0", "stage 1", "stage 3"],
+)
 def test_lora_trains_adapters_only_and_exports_the_merged_model(
     model_path: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
