@@ -7,59 +7,31 @@ at a small size: it shows that they work, and its figures say little.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from rich.console import Console
 
-from bench import (
-    checkpoint,
-    columns,
-    dispatch,
-    encode,
-    estep,
-    examples,
-    iteration,
-    large_vocabulary,
-    learner,
-    push,
-    retrieval,
-    scale,
-    scoring,
-    start,
-)
-from bench.measure import HEADER, Brevity, Ratio, circumstances, print_table, write_ratios
+from bench.measure import HEADER, Brevity, Ratio, circumstances, in_its_own_process, print_table, write_ratios
 from bench.plots import draw_ratios
 
-BENCHMARKS = {
-    "estep": estep.run,
-    "iteration": iteration.run,
-    "scoring": scoring.run,
-    "learner": learner.run,
-    "large_vocabulary": large_vocabulary.run,
-    "columns": columns.run,
-    "examples": examples.run,
-    "checkpoint": checkpoint.run,
-    "encode": encode.run,
-    "retrieval": retrieval.run,
-    "push": push.run,
-    "start": start.run,
-    "dispatch": dispatch.run,
-    "scale": scale.run,
-}
-
-
-def _alone(name: str) -> list[Ratio]:
-    """In a process of its own: what one leaves behind (threads, memory, process groups) is no other's."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(_measured, name, Brevity.is_on).result()
-
-
-def _measured(name: str, is_brief: bool) -> list[Ratio]:
-    Brevity.is_on = is_brief
-    return BENCHMARKS[name]()
+BENCHMARKS = (
+    "estep",
+    "iteration",
+    "scoring",
+    "learner",
+    "large_vocabulary",
+    "columns",
+    "examples",
+    "checkpoint",
+    "encode",
+    "retrieval",
+    "push",
+    "start",
+    "dispatch",
+    "scale",
+)
+"""Modules of `bench`."""
 
 
 def main() -> int:
@@ -74,14 +46,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every run's figures there")
     parser.add_argument("--plot", type=Path, metavar="SVG", help="also draw the table there")
     arguments = parser.parse_args()
-    names = arguments.names or list(BENCHMARKS)
+    names = arguments.names or BENCHMARKS
     if unknown := [name for name in names if name not in BENCHMARKS]:
         parser.error(f"unknown benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}")
     Brevity.is_on = arguments.smoke
     console, rows, when = Console(stderr=True), list[Ratio](), circumstances()
     for name in names:
         with console.status(f"measuring: {name}"):
-            rows += (ratios := _alone(name))
+            rows += (ratios := in_its_own_process(name))
         for ratio in ratios:
             console.print(f"{ratio.what}, to {ratio.limit_name}: {ratio.cells()[4]}")
         if arguments.json is not None:

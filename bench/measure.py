@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -92,6 +95,18 @@ def print_table(header: str, rows: Iterable[Sequence[str]]) -> None:
     for row in (cells, ["---"] * len(cells), *rows):
         print("| " + " | ".join(row) + " |")
     print()
+
+
+def in_its_own_process(name: str) -> list[Ratio]:
+    """What a module of `bench` measures. What it leaves behind (threads, memory, process groups) is no other's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_measured, name, Brevity.is_on).result()
+
+
+def _measured(name: str, is_brief: bool) -> list[Ratio]:
+    Brevity.is_on = is_brief
+    ratios: list[Ratio] = importlib.import_module(f"bench.{name}").run()
+    return ratios
 
 
 def in_turn(ours: Callable[[], float], limit: Callable[[], float]) -> tuple[list[float], list[float]]:
