@@ -58,6 +58,7 @@ def open_run(
     Raises:
         UserError: bad input, before anything expensive.
     """
+    TurnGrammar(config.agent)  # whether its actions are there
     trained = [RunFiles(path).newest_version(spec.name) for spec in policies if spec.learner is not None]
     versions = config.of_recipe.iterations - min(trained, default=0)
     check_run(

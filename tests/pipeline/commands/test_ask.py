@@ -34,7 +34,10 @@ HIT = Hit(Passage("p7", "Orvane", "Mara Velin founded Orvane."), 0.75)
         (Event("think", "who founded it?"), ["  think  who founded it?"]),
         (Event("search", "", (HIT,)), ["    [1] 0.75  Orvane: Mara Velin founded Orvane."]),
         (Event("search", "nothing is found"), []),
+        (Event("select", "[2] > [1]", (HIT, HIT)), [" select  [2] > [1]"]),
         (Event("record", "Mara did"), [" record  Mara did"]),
+        (Event("call", "calculate: 1 + 1"), ["   call  calculate: 1 + 1"]),
+        (Event("result", "2"), [" result  2"]),
         (Event("answer", "Mara Velin"), [" answer  Mara Velin"]),
         (Event("stop", "answered"), []),
         (Event("stop", "retriever_unavailable"), ["stopped: retriever_unavailable"]),
@@ -56,16 +59,17 @@ def test_a_trajectory_for_programs_has_its_steps_with_their_passages() -> None:
         loss_mask=empty.astype(np.bool_),
         logprobs=empty,
         answer_start=0,
-        steps=(Step("who founded it?", (HIT,), "Mara did"),),
+        steps=(Step("who founded it?", (HIT,), "Mara did", (0,)),),
         answer="Mara Velin",
         stop_reason=StopReason.ANSWERED,
     )
     passage = {"id": "p7", "title": "Orvane", "text": "Mara Velin founded Orvane.", "score": 0.75}
+    others = {"selected": [0], "action": "", "result": ""}
     assert as_json("Who?", trajectory) == {
         "question": "Who?",
         "answer": "Mara Velin",
         "stop_reason": "answered",
-        "steps": [{"query": "who founded it?", "hits": [passage], "record": "Mara did"}],
+        "steps": [{"query": "who founded it?", "hits": [passage], "record": "Mara did", **others}],
     }
 
 
