@@ -294,7 +294,6 @@ async def _result_of(action: Action, call: str, steps: Sequence[Step]) -> str:
         ActionUnavailable: it says so, or its deadline is over.
     """
     try:
-        async with asyncio.timeout(action.timeout_s):
-            return await action(call, steps)
+        return await asyncio.wait_for(action(call, steps), action.timeout_s)
     except TimeoutError as error:
         raise ActionUnavailable(f"{action.name} gave no result within {action.timeout_s:g} s") from error

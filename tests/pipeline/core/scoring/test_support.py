@@ -90,10 +90,10 @@ def test_a_trajectory_without_an_answer_has_none() -> None:
 
 
 def test_a_record_comes_from_the_passages_that_were_selected() -> None:
-    record, found = "Orvane makes harps.", (HARP, ORVANE)
+    record, found = "Orvane makes harp strings.", (HARP, ORVANE)
     both = trajectory((record, found))
-    chosen = replace(both, steps=(replace(both.steps[0], selected=(0,)),))
-    assert predict(question(), both).facts == {("Orvane", 0)}
-    assert predict(question(), chosen).facts == {("Silver Harp", 1)}
+    chosen = replace(both, steps=(replace(both.steps[0], selected=(1,)),))
+    assert predict(question(), both).facts == {("Silver Harp", 1)}
+    assert predict(question(), chosen).facts == {("Orvane", 0)}
     # What was found and not used stays found.
     assert set(predict(question(), chosen).pages) == {"p1", "p2"}
