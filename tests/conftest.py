@@ -25,7 +25,9 @@ from transformers import PreTrainedTokenizerFast
 settings.register_profile("exsearch", deadline=None)
 settings.load_profile("exsearch")
 
-TAGS = [f"<{slash}{name}>" for name in ("think", "search", "select", "record", "answer") for slash in ("", "/")]
+TAGS = [
+    f"<{slash}{name}>" for name in ("think", "search", "select", "record", "answer") for slash in ("", "/")
+]
 SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",

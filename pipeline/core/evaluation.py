@@ -62,8 +62,8 @@ def evaluate(
         gold_recall_by_step   the same after 1, 2, ... searches
         all_gold              percentage of those questions with every supporting passage found
         searches              mean number of searches per question
-        gold_first            percentage of the selections (`agent.select`) with a supporting passage to choose from that name
-                              one first; null without such selections
+        gold_first            percentage of the selections (`agent.select`) with a supporting passage to choose from
+                              that name one first; null without such selections
         stop_reasons          number of trajectories per stop reason, and `missing`
         by_hops, by_type      {group: {n, em, f1, accuracy, the three intervals, gold_recall}} over questions with that
                               field

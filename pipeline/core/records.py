@@ -160,8 +160,8 @@ class Trajectory:
         loss_mask   0          | 1                  | 0                      | 1
         logprobs    NaN        | log p              | NaN                    | log p
 
-    Where the agent selects, the model's turn behind the passages begins with <select> [2] > [1] </select>. A sub-query or
-    call that was refused, because no search was left or no room for its passages, is not trained: its mask is 0.
+    Where the agent selects, the model's turn behind the passages begins with <select> [2] > [1] </select>. A sub-query
+    or call that was refused, because no search was left or no room for its passages, is not trained: its mask is 0.
 
     `token_ids[:answer_start]` ends right behind the opening answer tag; the model's own answer and the closing tag
     follow. Where the model did not open an answer the environment appended the tag (mask 0). An infrastructure

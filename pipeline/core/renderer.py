@@ -124,9 +124,7 @@ class Renderer(TurnGrammar):
     def answer_ids(self, answer: str) -> list[int]:
         """A gold answer and the closing tag, to stand behind `Trajectory.answer_context`."""
         closing = self.tags.answer[1]
-        if closing in self.tokenizer.all_special_tokens or any(
-            tag in answer for tag in self.strings
-        ):
+        if closing in self.tokenizer.all_special_tokens or any(tag in answer for tag in self.strings):
             return [*self._untrusted(f" {answer} "), *self.trusted_ids(closing)]
         # In one piece, so that the closing tag has the tokens that the model itself writes behind a space.
         return self._plain_ids(f" {answer} {closing}")
@@ -265,4 +263,3 @@ class Renderer(TurnGrammar):
             strftime_now=self.config.date.strftime,
         )
         return text
-

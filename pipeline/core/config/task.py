@@ -93,11 +93,11 @@ class AgentConfig(Section):
     record: bool = True
     """The model writes down evidence after each search. False: it thinks or answers at once (ablation)."""
     select: bool = False
-    """Behind each search the model first names the passages that help by their numbers, the best first (`[2] > [1]`); its
-    record follows from them (EXSEARCH, eq. 47)."""
+    """Behind each search the model first names the passages that help by their numbers, the best first (`[2] > [1]`);
+    its record follows from them (EXSEARCH, eq. 47)."""
     selected_documents: int = Field(2, ge=1)
-    """With `select`: passages that a selection names at most. One that names more, one twice or one that is not there is
-    malformed."""
+    """With `select`: passages that a selection names at most. One that names more, one twice or one that is not there
+    is malformed."""
     actions: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
     """Further actions of your own, as module:Class, say [calculator:Calculator] (docs/actions.md)."""
     max_searches: int = Field(5, ge=1)

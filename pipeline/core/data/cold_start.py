@@ -222,4 +222,5 @@ def _fingerprint(renderer: Renderer) -> bytes:
     switches = (config.think, config.search, config.record)
     selection = (renderer.tags.select, config.selected_documents) if config.select else ()
     called = [(action.name, action.tags, action.result_tags) for action in actions]
-    return hashlib.blake2b(repr((ids, switches, selection, called)).encode(), digest_size=16).hexdigest().encode()
+    meaning = repr((ids, switches, selection, called))
+    return hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest().encode()

@@ -1,4 +1,4 @@
-"""The chat layout in every model family: what is trained is, to the token, what was sampled and what its template says."""
+"""The chat layout of each model family: to the token, what is trained is what was sampled and the template says."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pipeline.core.config import AgentConfig
 from pipeline.core.data.cold_start import supervised_examples
 from pipeline.core.records import StopReason
 from pipeline.core.renderer import Renderer
-from tests.pipeline.core.agents.test_search import ANSWER, QUESTION, THINK, run
 from tests.pipeline.core.agents.test_search import AGAIN as THINK_AGAIN
+from tests.pipeline.core.agents.test_search import ANSWER, QUESTION, THINK, run
 from tests.pipeline.core.data.test_cold_start import QUESTION as SUPERVISED
 from tests.pipeline.core.data.test_cold_start import synthesised
 from tests.pipeline.core.families import ENDS_OF_TURNS, FAMILIES, FOLDED

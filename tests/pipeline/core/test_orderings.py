@@ -46,7 +46,9 @@ def test_what_is_no_ordering_says_why(text: str, why: str) -> None:
         parse_ordering(text, 3, 2)
 
 
-@given(text=st.text(st.sampled_from("[]123 >\n"), max_size=12), count=st.integers(0, 3), most=st.integers(1, 3))
+@given(
+    text=st.text(st.sampled_from("[]123 >\n"), max_size=12), count=st.integers(0, 3), most=st.integers(1, 3)
+)
 def test_what_parses_names_passages_that_are_there_each_once(text: str, count: int, most: int) -> None:
     try:
         places = parse_ordering(text, count, most)

@@ -143,7 +143,9 @@ def test_events_show_a_call_and_its_result(tokenizer: Any) -> None:
     ]
 
 
-def test_behind_a_result_nothing_is_selected_or_recorded_and_a_search_counts_as_before(tokenizer: Any) -> None:
+def test_behind_a_result_nothing_is_selected_or_recorded_and_a_search_counts_as_before(
+    tokenizer: Any,
+) -> None:
     select = "<select> [2] </select>\n"
     turns = ["<echo> hi </echo>", THINK, f"{select}{RECORD}<echo> ho </echo>", THINK, f"{select}{ANSWER}"]
     trajectory, engine, _ = run(tokenizer, turns, actions=of(Echo), select=True, max_searches=2)
@@ -167,16 +169,14 @@ def test_a_result_that_does_not_fit_leads_to_an_answer(tokenizer: Any) -> None:
     long, answer = f"<echo> {'so ' * 30}</echo>", " hi </answer>"
     _, unlimited, _ = run(tokenizer, [long, "<answer> hi </answer>"], actions=of(Echo), max_turn_tokens=150)
     room = len(unlimited.prompts[1]) + 150
-    trajectory, _, _ = run(
-        tokenizer, [long, answer], actions=of(Echo), max_turn_tokens=150, max_length=room
-    )
+    trajectory, _, _ = run(tokenizer, [long, answer], actions=of(Echo), max_turn_tokens=150, max_length=room)
     assert (trajectory.stop_reason, trajectory.answer) == (StopReason.LENGTH_LIMIT, "hi")
     assert trajectory.steps == ()
 
 
 def test_a_call_that_is_not_to_be_trained_is_context_and_what_is_around_it_is_trained(tokenizer: Any) -> None:
     turns = [THINK, f"{RECORD}<quiet> hi </quiet>", "<answer> hi </answer>"]
-    trajectory, engine, _ = run(tokenizer, turns, actions=of(Quiet))
+    trajectory, _, _ = run(tokenizer, turns, actions=of(Quiet))
     trained = tokenizer.decode(trajectory.token_ids[trajectory.loss_mask])
     assert trained.split() == f"{THINK}{RECORD} <answer> hi </answer>".split()
     written = tokenizer.decode(trajectory.token_ids[trajectory.sampled])
@@ -273,7 +273,10 @@ def test_actions_change_nothing_of_what_was_there_without(
 
 def test_built_in_instructions_say_how_to_call() -> None:
     said = default_instructions(AgentConfig(actions=of(Echo)))
-    assert "To hear yourself write <echo> words </echo>. The result comes back between <heard> and </heard>." in said
+    assert (
+        "To hear yourself write <echo> words </echo>. The result comes back between <heard> and </heard>."
+        in said
+    )
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,9 @@ def test_whatever_is_selected_under_every_switch_the_mask_holds_what_the_model_w
 
 
 @given(record=contents, query=contents, data=st.data())
-def test_a_turn_that_selects_parses_back(tokenizer: Any, record: str, query: str, data: st.DataObject) -> None:
+def test_a_turn_that_selects_parses_back(
+    tokenizer: Any, record: str, query: str, data: st.DataObject
+) -> None:
     renderer = Renderer(tokenizer, AgentConfig(select=True, selected_documents=5))
     order = data.draw(st.permutations(range(5)))
     for turn in (

@@ -164,9 +164,7 @@ def test_a_selection_of_one_is_the_gold_passage_by_its_number_as_shown(tokenizer
 
 def test_without_search_a_perfect_agent_selects_nothing(tokenizer: Any) -> None:
     agent = AgentConfig(documents=2, select=True).model_copy(update={"search": False})
-    run = synthesise(
-        [QUESTION], Renderer(tokenizer, agent), by_overlap, CORPUS.get, max_length=4096, seed=0
-    )
+    run = synthesise([QUESTION], Renderer(tokenizer, agent), by_overlap, CORPUS.get, max_length=4096, seed=0)
     (trajectory,) = asyncio.run(run).trajectories
     assert trajectory.stop_reason is StopReason.ANSWERED
     assert all(step.selected == () for step in trajectory.steps)
@@ -176,7 +174,10 @@ def test_a_perfect_agent_calls_actions_as_these_demonstrate_it(tokenizer: Any) -
     echo = "tests.pipeline.core.agents.test_actions:Echo"
     result, renderer = synthesised(tokenizer, QUESTION, select=True, selected_documents=1, actions=(echo,))
     (trajectory,) = result.trajectories
-    assert [(step.action, step.query) for step in trajectory.steps[2:]] == [("echo", "Who"), ("echo", "again")]
+    assert [(step.action, step.query) for step in trajectory.steps[2:]] == [
+        ("echo", "Who"),
+        ("echo", "again"),
+    ]
     own = renderer.decode(trajectory.token_ids[trajectory.loss_mask].tolist())
     assert own.endswith(
         "<record> Orvane was founded by Mara Velin. </record>\n<echo> Who </echo><echo> again </echo>"
