@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.commands import ask as module
-from pipeline.commands.ask import _watching, as_json, run_config_of, show
+from pipeline.commands.ask import _watching, as_json, open_searcher, run_config_of, show
 from pipeline.core.agents.search import Event, OnEvent
 from pipeline.core.config import Config
 from pipeline.core.display import Display
@@ -25,6 +25,7 @@ from retriever_service.errors import RetrieverError
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
+MODEL = Path(__file__).resolve().parents[3] / "models" / "tiny-searcher"
 HIT = Hit(Passage("p7", "Orvane", "Mara Velin founded Orvane."), 0.75)
 
 
@@ -172,3 +173,12 @@ def test_events_arrive_in_their_order_while_the_program_still_runs_and_none_is_l
         assert heard.get(timeout=60).text == "first"
         ray.get(worker.say.remote(watcher, *many))
     assert [heard.get_nowait().text for _ in many] == many
+
+
+def test_an_action_that_is_not_there_is_missed_before_anything_starts() -> None:
+    config = Config.model_validate({"agent": {"actions": "nowhere.at_all:Calculator"}})
+    with (
+        pytest.raises(UserError, match=r"agent\.actions: nowhere\.at_all:Calculator cannot be imported"),
+        open_searcher(str(MODEL), None, config, Display()),
+    ):
+        pass
