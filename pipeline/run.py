@@ -42,6 +42,7 @@ from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_in
 from pipeline.core.run import ACTOR_LOGS, Json, RunDirectory, RunFiles, write_json, write_table
 from pipeline.core.shards import Shards, generated_tokens, has_examples, write_examples
 from pipeline.core.tracking import Tracker
+from pipeline.core.turns import TurnGrammar
 from pipeline.core.weighing import NothingToTrainOn, Weigh
 from pipeline.steps import Begun, Steps, in_iteration
 from retriever_service.index.store import read_manifest
@@ -58,6 +59,7 @@ def open_run(
     Raises:
         UserError: bad input, before anything expensive.
     """
+    TurnGrammar(config.agent)  # whether its actions are there
     trained = [RunFiles(path).newest_version(spec.name) for spec in policies if spec.learner is not None]
     versions = config.of_recipe.iterations - min(trained, default=0)
     check_run(

@@ -55,6 +55,7 @@ BROKEN_RULES: tuple[tuple[str, ...], ...] = (
     ("retriever.url=http://127.0.0.1:8000", "retriever.replicas=2"),
     ("retriever.dialect=search-r1",),
     ("agent.tags.think=[<a>,</a>]", "agent.tags.record=[<a>,</a>]"),
+    ("agent.select=true", "agent.search=false"),
 )
 """Overrides of the defaults, each set of which breaks one rule between keys."""
 

@@ -25,7 +25,9 @@ from transformers import PreTrainedTokenizerFast
 settings.register_profile("exsearch", deadline=None)
 settings.load_profile("exsearch")
 
-TAGS = [f"<{slash}{name}>" for name in ("think", "search", "record", "answer") for slash in ("", "/")]
+TAGS = [
+    f"<{slash}{name}>" for name in ("think", "search", "select", "record", "answer") for slash in ("", "/")
+]
 SPECIAL_TOKENS = [
     "<|endoftext|>",
     "<|im_start|>",
@@ -38,6 +40,11 @@ SPECIAL_TOKENS = [
     "</s>",
     "[INST]",
     "[/INST]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "<bos>",
+    "<start_of_turn>",
+    "<end_of_turn>",
 ]
 TRAINING_TEXT = [
     "Question: Who founded the maker of the Silver Harp?",

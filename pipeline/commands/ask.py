@@ -23,6 +23,7 @@ from pipeline.core.preflight import check_models
 from pipeline.core.records import Question, Trajectory
 from pipeline.core.retrieval import Searched, Servers, await_servers
 from pipeline.core.run import Json, RunFiles
+from pipeline.core.turns import TurnGrammar
 from retriever_service.index.store import read_manifest
 from retriever_service.passages.evaluation import read_queries
 
@@ -99,9 +100,10 @@ def open_searcher(
         at_once: questions in flight. None: as many as fit.
 
     Raises:
-        UserError, RetrieverError: no such model or index, or no server that answers.
+        UserError, RetrieverError: no such model, action or index, or no server that answers.
     """
     check_models([model])
+    TurnGrammar(config.agent)  # whether its actions are there
     searched = _searched(index, config, display)
     spec = PolicySpec(
         SEARCHER,
@@ -122,7 +124,7 @@ class OpenSearcher:
     """What `open_searcher` gives: answers greedily, question after question.
 
     An answer is `{"question", "answer", "stop_reason", "steps": [{"query", "hits": [{"id", "title", "text", "score"}],
-    "record"}]}`.
+    "record", "selected", "action", "result"}]}`, as in `Step`.
     """
 
     def __init__(self, cluster: Cluster, config: Config) -> None:
@@ -256,6 +258,9 @@ def as_json(question: str, trajectory: Trajectory) -> Json:
                     for h in step.hits
                 ],
                 "record": step.record,
+                "selected": list(step.selected),
+                "action": step.action,
+                "result": step.result,
             }
             for step in trajectory.steps
         ],

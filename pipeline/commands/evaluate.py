@@ -25,6 +25,7 @@ from pipeline.core.retrieval import Searched, what_is_searched
 from pipeline.core.run import Json, RunFiles, write_json, write_table
 from pipeline.core.scoring.files import suffix_of, write_predictions
 from pipeline.core.scoring.support import predict
+from pipeline.core.turns import TurnGrammar
 from pipeline.methods import answering, load, searching
 
 
@@ -62,6 +63,7 @@ def evaluate_model(
     if run is not None and model is None:
         models = _best_models(run, config, agent, display)
     check_models(models.values())
+    TurnGrammar(config.agent)  # whether its actions are there
     if out is not None and out.suffix != ".json":
         raise UserError(
             f"--out is {out}; give a name that ends in .json (trajectories and predictions go beside it)"

@@ -22,9 +22,21 @@ def recall_by_step(trajectory: Trajectory, supporting_ids: Sequence[str]) -> lis
     """Share of the supporting passages found up to and including each search; [] without searches."""
     wanted, found, recalls = set(supporting_ids), set[str](), []
     for step in trajectory.steps:
+        if step.action:
+            continue
         found |= wanted & {hit.passage.id for hit in step.hits}
         recalls.append(len(found) / len(wanted))
     return recalls
+
+
+def gold_first(trajectory: Trajectory, supporting_ids: Sequence[str]) -> list[bool]:
+    """Of each selection that had a supporting passage to choose from: whether it named one first."""
+    wanted, selections = set(supporting_ids), [step for step in trajectory.steps if step.selected]
+    return [
+        step.used_hits[0].passage.id in wanted
+        for step in selections
+        if any(hit.passage.id in wanted for hit in step.hits)
+    ]
 
 
 def evaluate(
@@ -50,6 +62,8 @@ def evaluate(
         gold_recall_by_step   the same after 1, 2, ... searches
         all_gold              percentage of those questions with every supporting passage found
         searches              mean number of searches per question
+        gold_first            percentage of the selections (`agent.select`) with a supporting passage to choose from
+                              that name one first; null without such selections
         stop_reasons          number of trajectories per stop reason, and `missing`
         by_hops, by_type      {group: {n, em, f1, accuracy, the three intervals, gold_recall}} over questions with that
                               field
@@ -78,6 +92,7 @@ def evaluate(
         "gold_recall_by_step": _mean_recall_by_step([row.recalls for row in rows if row.recalls is not None]),
         "all_gold": _percent([float(row.final_recall == 1.0) for row in with_gold]),
         "searches": float(np.mean([row.searches for row in rows])),
+        "gold_first": _percent([float(is_first) for row in rows for is_first in row.gold_first]),
         "stop_reasons": dict(stop_reasons),
     }
 
@@ -106,6 +121,7 @@ class _Row:
     recalls: list[float] | None
     searches: int
     stop_reason: str
+    gold_first: Sequence[bool] = ()
 
     @property
     def final_recall(self) -> float:
@@ -138,6 +154,7 @@ def _score_question(
         recalls=recall_by_step(trajectory, supporting_ids) if supporting_ids else None,
         searches=trajectory.num_searches,
         stop_reason=trajectory.stop_reason.value,
+        gold_first=gold_first(trajectory, supporting_ids),
     )
 
 

@@ -96,7 +96,7 @@ class Question:
 
 
 class StopReason(StrEnum):
-    """Why a trajectory ended. The first four are the model's own behaviour; the last three are not."""
+    """Why a trajectory ended. The first four are the model's own behaviour; the last four are not."""
 
     ANSWERED = "answered"
     """The model closed an answer by itself."""
@@ -110,6 +110,8 @@ class StopReason(StrEnum):
     """The retriever failed for good on one of the queries."""
     RETRIEVER_BAD_ANSWER = "retriever_bad_answer"
     """The retriever refused one of the queries, or answered it with what makes no sense."""
+    ACTION_UNAVAILABLE = "action_unavailable"
+    """What an action of the user's needs could not be reached, or took too long."""
     ENGINE_ERROR = "engine_error"
     """The inference engine failed for good."""
 
@@ -119,17 +121,33 @@ class StopReason(StrEnum):
         return self in (
             StopReason.RETRIEVER_UNAVAILABLE,
             StopReason.RETRIEVER_BAD_ANSWER,
+            StopReason.ACTION_UNAVAILABLE,
             StopReason.ENGINE_ERROR,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One think-search-record step as the agent lived it. `record` is empty until the model wrote one."""
+    """One think-search-record step as the agent lived it, or a call of an action.
+
+    Attributes:
+        query: the sub-query, or the call.
+        record: empty until the model wrote one.
+        selected: places among the hits of those that the model selected, from 0, the best first.
+        action, result: of a call; of a search both are empty.
+    """
 
     query: str
     hits: tuple[Hit, ...] = ()
     record: str = ""
+    selected: tuple[int, ...] = ()
+    action: str = ""
+    result: str = ""
+
+    @property
+    def used_hits(self) -> tuple[Hit, ...]:
+        """What the record can be taken from: the selected passages in their order, all where nothing was selected."""
+        return tuple(self.hits[place] for place in self.selected) or self.hits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,7 +160,8 @@ class Trajectory:
         loss_mask   0          | 1                  | 0                      | 1
         logprobs    NaN        | log p              | NaN                    | log p
 
-    A sub-query that was refused, because no search was left or no room for its passages, is not trained: its mask is 0.
+    Where the agent selects, the model's turn behind the passages begins with <select> [2] > [1] </select>. A sub-query
+    or call that was refused, because no search was left or no room for its passages, is not trained: its mask is 0.
 
     `token_ids[:answer_start]` ends right behind the opening answer tag; the model's own answer and the closing tag
     follow. Where the model did not open an answer the environment appended the tag (mask 0). An infrastructure

@@ -6,8 +6,8 @@ Guarantees, each a property test:
   it is. The first n ids of a context never change as later turns arrive.
 - Both layouts speak the same language. `plain` is one running text; `chat` renders through the model's own chat
   template, incrementally: only the text *between* two contents is ever taken from the template.
-- Text from outside (questions, passages, gold answers) cannot smuggle in special tokens, nor a tag that is a token of
-  its own. (Tags that are plain text to the tokenizer are plain text in a passage too.)
+- Text from outside (questions, passages, results of actions, gold answers) cannot smuggle in special tokens, nor a tag
+  that is a token of its own. (Tags that are plain text to the tokenizer are plain text in a passage too.)
 
 One trajectory, plain layout:
 
@@ -20,6 +20,9 @@ One trajectory, plain layout:
     <think> Who founded Orvane? </think>
     ...
     <answer> Mara Velin </answer>
+
+Where the agent selects, a turn behind passages begins with `<select> [1] </select>`. The environment does not show the
+chosen passages again: they are in the context already, which must not change, and would only cost their tokens twice.
 """
 
 from __future__ import annotations
@@ -28,16 +31,17 @@ import dataclasses
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from pipeline.core.config import AgentConfig, Tags
+from pipeline.core.actions import Action
+from pipeline.core.config import AgentConfig
 from pipeline.core.errors import UserError
 from pipeline.core.records import Example, TokenIds, Trajectory
+from pipeline.core.turns import TurnGrammar, default_instructions
 from retriever_service.passages.hits import Hit
 
 _SLOT = "EXSEARCHSLOT"
@@ -48,39 +52,24 @@ _REMEMBERED = 4096
 _ANSWER_DEMAND = "No more searches are possible. Give the final answer now."
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What the model said in one turn: an optional record, then either a sub-query or an answer."""
-
-    record: str = ""
-    query: str | None = None
-    answer: str | None = None
-
-
-class MalformedTurn(ValueError):
-    """The text of a turn does not follow the protocol; the message says how."""
-
-
-class Renderer:
-    """Renders questions, passages and demands into token ids, and parses what the model writes.
+class Renderer(TurnGrammar):
+    """Renders questions, passages, results and demands into token ids, and parses what the model writes.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
         config: layout, tags and switches.
 
     Raises:
-        UserError: `layout: chat` with a tokenizer that has no chat template.
+        UserError: `layout: chat` with a tokenizer that has no chat template, or what `TurnGrammar` raises.
     """
 
     def __init__(self, tokenizer: Any, config: AgentConfig) -> None:
+        super().__init__(config)
         self.tokenizer = tokenizer
-        self.config = config
-        self.tags = config.tags
-        self.stop = (self.tags.think[1], self.tags.answer[1], self.tags.search[0])
         # The same few texts of our own come in every turn, and the trajectories of a question find the same passages.
         self._ids_of_own = lru_cache(maxsize=_REMEMBERED)(self._encode_own)
         self._ids_of_document = lru_cache(maxsize=_REMEMBERED)(self._encode_document)
-        single = [ids for tag in _all_strings(self.tags) if len(ids := self.trusted_ids(tag)) == 1]
+        single = [ids for tag in self.strings if len(ids := self.trusted_ids(tag)) == 1]
         self._tag_ids = {id_ for (id_,) in single}
         if config.layout == "chat":
             self._prompt_parts, self._user_turn_parts = self._chat_parts()
@@ -111,11 +100,18 @@ class Renderer:
             ids += self.trusted_ids("\n")
         return ids + self.trusted_ids(f"{closing}{after}")
 
+    def result_ids(self, action: Action, result: str) -> list[int]:
+        """What the environment appends behind a call of an action; a long result is cut as a passage is."""
+        before, after = self._user_turn_parts
+        opening, closing = action.result_tags
+        shown = self._ids_of_document(result).tolist()
+        return [*self.trusted_ids(f"{before}{opening}"), *shown, *self.trusted_ids(f" {closing}{after}")]
+
     def answer_demand_ids(self, *, at_turn_start: bool) -> list[int]:
         """The opening answer tag, written by the environment.
 
         Args:
-            at_turn_start: the model has not begun its turn; otherwise it ended it with a sub-query.
+            at_turn_start: the model has not begun its turn; otherwise it ended it with a sub-query or a call.
         """
         opening = self.tags.answer[0]
         if at_turn_start:
@@ -128,50 +124,10 @@ class Renderer:
     def answer_ids(self, answer: str) -> list[int]:
         """A gold answer and the closing tag, to stand behind `Trajectory.answer_context`."""
         closing = self.tags.answer[1]
-        if closing in self.tokenizer.all_special_tokens or any(
-            tag in answer for tag in _all_strings(self.tags)
-        ):
+        if closing in self.tokenizer.all_special_tokens or any(tag in answer for tag in self.strings):
             return [*self._untrusted(f" {answer} "), *self.trusted_ids(closing)]
         # In one piece, so that the closing tag has the tokens that the model itself writes behind a space.
         return self._plain_ids(f" {answer} {closing}")
-
-    def turn_text(self, turn: Turn) -> str:
-        """A turn as a well-behaved model writes it; inverse of `parse_turn`."""
-        parts = [_tagged(self.tags.record, turn.record)] if turn.record else []
-        if turn.query is not None:
-            parts.append(_tagged(self.tags.think, turn.query))
-        if turn.answer is not None:
-            parts.append(_tagged(self.tags.answer, turn.answer))
-        return "\n".join(parts)
-
-    def parse_turn(self, text: str, *, expects_record: bool) -> Turn:
-        """The turn that `text` says.
-
-        Raises:
-            MalformedTurn: anything but [record] (think | answer), with nothing outside the tags.
-        """
-        rest, record = text.strip(), ""
-        if expects_record:
-            match = re.match(_pattern(self.tags.record), rest, re.DOTALL)
-            if match is None:
-                raise MalformedTurn(f"expected {self.tags.record[0]} ... {self.tags.record[1]}")
-            record, rest = match["content"].strip(), rest[match.end() :].strip()
-        for kind in ("think", "answer"):
-            match = re.fullmatch(_pattern(getattr(self.tags, kind)), rest, re.DOTALL)
-            if match is None:
-                continue
-            content = match["content"].strip()
-            stray = next((s for s in _all_strings(self.tags) if s in f"{record} {content}"), None)
-            if stray is not None:
-                raise MalformedTurn(f"{stray} inside of another action")
-            if kind == "answer":
-                return Turn(record=record, answer=content)
-            if not content:
-                raise MalformedTurn("empty sub-query")
-            return Turn(record=record, query=content)
-        raise MalformedTurn(
-            f"expected {self.tags.think[0]} or {self.tags.answer[0]}, closed, and nothing else"
-        )
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens included, byte for byte."""
@@ -226,7 +182,7 @@ class Renderer:
         whole = self._plain_ids(text)
         if self._tag_ids.isdisjoint(whole):
             return whole
-        tags = "|".join(map(re.escape, _all_strings(self.tags)))
+        tags = "|".join(map(re.escape, self.strings))
         # Cut inside of every tag, at any place where one begins.
         cuts = [0, *(match.start() + 1 for match in re.finditer(f"(?={tags})", text)), len(text)]
         cut = [i for start, end in pairwise(cuts) for i in self._plain_ids(text[start:end])]
@@ -307,31 +263,3 @@ class Renderer:
             strftime_now=self.config.date.strftime,
         )
         return text
-
-
-def default_instructions(config: AgentConfig) -> str:
-    """The built-in system prompt; it names only the actions that are switched on."""
-    tags, lines = config.tags, ["You answer a question by looking for evidence step by step."]
-    if config.think:
-        lines.append(
-            f"Write one simple search query as {_tagged(tags.think, 'query')} and stop."
-            + (f" The passages found come back between {' and '.join(tags.search)}." if config.search else "")
-        )
-    if config.record:
-        lines.append(f"Then note the facts you need as {_tagged(tags.record, 'facts')}.")
-    if config.think:
-        lines.append("Repeat this, one query at a time, until you know enough.")
-    lines.append(f"Finish with the shortest possible answer as {_tagged(tags.answer, 'answer')}.")
-    return "\n".join(lines)
-
-
-def _tagged(tag: tuple[str, str], content: str) -> str:
-    return f"{tag[0]} {content} {tag[1]}"
-
-
-def _pattern(tag: tuple[str, str]) -> str:
-    return f"{re.escape(tag[0])}(?P<content>.*?){re.escape(tag[1])}"
-
-
-def _all_strings(tags: Tags) -> list[str]:
-    return [s for pair in (tags.think, tags.search, tags.record, tags.answer) for s in pair]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.core.arrow_lists import elements_of, lengths_of, offsets_of
+from pipeline.core.arrow_lists import arrays_of, elements_of, lengths_of, offsets_of
 from pipeline.core.bulk import in_bulk
 from pipeline.core.records import Step
 from retriever_service.passages.corpus import Passage
@@ -17,7 +17,16 @@ from retriever_service.passages.hits import Hit
 _HIT = pa.struct(
     [("id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("score", pa.float32())]
 )
-_STEP = pa.struct([("query", pa.string()), ("hits", pa.list_(_HIT)), ("record", pa.string())])
+_STEP = pa.struct(
+    [
+        ("query", pa.string()),
+        ("hits", pa.list_(_HIT)),
+        ("record", pa.string()),
+        ("selected", pa.list_(pa.int32())),
+        ("action", pa.string()),
+        ("result", pa.string()),
+    ]
+)
 
 STEPS = pa.list_(_STEP)
 """The type of the column."""
@@ -36,7 +45,15 @@ def steps_array(rows: Sequence[tuple[Step, ...]]) -> pa.ListArray:
         [hit.score for hit in hits],
     )
     hit_lists = pa.ListArray.from_arrays(offsets_of(len(step.hits) for step in steps), of_hits)
-    of_steps = _structs(_STEP, [step.query for step in steps], hit_lists, [step.record for step in steps])
+    of_steps = _structs(
+        _STEP,
+        [step.query for step in steps],
+        hit_lists,
+        [step.record for step in steps],
+        [step.selected for step in steps],
+        [step.action for step in steps],
+        [step.result for step in steps],
+    )
     return pa.ListArray.from_arrays(offsets_of(map(len, rows)), of_steps)
 
 
@@ -46,11 +63,21 @@ def steps_of(lists: pa.ListArray) -> list[tuple[Step, ...]]:
     Raises:
         ValueError: something in it is null.
     """
-    queries, hit_lists, records = _fields(lists)
+    queries, hit_lists, records, selections, actions, results = _fields(lists)
     ids, titles, texts, scores = (field.to_pylist() for field in _fields(hit_lists))
     passages = in_bulk(Passage, ids, titles, texts, [{} for _ in ids])
     hits = iter(in_bulk(Hit, passages, scores))
-    steps = iter(in_bulk(Step, queries.to_pylist(), list(_cut(hits, hit_lists)), records.to_pylist()))
+    steps = iter(
+        in_bulk(
+            Step,
+            queries.to_pylist(),
+            list(_cut(hits, hit_lists)),
+            records.to_pylist(),
+            [tuple(places.tolist()) for places in arrays_of(selections)],
+            actions.to_pylist(),
+            results.to_pylist(),
+        )
+    )
     return list(_cut(steps, lists))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
+from pipeline.core.actions import ActionUnavailable
 from pipeline.core.config import RolloutConfig
 from pipeline.core.records import Episode, Question, StopReason
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
@@ -69,7 +70,7 @@ class EngineError(RuntimeError):
     """The inference engine could not serve a request."""
 
 
-INFRASTRUCTURE = (EngineError, RetrieverUnavailable, RetrieverError)
+INFRASTRUCTURE = (EngineError, RetrieverUnavailable, RetrieverError, ActionUnavailable)
 """What a program catches: the infrastructure failed, the models did nothing wrong."""
 
 
@@ -77,6 +78,8 @@ def stop_reason_of(failure: Exception) -> StopReason:
     """How a turn ends that one of `INFRASTRUCTURE` ended."""
     if isinstance(failure, RetrieverUnavailable):
         return StopReason.RETRIEVER_UNAVAILABLE
+    if isinstance(failure, ActionUnavailable):
+        return StopReason.ACTION_UNAVAILABLE
     bad_answer = isinstance(failure, RetrieverError)
     return StopReason.RETRIEVER_BAD_ANSWER if bad_answer else StopReason.ENGINE_ERROR
 

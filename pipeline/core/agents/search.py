@@ -2,6 +2,9 @@
 
     prompt -> [think turn -> search -> observation] x n -> answer
 
+With `agent.select` the turn behind an observation begins with an ordering of its passages. An action of the user's
+(`pipeline.core.actions`) may stand where a sub-query stands: its result is what the environment says then.
+
 One `SearchAgent` serves any number of questions at once; each `run` is a coroutine that waits for nothing but its own
 model turns and searches. Every run ends in a `Trajectory` with a typed stop reason; nothing is raised for what the
 model or the infrastructure did.
@@ -9,10 +12,12 @@ model or the infrastructure did.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from pipeline.core.actions import Action, ActionUnavailable
 from pipeline.core.agents.program import (
     INFRASTRUCTURE,
     Completion,
@@ -23,8 +28,10 @@ from pipeline.core.agents.program import (
     stop_reason_of,
 )
 from pipeline.core.agents.transcript import Transcript
+from pipeline.core.orderings import ordering_text
 from pipeline.core.records import Question, Step, StopReason, Trajectory
-from pipeline.core.renderer import MalformedTurn, Renderer, Turn
+from pipeline.core.renderer import Renderer
+from pipeline.core.turns import Call, MalformedTurn, Turn
 from retriever_service.passages.hits import Hit
 
 SEARCHER = "searcher"
@@ -39,9 +46,9 @@ DETAIL_CHARACTERS = 200
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Progress of one trajectory, for those who watch (`exsearch ask`)."""
+    """Progress of one trajectory, for those who watch (`exsearch ask`). `hits` of a selection are the selected ones."""
 
-    kind: Literal["think", "search", "record", "answer", "stop"]
+    kind: Literal["think", "search", "select", "record", "call", "result", "answer", "stop"]
     text: str = ""
     hits: tuple[Hit, ...] = ()
 
@@ -53,7 +60,7 @@ class SearchAgent:
     """Runs trajectories of one policy.
 
     Args:
-        renderer: renders and parses; also carries the switches `think`, `search`, `record`.
+        renderer: renders and parses; also carries the switches and the actions.
         generator: the engine.
         retrieve: the retriever.
         max_length: longest context in tokens. The last turn always keeps room for an answer.
@@ -145,24 +152,37 @@ class _Run:
             if completion.finish_reason == "length":
                 return self._cut(StopReason.LENGTH_LIMIT, completion.text)
             try:
-                turn = self.renderer.parse_turn(completion.text, expects_record=self._expects_record)
+                turn = self.renderer.parse_turn(
+                    completion.text, expects_record=self._expects_record, passages=self._to_select_from
+                )
             except MalformedTurn as error:
                 return self._cut(StopReason.MALFORMED, f"{error}: {completion.text!r}")
-            self._record(turn)
+            self._note(turn)
             self.transcript.append_model(completion)
             if turn.answer is not None:
                 self.on_event(Event("answer", turn.answer))
                 return self._answered(turn.answer, before, completion)
-            assert turn.query is not None
-            self.on_event(Event("think", turn.query))
-            if len(self.transcript.steps) >= self.agent.allowed_searches:
-                return await self._refuse(StopReason.STEP_LIMIT, before, completion)
-            if not await self._search(turn.query):
-                return await self._refuse(StopReason.LENGTH_LIMIT, before, completion)
+            refusal = await self._go_on(turn)
+            if refusal is not None:
+                self._leave_untrained(turn, before, completion)
+                return await self._demand_answer(refusal, at_turn_start=False)
+            if turn.call is not None and not self.renderer.actions[turn.call.action].trained:
+                self._leave_untrained(turn, before, completion)
 
     @property
     def _expects_record(self) -> bool:
-        return self.agent.config.record and bool(self.transcript.steps)
+        return self.agent.config.record and self._has_searched
+
+    @property
+    def _to_select_from(self) -> int:
+        """Passages that the turn has to select from; 0: it selects nothing."""
+        selects = self.agent.config.select and self._has_searched
+        return len(self.transcript.steps[-1].hits) if selects else 0
+
+    @property
+    def _has_searched(self) -> bool:
+        """Whether the turn answers a search, and not the question or an action's result."""
+        return bool(self.transcript.steps) and not self.transcript.steps[-1].action
 
     @property
     def _room(self) -> int:
@@ -181,30 +201,63 @@ class _Run:
         )
         return await self.agent.generator.generate(self.transcript.token_ids, sampling)
 
+    async def _go_on(self, turn: Turn) -> StopReason | None:
+        """Search or call, as the turn asks for. A reason if it may not be, or nothing would fit behind it."""
+        if turn.call is not None:
+            return await self._call(turn.call)
+        assert turn.query is not None
+        self.on_event(Event("think", turn.query))
+        if sum(not step.action for step in self.transcript.steps) >= self.agent.allowed_searches:
+            return StopReason.STEP_LIMIT
+        return None if await self._search(turn.query) else StopReason.LENGTH_LIMIT
+
+    async def _call(self, call: Call) -> StopReason | None:
+        """Append what an action says. A reason, and nothing appended, as in `_go_on`."""
+        self.on_event(Event("call", f"{call.action}: {call.content}"))
+        action, steps = self.renderer.actions[call.action], self.transcript.steps
+        if sum(step.action == call.action for step in steps) >= action.limit:
+            return StopReason.STEP_LIMIT
+        result = await _result_of(action, call.content, tuple(steps))
+        if not self._observe(self.renderer.result_ids(action, result)):
+            return StopReason.LENGTH_LIMIT
+        steps.append(Step(call.content, action=call.action, result=result))
+        self.on_event(Event("result", result))
+        return None
+
     async def _search(self, query: str) -> bool:
         """Append what the retriever finds. False, and nothing appended, if no turn would fit behind it."""
         hits: tuple[Hit, ...] = ()
         if self.agent.config.search:
             hits = tuple(await self.agent.retrieve(query, self.agent.config.documents))
-        ids = self.renderer.observation_ids(hits)
-        if len(ids) + self.agent.config.max_turn_tokens + self.agent.answer_reserve > self._room:
+        if not self._observe(self.renderer.observation_ids(hits)):
             return False
-        self.transcript.append_environment(ids)
         self.transcript.steps.append(Step(query, hits))
         self.on_event(Event("search", query, hits))
         return True
 
-    def _record(self, turn: Turn) -> None:
-        if turn.record and self.transcript.steps:
-            self.transcript.steps[-1] = replace(self.transcript.steps[-1], record=turn.record)
+    def _observe(self, ids: Sequence[int]) -> bool:
+        """Append what the environment says. False, and nothing appended, if no turn would fit behind it."""
+        if len(ids) + self.agent.config.max_turn_tokens + self.agent.answer_reserve > self._room:
+            return False
+        self.transcript.append_environment(ids)
+        return True
+
+    def _note(self, turn: Turn) -> None:
+        """Keep what a turn says of the passages in front of it with their step."""
+        if not (turn.selected or turn.record):
+            return
+        step = replace(self.transcript.steps[-1], selected=turn.selected, record=turn.record)
+        self.transcript.steps[-1] = step
+        if turn.selected:
+            self.on_event(Event("select", ordering_text(turn.selected), step.used_hits))
+        if turn.record:
             self.on_event(Event("record", turn.record))
 
-    async def _refuse(self, reason: StopReason, turn_start: int, completion: Completion) -> Ending:
-        """No search for the sub-query of the last turn: it is not trained, and an answer is demanded."""
-        ids, opening = completion.token_ids, self.renderer.tags.think[0]
+    def _leave_untrained(self, turn: Turn, turn_start: int, completion: Completion) -> None:
+        """The sub-query or call that ends the last turn is no target of training; what is before it stays one."""
+        ids, opening = completion.token_ids, self.renderer.opening_of(turn)
         kept, _ = self.renderer.split_at(ids, self.renderer.decode(ids).index(opening))
-        self.transcript.refuse(turn_start + kept)
-        return await self._demand_answer(reason, at_turn_start=False)
+        self.transcript.refuse(turn_start + kept, turn_start + len(ids))
 
     async def _demand_answer(self, reason: StopReason, *, at_turn_start: bool) -> Ending:
         """Open an answer in the model's place and let it write."""
@@ -233,3 +286,14 @@ class _Run:
         return Ending(
             StopReason.ANSWERED, turn_start + own, answer, answer_opening=self.renderer.trusted_ids(rest)
         )
+
+
+async def _result_of(action: Action, call: str, steps: Sequence[Step]) -> str:
+    """
+    Raises:
+        ActionUnavailable: it says so, or its deadline is over.
+    """
+    try:
+        return await asyncio.wait_for(action(call, steps), action.timeout_s)
+    except TimeoutError as error:
+        raise ActionUnavailable(f"{action.name} gave no result within {action.timeout_s:g} s") from error

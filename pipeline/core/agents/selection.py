@@ -8,7 +8,6 @@ A selection is written as a record (`agent.tags.record`).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +23,7 @@ from pipeline.core.agents.program import (
 from pipeline.core.agents.search_program import answer_log_likelihoods, renderer_of
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.config import AgentConfig
+from pipeline.core.orderings import named_passages, ordering_text
 from pipeline.core.records import Episode, Question, Step, StopReason, Trajectory
 from retriever_service.passages.hits import Hit
 
@@ -143,11 +143,4 @@ def answer_prompt(agent: AgentConfig, tokenizer: Any, task: Question, chosen: Se
 
 def selection_ids(agent: AgentConfig, tokenizer: Any, order: Sequence[int]) -> list[int]:
     """What a selector writes that chooses these passages, counted from 0."""
-    named = " > ".join(f"[{i + 1}]" for i in order)
-    return renderer_of(tokenizer, agent).trusted_ids(f" {named} {agent.tags.record[1]}")
-
-
-def named_passages(text: str, count: int) -> list[int]:
-    """The passages that a selection names, each once, without numbers that no passage has."""
-    numbers = dict.fromkeys(int(number) - 1 for number in re.findall(r"\[(\d+)\]", text))
-    return [i for i in numbers if 0 <= i < count]
+    return renderer_of(tokenizer, agent).trusted_ids(f" {ordering_text(order)} {agent.tags.record[1]}")

@@ -32,9 +32,9 @@ class Transcript:
         self.loss_mask += [True] * len(completion.token_ids)
         self.logprobs += completion.logprobs
 
-    def refuse(self, first: int) -> None:
-        """What the model wrote from this index on is context, and not trained."""
-        self.loss_mask[first:] = [False] * (len(self.loss_mask) - first)
+    def refuse(self, first: int, end: int) -> None:
+        """What the model wrote at these indices is context, and not trained."""
+        self.loss_mask[first:end] = [False] * (end - first)
 
     def trajectory(
         self,

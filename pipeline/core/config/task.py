@@ -66,6 +66,8 @@ class Tags(Section):
     """Around the evidence that the model writes down."""
     answer: tuple[str, str] = ("<answer>", "</answer>")
     """Around the final answer."""
+    select: tuple[str, str] = ("<select>", "</select>")
+    """Around the ordering of passages that the model writes, where `agent.select` is on."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Tags:
@@ -90,6 +92,14 @@ class AgentConfig(Section):
     """The retriever answers sub-queries. False: the model relies on its memory (ablation)."""
     record: bool = True
     """The model writes down evidence after each search. False: it thinks or answers at once (ablation)."""
+    select: bool = False
+    """Behind each search the model first names the passages that help by their numbers, the best first (`[2] > [1]`);
+    its record follows from them (EXSEARCH, eq. 47)."""
+    selected_documents: int = Field(2, ge=1)
+    """With `select`: passages that a selection names at most. One that names more, one twice or one that is not there
+    is malformed."""
+    actions: Annotated[tuple[str, ...], BeforeValidator(as_list)] = ()
+    """Further actions of your own, as module:Class, say [calculator:Calculator] (docs/actions.md)."""
     max_searches: int = Field(5, ge=1)
     """Sub-queries per trajectory; after the last one an answer is demanded."""
     documents: int = Field(5, ge=1)
@@ -98,6 +108,14 @@ class AgentConfig(Section):
     """A longer passage is cut at this many tokens."""
     max_turn_tokens: int = Field(256, ge=4)
     """Most tokens the model may write in one turn."""
+
+    @model_validator(mode="after")
+    def _selects_what_it_finds(self) -> AgentConfig:
+        if self.select and not self.search:
+            raise ValueError(
+                "agent.select: true selects from what is found, and agent.search is false; remove one of them"
+            )
+        return self
 
 
 WITH_SERVER = {"url", "dialect", "timeout_s", "max_attempts"}

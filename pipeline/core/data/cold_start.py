@@ -4,8 +4,9 @@ A question's gold steps become the turns of a perfect agent, and that script run
 `SearchAgent` and a real retriever. So prompts, observations, masks and token ids have the layout of sampled
 trajectories by construction, under every combination of the agent's switches, and the passages are those that
 the retriever really finds. Where it misses a gold passage, that passage takes the place of the last hit, at a
-random rank (counted): the evidence can always be read. (EXSEARCH, App. D.4, lets GPT-4o write the turns and
-shows the retrieved passage nearest to the gold one.)
+random rank (counted): the evidence can always be read. Where the agent selects, it names the gold passages first,
+then others as they are shown. Actions of the user's are called where they say so themselves (`Action.demonstrate`).
+(EXSEARCH, App. D.4, lets GPT-4o write the turns and shows the retrieved passage nearest to the gold one.)
 
 Same questions, retriever and seed: same trajectories, in the order of the questions.
 """
@@ -16,7 +17,6 @@ import asyncio
 import hashlib
 import logging
 import random
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,14 +26,16 @@ from typing import Protocol as Interface
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.core.agents.program import Completion, Retrieve, Sampling, derive_seed
+from pipeline.core.agents.program import Retrieve, Sampling, derive_seed
 from pipeline.core.agents.search import SearchAgent
+from pipeline.core.data.perfect_agent import GoldRetriever, Script, gold_turns, turn_ids
 from pipeline.core.data.supervision import GoldStep, PassageOf, Unusable, gold_steps
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.record_tables import trajectories_from_table, trajectories_to_table
 from pipeline.core.records import Example, Question, StopReason, Trajectory
-from pipeline.core.renderer import Renderer, Turn
+from pipeline.core.renderer import Renderer
 from pipeline.core.run import Json, write_table
+from pipeline.core.turns import Turn
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
@@ -99,7 +101,7 @@ async def synthesise(
     """
     slots = asyncio.Semaphore(CONCURRENCY)
 
-    async def one(question: Question) -> tuple[Trajectory | str, _GoldRetriever | None]:
+    async def one(question: Question) -> tuple[Trajectory | str, GoldRetriever | None]:
         async with slots:
             try:
                 steps = gold_steps(question, passage_of, lambda passage: _shown_text(renderer, passage))
@@ -109,10 +111,11 @@ async def synthesise(
                     steps = await rewriter.rewrite(question, steps)
             except Unusable as reason:
                 return str(reason), None
-            retriever = _GoldRetriever(retrieve, steps, random.Random(derive_seed(seed, question.id)))
-            agent = SearchAgent(
-                renderer, _Script(renderer, question, steps), retriever, max_length=max_length
-            )
+            rng = random.Random(derive_seed(seed, question.id))
+            selects = renderer.config.selected_documents if renderer.config.select else 0
+            retriever = GoldRetriever(retrieve, steps, rng, selects)
+            script = Script(renderer, gold_turns(renderer, question, steps, retriever))
+            agent = SearchAgent(renderer, script, retriever, max_length=max_length)
             trajectory = await agent.run(question, sampling=_GREEDY)
         if trajectory.stop_reason is StopReason.RETRIEVER_BAD_ANSWER:
             logger.warning(f"the cold start skips question {question.id}: {trajectory.detail}")
@@ -195,91 +198,6 @@ def read_trajectories(path: Path, renderer: Renderer) -> list[Trajectory]:
 _GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_tokens=0, seed=0, stop=())
 
 
-class _Script:
-    """A `Generator` that says the turns of a perfect agent. Its log-probabilities are 0: it was certain."""
-
-    def __init__(self, renderer: Renderer, question: Question, steps: Sequence[GoldStep]) -> None:
-        self.renderer = renderer
-        self.turns = iter(_turns(renderer, question, steps))
-
-    async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
-        text = next(self.turns)
-        ids = _turn_ids(self.renderer, text)
-        if len(ids) > sampling.max_tokens:
-            return Completion(ids[: sampling.max_tokens], [0.0] * sampling.max_tokens, text, None, "length")
-        stop = next((s for s in sampling.stop if text.endswith(s)), None)
-        # Another turn is due than the one that the agent asks for only where it has run out of room.
-        return Completion(ids, [0.0] * len(ids), text, stop, "stop" if stop else "length")
-
-
-def _turns(renderer: Renderer, question: Question, steps: Sequence[GoldStep]) -> list[str]:
-    config, answer = renderer.config, question.answers[0]
-    if not config.think:
-        # One search with the question itself, or none; then the environment opens the answer.
-        if not config.search:
-            return [f" {answer} {renderer.tags.answer[1]}"]
-        evidence = " ".join(dict.fromkeys(step.evidence for step in steps)) if config.record else ""
-        return [renderer.turn_text(Turn(record=evidence, answer=answer))]
-    records = [step.evidence if config.record else "" for step in steps]
-    turns = [
-        Turn(record=record, query=step.query) for record, step in zip(["", *records[:-1]], steps, strict=True)
-    ]
-    return [renderer.turn_text(turn) for turn in [*turns, Turn(record=records[-1], answer=answer)]]
-
-
-def _turn_ids(renderer: Renderer, text: str) -> list[int]:
-    """Ids of a turn. Only the protocol's own tags may become special tokens, never what evidence quotes."""
-    tokenizer, tags = renderer.tokenizer, renderer.tags
-    special = [
-        s
-        for pair in (tags.think, tags.record, tags.answer)
-        for s in pair
-        if s in tokenizer.all_special_tokens
-    ]
-    pieces = re.split(f"({'|'.join(map(re.escape, special))})", text) if special else [text]
-    ids: list[int] = []
-    for piece in pieces:
-        ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=piece not in special)[
-            "input_ids"
-        ]
-    return ids
-
-
-class _GoldRetriever:
-    """The real retriever, with the gold passage of each search put among the hits if it was missed."""
-
-    def __init__(self, retrieve: Retrieve, steps: Sequence[GoldStep], rng: random.Random) -> None:
-        self.retrieve = retrieve
-        self.passages_of: dict[str, list[Passage]] = {}
-        self.all_passages = [step.passage for step in steps]
-        for step in steps:
-            self.passages_of.setdefault(step.query.strip(), []).append(step.passage)
-        self.rng = rng
-        self.searches = 0
-        self.inserted = 0
-
-    async def __call__(self, query: str, k: int) -> list[Hit]:
-        hits = list(await self.retrieve(query, k))
-        # The question itself stands for all steps where the agent does not think.
-        wanted = list(dict.fromkeys(self.passages_of.get(query, self.all_passages)))[:k]
-        self.searches += 1
-        wanted_ids = {passage.id for passage in wanted}
-        for passage in wanted:
-            if all(hit.passage.id != passage.id for hit in hits):
-                hits = self._with(hits, passage, k, wanted_ids)
-                self.inserted += 1
-        return hits
-
-    def _with(self, hits: list[Hit], passage: Passage, k: int, keep: set[str]) -> list[Hit]:
-        """`hits` with the passage at a random rank, in place of the last one that is not gold itself."""
-        hits = list(hits)
-        if len(hits) >= k:
-            del hits[max(rank for rank, hit in enumerate(hits) if hit.passage.id not in keep)]
-        rank = self.rng.randint(0, len(hits))
-        neighbour = hits[min(rank, len(hits) - 1)].score if hits else 0.0
-        return [*hits[:rank], Hit(passage, neighbour), *hits[rank:]]
-
-
 def _shown_text(renderer: Renderer, passage: Passage) -> str:
     """The part of a passage's text that fits into an observation."""
     head = f"{passage.title}: " if passage.title else ""
@@ -297,8 +215,12 @@ def _fingerprint(renderer: Renderer) -> bytes:
     ids = [
         *renderer.prompt_ids("Who founded the maker of the Silver Harp?"),
         *renderer.observation_ids([hit]),
-        *_turn_ids(renderer, renderer.turn_text(turn)),
+        *turn_ids(renderer, renderer.turn_text(turn)),
         *renderer.answer_ids("Mara Velin"),
     ]
-    switches = (renderer.config.think, renderer.config.search, renderer.config.record)
-    return hashlib.blake2b(repr((ids, switches)).encode(), digest_size=16).hexdigest().encode()
+    config, actions = renderer.config, renderer.actions.values()
+    switches = (config.think, config.search, config.record)
+    selection = (renderer.tags.select, config.selected_documents) if config.select else ()
+    called = [(action.name, action.tags, action.result_tags) for action in actions]
+    meaning = repr((ids, switches, selection, called))
+    return hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest().encode()

@@ -11,6 +11,9 @@ from pipeline.core.plan.shape import ModelShape
 
 TERA, GIGA = 1e12, 1e9
 
+ORDERING_TOKENS = 5
+"""Of a selection, for each passage that it names: number, brackets and what is between. An estimate."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
@@ -31,10 +34,12 @@ class Trajectory:
 
 
 def trajectory(agent: AgentConfig, assumed: Assumptions) -> Trajectory:
-    """Prompt; of each search a sub-query, its passages and, where the model records, the evidence; and the answer."""
+    """Prompt; of each search a sub-query, its passages and, where the model selects and records, the names of the best
+    and the evidence; and the answer."""
     searches = (assumed.searches or 0.0) if agent.search else 0.0
     turns = searches * (agent.think + agent.record) + 1
-    written = turns * assumed.turn_tokens
+    named = min(agent.selected_documents, agent.documents) if agent.select else 0
+    written = turns * assumed.turn_tokens + searches * named * ORDERING_TOKENS
     shown = searches * agent.documents * assumed.passage_tokens
     return Trajectory(assumed.prompt_tokens + shown + written, written)
 

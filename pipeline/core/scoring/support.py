@@ -1,8 +1,9 @@
 """What a trajectory says in the terms of its data set: the answer, and the evidence that it wrote down.
 
 A record is cut into sentences. Each sentence comes from the passage of its own step that has the largest share of its
-words, if that is half of them or more, and there from the sentence with the largest share; of equals the first. The
-words of the passage's title count only where there are no others. So:
+words, if that is half of them or more, and there from the sentence with the largest share; of equals the first. Where
+the agent selected passages only these are looked at, in its order. The words of the passage's title count only where
+there are no others. So:
 
     facts        (title, number) of these sentences. Where the question's own row has the passage, by its id or else its
                  title, they are counted in the sentences of the row; elsewhere in the passage, cut by punctuation
@@ -48,7 +49,7 @@ def predict(question: Question, trajectory: Trajectory) -> Prediction:
 def _sources(trajectory: Trajectory) -> Iterator[tuple[Words, Passage]]:
     """(words of a recorded sentence, the passage that it comes from), in the order in which they were written."""
     for step in trajectory.steps:
-        passages = [hit.passage for hit in step.hits]
+        passages = [hit.passage for hit in step.used_hits]
         for sentence in split_sentences(step.record):
             said = _words(sentence)
             shares = [_share(said, passage_text(passage)) for passage in passages]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.commands import ask as module
-from pipeline.commands.ask import _watching, as_json, run_config_of, show
+from pipeline.commands.ask import _watching, as_json, open_searcher, run_config_of, show
 from pipeline.core.agents.search import Event, OnEvent
 from pipeline.core.config import Config
 from pipeline.core.display import Display
@@ -25,6 +25,7 @@ from retriever_service.errors import RetrieverError
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
+MODEL = Path(__file__).resolve().parents[3] / "models" / "tiny-searcher"
 HIT = Hit(Passage("p7", "Orvane", "Mara Velin founded Orvane."), 0.75)
 
 
@@ -34,7 +35,10 @@ HIT = Hit(Passage("p7", "Orvane", "Mara Velin founded Orvane."), 0.75)
         (Event("think", "who founded it?"), ["  think  who founded it?"]),
         (Event("search", "", (HIT,)), ["    [1] 0.75  Orvane: Mara Velin founded Orvane."]),
         (Event("search", "nothing is found"), []),
+        (Event("select", "[2] > [1]", (HIT, HIT)), [" select  [2] > [1]"]),
         (Event("record", "Mara did"), [" record  Mara did"]),
+        (Event("call", "calculate: 1 + 1"), ["   call  calculate: 1 + 1"]),
+        (Event("result", "2"), [" result  2"]),
         (Event("answer", "Mara Velin"), [" answer  Mara Velin"]),
         (Event("stop", "answered"), []),
         (Event("stop", "retriever_unavailable"), ["stopped: retriever_unavailable"]),
@@ -56,16 +60,17 @@ def test_a_trajectory_for_programs_has_its_steps_with_their_passages() -> None:
         loss_mask=empty.astype(np.bool_),
         logprobs=empty,
         answer_start=0,
-        steps=(Step("who founded it?", (HIT,), "Mara did"),),
+        steps=(Step("who founded it?", (HIT,), "Mara did", (0,)),),
         answer="Mara Velin",
         stop_reason=StopReason.ANSWERED,
     )
     passage = {"id": "p7", "title": "Orvane", "text": "Mara Velin founded Orvane.", "score": 0.75}
+    others = {"selected": [0], "action": "", "result": ""}
     assert as_json("Who?", trajectory) == {
         "question": "Who?",
         "answer": "Mara Velin",
         "stop_reason": "answered",
-        "steps": [{"query": "who founded it?", "hits": [passage], "record": "Mara did"}],
+        "steps": [{"query": "who founded it?", "hits": [passage], "record": "Mara did", **others}],
     }
 
 
@@ -168,3 +173,12 @@ def test_events_arrive_in_their_order_while_the_program_still_runs_and_none_is_l
         assert heard.get(timeout=60).text == "first"
         ray.get(worker.say.remote(watcher, *many))
     assert [heard.get_nowait().text for _ in many] == many
+
+
+def test_an_action_that_is_not_there_is_missed_before_anything_starts() -> None:
+    config = Config.model_validate({"agent": {"actions": "nowhere.at_all:Calculator"}})
+    with (
+        pytest.raises(UserError, match=r"agent\.actions: nowhere\.at_all:Calculator cannot be imported"),
+        open_searcher(str(MODEL), None, config, Display()),
+    ):
+        pass

@@ -18,7 +18,8 @@ queries_and_records = st.lists(st.tuples(st.text(), st.text()))
 @given(queries_and_records)
 def test_they_are_what_the_constructor_makes(rows: list[tuple[str, str]]) -> None:
     queries, records = [query for query, _ in rows], [record for _, record in rows]
-    made = in_bulk(Step, queries, [()] * len(rows), records)
+    nothing = [""] * len(rows)
+    made = in_bulk(Step, queries, [()] * len(rows), records, [()] * len(rows), nothing, nothing)
     assert made == [Step(query, (), record) for query, record in rows]
     assert len({id(step) for step in made}) == len(rows)
 

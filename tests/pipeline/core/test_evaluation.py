@@ -146,3 +146,28 @@ def test_evaluations_that_make_no_sense_are_refused() -> None:
         evaluate(QUESTIONS, [TRAJECTORIES[0], TRAJECTORIES[0]])
     with pytest.raises(ValueError, match="not evaluated"):
         evaluate(QUESTIONS, [trajectory("unknown")])
+
+
+def test_selections_are_judged_where_they_had_a_supporting_passage_to_choose_from() -> None:
+    first, second, third = TRAJECTORIES[0].steps
+    assert evaluate(QUESTIONS, TRAJECTORIES, bootstrap_samples=0)["gold_first"] is None
+    # "a x" names a, "x y" has no gold passage, "b" is named; and of question 2 "c x" names x.
+    selecting = (
+        replace(first, selected=(0, 1)),
+        replace(second, selected=(1,)),
+        replace(third, selected=(0,)),
+    )
+    wrong = trajectory("2", "wrong", ("c x",))
+    trajectories = [
+        replace(TRAJECTORIES[0], steps=selecting),
+        replace(wrong, steps=(replace(wrong.steps[0], selected=(1, 0)),)),
+    ]
+    assert evaluate(QUESTIONS, trajectories, bootstrap_samples=0)["gold_first"] == pytest.approx(200 / 3)
+
+
+def test_calls_of_actions_are_no_searches() -> None:
+    (first, *others) = TRAJECTORIES[0].steps
+    call = Step("1 + 1", action="calculate", result="2")
+    calling = [replace(TRAJECTORIES[0], steps=(call, first, call, *others)), *TRAJECTORIES[1:]]
+    before, after = (evaluate(QUESTIONS, rows, bootstrap_samples=0) for rows in (TRAJECTORIES, calling))
+    assert before == after

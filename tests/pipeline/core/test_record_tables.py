@@ -33,7 +33,8 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 token_ids = st.integers(0, 2**31 - 1)
 float32s = st.floats(width=32)
 hits = st.builds(Hit, st.builds(Passage, texts, texts, texts), st.floats(width=32, allow_nan=False))
-steps = st.builds(Step, texts, st.lists(hits, max_size=3).map(tuple), texts)
+places = st.lists(st.integers(0, 2), max_size=3).map(tuple)
+steps = st.builds(Step, texts, st.lists(hits, max_size=3).map(tuple), texts, places, texts, texts)
 cuts = st.lists(st.integers(0, 4), max_size=3).map(sorted)
 
 

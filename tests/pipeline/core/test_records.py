@@ -67,9 +67,10 @@ def test_stop_reasons_are_counted_with_zeros() -> None:
     assert set(counts) == {reason.value for reason in StopReason}
 
 
-def test_only_retriever_and_engine_failures_are_infrastructure() -> None:
+def test_only_failures_of_retriever_engine_and_actions_are_infrastructure() -> None:
     assert {reason for reason in StopReason if reason.is_infrastructure} == {
         StopReason.RETRIEVER_UNAVAILABLE,
         StopReason.RETRIEVER_BAD_ANSWER,
+        StopReason.ACTION_UNAVAILABLE,
         StopReason.ENGINE_ERROR,
     }

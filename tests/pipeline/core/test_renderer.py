@@ -16,7 +16,8 @@ from tokenizers import AddedToken, normalizers
 from pipeline.core.config import AgentConfig, Tags
 from pipeline.core.errors import UserError
 from pipeline.core.records import StopReason, Trajectory
-from pipeline.core.renderer import MalformedTurn, Renderer, Turn, default_instructions
+from pipeline.core.renderer import Renderer
+from pipeline.core.turns import MalformedTurn, Turn, default_instructions
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 

@@ -164,7 +164,7 @@ def test_steps_rates_failures_and_time_left_come_from_the_steps(run: RunDirector
     found = status(run)
     assert found["steps"] == {"1/sample": 10.0, "1/searcher/train": 20.0, "2/sample": 20.0}
     assert found["rates"] == {"generated_tokens_per_s": 50.0, "trained_tokens_per_s": 50.0}
-    lost = {"retriever_unavailable": 4, "retriever_bad_answer": 0, "engine_error": 2}
+    lost = {"retriever_unavailable": 4, "retriever_bad_answer": 0, "action_unavailable": 0, "engine_error": 2}
     assert found["failures"] == {**lost, "excluded": 6}
     # The second iteration has done 20 of 30 seconds, and the third is still to come.
     assert (found["iterations"], found["seconds_left"]) == ({"finished": 1, "of": 3}, 40.0)
@@ -178,7 +178,7 @@ def test_what_the_complete_shards_of_a_sampling_have_lost_is_counted_before_it_i
     other = {"infrastructure_failures": 0, "statistics": {"too_long_to_score": 2}}
     for t, tasks in ((1, [done]), (2, [done, other])):
         finish(run, f"{t}/rollouts/_000000", 0.0, tasks=tasks)
-    lost = {"retriever_unavailable": 2, "retriever_bad_answer": 0, "engine_error": 2}
+    lost = {"retriever_unavailable": 2, "retriever_bad_answer": 0, "action_unavailable": 0, "engine_error": 2}
     assert status(run)["failures"] == {**lost, "excluded": 6}
 
 
@@ -218,6 +218,6 @@ def test_a_person_reads_it_in_lines(run: RunDirectory, words: str) -> None:
     assert "iterations: 1 of 3, about 0:0" in words
     assert "  1/sample: 0:01:40" in lines
     assert "generated tokens: 10/s" in lines
-    lost = "retriever_unavailable 2, retriever_bad_answer 0, engine_error 1, excluded 3"
+    lost = "retriever_unavailable 2, retriever_bad_answer 0, action_unavailable 0, engine_error 1, excluded 3"
     assert f"trajectories lost: {lost}" in lines
     assert lines[-1] == "warnings: 0"

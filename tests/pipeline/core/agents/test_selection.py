@@ -15,11 +15,11 @@ from pipeline.core.agents.program import Completion, EngineError, Sampling
 from pipeline.core.agents.selection import (
     SelectThenAnswer,
     answer_prompt,
-    named_passages,
     select_prompt,
     selection_ids,
 )
 from pipeline.core.config import AgentConfig
+from pipeline.core.orderings import named_passages
 from pipeline.core.records import Episode, Question, StopReason
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage

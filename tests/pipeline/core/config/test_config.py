@@ -171,6 +171,15 @@ def test_tags_can_be_any_strings() -> None:
     assert agent.tags.think == ("[SEARCH]", "[/SEARCH]")
 
 
+def test_nothing_is_selected_of_what_is_not_searched() -> None:
+    assert "agent.search is false; remove one of them" in refusal(agent={"select": True, "search": False})
+    assert config(agent={"select": True}).agent.selected_documents == 2
+
+
+def test_one_action_may_be_given_without_a_list() -> None:
+    assert config(agent={"actions": "calculator:Calculator"}).agent.actions == ("calculator:Calculator",)
+
+
 def test_a_bare_string_is_short_for_the_weighting_method() -> None:
     assert config(weighting="uniform") == config(weighting={"method": "uniform"})
 

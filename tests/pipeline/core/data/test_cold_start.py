@@ -129,6 +129,63 @@ def test_every_variant_of_the_agent_has_its_cold_start(
         assert {hit.passage.id for hit in trajectory.steps[0].hits} == {"harp", "orvane"}
 
 
+@pytest.mark.parametrize("layout", ["plain", "chat"])
+@pytest.mark.parametrize("think", [True, False])
+@pytest.mark.parametrize("record", [True, False])
+def test_a_perfect_agent_selects_the_gold_passages_first(
+    chat_tokenizer: Any, layout: str, think: bool, record: bool
+) -> None:
+    config = {"layout": layout, "think": think, "record": record, "select": True, "documents": 3}
+    firsts = set()
+    for seed in range(8):
+        result, renderer = synthesised(chat_tokenizer, QUESTION, retrieve=always_wrong, seed=seed, **config)
+        (trajectory,) = result.trajectories
+        gold = [["harp"], ["orvane"]] if think else [["harp", "orvane"]]
+        for step, wanted in zip(trajectory.steps, gold, strict=True):
+            named = [hit.passage.id for hit in step.used_hits]
+            assert named[: len(wanted)] == wanted
+            assert len(named) == len(set(named)) == 2
+            firsts.add(step.selected[0])
+        own = renderer.decode(trajectory.token_ids[trajectory.loss_mask].tolist())
+        assert own.count("<select>") == own.count("</select>") == len(gold)
+        assert own.count("<record>") == record * len(gold)
+    assert len(firsts) > 1  # the gold passage is not always in the same place
+
+
+def test_a_selection_of_one_is_the_gold_passage_by_its_number_as_shown(tokenizer: Any) -> None:
+    result, renderer = synthesised(tokenizer, QUESTION, select=True, selected_documents=1)
+    text = renderer.decode(result.trajectories[0].token_ids.tolist())
+    titles = {"Which company makes the Silver Harp?": "Silver Harp", "Who founded Orvane?": "Orvane"}
+    for query, title in titles.items():
+        behind = text.partition(f"<think> {query} </think>")[2]
+        number = behind.partition("<select> [")[2].partition("]")[0]
+        assert f"\n[{number}] {title}: " in behind.partition("</search>")[0]
+
+
+def test_without_search_a_perfect_agent_selects_nothing(tokenizer: Any) -> None:
+    agent = AgentConfig(documents=2, select=True).model_copy(update={"search": False})
+    run = synthesise([QUESTION], Renderer(tokenizer, agent), by_overlap, CORPUS.get, max_length=4096, seed=0)
+    (trajectory,) = asyncio.run(run).trajectories
+    assert trajectory.stop_reason is StopReason.ANSWERED
+    assert all(step.selected == () for step in trajectory.steps)
+
+
+def test_a_perfect_agent_calls_actions_as_these_demonstrate_it(tokenizer: Any) -> None:
+    echo = "tests.pipeline.core.agents.test_actions:Echo"
+    result, renderer = synthesised(tokenizer, QUESTION, select=True, selected_documents=1, actions=(echo,))
+    (trajectory,) = result.trajectories
+    assert [(step.action, step.query) for step in trajectory.steps[2:]] == [
+        ("echo", "Who"),
+        ("echo", "again"),
+    ]
+    own = renderer.decode(trajectory.token_ids[trajectory.loss_mask].tolist())
+    assert own.endswith(
+        "<record> Orvane was founded by Mara Velin. </record>\n<echo> Who </echo><echo> again </echo>"
+        "<answer> Mara Velin </answer>"
+    )
+    assert own.count("<select>") == 2
+
+
 def test_a_missed_gold_passage_replaces_the_last_hit_at_a_random_rank_and_is_counted(tokenizer: Any) -> None:
     ranks = set()
     for seed in range(20):
@@ -296,9 +353,13 @@ def test_trajectories_are_read_back_for_the_same_protocol_only(tmp_path: Path, t
     (copy,) = read_trajectories(path, renderer)
     assert copy.token_ids.tolist() == result.trajectories[0].token_ids.tolist()
     assert copy.steps == result.trajectories[0].steps
-    other = Renderer(tokenizer, AgentConfig(instructions="Be brief."))
-    with pytest.raises(UserError, match="another tokenizer or other agent"):
-        read_trajectories(path, other)
+    for agent in (
+        AgentConfig(instructions="Be brief."),
+        AgentConfig(documents=2, select=True),
+        AgentConfig(documents=2, actions=("tests.pipeline.core.agents.test_actions:Echo",)),
+    ):
+        with pytest.raises(UserError, match="another tokenizer or other agent"):
+            read_trajectories(path, Renderer(tokenizer, agent))
 
 
 def test_files_that_hold_no_trajectories_are_refused(tmp_path: Path, tokenizer: Any) -> None:

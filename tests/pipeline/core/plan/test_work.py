@@ -9,7 +9,7 @@ import pytest
 from pipeline.core.config import AgentConfig
 from pipeline.core.errors import UserError
 from pipeline.core.plan.assumptions import Assumptions, read_assumptions
-from pipeline.core.plan.work import sampling_seconds, training_seconds, trajectory
+from pipeline.core.plan.work import ORDERING_TOKENS, sampling_seconds, training_seconds, trajectory
 from tests.pipeline.core.plan.shapes import QWEN_SHAPE
 
 AGENT = AgentConfig(max_searches=5, documents=5, max_document_tokens=256, max_turn_tokens=512)
@@ -35,6 +35,16 @@ def test_a_trajectory_is_prompt_turns_and_passages() -> None:
 )
 def test_actions_that_are_off_take_no_tokens(switches: dict[str, Any], total: float) -> None:
     assert trajectory(AGENT.model_copy(update=switches), ASSUMED).total == total
+
+
+def test_a_selection_takes_some_tokens_for_each_passage_that_it_names() -> None:
+    def written(**agent: Any) -> float:
+        return trajectory(AGENT.model_copy(update=agent), ASSUMED).written
+
+    assert written(select=True) == ONE.written + 4 * 2 * ORDERING_TOKENS
+    assert written(select=True, selected_documents=9) == ONE.written + 4 * 5 * ORDERING_TOKENS
+    assert written(selected_documents=9) == ONE.written
+    assert written(select=True, search=False) == written(search=False)
 
 
 def test_passages_and_turns_are_no_longer_than_configured() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -86,3 +87,13 @@ def test_pages_begin_with_those_that_were_used_and_have_their_wikipedia_id() -> 
 
 def test_a_trajectory_without_an_answer_has_none() -> None:
     assert predict(question(), trajectory(answer="")).answer is None
+
+
+def test_a_record_comes_from_the_passages_that_were_selected() -> None:
+    record, found = "Orvane makes harp strings.", (HARP, ORVANE)
+    both = trajectory((record, found))
+    chosen = replace(both, steps=(replace(both.steps[0], selected=(1,)),))
+    assert predict(question(), both).facts == {("Silver Harp", 1)}
+    assert predict(question(), chosen).facts == {("Orvane", 0)}
+    # What was found and not used stays found.
+    assert set(predict(question(), chosen).pages) == {"p1", "p2"}
