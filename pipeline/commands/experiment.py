@@ -21,6 +21,7 @@ from pipeline.core.experiments.spec import WORLD, Experiment, find_experiment, r
 from pipeline.core.experiments.tables import make_table
 from pipeline.core.packages import has_gpu_packages
 from pipeline.core.plan.machine import this_machine
+from pipeline.core.preflight import check_models
 from pipeline.core.retrieval import prepare_index
 from pipeline.core.svg import require_matplotlib
 
@@ -103,7 +104,9 @@ def _make(experiment: Experiment, home: Path, runs: Sequence[PlannedRun], displa
     """What is not finished, one run after the other; gives a line for each that failed."""
     to_do = [run for run in runs if not run.is_finished()]
     for run in {run.arm.name: run for run in to_do}.values():
-        check_memory(run.config, methods.policies(run.config))
+        policies = methods.policies(run.config)
+        check_models({spec.model.path for spec in policies})
+        check_memory(run.config, policies)
     if experiment.spec.world is not None:
         make_world(home / WORLD, WORLD_SEED, experiment.spec.world, display)
     # Each distinct data once; the seed is that of the sample of questions.

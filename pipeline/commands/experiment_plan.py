@@ -37,13 +37,14 @@ def print_plan(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
     table.add_column("arm", overflow="fold")
     for column in ("runs", "finished", "begun", "time of one", "left"):
         table.add_column(column, justify="right", no_wrap=True)
+    measured = [_seconds(run) for run in runs if run.is_finished()]
     left, unknown = 0.0, 0
     for arm in experiment.with_runs:
         own = [run for run in runs if run.arm is arm]
         finished = [run for run in own if run.is_finished()]
         begun = sum(run.is_begun() for run in own) - len(finished)
         to_do = len(own) - len(finished)
-        one, how = _seconds_of_one(own[0].config, finished, experiment.spec.world)
+        one, how = _seconds_of_one(own[0].config, finished, measured, experiment.spec.world)
         if one is None:
             unknown += to_do
         left += to_do * (one or 0.0)
@@ -52,7 +53,7 @@ def print_plan(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
     console = Console()
     console.print(table)
     rest = f", and {unknown} runs of which no time is known" if unknown else ""
-    console.print(f"about {_time(left)} left{rest}; starts are not counted in plans", highlight=False)
+    console.print(f"about {_time(left)} left{rest}; without starts", highlight=False)
     for arm in experiment.arms:
         if not arm.has_runs:
             console.print(
@@ -61,11 +62,14 @@ def print_plan(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
 
 
 def _seconds_of_one(
-    config: Config, finished: Sequence[PlannedRun], world: Size | None
+    config: Config, finished: Sequence[PlannedRun], others: Sequence[float], world: Size | None
 ) -> tuple[float | None, str]:
-    """Of one run of an arm, and where that is from: as long as finished ones took, else as `exsearch plan` says."""
+    """Of one run of an arm, and where that is from: as long as finished ones took, else as those of `others`, else as
+    `exsearch plan` says."""
     if finished:
         return statistics.mean(map(_seconds, finished)), "measured"
+    if others:
+        return statistics.mean(others), "as others"
     try:
         plan = _plan(config, world)
     except UnknownShape:

@@ -11,7 +11,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.experiments.plots import draw
 from pipeline.core.experiments.results import Results
 from pipeline.core.experiments.spec import FIGURES
-from pipeline.core.experiments.tables import NAMES, make_table
+from pipeline.core.experiments.tables import NAMES, make_table, prose
 from pipeline.core.run import write_atomically
 
 PAGE = "results.md"
@@ -52,16 +52,16 @@ def write_page(results: Results, folder: Path, command: str) -> list[Path]:
 def _part(results: Results, command: str, drawn: list[Path]) -> str:
     experiment, spec = results.experiment, results.experiment.spec
     begin, end = _comments(experiment.name)
-    blocks = [begin, f"## {spec.title}", *([spec.about.strip()] if spec.about.strip() else [])]
+    blocks = [begin, f"## {spec.title}", *([prose(spec.about)] if spec.about.strip() else [])]
     blocks.append(f"```bash\n{command}\n```")
     if results.arms:
-        blocks.append(_how_to_read(results))
+        blocks.append(prose(_how_to_read(results)))
         blocks += [make_table(table, results) for table in spec.tables]
         blocks += [f"![{spec.title}: {path.stem}]({FIGURES}/{path.name})" for path in drawn]
     if results.missing:
         of = len(results.missing)
         runs = "; ".join(results.missing)
-        blocks.append(f"Not finished, and not in the tables: {of} run{'s' * (of > 1)} ({runs}).")
+        blocks.append(prose(f"Not finished, and not in the tables: {of} run{'s' * (of > 1)} ({runs})."))
     return "\n\n".join([*blocks, end]) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from pipeline.core.scoring.intervals import wilson
 
 LEVEL = 0.05
 """Below it a corrected p-value is marked."""
+COLUMNS = 120
 NAMES = {"em": "EM", "f1": "F1", "accuracy": "accuracy"}
 
 
@@ -270,7 +272,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _with_notes(table: str, notes: Sequence[str]) -> str:
-    return table if not notes else "\n\n".join([table, "\n".join(notes)])
+    return table if not notes else "\n\n".join([table, "\n".join(map(prose, notes))])
+
+
+def prose(text: str) -> str:
+    """Text in lines as the pages have them; tables have lines of their own length."""
+    return textwrap.fill(text, COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def _percent(share: float) -> str:

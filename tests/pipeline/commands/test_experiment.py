@@ -174,11 +174,12 @@ def test_a_dry_run_shows_runs_and_times_and_makes_nothing(
     assert "start: the test cold_start of the runs of likelihood" in result.stdout
     assert contents(folder) == before and runner.made == []
 
+    runner.fails = ALL[1]
     run_command("experiment", file, "--out", "out", "--seed", 0)
     result = run_command("experiment", file, "--out", "out", "--dry-run")
     # Per run: three trainings of 2 s, two samplings that were waited for for 8 s.
-    assert "0:00:22 measured" in result.stdout
-    assert "about 0:00:44 left" in result.stdout
+    assert "0:00:22 measured" in result.stdout and "0:00:22 as others" in result.stdout
+    assert "about 0:01:06 left" in result.stdout
 
 
 def test_tables_of_nothing_are_refused(refused: Any, study: Any, runner: Runner) -> None:
@@ -214,6 +215,7 @@ def test_runs_that_search_the_same_share_one_index(
         ({"arms": {"a": {"data.test": []}}}, "arm a: data.test is empty"),
         ({"arms": {"a": {"seed": 3}}}, "arm a: the seed of a run is the experiment's to set"),
         ({"arms": {"a": {"data.test": "nothing.jsonl"}}}, "no question file nothing.jsonl"),
+        ({"arms": {"a": {"model.path": "./nowhere"}}}, "model.path: ./nowhere does not exist"),
         (
             {"arms": {"a": {}, "b": {"of": "a", "test": "one_search"}}},
             "make no test one_search; they make base, cold",
