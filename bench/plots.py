@@ -14,24 +14,21 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
 from bench.measure import HEADER, Ratio, print_table
+from pipeline.core.svg import LINES, svg_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 INCH_PER_ROW = 0.42
 LABEL_COLUMNS = 64
 """Characters of a row's name before it is broken."""
-LINES = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"))
-"""Marker and style of the curves of a panel, in their order."""
 ROUND = [step * 10.0**power for power in range(-3, 7) for step in (1, 2, 5)]
 """Values that an axis may name."""
 
@@ -69,7 +66,7 @@ def draw_ratios(ratios: Sequence[Ratio], path: Path) -> None:
     """A line per ratio: median (hollow where its goal is missed), smallest to largest, and the goal, an upright bar."""
     bars = [Bar.of(ratio) for ratio in ratios]
     places = range(len(bars), 0, -1)
-    with _figure(path, 10.0, 1.2 + INCH_PER_ROW * len(bars)) as figure:
+    with svg_figure(path, 10.0, 1.2 + INCH_PER_ROW * len(bars)) as figure:
         axes = figure.subplots()
         for place, bar in zip(places, bars, strict=True):
             axes.plot([bar.lowest, bar.highest], [place, place], color="black", linewidth=1.0)
@@ -107,7 +104,7 @@ class Point:
 
 def draw_growth(points: Sequence[Point], axis: str, path: Path) -> None:
     """Time and peak memory against size, both axes logarithmic; the grey line is what grows as the size does."""
-    with _figure(path, 10.0, 4.6) as figure:
+    with svg_figure(path, 10.0, 4.6) as figure:
         time, memory = figure.subplots(1, 2, gridspec_kw={"wspace": 0.3})
         sizes = [point.size for point in points]
         _curves(time, sizes, [point.seconds for point in points])
@@ -135,19 +132,6 @@ def _curves(axes: Axes, sizes: Sequence[int], figures: Sequence[Mapping[str, flo
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.set_yticks(ticks, [f"{tick:,g}" for tick in ticks])
     axes.minorticks_off()
-
-
-@contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """In inches; written as SVG when the block ends."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "exsearch", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(width, height))
-        yield figure
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
 
 
 def main() -> int:

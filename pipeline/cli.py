@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 class _Commands(Commands):
     mendable = (UserError, RetrieverError)
     failures = (RunError,)
-    resumable = ("demo", "train", "fetch")
+    resumable = ("demo", "train", "experiment", "fetch")
 
 
 app = typer.Typer(
@@ -146,6 +146,48 @@ def demo(
 
     display = _display()
     run_demo(run, overrides or [], display)
+
+
+@app.command()
+def experiment(
+    which: Annotated[
+        str, typer.Argument(metavar="NAME|FILE", help="A shipped one (configs/experiments), or a file.")
+    ],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the runs (default: runs/experiments/NAME).")
+    ] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option("--results", help="Folder of results.md and figures/ (default: that of --out)."),
+    ] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", help="This one of its seeds alone; repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show the runs and about how long they take.")
+    ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Only write the results of finished runs anew.")
+    ] = False,
+) -> None:
+    """Many runs that differ in named settings, under several seeds; tables with intervals, and plots.
+
+    Finished runs are kept; the same command goes on. Example: exsearch experiment weightings --dry-run
+    """
+    with quick_imports(without=()):
+        from pipeline.commands.experiment import run_experiment
+
+    run_experiment(
+        which,
+        overrides or [],
+        out=out,
+        results=results,
+        seeds=seed or (),
+        dry_run=dry_run,
+        table=table,
+        display=_display(),
+    )
 
 
 @app.command()

@@ -23,6 +23,7 @@ from pipeline.em import train
 
 HOME = Path(__file__).resolve().parents[2]
 """The checkout: configs/ and models/ are found from any working directory."""
+CONFIGS = HOME / "configs"
 
 MAX_ENGINES_AND_RANKS = 2
 """More do not make so small a run faster."""
@@ -65,14 +66,19 @@ def command(name: str) -> str:
 
 def demo_config(world: Path, overrides: Sequence[str], devices: int = 1) -> Config:
     """`configs/demo.yaml` on a world, with an engine and a learner rank per device: GPU, or CPU core without GPUs."""
+    defaults = [f"{key}={value}" for key, value in world_settings(world, devices).items()]
+    return load_config(CONFIGS / "demo.yaml", [*defaults, *overrides])
+
+
+def world_settings(world: Path, devices: int) -> dict[str, object]:
+    """The keys that no file of configs/ for a generated world can say: where it is, and what the machine has."""
     size = min(devices, MAX_ENGINES_AND_RANKS)
-    defaults = [
-        f"data.root={world}",
-        f"model.path={HOME / 'models' / 'tiny-searcher'}",
-        f"rollout.workers={size}",
-        f"learner.num_ranks={size}",
-    ]
-    return load_config(HOME / "configs" / "demo.yaml", [*defaults, *overrides])
+    return {
+        "data.root": str(world),
+        "model.path": str(HOME / "models" / "tiny-searcher"),
+        "rollout.workers": size,
+        "learner.num_ranks": size,
+    }
 
 
 def make_world(out: Path, seed: int, size: str, display: Display) -> Json:

@@ -179,7 +179,7 @@ def _read_sets(config: Config, split: str, display: Display) -> dict[str, list[Q
     if not paths:
         raise UserError(f"data.{split} is empty; name question files, or choose another --split")
     limit = getattr(config.data, f"{split}_limit")
-    everything = read_questions(paths, root=config.data.root, hops=config.data.hops)
+    everything = read_questions(paths, root=config.data.root, hops=config.data.hops_of(split))
     chosen = everything if limit is None else sample_questions(everything, limit, config.seed)
     if len(chosen) < len(everything):
         display.line(

@@ -60,7 +60,13 @@ def _count(config: Config, split: str) -> int | None:
     limit: int | None = getattr(config.data, f"{split}_limit")
     try:
         return len(
-            read_questions(paths, root=config.data.root, limit=limit, seed=config.seed, hops=config.data.hops)
+            read_questions(
+                paths,
+                root=config.data.root,
+                limit=limit,
+                seed=config.seed,
+                hops=config.data.hops_of(split),
+            )
         )
     except UserError as error:
         logger.warning(f"data.{split} is not read, and a number of questions assumed: {error}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,12 @@ class Display:
         """A spinner while the block runs; afterwards one line with how long it took."""
         with self._told(description, None, None), self._shown(description, None, None):
             yield
+
+    @contextmanager
+    def changing(self, description: str) -> Iterator[Callable[[str], None]]:
+        """As `status`; what it gives shows further words behind the description."""
+        with self._shown(description, None, None) as (bars, task):
+            yield lambda words: bars.update(task, description=f"{description}: {words}")
 
     @contextmanager
     def _shown(

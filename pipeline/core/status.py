@@ -140,15 +140,15 @@ def _seconds_left(
 
     Tests at the end are not in it, and the run may stop early (`patience`).
     """
-    whole = [_seconds(steps.values()) for t, steps in iterations.items() if 0 < t <= finished]
+    whole = [seconds_of(steps.values()) for t, steps in iterations.items() if 0 < t <= finished]
     if not whole or total is None or finished >= total:
         return None
-    begun = _seconds(iterations.get(finished + 1, {}).values()) + (phase["seconds"] if phase else 0.0)
+    begun = seconds_of(iterations.get(finished + 1, {}).values()) + (phase["seconds"] if phase else 0.0)
     mean = sum(whole) / len(whole)
     return max(0.0, mean - begun) + (total - finished - 1) * mean
 
 
-def _seconds(steps: Iterable[Json]) -> float:
+def seconds_of(steps: Iterable[Json]) -> float:
     """That the run took for them: of one that went on beside others, those in which it was waited for."""
     return sum(float(step.get("seconds_waited", step.get("seconds")) or 0.0) for step in steps)
 

@@ -44,6 +44,8 @@ class DataConfig(Section):
     hops: tuple[int, ...] = ()
     """Use only questions of so many reasoning steps, say [1, 2]; empty: all. They must name theirs
     (docs/formats.md)."""
+    train_hops: tuple[int, ...] = ()
+    """Train only on questions of so many steps, whatever `hops` says; empty: as `hops`."""
     max_answers: int = Field(8, ge=1)
     """Score at most so many accepted answers of a training question, the first ones (the canonical one and its first
     aliases): each costs a pass over its trajectories. All are accepted as right."""
@@ -53,6 +55,10 @@ class DataConfig(Section):
     """Use a sample of this many dev questions. Null: all."""
     test_limit: int | None = Field(None, ge=1)
     """Use a sample of this many test questions. Null: all."""
+
+    def hops_of(self, split: str) -> tuple[int, ...]:
+        """The numbers of steps of the questions of a split; empty: all."""
+        return self.train_hops if split == "train" and self.train_hops else self.hops
 
 
 class Tags(Section):

@@ -64,7 +64,7 @@ def read_questions(
         if not questions:
             raise UserError(
                 f"data.hops is {list(hops)}, but no question of {', '.join(map(str, paths))} names so many hops; "
-                "correct the key, or the field hops of the questions"
+                "correct the key (for training data.train_hops, where that is set), or the field hops of the questions"
             )
     return questions if limit is None else sample_questions(questions, limit, seed)
 

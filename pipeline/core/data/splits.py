@@ -49,7 +49,7 @@ def load_splits(
             root=data.root,
             limit=limit,
             seed=seed,
-            hops=data.hops,
+            hops=data.hops_of(split),
             max_answers=data.max_answers,
         )
 

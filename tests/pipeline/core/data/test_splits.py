@@ -102,6 +102,18 @@ def test_only_questions_of_the_wanted_hops_are_taken(root: Path) -> None:
         load(root, *TRAIN_AND_DEV, "data.hops=[2]")
 
 
+def test_training_questions_may_have_other_hops_than_those_that_are_asked(root: Path) -> None:
+    for name in ("train", "dev"):
+        rows = [json.loads(line) for line in (root / f"{name}.jsonl").read_text().splitlines()]
+        lines = [json.dumps(row | {"hops": 1 + number % 3}) + "\n" for number, row in enumerate(rows)]
+        (root / f"{name}.jsonl").write_text("".join(lines))
+
+    splits = load(root, *TRAIN_AND_DEV, "data.train_hops=[1,2]")
+
+    assert {q.hops for q in splits.train} == {1, 2}
+    assert {q.hops for q in splits.dev} == {1, 2, 3}
+
+
 def test_answers_that_are_not_scored_are_said_once_with_their_number(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,0 +1,137 @@
+"""Experiments: the runs of all arms and seeds one after the other, then tables and plots of what is finished."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from actors.planning import check_memory
+from pipeline import methods
+from pipeline.commands.demo import CONFIGS, make_world, world_settings
+from pipeline.commands.experiment_plan import print_plan
+from pipeline.commands.experiment_run import run_in_process
+from pipeline.core.data.splits import load_splits
+from pipeline.core.display import Display
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.experiments.page import check_page, write_page
+from pipeline.core.experiments.planned import PlannedRun, plan_runs
+from pipeline.core.experiments.results import read_results
+from pipeline.core.experiments.spec import WORLD, Experiment, find_experiment, read_experiment
+from pipeline.core.experiments.tables import make_table
+from pipeline.core.packages import has_gpu_packages
+from pipeline.core.plan.machine import this_machine
+from pipeline.core.preflight import check_models
+from pipeline.core.retrieval import prepare_index
+from pipeline.core.svg import require_matplotlib
+
+EXPERIMENTS = CONFIGS / "experiments"
+WORLD_SEED = 0
+
+
+def run_experiment(
+    which: str,
+    overrides: Sequence[str],
+    *,
+    out: Path | None,
+    results: Path | None,
+    seeds: Sequence[int],
+    dry_run: bool,
+    table: bool,
+    display: Display,
+) -> None:
+    """Make what is missing of an experiment, and write its results.
+
+    Args:
+        which: name of a shipped experiment, or file.
+        overrides: `key=value` for all runs.
+        out: folder of the runs; None: runs/experiments/NAME.
+        results: folder of `results.md` and `figures/`; None: `out`.
+        seeds: these alone; empty: all of the experiment.
+        dry_run: only show what would be done.
+        table: only write the results of what is finished.
+
+    Raises:
+        UserError: bad input, before any run starts.
+        RunError: runs failed. The others went on, and are in the results.
+    """
+    experiment = read_experiment(find_experiment(which, EXPERIMENTS))
+    home = (out or Path("runs") / "experiments" / experiment.name).absolute()
+    folder = results or home
+    runs = _planned(experiment, home, overrides, seeds)
+    if dry_run:
+        print_plan(experiment, runs)
+        return
+    if experiment.spec.plots:
+        require_matplotlib(f"have `plots: []` in {experiment.file}")
+    check_page(folder, experiment.name)
+    failed = [] if table else _make(experiment, home, runs, display)
+    found = read_results(experiment, runs)
+    if found.arms:
+        command = shlex.join(["exsearch", "experiment", which, *overrides])
+        written = write_page(found, folder, command)
+        if "test" in experiment.spec.tables:
+            display.line(make_table("test", found))
+        display.line("written: " + ", ".join(map(str, written)))
+    elif table:
+        raise UserError(
+            f"no run of {experiment.name} is finished in {home}; leave out --table, or name their folder with --out"
+        )
+    if failed:
+        raise RunError("\n".join([f"{len(failed)} of {len(runs)} runs failed:", *failed]))
+
+
+def _planned(
+    experiment: Experiment, home: Path, overrides: Sequence[str], seeds: Sequence[int]
+) -> list[PlannedRun]:
+    defaults: dict[str, object] = {}
+    if experiment.spec.world is not None:
+        (machine,) = this_machine()
+        devices = (has_gpu_packages() and machine.gpus) or machine.cpus
+        defaults = world_settings(home / WORLD, devices)
+    return plan_runs(
+        experiment,
+        home,
+        configs=CONFIGS,
+        load=methods.load,
+        defaults=defaults,
+        overrides=overrides,
+        seeds=seeds,
+    )
+
+
+def _make(experiment: Experiment, home: Path, runs: Sequence[PlannedRun], display: Display) -> list[str]:
+    """What is not finished, one run after the other; gives a line for each that failed."""
+    to_do = [run for run in runs if not run.is_finished()]
+    for run in {run.arm.name: run for run in to_do}.values():
+        policies = methods.policies(run.config)
+        check_models({spec.model.path for spec in policies})
+        check_memory(run.config, policies)
+    if experiment.spec.world is not None:
+        make_world(home / WORLD, WORLD_SEED, experiment.spec.world, display)
+    # Each distinct data once; the seed is that of the sample of questions.
+    for run in {(run.config.data.model_dump_json(), run.seed): run for run in to_do}.values():
+        required = ("train", "dev", "test") if run.config.of_recipe.iterations else ("test",)
+        load_splits(run.config.data, run.config.seed, required=required)
+    for run in {run.index: run for run in to_do if run.index is not None}.values():
+        _build_index(run, display)
+    failed = []
+    title = f"experiment {experiment.name}"
+    with display.progress(title, len(runs), "runs", done=len(runs) - len(to_do)) as advance:
+        for run in to_do:
+            run.path.parent.mkdir(parents=True, exist_ok=True)
+            with display.changing(run.title) as tell:
+                reason = run_in_process(run, tell)
+            if reason is not None:
+                failed.append(f"  {run.title}: {reason}")
+                display.error(f"{run.title} failed: {reason}")
+            advance(1)
+    return failed
+
+
+def _build_index(run: PlannedRun, display: Display) -> None:
+    """The index that several runs share, unless it is there."""
+    assert run.index is not None
+    run.index.parent.mkdir(parents=True, exist_ok=True)
+    own = run.config.retriever.model_copy(update={"index": None})
+    prepare_index(own, run.config.data, run.index, display)

@@ -1,0 +1,109 @@
+"""What an experiment would do, before it does anything: runs, and about how long they take."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from datetime import timedelta
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from actors.planning import plan_run
+from pipeline import methods
+from pipeline.commands.plan import make_plan
+from pipeline.core.config import Config
+from pipeline.core.data.world.spec import SPLITS, Size, WorldSpec
+from pipeline.core.experiments.planned import PlannedRun
+from pipeline.core.experiments.spec import Experiment
+from pipeline.core.packages import has_gpu_packages
+from pipeline.core.plan.assumptions import Assumptions
+from pipeline.core.plan.machine import this_machine
+from pipeline.core.plan.run_plan import RunPlan
+from pipeline.core.plan.shape import UnknownShape
+from pipeline.core.status import seconds_of
+
+
+def print_plan(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
+    """A line per arm on standard output.
+
+    Raises:
+        UserError: a run does not fit this machine.
+    """
+    title = f"{experiment.name}: {len(runs)} runs"
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    table.add_column("arm", overflow="fold")
+    for column in ("runs", "finished", "begun", "time of one", "left"):
+        table.add_column(column, justify="right", no_wrap=True)
+    measured = [_seconds(run) for run in runs if run.is_finished()]
+    left, unknown = 0.0, 0
+    for arm in experiment.with_runs:
+        own = [run for run in runs if run.arm is arm]
+        finished = [run for run in own if run.is_finished()]
+        begun = sum(run.is_begun() for run in own) - len(finished)
+        to_do = len(own) - len(finished)
+        one, how = _seconds_of_one(own[0].config, finished, measured, experiment.spec.world)
+        if one is None:
+            unknown += to_do
+        left += to_do * (one or 0.0)
+        cells = (str(len(own)), str(len(finished)), str(begun), f"{_time(one)} {how}".strip())
+        table.add_row(escape(arm.name), *cells, _time(None if one is None else to_do * one))
+    console = Console()
+    console.print(table)
+    rest = f", and {unknown} runs of which no time is known" if unknown else ""
+    console.print(f"about {_time(left)} left{rest}; without starts", highlight=False)
+    for arm in experiment.arms:
+        if not arm.has_runs:
+            console.print(
+                f"{arm.name}: the test {arm.test} of the runs of {arm.of}", markup=False, highlight=False
+            )
+
+
+def _seconds_of_one(
+    config: Config, finished: Sequence[PlannedRun], others: Sequence[float], world: Size | None
+) -> tuple[float | None, str]:
+    """Of one run of an arm, and where that is from: as long as finished ones took, else as those of `others`, else as
+    `exsearch plan` says."""
+    if finished:
+        return statistics.mean(map(_seconds, finished)), "measured"
+    if others:
+        return statistics.mean(others), "as others"
+    try:
+        plan = _plan(config, world)
+    except UnknownShape:
+        return None, ""
+    plan.check()
+    return (plan.seconds(), "planned") if plan.phases else (None, "")
+
+
+def _seconds(run: PlannedRun) -> float:
+    """Of all steps of a finished run."""
+    of_iterations = (
+        step for t in range(run.config.of_recipe.iterations + 1) for step in run.files.steps(t).values()
+    )
+    return seconds_of([*of_iterations, *run.files.test_results().values()])
+
+
+def _plan(config: Config, world: Size | None) -> RunPlan:
+    """A generated world need not be there yet: how many questions it will have is known."""
+    if world is None:
+        return make_plan(config, None, Assumptions())
+    spec = WorldSpec.of_size(0, world)
+    limits = {split: getattr(config.data, f"{split}_limit") for split in SPLITS}
+    questions: dict[str, int | None] = {
+        split: min(spec.num_questions(split), limits[split] or spec.num_questions(split)) for split in SPLITS
+    }
+    return plan_run(
+        config,
+        methods.policies(config),
+        this_machine(),
+        Assumptions(),
+        questions,
+        gpu_packages=has_gpu_packages(),
+    )
+
+
+def _time(seconds: float | None) -> str:
+    return "not known" if seconds is None else str(timedelta(seconds=round(seconds)))

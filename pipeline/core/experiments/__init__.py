@@ -1,0 +1,1 @@
+"""Experiments: many runs that differ in named settings, under several seeds, and what comes of them together."""

@@ -1,0 +1,174 @@
+"""The runs of an experiment, each with its whole configuration, checked before any of them starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.core.config import EXSEARCH, Config, DataConfig
+from pipeline.core.config.loading import read_tree
+from pipeline.core.errors import UserError
+from pipeline.core.experiments.spec import BEST, INDEXES, Arm, Experiment, overrides_of
+from pipeline.core.report import best_iteration, should_stop
+from pipeline.core.retrieval import corpus_paths
+from pipeline.core.run import RunFiles, check_directory, flatten
+
+Load = Callable[[Path, Sequence[str]], Config]
+"""Reads a configuration file with overrides."""
+
+DATA_SEED = {"data.seed": 0} if "seed" in DataConfig.model_fields else {}
+"""Draws the same questions for all seeds of training, unless the experiment says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """One arm under one seed: what `exsearch train --config FILE --run PATH OVERRIDES` makes.
+
+    Attributes:
+        index: of the experiment, that all runs share which search the same; None where the configuration names its own.
+    """
+
+    arm: Arm
+    seed: int
+    path: Path
+    file: Path
+    overrides: tuple[str, ...]
+    config: Config
+    index: Path | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.arm.name}, seed {self.seed}"
+
+    @property
+    def files(self) -> RunFiles:
+        return RunFiles(self.path)
+
+    def is_begun(self) -> bool:
+        return (self.path / "config.yaml").exists()
+
+    def is_finished(self) -> bool:
+        """Whether all iterations are whole, and the best of them is tested."""
+        files, iterations = self.files, self.config.of_recipe
+        last = max((int(done.parent.name) for done in self.path.glob("iterations/*/DONE")), default=0)
+        if last < iterations.iterations and not should_stop(files, last, iterations):
+            return False
+        tested = files.finished(f"test/{BEST}")
+        return tested is not None and tested["iteration"] == best_iteration(files, iterations)
+
+
+def plan_runs(
+    experiment: Experiment,
+    out: Path,
+    *,
+    configs: Path,
+    load: Load,
+    defaults: Mapping[str, object] | None = None,
+    overrides: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+) -> list[PlannedRun]:
+    """All runs, arm by arm for the first seed, then for the next: what is finished early can be compared early.
+
+    Args:
+        out: folder of the runs, an absolute path.
+        configs: folder of the shipped configurations.
+        defaults: keys that are set where neither `base` nor the experiment says anything of them.
+        overrides: `key=value` for all runs.
+        seeds: these of the experiment's alone; empty: all.
+
+    Raises:
+        UserError: a configuration that is wrong, with the arm; one that cannot be part of an experiment; a directory
+            that holds another run.
+    """
+    spec = experiment.spec
+    if others := [seed for seed in seeds if seed not in spec.seeds]:
+        raise UserError(f"{experiment.file} has no seed {others[0]}; its seeds are {list(spec.seeds)}")
+    for override in overrides:
+        _check_override(override, experiment)
+    runs = []
+    for seed in seeds or spec.seeds:
+        for arm in experiment.with_runs:
+            file = _file_of(arm.base or spec.base, experiment.file, configs)
+            try:
+                known = flatten(read_tree(file))
+                free = {k: v for k, v in {**DATA_SEED, **(defaults or {})}.items() if k not in known}
+                settings = (*overrides_of(free), *overrides_of(spec.common), *arm.overrides, *overrides)
+                runs.append(_planned(arm, seed, out, file, settings, load))
+            except UserError as error:
+                raise UserError(f"{experiment.file}, arm {arm.name}: {error}") from error
+    _check_tests(experiment, runs)
+    return runs
+
+
+def _planned(arm: Arm, seed: int, out: Path, file: Path, given: Sequence[str], load: Load) -> PlannedRun:
+    if any(setting.startswith("seed=") for setting in given):
+        raise UserError("the seed of a run is the experiment's to set; name them under `seeds`")
+    settings = (*given, f"seed={seed}")
+    config = load(file, settings)
+    if config.storage.url is not None:
+        raise UserError("storage.url would be one place for the copies of all runs; leave it null")
+    if not config.data.test:
+        raise UserError("data.test is empty; an experiment compares scores on test questions")
+    index = _shared_index(config, out)
+    if index is not None:
+        settings = (*settings, f"retriever.index={json.dumps(str(index))}")
+        config = load(file, settings)
+    run = PlannedRun(arm, seed, out / arm.folder / f"seed-{seed}", file, settings, config, index)
+    check_directory(run.path, config)
+    return run
+
+
+def _file_of(base: str, experiment: Path, configs: Path) -> Path:
+    """A shipped configuration by its name, or a file beside the experiment's."""
+    if "/" in base or base.endswith((".yaml", ".yml")):
+        return (experiment.parent / base).resolve()
+    return configs / f"{base}.yaml"
+
+
+def _shared_index(config: Config, out: Path) -> Path | None:
+    """Where the index of this configuration is built: one place for all runs with the same passages and encoder."""
+    retriever = config.retriever
+    if retriever.url is not None or retriever.index is not None:
+        return None
+    parts = ("encoder", "encoder_dtype", "query_prefix", "passage_prefix", "max_tokens", "factory")
+    described = [corpus_paths(config.data), *(getattr(retriever, part) for part in parts)]
+    digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+    return out / INDEXES / digest[:12]
+
+
+def _check_override(override: str, experiment: Experiment) -> None:
+    """One for all runs must not undo what the arms differ in."""
+    key = override.partition("=")[0].strip()
+    for varied in experiment.varied_keys:
+        if key == varied or key.startswith(f"{varied}.") or varied.startswith(f"{key}."):
+            raise UserError(
+                f"override {override!r}: {varied} is what the arms of {experiment.name} differ in"
+            )
+
+
+def _check_tests(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
+    """Every test that is looked at will have been made."""
+    configs = {run.arm.name: run.config for run in runs}
+    for arm in experiment.arms:
+        if arm.test not in (made := _tests_of(configs[arm.of])):
+            raise UserError(
+                f"{experiment.file}, arm {arm.name}: runs of {arm.of} make no test {arm.test}; they make "
+                f"{', '.join(made)}"
+            )
+
+
+def _tests_of(config: Config) -> list[str]:
+    """The names of the tests that a run makes."""
+    if config.recipe != EXSEARCH:
+        return ["start", BEST]
+    cold = config.cold_start
+    starts_cold = cold.questions > 0 or cold.trajectories is not None
+    return [
+        "base",
+        *(["cold_start"] if starts_cold else []),
+        *(["no_search", "one_search"] if config.evaluation.baselines else []),
+        BEST,
+    ]
