@@ -239,7 +239,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default="", help="mutations with this in their name")
-    wanted = [mutation for mutation in MUTATIONS if parser.parse_args().only in mutation.name]
+    text = parser.parse_args().only
+    if not (wanted := [mutation for mutation in MUTATIONS if text in mutation.name]):
+        parser.error(f"no mutation has {text!r} in its name")
     return report(wanted, ROOT)
 
 
