@@ -56,7 +56,12 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; see configs/ and docs/.")]
+ConfigFile = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--config", "-c", help="YAML file; see configs/ and docs/. Several: later ones win, key by key."
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.")
 ]
@@ -87,7 +92,7 @@ def train(
         from pipeline import methods
 
     display = _display()
-    path = run or Path("runs") / (config.stem if config else "default")
+    path = run or Path("runs") / ("-".join(file.stem for file in config) if config else "default")
     settings = [*(overrides or []), *(["tracking.profile=true"] if profile else [])]
     display.outcome(methods.train(methods.load(config, settings), path, display))
     display.line(f"report: {path / 'report.json'}")

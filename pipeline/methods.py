@@ -16,15 +16,15 @@ from pipeline.core.agents.program import Answering
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import EXSEARCH, AgentConfig, Config
-from pipeline.core.config.loading import load_config
+from pipeline.core.config.loading import Files, load_config
 from pipeline.core.display import Display
 from pipeline.core.policies import PolicySpec
 from pipeline.core.report import Outcome
 
 
-def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+def load(files: Files, overrides: Sequence[str] = ()) -> Config:
     """The configuration of any recipe; see `load_config`."""
-    return load_config(path, overrides, recipes={name: partial(settings_of, name) for name in names()})
+    return load_config(files, overrides, recipes={name: partial(settings_of, name) for name in names()})
 
 
 def train(config: Config, run_path: Path, display: Display) -> Outcome:

@@ -34,12 +34,12 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 INTRODUCTION = """\
 # Configuration
 
-Every key of a run, by section. A configuration is a YAML file of sections (`--config FILE`), then `key=value`
-overrides on the command line; later ones win. Values are in YAML notation: `data.train=[a.jsonl,b.jsonl]`,
-`learner.lora=null`. A key that is not listed here is refused, with the nearest one that exists. What a run
-really used is in its `config.yaml`; `exsearch config` prints it without running anything. Ready files are in
-[configs/](../configs). [formats.md](formats.md) describes the files that the `data` section names,
-[clusters.md](clusters.md) what the cluster settings mean.
+Every key of a run, by section. A configuration is a YAML file of sections (`--config FILE`), or several of
+them that make it up, then `key=value` overrides on the command line; later ones win, key by key. Values are in
+YAML notation: `data.train=[a.jsonl,b.jsonl]`, `learner.lora=null`. A key that is not listed here is refused,
+with the nearest one that exists. What a run really used is in its `config.yaml`; `exsearch config` prints it
+without running anything. Ready files are in [configs/](../configs). [formats.md](formats.md) describes the
+files that the `data` section names, [clusters.md](clusters.md) what the cluster settings mean.
 
 The page is made by `scripts/generate_configuration_docs.py`: change `pipeline/core/config` or the recipe
 that a section is named after, not the page."""

@@ -11,6 +11,7 @@ from actors.session import ray_session
 from pipeline.commands.predictions import protocol_scores
 from pipeline.core.agents.program import Answering
 from pipeline.core.config import Config
+from pipeline.core.config.loading import Files
 from pipeline.core.data.questions import read_questions, sample_questions
 from pipeline.core.data.run_check import look_at_corpus
 from pipeline.core.display import Display
@@ -30,7 +31,7 @@ from pipeline.methods import answering, load, searching
 
 
 def evaluate_model(
-    config_file: Path | None,
+    config_files: Files,
     overrides: Sequence[str],
     *,
     run: Path | None,
@@ -51,13 +52,13 @@ def evaluate_model(
         UserError: nothing to evaluate, no such split, nothing to search, or bad input.
     """
     if run is not None:
-        if config_file is not None:
+        if config_files:
             raise UserError("give --run or --config, not both: a run has its own configuration")
-        config_file = run / "config.yaml"
-        if not config_file.is_file():
+        config_files = run / "config.yaml"
+        if not config_files.is_file():
             raise UserError(f"{run} is not a run directory: it has no config.yaml")
         RunFiles(run).check_layout()
-    config = load(config_file, overrides)
+    config = load(config_files, overrides)
     agent = answering(config) if model is None else searching(config.agent, model)
     models = dict(agent.models)
     if run is not None and model is None:

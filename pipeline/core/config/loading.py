@@ -1,10 +1,11 @@
-"""YAML file + `key=value` overrides -> `Config`, with errors that name the key and the mend."""
+"""YAML files + `key=value` overrides -> `Config`, with errors that name the key and the mend."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
 from pipeline.core.config import EXSEARCH, Config
+from pipeline.core.config.section import as_method
 from pipeline.core.errors import UserError
 
 RENAMED = {
@@ -27,13 +29,15 @@ Recipes = Mapping[str, Callable[[], type[BaseModel]]]
 """Name of a recipe -> what gives the model of its section, asked only where the recipe is chosen: it may be heavy."""
 
 
-def load_config(
-    path: Path | None, overrides: Sequence[str] = (), *, recipes: Recipes | None = None
-) -> Config:
+Files = Path | Sequence[Path] | None
+"""YAML files of one configuration, key by key the later ones win; None or none: the defaults."""
+
+
+def load_config(files: Files, overrides: Sequence[str] = (), *, recipes: Recipes | None = None) -> Config:
     """Read a configuration.
 
     Args:
-        path: YAML file; None for the defaults.
+        files: one YAML file, or several that make it up together.
         overrides: `section.key=value`, the value in YAML notation; later ones win.
         recipes: what may be chosen beside ExSearch. None: ExSearch alone.
 
@@ -41,7 +45,11 @@ def load_config(
         UserError: unreadable file, no such recipe, unknown key (with a suggestion), value of a wrong type, settings
             that do not fit.
     """
-    tree: dict[str, Any] = read_tree(path) if path is not None else {}
+    paths = [files] if isinstance(files, Path) else list(files or ())
+    trees = [read_tree(path) for path in paths]
+    tree: dict[str, Any] = {}
+    for of_file in trees:
+        _merge(tree, _sections(of_file))
     for override in overrides:
         _apply(tree, override)
     recipe = str(tree.get("recipe", EXSEARCH))
@@ -50,6 +58,9 @@ def load_config(
         raise UserError(
             f"the section {key} is of the recipe {key}, but the recipe is {recipe}; set recipe={key}, or remove it"
         )
+    for path, of_file in zip(paths, trees, strict=True):
+        with _said_of(path, several=len(paths) > 1):
+            check_keys(of_file, model)
     check_keys(tree, model)
     try:
         return model.model_validate(tree)
@@ -95,6 +106,32 @@ def read_tree(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold sections (key: value), not a {type(tree).__name__}")
     return tree
+
+
+def _sections(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Without sections of which all keys are commented out; the short form of `weighting` in full."""
+    given = {key: value for key, value in tree.items() if value is not None}
+    return given | {"weighting": as_method(given["weighting"])} if "weighting" in given else given
+
+
+def _merge(tree: dict[str, Any], later: Mapping[str, Any]) -> None:
+    """Put the values of a later file into a tree: sections key by key, everything else as a whole."""
+    for key, value in later.items():
+        if isinstance(value, Mapping):
+            before = tree.get(key)
+            tree[key] = dict(before) if isinstance(before, Mapping) else {}
+            _merge(tree[key], value)
+        else:
+            tree[key] = value
+
+
+@contextmanager
+def _said_of(path: Path, *, several: bool) -> Iterator[None]:
+    """Name the file in what is wrong with it, where there are others."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}" if several else str(error)) from error
 
 
 def is_override(text: str) -> bool:

@@ -37,6 +37,57 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier_ones(tmp_path: 
     assert (config.rollout.samples, config.rollout.workers, config.seed) == (8, 3, 2)
 
 
+def several(directory: Path, *texts: str) -> list[Path]:
+    paths = [directory / f"{number}.yaml" for number in range(len(texts))]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text, encoding="utf-8")
+    return paths
+
+
+def test_of_several_files_the_later_ones_win_key_by_key(tmp_path: Path) -> None:
+    paths = several(
+        tmp_path,
+        "rollout: {samples: 2, workers: 3}\nlearner: {lora: {rank: 4, dropout: 0.1}}\nseed: 5",
+        "rollout: {samples: 8}\nlearner: {lora: {rank: 2}}\ndata: {train: [a.jsonl, b.jsonl]}",
+        "# nothing yet\nrollout:\ndata: {train: c.jsonl}",
+    )
+    config = load_config(paths, ["seed=6"])
+    assert (config.rollout.samples, config.rollout.workers, config.seed) == (8, 3, 6)
+    assert config.learner.lora is not None
+    assert (config.learner.lora.rank, config.learner.lora.dropout) == (2, 0.1)
+    assert config.data.train == ("c.jsonl",)
+    assert load_config([]) == Config()
+    assert load_config(paths[:1]) == load_config(paths[0])
+
+
+def test_a_later_file_can_switch_off_what_an_earlier_one_sets(tmp_path: Path) -> None:
+    paths = several(tmp_path, "learner: {lora: {rank: 4}}", "learner: {lora: null}")
+    assert load_config(paths).learner.lora is None
+
+
+def test_the_short_form_of_the_weighting_is_one_key_of_its_section(tmp_path: Path) -> None:
+    paths = several(
+        tmp_path, "weighting: {max_weight: 0.5}", "weighting: uniform", "weighting: {temperature: 2}"
+    )
+    weighting = load_config(paths).weighting
+    assert (weighting.method, weighting.max_weight, weighting.temperature) == ("uniform", 0.5, 2)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_of_several_files_the_one_with_an_unknown_key_is_named(tmp_path: Path, bad: int) -> None:
+    texts = ["rollout: {samples: 2}", "learner: {epochs: 2}"]
+    texts[bad] += "\nroolout: {workers: 2}"
+    paths = several(tmp_path, *texts)
+    with pytest.raises(UserError) as caught:
+        load_config(paths)
+    assert str(caught.value) == f"{paths[bad]}: unknown configuration key roolout; did you mean rollout?"
+
+
+def test_an_unknown_key_without_a_value_is_refused_too(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown configuration key roolout"):
+        load_config(written(tmp_path, "roolout:"))
+
+
 def test_override_values_are_yaml() -> None:
     config = load(
         "data.train=[a.jsonl, b.jsonl]",
