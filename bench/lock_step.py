@@ -142,10 +142,10 @@ class LockStep:
             searches, self._searches = self._searches, []
             queries = [query for (query, _), _ in searches]
             hits = self._engine.search(queries, max(k for (_, k), _ in searches))
-            for ((_, k), answer), found in zip(searches, hits, strict=True):
-                answer.set_result(found[:k])
+            for ((_, k), found), best in zip(searches, hits, strict=True):
+                found.set_result(best[:k])
         elif self._turns:
             turns, self._turns = self._turns, []
             completions = self._writer.write([turn for turn, _ in turns])
-            for (_, answer), completion in zip(turns, completions, strict=True):
-                answer.set_result(completion)
+            for (_, written), completion in zip(turns, completions, strict=True):
+                written.set_result(completion)

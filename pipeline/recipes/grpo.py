@@ -113,8 +113,8 @@ def advantages_of(rewards: Sequence[float], scale: Scale) -> Numbers:
     values = np.asarray(rewards, dtype=np.float64)
     if np.ptp(values) == 0:
         return np.zeros_like(values)
-    centred = values - values.mean()
-    return centred / values.std(ddof=1) if scale == "std" else centred
+    centred: Numbers = values - values.mean()
+    return centred / float(values.std(ddof=1)) if scale == "std" else centred
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ def test_agents_in_lock_step_do_what_they_do_alone_and_search_at_once(model: Any
 def config(tmp_path: Path) -> Config:
     for split in ("train", "dev", "test"):
         rows = [
-            {"id": f"{split}{q.id}", "question": f"{q.text} ({split})", "answers": q.answers}
+            {"id": f"{split}{q.id}", "question": f"{q.text[:-1]} {split.title()}?", "answers": q.answers}
             for q in QUESTIONS
         ]
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
