@@ -331,17 +331,23 @@ class Learner:
         predicted = self.outputs.of(batch, loss.output)
         if not len(batch.unit):
             return Terms(predicted.sum() * 0.0)
-        reference = self._reference_logits(loss.reference, batch) if loss.reference is not None else None
-        return loss.terms(Outputs(predicted, reference), rows_of(batch, self.device), normaliser)
+        return loss.terms(
+            Outputs(predicted, self._of_reference(loss, batch)), rows_of(batch, self.device), normaliser
+        )
 
-    def _reference_logits(self, source: str, batch: PackedBatch) -> torch.Tensor:
-        """Logits of a live reference [M, V]. It is loaded once and is never trained: no optimiser knows it."""
-        if self._reference is None or self._reference[0] != source:
+    def _of_reference(self, loss: Loss, batch: PackedBatch) -> torch.Tensor | None:
+        """What the loss's live reference computes of the same. It is loaded once and is never trained: no optimiser
+        knows it."""
+        if loss.reference is None:
+            return None
+        if self._reference is None or self._reference[0] != loss.reference:
             self._reference = None  # one at a time
-            model = learner_setup.load_frozen(self.config, source, self.dtype, self.device, self._zero_init)
-            self._reference = source, ModelOutputs(model, model, self.device)
+            model = learner_setup.load_frozen(
+                self.config, loss.reference, self.dtype, self.device, self._zero_init
+            )
+            self._reference = loss.reference, ModelOutputs(model, model, self.device)
         with torch.no_grad():
-            return self._reference[1].of(batch, "logits")
+            return self._reference[1].of(batch, loss.output)
 
     # ------------------------------------------------------------- checkpoints
 

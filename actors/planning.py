@@ -92,7 +92,10 @@ def plan_run(
             trained,
             config.storage,
             versions=iterations + starts_cold,
-            tokens=iterations * (assumed.questions or 0) * config.rollout.samples * one.total,
+            tokens=iterations
+            * config.of_recipe.sampled_questions(assumed.questions or 0)
+            * config.rollout.samples
+            * one.total,
         ),
         phases=phases_of(config, needs[0], layout, nodes[0], assumed, one)
         if config.recipe == EXSEARCH

@@ -121,7 +121,8 @@ def _opened(path: Path, config: Config, mirror: Mirror | None) -> Iterator[RunDi
 
 def _most_tokens(config: Config, splits: Splits) -> int:
     """In the trajectories of an iteration."""
-    return len(splits.train) * config.rollout.samples * config.model.max_length
+    questions = config.of_recipe.sampled_questions(len(splits.train))
+    return int(questions * config.rollout.samples * config.model.max_length)
 
 
 class Run(Steps):
@@ -214,8 +215,9 @@ class Run(Steps):
         *,
         samples: int,
         sampling: Sampling,
+        questions: Sequence[Question] | None = None,
     ) -> Begun:
-        """Step "t/sample": episodes of all training questions, and the examples made of them for each policy.
+        """Step "t/sample": episodes of the training questions, and the examples made of them for each policy.
 
         It goes on beside the steps that are done until its `finish`: an evaluation of the same versions, which then
         shares the engines, or a training, where the learner has devices of its own.
@@ -228,10 +230,11 @@ class Run(Steps):
             weigh: makes the examples; its outputs are names of policies.
             samples: episodes per question.
             sampling: its seed is that of run and iteration.
+            questions: those of this iteration, always the same; None: all.
         """
 
         shards = Shards(
-            self.splits.train,
+            self.splits.train if questions is None else questions,
             self.at(f"{t}/rollouts"),
             {name: self.at(f"{t}/{name}/examples") for name in weigh.outputs},
             self.config.rollout.questions_per_shard,

@@ -336,15 +336,15 @@ class Example:
         _check_streams(self)
 
     @classmethod
-    def of(cls, trajectory: Trajectory, **streams: float) -> Example:
-        """A trajectory as it is, with one number per stream. Those of a question are a unit."""
+    def of(cls, trajectory: Trajectory, **streams: float | Numbers) -> Example:
+        """A trajectory as it is, with one number per stream or one per token. Those of a question are a unit."""
         return cls(
             f"{trajectory.question_id}/{trajectory.sample}",
             trajectory.question_id,
             trajectory.role,
             trajectory.token_ids,
             trajectory.loss_mask,
-            {stream: np.array([value]) for stream, value in streams.items()},
+            {stream: np.atleast_1d(np.asarray(value, dtype=np.float64)) for stream, value in streams.items()},
         )
 
     @classmethod

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.component
 Formula = Callable[[torch.Tensor, Example], torch.Tensor]
 """(log-probabilities [targets, V] of one example, the example) -> its share, before the mean."""
 
-BETA, GAMMA, CLIP, KL = 0.3, 0.5, 0.2, 0.1
+BETA, GAMMA, CLIP, CLIP_HIGH, KL = 0.3, 0.5, 0.2, 0.28, 0.1
 
 
 def examples_with_streams() -> list[Example]:
@@ -97,14 +97,28 @@ def dpo_margin(of_pair: list[torch.Tensor], examples: list[Example]) -> torch.Te
     return BETA * (ratios[0] - ratios[1])
 
 
-def clipped(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+def clipped_tokens(tables: list[torch.Tensor], examples: list[Example]) -> list[torch.Tensor]:
     terms = []
     for table, example in zip(tables, examples, strict=True):
         logprobs, advantage = picked(table, example), per_token(example, "advantage")
         ratio = torch.exp(logprobs - per_token(example, "old_logprob"))
-        bounded = torch.clip(ratio, 1 - CLIP, 1 + CLIP)
+        bounded = torch.clip(ratio, 1 - CLIP, 1 + CLIP_HIGH)
         terms.append(-torch.minimum(ratio * advantage, bounded * advantage))
-    return torch.cat(terms).mean()
+    return terms
+
+
+def clipped(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+    return torch.cat(clipped_tokens(tables, examples)).mean()
+
+
+def clipped_by_sequence(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+    return torch.stack([tokens.mean() for tokens in clipped_tokens(tables, examples)]).mean()
+
+
+def clipped_by_group(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+    """Groups are the pairs."""
+    tokens = clipped_tokens(tables, examples)
+    return torch.stack([torch.cat(tokens[first:][:2]).mean() for first in range(0, len(tokens), 2)]).mean()
 
 
 def clipped_with_kl(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
@@ -134,8 +148,10 @@ LOSSES: dict[str, tuple[Loss, Any]] = {
     "dpo with nll": (Dpo(BETA, nll_coefficient=0.5), pairs(dpo_margin, 0.5)),
     "cpo": (Cpo(BETA), pairs(lambda x, _: BETA * (x[0].sum() - x[1].sum()), 1.0)),
     "simpo": (SimPo(BETA, gamma=GAMMA), pairs(lambda x, _: BETA * (x[0].mean() - x[1].mean()) - GAMMA)),
-    "clipped ratio": (ClippedRatio(CLIP), clipped),
-    "clipped ratio with kl": (ClippedRatio(CLIP, KL), clipped_with_kl),
+    "clipped ratio": (ClippedRatio(CLIP, CLIP_HIGH), clipped),
+    "clipped ratio with kl": (ClippedRatio(CLIP, CLIP_HIGH, KL), clipped_with_kl),
+    "clipped ratio by sequence": (ClippedRatio(CLIP, CLIP_HIGH, mean_over="sequence"), clipped_by_sequence),
+    "clipped ratio by group": (ClippedRatio(CLIP, CLIP_HIGH, mean_over="group"), clipped_by_group),
     "forward kl": (Divergence("forward"), divergence("forward")),
     "reverse kl": (Divergence("reverse"), divergence("reverse")),
     "symmetric kl": (Divergence("symmetric"), divergence("symmetric")),
@@ -194,23 +210,34 @@ def test_value_and_gradient_are_those_of_the_formula(
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_live_reference_is_as_good_as_its_recorded_logits_and_takes_no_part_in_the_optimiser(
+def test_a_live_reference_is_as_good_as_what_was_recorded_and_takes_no_part_in_the_optimiser(
     model_path: Path, tmp_path: Path, stage: int
 ) -> None:
     other = build_model(tmp_path / "other", seed=1)
     network = transformers.AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
     recorded = []
-    for example in make_examples():
-        ids = torch.from_numpy(example.token_ids.astype(np.int64))
+    for example in examples_with_streams():
+        ids, mask = torch.from_numpy(example.token_ids.astype(np.int64)), example.loss_mask[1:]
         with torch.no_grad():
-            logits = network(ids[None]).logits[0, :-1][torch.from_numpy(example.loss_mask[1:])]
-        recorded.append(replace(example, streams={"reference_logits": logits.double().numpy()}))
+            logits = network(ids[None]).logits[0, :-1][torch.from_numpy(mask)]
+        logprobs = np.zeros(example.length)
+        logprobs[1:][mask] = picked(logits.log_softmax(-1), example).numpy()
+        streams = {"reference_logits": logits.double().numpy(), "reference_logprob": logprobs}
+        recorded.append(replace(example, streams=dict(example.streams) | streams))
     config = CONFIG.model_copy(update={"batch_size": 100, "zero_stage": stage})
-    losses = {"recorded": Divergence("forward"), "live": Divergence("forward", reference=str(other))}
+    kl = ClippedRatio(kl_coefficient=10.0)
+    losses: dict[str, Loss] = {
+        "recorded logits": Divergence("forward"),
+        "live logits": Divergence("forward", reference=str(other)),
+        "recorded log-probabilities": kl,
+        "live log-probabilities": replace(kl, reference=str(other)),
+    }
     found, trained = run_ranks(config, model_path, with_optimised_parameters, recorded, losses)
-    assert found["live"][0] == pytest.approx(found["recorded"][0], abs=1e-6)
-    for weight, gradient in found["recorded"][1].items():
-        np.testing.assert_allclose(found["live"][1][weight], gradient, atol=1e-5, err_msg=weight)
+    for of in ("logits", "log-probabilities"):
+        live, expected = found[f"live {of}"], found[f"recorded {of}"]
+        assert live[0] == pytest.approx(expected[0], abs=1e-5)
+        for weight, gradient in expected[1].items():
+            np.testing.assert_allclose(live[1][weight], gradient, atol=1e-4, err_msg=weight)
     own = transformers.AutoModelForCausalLM.from_pretrained(model_path)
     assert trained == sum(p.numel() for p in own.parameters())
 

@@ -219,6 +219,10 @@ class Iterations(Section):
     """Sample for the next iteration while the learner trains: from the version that it trains from, so one behind.
     Where engines and learner share devices, `cluster.take_turns` must be off."""
 
+    def sampled_questions(self, training: int) -> int:
+        """Of so many training questions those that one iteration samples, at most."""
+        return training
+
 
 class EmConfig(Iterations):
     """ExSearch's iterations of generalised EM."""

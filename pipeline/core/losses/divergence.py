@@ -43,7 +43,7 @@ class Divergence:
         return Prepared(sizes=sizes, computed=[size > 0 for size in sizes])
 
     def terms(self, outputs: Outputs, rows: Rows, normaliser: float) -> Terms:
-        reference = outputs.reference_logits
+        reference = outputs.reference
         if reference is None:
             reference = rows.streams["reference_logits"]
         logits, step = outputs.predicted, rows_per_chunk(outputs.predicted)

@@ -77,11 +77,11 @@ class Outputs:
 
     Attributes:
         predicted: `logprobs` [M], `logits` [M, V], `values` [M] or `embeddings` [n, D], as `Loss.output` says.
-        reference_logits: [M, V], of the live reference; None without one.
+        reference: the same of the live reference, `logprobs` or `logits`; None without one.
     """
 
     predicted: Tensor
-    reference_logits: Tensor | None = None
+    reference: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +105,7 @@ class Loss(Protocol):
 
     @property
     def reference(self) -> str | None:
-        """Model directory of a frozen model whose logits on the same tokens it needs; None: of none."""
+        """Model directory of a frozen model whose outputs on the same tokens it needs; None: of none."""
 
     @property
     def compares(self) -> bool:

@@ -1,58 +1,97 @@
-"""The clipped-ratio policy gradient (PPO, GRPO) and the loss of its critic: means over the tokens of a step.
+"""The clipped-ratio policy gradient (PPO, GRPO) and the loss of its critic.
 
 Advantages have any sign; where they come from (a critic, a group) is not known here.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from pipeline.core.losses.loss import Form, Output, Outputs, Prepared, Rows, Terms
 from pipeline.core.records import Outline
 
+MeanOver = Literal["step", "group", "sequence"]
+"""Of which tokens a mean is taken. step: of all in an optimiser step. group: of those of each unit, and then of the
+units. sequence: of those of each example, and then of the examples."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClippedRatio:
-    """-mean min(r A, clamp(r, 1 - clip, 1 + clip) A), r = p / p_old (Schulman et al. 2017, equation 7).
+    """-mean min(r A, clamp(r, 1 - clip_low, 1 + clip_high) A), r = p / p_old (Schulman et al. 2017, equation 7; with
+    two ranges Yu et al. 2025, equation 8).
 
-    Streams, per token or per example: `advantage`, `old_logprob`, and with a KL term `reference_logprob`.
+    Streams, per token or per example: `advantage`, `old_logprob`, and with a KL term but no live reference
+    `reference_logprob`. An example of advantage 0 counts in the means and, without a KL term, is not computed.
 
     Args:
+        clip_low, clip_high: how far r may be below and above 1.
         kl_coefficient: adds it times GRPO's estimate of KL(p, reference), r - log r - 1 with r = p_ref / p (Shao et
             al. 2024, equation 4).
+        mean_over: `sequence` is that of GRPO (Shao et al. 2024, equation 3), `group` that of DAPO (Yu et al. 2025,
+            equation 8).
+        reference: model directory of a live reference for the KL term; None: recorded log-probabilities.
     """
 
-    clip: float = 0.2
+    clip_low: float = 0.2
+    clip_high: float = 0.2
     kl_coefficient: float = 0.0
+    mean_over: MeanOver = "step"
+    reference: str | None = None
 
     output: ClassVar[Output] = "logprobs"
-    reference: ClassVar[str | None] = None
     compares: ClassVar[bool] = False
 
     @property
     def streams(self) -> Mapping[str, Form]:
         own: dict[str, Form] = {"advantage": "tokens", "old_logprob": "tokens"}
-        return own | {"reference_logprob": "tokens"} if self.kl_coefficient else own
+        is_recorded = self.kl_coefficient > 0 and self.reference is None
+        return own | {"reference_logprob": "tokens"} if is_recorded else own
 
     def prepare(self, examples: Sequence[Outline]) -> Prepared:
-        return _all_tokens(examples)
+        tokens = [example.num_targets for example in examples]
+        weights = [1 / max(1, total) for total in self._totals(examples)]
+        return Prepared(
+            sizes=[weight * n for weight, n in zip(weights, tokens, strict=True)],
+            computed=[
+                n > 0 and (self.kl_coefficient > 0 or not _has_no_advantage(example))
+                for example, n in zip(examples, tokens, strict=True)
+            ],
+            streams={"token_weight": weights},
+        )
+
+    def _totals(self, examples: Sequence[Outline]) -> list[int]:
+        """Of each example, among how many tokens each of its own counts; 1 where they are told by the normaliser."""
+        match self.mean_over:
+            case "step":
+                return [1] * len(examples)
+            case "sequence":
+                return [example.num_targets for example in examples]
+            case "group":
+                totals = Counter[str]()
+                for example in examples:
+                    totals[example.unit] += example.num_targets
+                return [totals[example.unit] for example in examples]
 
     def terms(self, outputs: Outputs, rows: Rows, normaliser: float) -> Terms:
         logprobs, advantages = outputs.predicted, rows.per_target("advantage")
         ratio = (logprobs - rows.per_target("old_logprob")).exp()
-        clamped = ratio.clamp(1 - self.clip, 1 + self.clip)
-        loss = -torch.minimum(ratio * advantages, clamped * advantages).sum() / normaliser
-        metrics = {"clipped": ((ratio != clamped).sum(), len(ratio))}
+        clamped = ratio.clamp(1 - self.clip_low, 1 + self.clip_high)
+        losses = -torch.minimum(ratio * advantages, clamped * advantages)
+        metrics: dict[str, tuple[torch.Tensor, int]] = {"clipped": ((ratio != clamped).sum(), len(ratio))}
         if self.kl_coefficient:
-            log_ratio = rows.per_target("reference_logprob") - logprobs
-            kl = (log_ratio.exp() - log_ratio - 1).sum()
-            loss = loss + self.kl_coefficient * kl / normaliser
-            metrics["kl"] = (kl.detach(), len(ratio))
-        return Terms(loss, metrics)
+            reference = outputs.reference
+            if reference is None:
+                reference = rows.per_target("reference_logprob")
+            log_ratio = reference - logprobs
+            kl = log_ratio.exp() - log_ratio - 1
+            losses = losses + self.kl_coefficient * kl
+            metrics["kl"] = (kl.detach().sum(), len(ratio))
+        return Terms((rows.per_target("token_weight") * losses).sum() / normaliser, metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +130,7 @@ class ClippedValue:
 def _all_tokens(examples: Sequence[Outline]) -> Prepared:
     sizes = [example.num_targets for example in examples]
     return Prepared(sizes=sizes, computed=[size > 0 for size in sizes])
+
+
+def _has_no_advantage(example: Outline) -> bool:
+    return example.shapes.get("advantage") == (1,) and example.number("advantage") == 0

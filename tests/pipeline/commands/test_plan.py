@@ -115,3 +115,15 @@ def test_the_policies_of_other_recipes_are_planned_for(run_command: Any, folder:
     told = json.loads(result.stdout)
     assert [policy["name"] for policy in told["policies"]] == ["selector", "generator"]
     assert told["phases"] == []
+
+
+def test_a_plan_counts_the_questions_that_an_iteration_samples(run_command: Any, folder: Path) -> None:
+    tiny = f"model.path={ROOT / 'models' / 'tiny-searcher'}"
+    command = ["plan", "--config", ROOT / "configs" / "grpo-demo.yaml", tiny, "--json", "cluster.devices=cpu"]
+    command += ["--assume", "questions=400"]
+    some, everything = (
+        json.loads(run_command(*command, f"grpo.questions_per_step={number}").stdout)
+        for number in (80, "null")
+    )
+    assert [policy["name"] for policy in some["policies"]] == ["searcher"]
+    assert everything["disk"]["shards"] == pytest.approx(5 * some["disk"]["shards"], rel=1e-6)

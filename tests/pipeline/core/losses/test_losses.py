@@ -80,6 +80,8 @@ LOSSES: tuple[Loss, ...] = (
     Cpo(),
     SimPo(),
     ClippedRatio(kl_coefficient=0.1),
+    ClippedRatio(mean_over="group"),
+    ClippedRatio(mean_over="sequence"),
     ClippedValue(clip=0.1),
     InfoNce(),
 )
