@@ -267,7 +267,7 @@ def on_node(node_id: str) -> Any:
 def test_actors_on_two_nodes_answer_many_callers_and_survive_the_loss_of_one(
     two_nodes: Cluster, tmp_path: Path
 ) -> None:
-    build_index([write_animals(tmp_path / "c.jsonl")], tmp_path / "index", EncoderSpec())
+    build_index([write_animals(tmp_path / "c.jsonl")], tmp_path / "index", EncoderSpec(), bm25=True)
     nodes = [two_nodes.head_node.node_id, *(node.node_id for node in two_nodes.worker_nodes)]
     replicas = [on_node(node)(tmp_path / "index", num_threads=1) for node in nodes]
     broken = on_node(nodes[0])(tmp_path / "nowhere")
@@ -295,8 +295,14 @@ def test_actors_on_two_nodes_answer_many_callers_and_survive_the_loss_of_one(
     for k in (1, 3, 9):
         for question in (*questions, " "):
             assert asyncio.run(searching.search(question, k)) == plain.search([question], k)[0]
+    for method in ("bm25", "hybrid"):
+        options = SearchOptions(method)
+        by_words = RetrieverClient([ActorReplica(replicas[0], options)], timeout_s=120)
+        assert (
+            asyncio.run(by_words.search(questions[0], 3)) == plain.search([questions[0]], 3, options)[0]
+        )
     stats = ray.get([replica.stats.remote() for replica in replicas], timeout=60)
-    assert sum(entry.queries for entry in stats) == 36
+    assert sum(entry.queries for entry in stats) == 38
     assert min(entry.queries for entry in stats) >= 12
     assert ray.get(replicas[0].info.remote(), timeout=60)["passages"] == 6
     with pytest.raises(RetrieverError, match="k must be"):
