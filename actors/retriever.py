@@ -33,7 +33,7 @@ from retriever_service.errors import RetrieverError, RetrieverOverloaded, Retrie
 from retriever_service.index.local_copy import LocalCopy
 from retriever_service.index.read_ahead import read_ahead
 from retriever_service.machine import available_cores
-from retriever_service.passages.hits import Hit, check_request
+from retriever_service.passages.hits import DEFAULT_OPTIONS, Hit, SearchOptions, check_request
 from retriever_service.search.engine import CACHED_QUERIES, SearchEngine
 from retriever_service.service.batching import BatchingSearcher
 from retriever_service.service.client import RetrieverHttpClient
@@ -165,13 +165,13 @@ class _Search:
 class ActorReplica:
     """A `RetrieverActor`. What is asked for while a call is under way goes together in the next one."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, options: SearchOptions = DEFAULT_OPTIONS) -> None:
+        self._handle, self._options = handle, options
         self._waiting: list[_Search] = []
         self._calling: asyncio.Task[None] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ActorReplica, (self._handle,)
+        return ActorReplica, (self._handle, self._options)
 
     async def search(self, query: str, k: int) -> list[Hit]:
         check_request([query], k)  # it must not fail those that go with it
@@ -209,7 +209,7 @@ class ActorReplica:
                 search.hits.set_result(call.result()[number])
 
     async def _hits(self, queries: list[str], k: int) -> list[list[Hit]]:
-        reference = self._handle.search.remote(queries, k)
+        reference = self._handle.search.remote(queries, k, self._options)
         try:
             results: list[list[Hit]] = await reference
         except asyncio.CancelledError:
@@ -230,12 +230,12 @@ async def _all_done(futures: Sequence[asyncio.Future[Any]]) -> None:
 class HttpReplica:
     """A server, by a client that makes one attempt per search."""
 
-    def __init__(self, client: RetrieverHttpClient) -> None:
-        self._client = client
+    def __init__(self, client: RetrieverHttpClient, options: SearchOptions = DEFAULT_OPTIONS) -> None:
+        self._client, self._options = client, options
 
     async def search(self, query: str, k: int) -> list[Hit]:
         # A turn that degenerates can be longer than servers accept; no encoder reads as far.
-        (hits,) = await self._client.asearch([query[:MAX_QUERY_CHARS]], k)
+        (hits,) = await self._client.asearch([query[:MAX_QUERY_CHARS]], k, self._options)
         return hits
 
 
@@ -314,6 +314,11 @@ class RetrieverClient:
         return chosen
 
 
+def http_replicas(clients: Sequence[RetrieverHttpClient], config: RetrieverConfig) -> list[Replica]:
+    """The servers of a run."""
+    return [HttpReplica(client, config.options) for client in clients]
+
+
 def client_of(replicas: Sequence[Replica], config: RetrieverConfig) -> RetrieverClient:
     """The client of a run."""
     return RetrieverClient(replicas, timeout_s=config.timeout_s, max_attempts=config.max_attempts)
@@ -326,11 +331,11 @@ def open_retriever(searched: Searched, config: RetrieverConfig) -> Retrieve:
         RetrieverError: no such index, or search parameters that do not fit.
     """
     if not isinstance(searched, Path):
-        return client_of([HttpReplica(client) for client in searched.clients], config).search
+        return client_of(http_replicas(searched.clients, config), config).search
     engine = SearchEngine.open(searched, search_parameters=config.search_parameters)
 
     async def retrieve(query: str, k: int) -> list[Hit]:
-        (hits,) = engine.search([query], k)
+        (hits,) = engine.search([query], k, config.options)
         return hits
 
     return retrieve

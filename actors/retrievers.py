@@ -17,7 +17,7 @@ from actors import heartbeat
 from actors.heartbeat import Silent
 from actors.homes import homes, rooms
 from actors.observer import Observer
-from actors.retriever import ActorReplica, HttpReplica, RetrieverActor, RetrieverClient, client_of
+from actors.retriever import ActorReplica, RetrieverActor, RetrieverClient, client_of, http_replicas
 from actors.session import wait_for
 from pipeline.core.config import RetrieverConfig
 from pipeline.core.errors import UserError
@@ -63,7 +63,7 @@ class Retrievers:
         if isinstance(searched, Path):
             self._start(searched)
         else:
-            self.client = client_of([HttpReplica(client) for client in searched.clients], config)
+            self.client = client_of(http_replicas(searched.clients, config), config)
 
     client: RetrieverClient
     """What programs retrieve with; another one after `reindex`."""
@@ -157,7 +157,9 @@ class Retrievers:
         self._actors = [
             self._new_actor(index, number, home, where.count(home)) for number, home in enumerate(where)
         ]
-        self.client = client_of([ActorReplica(actor) for actor in self._actors], self.config)
+        self.client = client_of(
+            [ActorReplica(actor, self.config.options) for actor in self._actors], self.config
+        )
 
     def _new_actor(self, index: Path, number: int, home: str, on_node: int) -> Any:
         """On that node, or elsewhere once that has gone. With GPUs Ray looks for free ones, and `home` is a guess."""

@@ -21,10 +21,9 @@ from pipeline.core.errors import UserError
 from pipeline.core.policies import PolicySpec
 from pipeline.core.preflight import check_models
 from pipeline.core.records import Question, Trajectory
-from pipeline.core.retrieval import Searched, Servers, await_servers
+from pipeline.core.retrieval import Searched, Servers, await_servers, searchable
 from pipeline.core.run import Json, RunFiles
 from pipeline.core.turns import TurnGrammar
-from retriever_service.index.store import read_manifest
 from retriever_service.passages.evaluation import read_queries
 
 PART = 256
@@ -209,7 +208,7 @@ def _searched(index: Path | None, config: Config, display: Display) -> Searched:
         raise UserError("there is nothing to search: give --index DIR, or retriever.url=ADDRESS of a server")
     if isinstance(searched, Servers):
         return searched
-    read_manifest(Path(searched))
+    searchable(retriever, Path(searched))
     return Path(searched)
 
 

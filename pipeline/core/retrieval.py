@@ -18,9 +18,10 @@ from pipeline.core.errors import UserError
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import Encoder, EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
-from retriever_service.index.store import check_encoder, open_index, read_manifest
+from retriever_service.index.store import Manifest, check_encoder, open_index, read_manifest
 from retriever_service.machine import available_cores
 from retriever_service.passages.corpus import Passage, read_corpus
+from retriever_service.passages.hits import SearchOptions
 from retriever_service.service.client import RetrieverHttpClient
 from retriever_service.service.settings import TOKEN_VARIABLE
 
@@ -92,7 +93,10 @@ def await_servers(
     )
     deadline = time.monotonic() + timeout_s
     with display.status(f"waiting for the retriever at {', '.join(retriever.url)}"):
-        fingerprints = {client.url: _await_answer(client, documents, display, deadline) for client in clients}
+        fingerprints = {
+            client.url: _await_answer(client, documents, retriever.options, display, deadline)
+            for client in clients
+        }
     if retriever.dialect == "search-r1":
         return Servers(clients, "search-r1")
     if len(set(fingerprints.values())) > 1:
@@ -103,12 +107,14 @@ def await_servers(
     return Servers(clients, next(iter(fingerprints.values())))
 
 
-def _await_answer(client: RetrieverHttpClient, documents: int, display: Display, deadline: float) -> str:
+def _await_answer(
+    client: RetrieverHttpClient, documents: int, options: SearchOptions, display: Display, deadline: float
+) -> str:
     """The fingerprint of a server, once it has answered a search; see `await_servers`."""
     told = False
     while True:
         try:
-            client.search([_PROBE], documents)
+            client.search([_PROBE], documents, options)
             return client.fingerprint
         except RetrieverUnavailable as error:
             unreachable = isinstance(error.__cause__, httpx.RequestError)
@@ -141,17 +147,33 @@ def passages(data: DataConfig, searched: Searched) -> Iterable[Passage]:
     return open_index(searched).corpus if isinstance(searched, Path) else read_corpus(corpus_paths(data))
 
 
+def searchable(retriever: RetrieverConfig, index: Path) -> Manifest:
+    """What a built index says of itself, once it is known to have what `retriever.method` needs.
+
+    Raises:
+        UserError, RetrieverError: it has no words; no index.
+    """
+    manifest = read_manifest(index)
+    if retriever.method != "dense" and manifest.bm25 is None:
+        raise UserError(
+            f"retriever.method: {retriever.method} needs an index of words, and {index} has none; build it again with "
+            "`exsearch index build --bm25`, or set retriever.method: dense"
+        )
+    return manifest
+
+
 def prepare_index(retriever: RetrieverConfig, data: DataConfig, default: Path, display: Display) -> Path:
     """The directory of the index to search, where no servers are: the configured one, else one built from the corpus
     at `default`.
 
     Raises:
-        UserError, RetrieverError: no corpus and no index, a bad corpus, or an index of another encoder.
+        UserError, RetrieverError: no corpus and no index, a bad corpus, or an index of another encoder or without the
+            words that `retriever.method` needs.
     """
     spec = encoder_spec(retriever)
     if retriever.index is not None:
         index = Path(retriever.index)
-        manifest = read_manifest(index)
+        manifest = searchable(retriever, index)
         if not _asks_for_nothing_else(spec, manifest.encoder):
             # Under another name it may still be the same encoder: a copy in another directory.
             check_encoder(manifest, Encoder.load(spec), index)
@@ -187,6 +209,7 @@ def build_run_index(
         at,
         spec,
         factory=retriever.factory,
+        bm25=retriever.method != "dense",
         # This process may be on a node without GPUs, whatever the retriever actors have.
         device=retriever.torch_device if torch.cuda.is_available() else "cpu",
         on_progress=on_progress,

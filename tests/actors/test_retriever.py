@@ -27,7 +27,7 @@ from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
-from retriever_service.passages.hits import Hit
+from retriever_service.passages.hits import Hit, SearchOptions
 from retriever_service.search.engine import SearchEngine
 from retriever_service.service.client import RetrieverHttpClient
 from tests.retriever_service.fake_engine import FakeEngine
@@ -47,7 +47,7 @@ class FakeReplica:
         self._script = list(script)
         self.search = SimpleNamespace(remote=self._search)
 
-    async def _search(self, queries: list[str], k: int) -> list[list[Hit]]:
+    async def _search(self, queries: list[str], k: int, options: SearchOptions) -> list[list[Hit]]:
         self.calls += 1
         action = self._script.pop(0) if self._script else None
         if isinstance(action, Exception):
@@ -136,7 +136,7 @@ def test_bad_request_is_not_tried_again() -> None:
 def test_what_is_asked_while_a_call_is_under_way_goes_together_in_the_next_one() -> None:
     calls: list[tuple[list[str], int]] = []
 
-    async def noted(queries: list[str], k: int) -> list[list[Hit]]:
+    async def noted(queries: list[str], k: int, options: SearchOptions) -> list[list[Hit]]:
         calls.append((queries, k))
         await asyncio.sleep(0.05)
         return [hits_for(query, k) for query in queries]
@@ -171,7 +171,7 @@ def test_a_call_that_fails_fails_for_all_that_went_with_it_and_each_is_tried_aga
 
 
 def test_searches_that_wait_stay_behind_when_a_client_goes_to_another_process() -> None:
-    replica = ActorReplica("handle")
+    replica = ActorReplica("handle", SearchOptions("bm25"))
 
     async def scenario() -> ActorReplica:
         waiting = asyncio.create_task(replica.search("a", 1))
@@ -180,7 +180,8 @@ def test_searches_that_wait_stay_behind_when_a_client_goes_to_another_process() 
         waiting.cancel()
         return copy
 
-    assert asyncio.run(scenario())._handle == "handle"
+    copy = asyncio.run(scenario())
+    assert (copy._handle, copy._options) == ("handle", SearchOptions("bm25"))
 
 
 # ---------------------------------------------------------------- servers
@@ -266,7 +267,7 @@ def on_node(node_id: str) -> Any:
 def test_actors_on_two_nodes_answer_many_callers_and_survive_the_loss_of_one(
     two_nodes: Cluster, tmp_path: Path
 ) -> None:
-    build_index([write_animals(tmp_path / "c.jsonl")], tmp_path / "index", EncoderSpec())
+    build_index([write_animals(tmp_path / "c.jsonl")], tmp_path / "index", EncoderSpec(), bm25=True)
     nodes = [two_nodes.head_node.node_id, *(node.node_id for node in two_nodes.worker_nodes)]
     replicas = [on_node(node)(tmp_path / "index", num_threads=1) for node in nodes]
     broken = on_node(nodes[0])(tmp_path / "nowhere")
@@ -294,8 +295,14 @@ def test_actors_on_two_nodes_answer_many_callers_and_survive_the_loss_of_one(
     for k in (1, 3, 9):
         for question in (*questions, " "):
             assert asyncio.run(searching.search(question, k)) == plain.search([question], k)[0]
+    for method in ("bm25", "hybrid"):
+        options = SearchOptions(method)
+        by_words = RetrieverClient([ActorReplica(replicas[0], options)], timeout_s=120)
+        assert (
+            asyncio.run(by_words.search(questions[0], 3)) == plain.search([questions[0]], 3, options)[0]
+        )
     stats = ray.get([replica.stats.remote() for replica in replicas], timeout=60)
-    assert sum(entry.queries for entry in stats) == 36
+    assert sum(entry.queries for entry in stats) == 38
     assert min(entry.queries for entry in stats) >= 12
     assert ray.get(replicas[0].info.remote(), timeout=60)["passages"] == 6
     with pytest.raises(RetrieverError, match="k must be"):

@@ -11,7 +11,9 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from pipeline.core.config.section import OnDisk, Section, Sources, as_list
+from retriever_service.choices import Method
 from retriever_service.encoding.encoder import lasting_name
+from retriever_service.passages.hits import SearchOptions
 from retriever_service.service.client import Dialect
 
 SHIPPED_MODEL = "models/tiny-searcher"
@@ -124,7 +126,7 @@ class AgentConfig(Section):
         return self
 
 
-WITH_SERVER = {"url", "dialect", "timeout_s", "max_attempts"}
+WITH_SERVER = {"url", "dialect", "method", "timeout_s", "max_attempts"}
 """Keys of the section `retriever` that mean something beside `url`; the others describe the run's own actors."""
 
 
@@ -134,6 +136,9 @@ class RetrieverConfig(Section):
     wants one, is read from the variable EXSEARCH_TOKEN. Null: actors of this run search, as the other keys say."""
     dialect: Dialect = "native"
     """What the server at `url` speaks. native: `exsearch index serve`. search-r1: any server of that contract."""
+    method: Method = "dense"
+    """How sub-queries are searched for. dense: by vectors. bm25: by words. hybrid: by both, and the two rankings fused.
+    An index needs words for the last two (`exsearch index build --bm25`); one that the run builds has them."""
     index: Annotated[str | None, OnDisk()] = None
     """Directory of a built index. Null: built from `data.corpus` into the run directory."""
     encoder: Annotated[str, AfterValidator(lasting_name)] = "minilm"
@@ -174,6 +179,11 @@ class RetrieverConfig(Section):
     max_attempts: int = Field(4, ge=1)
     """Attempts per search, with back-off, before the trajectory is given up."""
 
+    @property
+    def options(self) -> SearchOptions:
+        """Of every search of a run."""
+        return SearchOptions(method=self.method)
+
     @model_validator(mode="after")
     def _server_or_actors(self) -> RetrieverConfig:
         if self.url is None:
@@ -184,6 +194,11 @@ class RetrieverConfig(Section):
             return self
         if not self.url:
             raise ValueError("retriever.url is an empty list: name an address, or give null")
+        if self.dialect == "search-r1" and self.method != "dense":
+            raise ValueError(
+                f"retriever.method: {self.method} cannot be asked of a Search-R1 server, which searches as it was started "
+                "to: remove the key"
+            )
         if any(urlsplit(address).username is not None for address in self.url):
             raise ValueError(
                 "retriever.url is written into the run directory and must not hold a password: put a token into the "

@@ -110,6 +110,23 @@ def test_a_corpus_that_changed_is_refused_and_the_index_kept(tmp_path: Path, cor
     assert read_manifest(index).count == 4
 
 
+@pytest.mark.parametrize("method", ["bm25", "hybrid"])
+def test_an_index_that_a_run_builds_has_words_where_it_is_to_search_by_them(
+    tmp_path: Path, corpus: Path, method: str
+) -> None:
+    asked = ["data.corpus=corpus.jsonl", f"retriever.method={method}"]
+    built = prepare(tmp_path, *asked)
+    assert prepare(tmp_path, f"retriever.index={built}", asked[1]) == built
+
+
+def test_an_index_without_words_is_refused_where_it_is_to_be_searched_by_them(
+    tmp_path: Path, corpus: Path
+) -> None:
+    built = prepare(tmp_path, "data.corpus=corpus.jsonl")
+    with pytest.raises(UserError, match=r"retriever\.method: hybrid needs an index of words.* --bm25"):
+        prepare(tmp_path, f"retriever.index={built}", "retriever.method=hybrid")
+
+
 @pytest.mark.parametrize("encoder", ["other", "missing"])
 def test_a_run_does_not_go_on_with_another_encoder(tmp_path: Path, corpus: Path, encoder: str) -> None:
     prepare(tmp_path, "data.corpus=corpus.jsonl")

@@ -146,6 +146,7 @@ def test_settings_of_searches_go_with_a_server() -> None:
     [
         ({"dialect": "search-r1"}, "set retriever.url"),
         ({"url": []}, "empty list"),
+        ({"url": URL, "dialect": "search-r1", "method": "bm25"}, "Search-R1 server"),
         ({"url": "http://me:secret@host:8000"}, "EXSEARCH_TOKEN"),
     ],
 )
