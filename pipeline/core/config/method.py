@@ -109,8 +109,8 @@ class WeightingConfig(Section):
     credit_decay: float = Field(1.0, ge=0, le=1)
     """lambda of `credit: turn`. 1: a turn has the credit of all that is gained from it on. 0: of its own gain alone."""
     merge_copies: bool = True
-    """Train exact copies among the examples of a question once, with their summed weight: the same gradient in less
-    time."""
+    """Train exact copies among the examples of a question once, with their summed weight: the same gradient from fewer
+    tokens."""
 
     @property
     def compares(self) -> bool:
