@@ -32,6 +32,7 @@ from actors.learner_examples import PhaseExamples
 from actors.learner_outputs import ModelOutputs, Sums, rows_of
 from actors.weight_transfer import Bucket
 from pipeline.core.config import LearnerConfig
+from pipeline.core.copies import copies_of
 from pipeline.core.errors import UserError
 from pipeline.core.losses.loss import Loss, Outputs, Prepared, Terms
 from pipeline.core.packing import OptimizerStep, PackedBatch, collate, packing_efficiency, plan_epoch
@@ -237,6 +238,7 @@ class Learner:
                 seed=(phase_seed, epoch),
                 units=[outline.unit for outline in records.outlines],
                 whole_units=loss.compares,
+                copies=[copies_of(outline) for outline in records.outlines],
                 overlaps=records.overlaps,
             )
         ]

@@ -30,6 +30,7 @@ from pipeline.core.agents.program import Sampling, derive_seed
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import Config
+from pipeline.core.copies import CREDIT, copies_of
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
 from pipeline.core.example_files import read_examples, read_outlines
@@ -81,6 +82,10 @@ class ExpectationMaximisation:
         self.run, self.config = run, run.config
         self.cold_start = cold_start
 
+    @property
+    def _by_turn(self) -> bool:
+        return self.config.weighting.credit == "turn"
+
     def run_all(self) -> Json:
         em, starts_cold = self.config.em, self.cold_start.base_version < 0
         if starts_cold:
@@ -101,9 +106,20 @@ class ExpectationMaximisation:
         config, rollout = self.config, self.config.rollout
         return self.run.begin_sampling(
             t,
-            SearchProgram(config.agent, score_answers=True),
+            SearchProgram(
+                config.agent,
+                score_answers=True,
+                score_turns=config.weighting.scored_turns,
+                hinted=config.em.hinted,
+            ),
             {SEARCHER: version},
-            SearchWeights(config.weighting, config.agent, config.model.path, config.evaluation.protocol),
+            SearchWeights(
+                config.weighting,
+                config.agent,
+                config.model.path,
+                config.evaluation.protocol,
+                hinted=config.em.hinted,
+            ),
             samples=rollout.samples,
             sampling=Sampling.of(rollout, derive_seed(config.seed, "e-step", t)),
         )
@@ -114,7 +130,7 @@ class ExpectationMaximisation:
         self.run.train(
             t,
             SEARCHER,
-            WeightedNll(self.config.learner.negligible_weight),
+            WeightedNll(self.config.learner.negligible_weight, by_token=self._by_turn),
             seed=derive_seed(self.config.seed, "m-step", t),
             beside=(lambda shards: [self.mixed_in(t, shards)]) if mixes else None,
         )
@@ -123,14 +139,17 @@ class ExpectationMaximisation:
         """A shard of cold-start examples beside the weighted ones, with their average weight per trained token."""
         weighted = [outline for shard in shards for outline in read_outlines(shard)]
         (first,) = self.run.shards(0, SEARCHER)
+        copies = [copies_of(outline) for outline in weighted]
         log_weight = average_log_weight(
             [outline.number("log_weight") for outline in weighted],
             [outline.num_targets for outline in weighted],
+            copies,
         )
+        streams = {"log_weight": np.array([log_weight])} | ({CREDIT: np.ones(1)} if self._by_turn else {})
         rng = random.Random(derive_seed(self.config.seed, "mix", t))
-        chosen = rng.choices(read_examples(first), k=round(self.config.cold_start.mix * len(weighted)))
+        chosen = rng.choices(read_examples(first), k=round(self.config.cold_start.mix * sum(copies)))
         mixed = [
-            replace(example, id=f"mix/{n}", unit=f"mix/{n}", streams={"log_weight": np.array([log_weight])})
+            replace(example, id=f"mix/{n}", unit=f"mix/{n}", streams=streams)
             for n, example in enumerate(chosen)
         ]
         path = self.run.fresh(f"{t}/{SEARCHER}/cold_start") / "000000.parquet"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.core.agents.program import Sampling
 from pipeline.core.agents.search import SEARCHER
-from pipeline.core.config import Config, RolloutConfig, WeightingConfig
+from pipeline.core.config import Config
 from pipeline.core.report import EVALUATION, Column, Outcome, report_of
 from pipeline.core.run import Json, RunFiles
 
@@ -57,7 +57,7 @@ def em_report(run: RunFiles, config: Config) -> Json:
     return {
         **report_of(run, config.recipe, config.seed, config.em, rows, start="cold_start"),
         "weighting": config.weighting.method,
-        "proposal": _proposal(config.rollout, config.weighting),
+        "proposal": _proposal(config),
     }
 
 
@@ -90,9 +90,14 @@ def _without_times(step: Json) -> Json:
     return {name: value for name, value in step.items() if name not in ("seconds", "seconds_waited")}
 
 
-def _proposal(rollout: RolloutConfig, weighting: WeightingConfig) -> str:
-    if Sampling.of(rollout, 0).is_from_the_model:
-        return "the model itself"
+def _proposal(config: Config) -> str:
+    rollout = config.rollout
     settings = f"temperature {rollout.temperature:g}, top_p {rollout.top_p:g}, top_k {rollout.top_k}"
-    how = "corrected by the clipped ratio p/q" if weighting.correct_proposal else "not corrected"
+    if Sampling.of(rollout, 0).is_from_the_model:
+        settings = "the model itself"
+        if not config.em.hinted:
+            return settings
+    if config.em.hinted:
+        settings += f", {config.em.hinted} of {rollout.samples} with a hint"
+    how = "corrected by the clipped ratio p/q" if config.weighting.correct_proposal else "not corrected"
     return f"{settings}; {how}"

@@ -81,6 +81,7 @@ def plan_epoch(
     seed: Sequence[int],
     units: Sequence[str],
     whole_units: bool = True,
+    copies: Sequence[int] | None = None,
     overlaps: Sequence[Overlap] | None = None,
 ) -> list[OptimizerStep]:
     """The optimiser steps of one epoch, in a seeded random order.
@@ -95,6 +96,7 @@ def plan_epoch(
         seed: e.g. (phase seed, epoch).
         units: the name of each example's unit.
         whole_units: whether a unit that is longer than the budget is an error; else it is cut into several parts.
+        copies: how many examples each counts as in `batch_size`; None: as one.
         overlaps: where common beginnings are computed once.
 
     Raises:
@@ -115,7 +117,8 @@ def plan_epoch(
     if not lengths:
         return []
     order = np.random.default_rng(seed).permutation(len(groups))
-    batches = np.array_split(order, min(len(groups), math.ceil(len(lengths) / batch_size)))
+    num_examples = len(lengths) if copies is None else sum(copies)
+    batches = np.array_split(order, min(len(groups), math.ceil(num_examples / batch_size)))
     return [
         _plan_step(
             tuple(i for unit in batch for i in groups[unit]),

@@ -52,6 +52,7 @@ TRAJECTORY_SCHEMA = pa.schema(
         ("log_likelihoods", pa.list_(pa.float64())),
         ("proposal_logprobs", pa.list_(pa.float32())),
         ("answer_opening", pa.list_(pa.int32())),
+        ("turn_log_likelihoods", pa.list_(pa.float64())),
     ]
 )
 
@@ -75,8 +76,11 @@ OUTLINE_SCHEMA = pa.schema([EXAMPLE_SCHEMA.field(name) for name in ("id", "unit"
 
 _MEND = "the file holds something else, or was written by another version; make it again"
 
-_TUPLES = ("log_likelihoods", "answer_opening")
+_TUPLES = ("log_likelihoods", "answer_opening", "turn_log_likelihoods")
 """Columns of few numbers, which records hold as tuples."""
+
+_LATER = ("turn_log_likelihoods",)
+"""Columns of trajectories that files of earlier versions have not: there they are empty."""
 
 _STOP_REASONS = {reason.value: reason for reason in StopReason}
 
@@ -134,6 +138,10 @@ def trajectories_from_table(table: pa.Table) -> list[Trajectory]:
     Raises:
         ValueError: the table has other columns, or what is in them is no trajectory.
     """
+    for name in _LATER:
+        if name not in table.column_names:
+            field = TRAJECTORY_SCHEMA.field(name)
+            table = table.append_column(field, pa.array([[]] * len(table), field.type))
     batches = _columns(table, TRAJECTORY_SCHEMA).to_batches()
     return [trajectory for batch in batches for trajectory in _trajectories(batch)]
 

@@ -171,8 +171,12 @@ class Trajectory:
 
     `log_likelihoods` holds log p(y | x, z) of the question's different gold answers, in their order, put in the place
     of the model's own behind `answer_context`: NaN for one that does not fit into the context, empty where nothing was
-    scored. `proposal_logprobs` is log q of every token where the trajectory was sampled from another distribution than
-    the model itself and that was recorded, else None: there q = p.
+    scored. `turn_log_likelihoods` holds, in front of as many of the model's turns as were asked for (`turn_starts`),
+    the log of how likely the set of these answers is if an answer is demanded there.
+
+    `proposal_logprobs` is log q of every token where the trajectory was sampled from another distribution than the
+    model itself and that was recorded, else None: there q = p. A trajectory that was sampled with a hint in its prompt
+    is here without; its q knows the hint.
     """
 
     question_id: str
@@ -190,6 +194,7 @@ class Trajectory:
     log_likelihoods: tuple[float, ...] = ()
     proposal_logprobs: Floats | None = None
     answer_opening: tuple[int, ...] = ()
+    turn_log_likelihoods: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         lengths = {len(self.token_ids), len(self.loss_mask), len(self.logprobs)}
@@ -214,6 +219,13 @@ class Trajectory:
     def sampled(self) -> Mask:
         """[T], True on every token that the model wrote, also on those that are not trained on."""
         return ~np.isnan(self.logprobs)
+
+    @property
+    def turn_starts(self) -> npt.NDArray[np.int64]:
+        """Where the model's turns in front of its answer begin. Turns with nothing of the environment between them
+        are one."""
+        own = self.sampled[: self.answer_start]
+        return np.flatnonzero(own & ~np.concatenate([[False], own[:-1]]))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

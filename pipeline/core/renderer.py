@@ -78,8 +78,14 @@ class Renderer(TurnGrammar):
             self._prompt_parts = (f"{lead}Question: ", "\n")
             self._user_turn_parts = ("\n", "\n")
 
-    def prompt_ids(self, question: str) -> list[int]:
-        """The context in front of the first turn."""
+    def prompt_ids(self, question: str, hint: str = "") -> list[int]:
+        """The context in front of the first turn.
+
+        Args:
+            hint: an answer that the question gives away.
+        """
+        if hint:
+            question = f"{question} (Hint: the answer is {hint}. Find the evidence for it.)"
         bos = self._bos()
         before, after = self._prompt_parts
         # A space before a word belongs to the word's first token.

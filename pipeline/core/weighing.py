@@ -14,12 +14,23 @@ import numpy as np
 from pipeline.core.agents.program import Task
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.config import AgentConfig, WeightingConfig
+from pipeline.core.copies import merge_copies
 from pipeline.core.errors import RunError
 from pipeline.core.models import load_tokenizer
 from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory, count_stop_reasons
 from pipeline.core.renderer import Renderer
 from pipeline.core.scoring.answers import ProtocolName, score_answer
-from pipeline.core.weighting import Gold, Scored, log_weights, summarise, trained_gold
+from pipeline.core.turn_credit import with_turn_weights
+from pipeline.core.weighting import (
+    Array,
+    Gold,
+    Scored,
+    log_sum,
+    log_weights,
+    summarise,
+    trained_gold,
+    turn_log_weights,
+)
 
 TaskT = TypeVar("TaskT", bound=Task, contravariant=True)
 
@@ -80,6 +91,9 @@ class SearchWeights:
     """Model directory or hub name."""
     protocol: ProtocolName = "exsearch"
     """By whose rules a trajectory's own answer is scored."""
+    hinted: int = 0
+    """So many first samples of a question were sampled with its answer in the prompt: that theirs is right says
+    nothing."""
 
     outputs = (SEARCHER,)
 
@@ -95,11 +109,45 @@ class SearchWeights:
             self._example(renderer, trajectory, scores, log_weight)
             for (trajectory, scores), log_weight in zip(scorable, logs or (), strict=logs is not None)
         ]
+        turns: list[Array] = []
+        if self.weighting.credit == "turn" and logs is not None:
+            turns = turn_log_weights(scored, self.weighting)
+            by_turn = zip(examples, scorable, turns, strict=True)
+            examples = [
+                with_turn_weights(example, trajectory, own) for example, (trajectory, _), own in by_turn
+            ]
+        trained = merge_copies(examples) if self.weighting.merge_copies else examples
         too_long = len(usable) - len(scorable)
-        return Weighted({SEARCHER: examples}, statistics_of(scored, logs, trajectories, too_long))
+        hinted = [trajectory.sample < self.hinted for trajectory, _ in scorable]
+        return Weighted(
+            {SEARCHER: trained},
+            statistics_of(scored, logs, trajectories, too_long)
+            | {
+                "merged_copies": len(examples) - len(trained),
+                "turns": sum(map(len, turns)),
+                "turns_without_credit": int(sum(np.isneginf(own).sum() for own in turns)),
+                "hinted": hinted,
+            },
+        )
 
     def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        return summarise_scored(statistics, self.weighting)
+        """As `summarise_scored`; how many copies were merged, and where they are used what turns and hints came to."""
+        found = {"merged_copies": sum(row["merged_copies"] for row in statistics)}
+        if self.weighting.credit == "turn":
+            found |= {
+                name: sum(row[name] for row in statistics) for name in ("turns", "turns_without_credit")
+            }
+        return {**summarise_scored(statistics, self.weighting), **found, **self._of_hinted(statistics)}
+
+    def _of_hinted(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        """How many trajectories with a hint have a weight, and their share of all weight, in percent."""
+        if not self.hinted:
+            return {}
+        weighted = [row for row in statistics if row["log_weights"] is not None]
+        logs = np.array([log for row in weighted for log in logs_from_json(row["log_weights"])])
+        hinted = np.array([flag for row in weighted for flag in row["hinted"]], dtype=np.bool_)
+        share = 0.0 if np.isneginf(log_sum(logs)) else 100.0 * math.exp(log_sum(logs[hinted]) - log_sum(logs))
+        return {"hinted": int(hinted.sum()), "hinted_weight_share": share}
 
     @property
     def _trains_own_answer(self) -> bool:
@@ -116,11 +164,12 @@ class SearchWeights:
         own = score_answer(trajectory.answer, question.answers, self.protocol)
         return Scored.of(
             list(golds.values()),
-            correct=own.em == 1.0,
+            correct=own.em == 1.0 and trajectory.sample >= self.hinted,
             reward=getattr(own, self.weighting.reward),
             log_ratio=log_ratio(trajectory, with_answer=self._trains_own_answer)
             if self.weighting.correct_proposal
             else 0.0,
+            before=trajectory.turn_log_likelihoods,
         )
 
 
@@ -223,7 +272,8 @@ def log_ratio(trajectory: Trajectory, *, with_answer: bool) -> float:
 
 def _scored_from_json(row: Mapping[str, Any]) -> Scored:
     log_likelihood, per_token = logs_from_json([row["log_likelihood"], row["per_token"]])
-    return Scored(**{**row, "log_likelihood": log_likelihood, "per_token": per_token})
+    before = tuple(logs_from_json(row["before"]))
+    return Scored(**{**row, "log_likelihood": log_likelihood, "per_token": per_token, "before": before})
 
 
 def logs_from_json(logs: Sequence[float | None]) -> list[float]:

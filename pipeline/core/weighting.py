@@ -10,8 +10,12 @@ Algorithm 1):
     likelihood         log w_k = l_k / tau
     posterior          log w_k = l_k / tau - log(epsilon + sum_j exp(l_j / tau))
     length_normalised  log w_k = max_y log p(y | x, z_k) / (tau |y|), optionally less log of the sum over the question
-    reward             log w_k = log of the metric of the trajectory's own answer, which is in [0, 1]
+    reward             log w_k = log of the metric r_k of the trajectory's own answer, which is in [0, 1], optionally
+                       less log of the sum over the question
     uniform            log w_k = -log K
+
+With `subtract_baseline` exp(l_k / tau) of the first two becomes max(0, exp(l_k / tau) - exp(b / tau)), where b is
+log p(Y | x) of the answer in front of the first turn: what is guessed right without searching earns nothing.
 
 With `correct_proposal` log r_k is added, r_k = min(p(z_k) / q(z_k), max_ratio); where the weights are divided by their
 sum, r_k stands in the sum too (self-normalised importance sampling).
@@ -19,6 +23,26 @@ sum, r_k stands in the sum too (self-normalised importance sampling).
 What is trained behind a trajectory is the gold answer that is most likely there (per token for `length_normalised`).
 With `reward` it is the trajectory's own answer, which is sampled too: the expected metric is over both, and z_k above
 stands for both.
+
+Rewards over their sum are the mean-normalised ones of MaxRL (Tajwar et al. 2026), for the gradient of log p(success|x):
+a question without success has no say.
+
+With `credit: turn` each turn of a trajectory has a weight of its own. Let q_i = exp(log p(Y | x, z_{1..i}) / tau) be
+how likely the answer is if one is demanded behind turn i, and q_T that of the whole trajectory, exp(l_k / tau). The
+gain of turn i is q_i - q_{i-1}; its credit is that and what comes of it:
+
+    A_i = sum_{j >= i} lambda^(j - i) (q_j - q_{j-1}),        log w_{k,i} = log max(0, A_i) + log r_k - log D
+
+D is the divisor of the trajectory's own weight: 1 for `likelihood`, epsilon + the sum of its terms for `posterior`. The
+gains of a trajectory sum to q_T - q_0, the whole less its baseline: with lambda 0 the credits do, with lambda 1 the
+first credit is that. It is generalised advantage estimation (Schulman et al. 2016, equation 16, with gamma 1), the
+value of a state being how likely an answer is now; IGPO (Wang et al. 2025) takes such gains as rewards.
+
+Why so: with lambda 1, A_i = q_T - q_{i-1} is the return less a baseline that does not depend on the turn. Before they
+are cut at 0 such weights estimate the gradient of sum_x p(Y | x), as `likelihood` does, without bias and with less
+variance. Cut at 0 they imitate only what did better than was to be expected (self-imitation, Oh et al. 2018): they stay
+in [0, 1], and a weighted likelihood stays one. Gains of log p would not do: exp(l_k - b) of one hard question outweighs
+all others. The answer itself is given and not sampled, so it has no baseline and keeps w_k.
 
 K counts the trajectories that take part: infrastructure failures are excluded before they come here. Of the first two,
 a higher likelihood never gets a lower weight. Sums run over one question, never over a batch.
@@ -58,7 +82,8 @@ class Scored:
 
     `log_likelihood` is that of their set; `per_token` the mean over the tokens of the one that has the highest;
     `correct` says whether the trajectory's own answer matches a gold one exactly, `reward` is the configured metric of
-    it in [0, 1]; `log_ratio` is sum log p - log q over the tokens that were sampled (module docstring).
+    it in [0, 1]; `log_ratio` is sum log p - log q over the tokens that were sampled (module docstring); `before` is the
+    likelihood of the same set in front of each turn, of as many of these as were scored.
     """
 
     log_likelihood: float
@@ -66,10 +91,17 @@ class Scored:
     correct: bool = False
     reward: float = 0.0
     log_ratio: float = 0.0
+    before: tuple[float, ...] = ()
 
     @classmethod
     def of(
-        cls, golds: Sequence[Gold], *, correct: bool = False, reward: float = 0.0, log_ratio: float = 0.0
+        cls,
+        golds: Sequence[Gold],
+        *,
+        correct: bool = False,
+        reward: float = 0.0,
+        log_ratio: float = 0.0,
+        before: tuple[float, ...] = (),
     ) -> Scored:
         """
         Raises:
@@ -84,7 +116,13 @@ class Scored:
             correct=correct,
             reward=reward,
             log_ratio=log_ratio,
+            before=before,
         )
+
+    @property
+    def baseline(self) -> float:
+        """log p(Y | x) without any turn. A trajectory without turns is that."""
+        return self.before[0] if self.before else self.log_likelihood
 
 
 def log_sum(values: Sequence[float] | Array) -> float:
@@ -113,6 +151,56 @@ def log_weights(scored: Sequence[Scored], config: WeightingConfig) -> Array:
     Raises:
         ValueError: no trajectories, or a log-likelihood that is positive or not a number.
     """
+    found, log_divisor = _undivided(scored, config)
+    return _clipped(found if np.isneginf(log_divisor) else found - log_divisor, config)
+
+
+def turn_log_weights(scored: Sequence[Scored], config: WeightingConfig) -> list[Array]:
+    """log w_{k,i} of each turn of one question's trajectories (`credit: turn`; module docstring).
+
+    Returns:
+        for each trajectory float64 [T], as many as it has values in front of turns; -inf for a weight of zero.
+
+    Raises:
+        ValueError: as `log_weights`.
+    """
+    _, log_divisor = _undivided(scored, config)
+    weights = []
+    for one in scored:
+        values = np.minimum([*one.before, one.log_likelihood], 0.0) / config.temperature
+        credits, log_unit = turn_credits(values, config.credit_decay)
+        if np.isneginf(log_divisor):  # nothing of the question has a say
+            credits = np.zeros_like(credits)
+        found = _log(np.maximum(credits, 0.0)) + log_unit + _log_ratio(one, config)
+        weights.append(_clipped(found if np.isneginf(log_divisor) else found - log_divisor, config))
+    return weights
+
+
+def turn_credits(values: Array, decay: float) -> tuple[Array, float]:
+    """Credit of each turn of a trajectory, A_i of the module docstring.
+
+    Args:
+        values: [T + 1], log q_0 .. log q_T.
+        decay: lambda.
+
+    Returns:
+        A_1 .. A_T [T] in units of the largest q, and the logarithm of that.
+    """
+    log_unit = float(values.max())
+    if np.isneginf(log_unit):
+        return np.zeros(len(values) - 1), 0.0
+    credits = np.diff(np.exp(values - log_unit))
+    for i in reversed(range(len(credits) - 1)):
+        credits[i] += decay * credits[i + 1]
+    return credits, log_unit
+
+
+def _undivided(scored: Sequence[Scored], config: WeightingConfig) -> tuple[Array, float]:
+    """log w [K] before they are divided, and the logarithm of what by; minus infinity where all weights are zero.
+
+    Raises:
+        ValueError: as `log_weights`.
+    """
     if not scored:
         raise ValueError("a question without trajectories has no weights")
     log_likelihoods = np.array([[s.log_likelihood, s.per_token] for s in scored], dtype=np.float64)
@@ -121,30 +209,42 @@ def log_weights(scored: Sequence[Scored], config: WeightingConfig) -> Array:
     of_set, per_token = np.minimum(log_likelihoods, 0.0).T
     log_ratios = np.array([_log_ratio(one, config) for one in scored])
     match config.method:
-        case "likelihood":
-            found = of_set / config.temperature + log_ratios
-        case "posterior":
-            found = _normalised(of_set / config.temperature + log_ratios, config.floor)
+        case "likelihood" | "posterior":
+            found = of_set / config.temperature
+            if config.subtract_baseline:
+                baselines = np.minimum([s.baseline for s in scored], 0.0) / config.temperature
+                found = _log_difference(found, baselines)
+            found = found + log_ratios
+            if config.method == "posterior":
+                return found, log_sum([*found, np.log(config.floor)] if config.floor > 0 else found)
         case "length_normalised":
             found = per_token / config.temperature + log_ratios
-            if config.self_normalised:
-                found = _normalised(found)
         case "reward":
-            found = np.array([np.log(s.reward) if s.reward > 0 else -np.inf for s in scored]) + log_ratios
+            found = _log(np.array([s.reward for s in scored])) + log_ratios
         case "uniform":
-            found = log_ratios - np.log(len(scored))
-    return np.asarray(np.minimum(found, np.inf if config.max_weight is None else np.log(config.max_weight)))
+            return log_ratios, float(np.log(len(scored)))
+    return found, log_sum(found) if config.self_normalised else 0.0
+
+
+def _log(values: Array) -> Array:
+    """Of numbers that are at least 0; -inf of 0."""
+    return np.log(values, out=np.full_like(values, -np.inf), where=values > 0)
+
+
+def _log_difference(larger: Array, smaller: Array) -> Array:
+    """log max(0, exp(larger) - exp(smaller))."""
+    differs = larger > smaller
+    gaps = np.subtract(smaller, larger, out=np.zeros_like(larger), where=differs)
+    return np.where(differs, larger, 0.0) + _log(-np.expm1(gaps))
+
+
+def _clipped(logs: Array, config: WeightingConfig) -> Array:
+    return np.asarray(np.minimum(logs, np.inf if config.max_weight is None else np.log(config.max_weight)))
 
 
 def _log_ratio(scored: Scored, config: WeightingConfig) -> float:
     """log r_k."""
     return min(scored.log_ratio, float(np.log(config.max_ratio))) if config.correct_proposal else 0.0
-
-
-def _normalised(logs: Array, floor: float = 0.0) -> Array:
-    """Less the log of `floor` and their sum; all zero weights stay so."""
-    total = log_sum([*logs, np.log(floor)] if floor > 0 else logs)
-    return logs if np.isneginf(total) else logs - total
 
 
 def effective_sample_size(logs: Array) -> float:

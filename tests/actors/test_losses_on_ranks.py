@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import transformers
 
 from actors.learner import Learner
+from pipeline.core.copies import merge_copies
 from pipeline.core.errors import UserError
 from pipeline.core.losses.divergence import Divergence
 from pipeline.core.losses.likelihood import WeightedNll
@@ -49,6 +51,7 @@ def examples_with_streams() -> list[Example]:
         tokens, targets = len(example.token_ids), example.num_targets
         streams = {
             "log_weight": example.streams["log_weight"],
+            "credit": random.random(tokens),
             "label": np.array([1.0 if k % 2 == 0 else -1.0]),
             "reference_logprob": -4 + 0.3 * random.normal(size=1),
             "advantage": random.normal(size=tokens),
@@ -70,11 +73,14 @@ def picked(logprobs: torch.Tensor, example: Example) -> torch.Tensor:
     return logprobs.gather(1, ids[:, None])[:, 0]
 
 
-def nll(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+def nll(tables: list[torch.Tensor], examples: list[Example], *, by_token: bool = False) -> torch.Tensor:
     n = [example.num_targets for example in examples]
     w = [weight_of(example) for example in examples]
     scale = sum(n) / sum(a * b for a, b in zip(w, n, strict=True))
-    total = sum(scale * a * picked(t, e).sum() for a, t, e in zip(w, tables, examples, strict=True))
+    total = torch.zeros(())
+    for weight, table, example in zip(w, tables, examples, strict=True):
+        credit = per_token(example, "credit") if by_token else 1.0
+        total = total + scale * weight * (credit * picked(table, example)).sum()
     return -total / sum(n)
 
 
@@ -144,6 +150,7 @@ def divergence(direction: str) -> Any:
 
 LOSSES: dict[str, tuple[Loss, Any]] = {
     "nll": (WeightedNll(), nll),
+    "nll by token": (WeightedNll(by_token=True), partial(nll, by_token=True)),
     "dpo": (Dpo(BETA), pairs(dpo_margin)),
     "dpo with nll": (Dpo(BETA, nll_coefficient=0.5), pairs(dpo_margin, 0.5)),
     "cpo": (Cpo(BETA), pairs(lambda x, _: BETA * (x[0].sum() - x[1].sum()), 1.0)),
@@ -255,6 +262,41 @@ def test_a_reference_of_another_vocabulary_is_refused(model_path: Path) -> None:
     ]
     with pytest.raises(UserError, match="logits of 65 tokens, the policy of 64"):
         run_ranks(CONFIG, model_path, values_and_gradients, examples, {"kl": Divergence()})
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_merged_copies_give_the_loss_and_the_gradient_of_the_copies(model_path: Path, shares: bool) -> None:
+    random = np.random.default_rng(5)
+    apart: list[Example] = []
+    for k, example in enumerate(make_examples(8)):
+        for copy in range(1 + k % 3):
+            streams = {
+                # Of one example all weights are 0, of another some.
+                "log_weight": np.array([-np.inf if k == 4 or copy == 1 else np.log(0.2 + random.random())]),
+                "credit": random.random(example.length),
+            }
+            apart.append(replace(example, id=f"q{k}/{copy}", unit=f"q{k // 2}", streams=streams))
+    units = dict.fromkeys(example.unit for example in apart)
+    merged = [one for unit in units for one in merge_copies([e for e in apart if e.unit == unit])]
+    assert len(merged) == 8 < len(apart)
+    config = CONFIG.model_copy(
+        update={
+            "batch_size": 100,
+            "gradient_clipping": 0.0,
+            "share_prefixes": shares,
+            "tokens_per_microbatch": 1000,
+        }
+    )
+    losses: dict[str, Loss] = {"nll": WeightedNll(), "by token": WeightedNll(by_token=True)}
+    whole, less = (
+        run_ranks(config, model_path, values_and_gradients, examples, losses) for examples in (apart, merged)
+    )
+    for name in losses:
+        assert less[name][0] == pytest.approx(whole[name][0], rel=1e-6), name
+        for weight, gradient in whole[name][1].items():
+            np.testing.assert_allclose(
+                less[name][1][weight], gradient, atol=1e-6, err_msg=f"{name}: {weight}"
+            )
 
 
 def test_a_missing_stream_is_an_error_before_any_training(model_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +20,11 @@ from pipeline.em import ExpectationMaximisation
 class Folder:
     """The part of a run that mixing asks for."""
 
-    config = SimpleNamespace(seed=3, cold_start=SimpleNamespace(mix=0.5))
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, credit: str = "trajectory") -> None:
         self.path = path
+        self.config = SimpleNamespace(
+            seed=3, cold_start=SimpleNamespace(mix=0.5), weighting=SimpleNamespace(credit=credit)
+        )
 
     def shards(self, t: int, name: str) -> list[Path]:
         return sorted((self.path / str(t) / name).glob("*.parquet"))
@@ -63,3 +65,19 @@ def test_half_as_many_cold_start_examples_have_the_average_weight_of_a_token_and
     assert np.exp([one.number("log_weight") for one in mixed]) == pytest.approx([0.15] * 2)
     # A training that goes on knows its examples by the bytes of their shards.
     assert mixing.mixed_in(1, shards).read_bytes() == written
+
+
+def test_copies_count_as_the_examples_that_they_are_and_every_token_of_a_mixed_one_weighs_the_same(
+    tmp_path: Path,
+) -> None:
+    merged = example("q0/0", 2, 0.6)
+    merged = replace(merged, streams=dict(merged.streams) | {"copies": np.array([3.0])})
+    for name, one in (("1/searcher/0", merged), ("0/searcher/0", example("c0", 5, 1.0))):
+        write_table(tmp_path / f"{name}.parquet", examples_to_table([one]))
+    run: Any = Folder(tmp_path, credit="turn")
+    mixed = read_examples(
+        ExpectationMaximisation(run, cold_start=None).mixed_in(1, run.shards(1, "searcher"))
+    )
+    assert len(mixed) == 2  # half of 3, rounded to even
+    assert np.exp([one.number("log_weight") for one in mixed]) == pytest.approx([0.2] * 2)
+    assert [one.streams["credit"].tolist() for one in mixed] == [[1.0]] * 2

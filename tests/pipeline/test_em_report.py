@@ -110,6 +110,10 @@ def test_a_report_can_be_made_again_and_is_the_same(run: RunDirectory) -> None:
             {"rollout": {"top_k": 20}, "weighting": {"correct_proposal": True}},
             "temperature 1, top_p 1, top_k 20; corrected by the clipped ratio p/q",
         ),
+        (
+            {"em": {"hinted": 1}, "weighting": {"correct_proposal": True}},
+            "the model itself, 1 of 4 with a hint; corrected by the clipped ratio p/q",
+        ),
     ],
 )
 def test_the_report_says_what_the_trajectories_were_sampled_from(

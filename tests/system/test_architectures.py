@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.core.config.loading import load_config
+from pipeline.core.copies import copies_of
 from pipeline.core.display import Display
 from pipeline.core.record_tables import examples_from_table, trajectories_from_table
 from retriever_service.index.store import read_manifest
@@ -65,9 +66,11 @@ def test_one_iteration_changes_the_model_and_reports(
     assert (iteration / "DONE").exists()
     trajectories = trajectories_from_table(pq.read_table(iteration / "rollouts"))
     examples = examples_from_table(pq.read_table(iteration / "searcher" / "examples"))
-    assert len(trajectories) == len(examples) == 16
+    assert len(trajectories) == sum(copies_of(example) for example in examples) == 16
     assert {t.policy_version for t in trajectories} == {0}
-    for trajectory, example in zip(trajectories, examples, strict=True):
+    by_id = {f"{trajectory.question_id}/{trajectory.sample}": trajectory for trajectory in trajectories}
+    for example in examples:
+        trajectory = by_id[example.id]
         context = trajectory.token_ids[: trajectory.answer_start]
         assert (example.token_ids[: trajectory.answer_start] == context).all()
     assert _weights(iteration / "searcher" / "model") != _weights(model)

@@ -90,6 +90,7 @@ class SearchAgent:
         sample: int = 0,
         role: str = SEARCHER,
         policy_version: int = 0,
+        hint: str = "",
         on_event: OnEvent = lambda event: None,
     ) -> Trajectory:
         """One trajectory.
@@ -97,8 +98,9 @@ class SearchAgent:
         Args:
             sampling: temperature, truncation and the trajectory's seed; stop strings and `max_tokens` are set here.
             sample: number of this trajectory among the question's K.
+            hint: an answer that the prompt gives away.
         """
-        run = _Run(self, question, sampling, on_event)
+        run = _Run(self, question, sampling, on_event, self.renderer.prompt_ids(question.text, hint))
         try:
             ending = await run.to_the_end()
         except INFRASTRUCTURE as error:
@@ -131,17 +133,25 @@ class Ending:
 class _Run:
     """One trajectory in the making."""
 
-    def __init__(self, agent: SearchAgent, question: Question, sampling: Sampling, on_event: OnEvent) -> None:
+    def __init__(
+        self,
+        agent: SearchAgent,
+        question: Question,
+        sampling: Sampling,
+        on_event: OnEvent,
+        prompt: Sequence[int],
+    ) -> None:
         self.agent = agent
         self.renderer = agent.renderer
         self.question = question
         self.sampling = sampling
         self.on_event = on_event
+        self.prompt = prompt
         self.transcript = Transcript()
         self.num_turns = 0
 
     async def to_the_end(self) -> Ending:
-        self.transcript.append_environment(self.renderer.prompt_ids(self.question.text))
+        self.transcript.append_environment(self.prompt)
         if self.agent.allowed_searches == 0:
             return await self._demand_answer(StopReason.ANSWERED, at_turn_start=True)
         if not self.agent.config.think and not await self._search(self.question.text):

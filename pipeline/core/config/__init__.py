@@ -98,6 +98,19 @@ class Config(Section):
                 )
         return self
 
+    def _turns_can_be_scored(self) -> None:
+        weighting = self.weighting
+        wants = "weighting.credit: turn" if weighting.credit == "turn" else "weighting.subtract_baseline"
+        if weighting.scored_turns != "none":
+            if weighting.method not in ("likelihood", "posterior"):
+                raise ValueError(
+                    f"{wants} belongs to method: likelihood or posterior, not {weighting.method}; remove it"
+                )
+            if not self.agent.think:
+                raise ValueError(f"{wants} needs turns to look at, and agent.think is off; remove it")
+        if weighting.credit_decay != 1 and weighting.credit != "turn":
+            raise ValueError("weighting.credit_decay belongs to weighting.credit: turn; remove it")
+
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
         weighting = self.weighting
@@ -110,8 +123,22 @@ class Config(Section):
             raise ValueError(
                 f"weighting.floor belongs to method: posterior, not {weighting.method}; remove it"
             )
-        if weighting.self_normalised and weighting.method != "length_normalised":
-            raise ValueError("weighting.self_normalised belongs to method: length_normalised; remove it")
+        if weighting.self_normalised and weighting.method not in ("length_normalised", "reward"):
+            raise ValueError(
+                "weighting.self_normalised belongs to method: length_normalised or reward; remove it"
+            )
+        self._turns_can_be_scored()
+        if self.em.hinted:
+            if self.em.hinted >= self.rollout.samples:
+                raise ValueError(
+                    f"em.hinted ({self.em.hinted}) must leave some of the rollout.samples ({self.rollout.samples}) "
+                    "without a hint; lower the first or raise the second"
+                )
+            if not weighting.correct_proposal:
+                raise ValueError(
+                    "em.hinted samples from another distribution than the model's own; set "
+                    "weighting.correct_proposal=true"
+                )
         if self.cold_start.mix > 0 and not self.cold_start.questions and self.cold_start.trajectories is None:
             raise ValueError(
                 "cold_start.mix needs cold-start examples: set cold_start.questions or cold_start.trajectories, or mix "

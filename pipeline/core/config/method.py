@@ -90,7 +90,8 @@ class WeightingConfig(Section):
     floor: float = Field(0.0, ge=0)
     """epsilon added to the posterior's denominator: questions whose trajectories all fail fade out."""
     self_normalised: bool = False
-    """length_normalised only: divide by the sum over the question's K trajectories."""
+    """length_normalised and reward: divide by the sum over the question's K trajectories. Of rewards that is MaxRL's
+    mean normalisation: a question counts alike however many succeed, and not at all if none does."""
     reward: Literal["em", "f1", "accuracy"] = "f1"
     """Metric of `method: reward`."""
     max_weight: float | None = Field(None, gt=0)
@@ -99,13 +100,29 @@ class WeightingConfig(Section):
     """Multiply by the clipped ratio p(z)/q(z) where sampling was not at temperature 1 without truncation."""
     max_ratio: float = Field(2.0, ge=1)
     """Clip of that ratio."""
+    subtract_baseline: bool = False
+    """likelihood and posterior: subtract p(y|x) in front of the first turn from p(y|x,z), down to 0, so that an answer
+    that can be guessed (yes or no) earns nothing for it. Both are tempered by tau. Scores once more per trajectory."""
+    credit: Literal["trajectory", "turn"] = "trajectory"
+    """trajectory: all its tokens weigh the same. turn (likelihood and posterior): each turn weighs what p(y|x,z up to
+    here) gains with it and, by `credit_decay`, with the turns behind it; 0 for a loss. Scores once more per turn."""
+    credit_decay: float = Field(1.0, ge=0, le=1)
+    """lambda of `credit: turn`. 1: a turn has the credit of all that is gained from it on. 0: of its own gain alone."""
+    merge_copies: bool = True
+    """Train exact copies among the examples of a question once, with their summed weight: the same gradient from fewer
+    tokens."""
 
     @property
     def compares(self) -> bool:
-        """True if the weight of the only trajectory of a question would be 1, whatever its likelihood."""
-        if self.method == "posterior":
-            return self.floor == 0
-        return self.method == "length_normalised" and self.self_normalised
+        """True if the weight of the only trajectory of a question would be 1, whatever its likelihood or reward."""
+        return self.self_normalised or (self.method == "posterior" and self.floor == 0)
+
+    @property
+    def scored_turns(self) -> Literal["none", "first", "all"]:
+        """In front of which turns the gold answers must be scored."""
+        if self.credit == "turn":
+            return "all"
+        return "first" if self.subtract_baseline else "none"
 
 
 class LoraConfig(Section):
@@ -226,6 +243,10 @@ class Iterations(Section):
 
 class EmConfig(Iterations):
     """ExSearch's iterations of generalised EM."""
+
+    hinted: int = Field(0, ge=0)
+    """Of a question's `rollout.samples` so many are sampled with a gold answer in the prompt, for questions whose other
+    trajectories all fail. They are weighted by p(z)/q(z) and trained without it. Needs `weighting.correct_proposal`."""
 
 
 class EvaluationConfig(Section):

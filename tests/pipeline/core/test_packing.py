@@ -120,6 +120,33 @@ def test_an_example_longer_than_the_budget_is_named_with_the_key_to_raise() -> N
         plan_epoch([3, 41], batch_size=2, world_size=1, token_budget=40, seed=(0,), units=["q1/0", "q7/3"])
 
 
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=25),
+    batch_size_st,
+    seed_st,
+)
+def test_units_of_merged_copies_are_in_the_steps_that_they_were_in_before(
+    copies: list[list[int]], batch_size: int, seed: int
+) -> None:
+    def units_of_steps(counts: list[list[int]], copies: list[int] | None) -> list[list[str]]:
+        units = [f"q{unit}" for unit, own in enumerate(counts) for _ in own]
+        found = plan_epoch(
+            [5] * len(units),
+            batch_size=batch_size,
+            world_size=2,
+            token_budget=BUDGET,
+            seed=(seed, 0),
+            units=units,
+            whole_units=False,
+            copies=copies,
+        )
+        return [list(dict.fromkeys(units[i] for i in step.examples)) for step in found]
+
+    apart = [[1] * sum(own) for own in copies]
+    assert units_of_steps(copies, [c for own in copies for c in own]) == units_of_steps(apart, None)
+
+
 def test_nothing_to_train_on_is_an_empty_plan() -> None:
     assert plan([]) == []
 

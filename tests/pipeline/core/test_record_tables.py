@@ -62,6 +62,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         log_likelihoods=tuple(draw(st.lists(st.floats(max_value=0.0), max_size=3))),
         proposal_logprobs=arrays(draw, float32s, (length,), np.float32) if draw(st.booleans()) else None,
         answer_opening=tuple(draw(st.lists(token_ids, max_size=2))),
+        turn_log_likelihoods=tuple(draw(st.lists(st.floats(max_value=0.0), max_size=3))),
     )
 
 
@@ -212,6 +213,14 @@ def test_a_table_of_something_else_is_refused_with_what_it_lacks() -> None:
         ValueError, match=r"the columns .* log_likelihoods, proposal_logprobs, answer_opening are missing"
     ):
         trajectories_from_table(pa.table({"question_id": []}))
+
+
+def test_trajectories_that_an_earlier_version_wrote_have_no_values_of_turns() -> None:
+    made = replace(trajectory_of(3), turn_log_likelihoods=(-1.0, -2.0))
+    older = trajectories_to_table([made, made]).drop_columns(["turn_log_likelihoods"])
+    read = trajectories_from_table(older)
+    assert [one.turn_log_likelihoods for one in read] == [(), ()]
+    assert [one.token_ids.tolist() for one in read] == [made.token_ids.tolist()] * 2
 
 
 @pytest.mark.parametrize(

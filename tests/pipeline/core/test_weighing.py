@@ -14,6 +14,7 @@ import pytest
 from tokenizers import normalizers
 
 from pipeline.core.config import AgentConfig, WeightingConfig
+from pipeline.core.copies import copies_of
 from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory
 from pipeline.core.renderer import Renderer
 from pipeline.core.run import write_json
@@ -30,7 +31,8 @@ class Bench:
 
     def __init__(self, tokenizer: Any, side_car: Path, **weighting: Any) -> None:
         self.side_car = side_car
-        self.weighting = WeightingConfig(**weighting)
+        # Trajectories here are copies of each other; whether these are merged is looked at on its own.
+        self.weighting = WeightingConfig(**{"merge_copies": False} | weighting)
         self.renderer = Renderer(tokenizer, AgentConfig())
         self.weigh = SearchWeights(self.weighting, AgentConfig(), "model")
 
@@ -61,8 +63,7 @@ class Bench:
             steps=(),
             answer=answer,
             stop_reason=stop_reason,
-            log_likelihoods=likelihoods,
-            **fields,
+            **{"log_likelihoods": likelihoods} | fields,
         )
 
     def __call__(
@@ -308,6 +309,128 @@ def test_a_trajectory_without_a_word_of_the_models_own_needs_no_correction(bench
     examples, _ = at([silent, replace(spoken, proposal_logprobs=other)])
     assert weights(examples)[0] == 0.5
     assert weights(examples)[1] < 0.5
+
+
+# ---------------------------------------------------------------- copies
+
+
+def test_trajectories_that_went_the_same_way_are_trained_once_and_counted(bench: Any) -> None:
+    at, question = bench(merge_copies=True), Question("q1", "Who?", ("Mara Velin",))
+    # What the model answered differs, but the gold answer stands in its place.
+    group = [
+        at.trajectory(-1.0, answer="Orvane"),
+        at.trajectory(-1.0, answer="Mara", sample=1),
+        at.trajectory(-2.0, sample=2, loss_mask=at.trajectory().loss_mask & False),
+    ]
+    examples, row = at(group, question)
+    assert [e.id for e in examples] == ["q1/0", "q1/2"]
+    assert weights(examples) == pytest.approx([2 * math.exp(-1.0), math.exp(-2.0)])
+    assert [copies_of(example) for example in examples] == [2, 1]
+    apart = bench(merge_copies=False)
+    _, row_apart = apart(group, question)
+    report, expected = at.weigh.summarise([row]), apart.weigh.summarise([row_apart])
+    assert report["merged_copies"] == 1
+    assert report == expected | {"merged_copies": 1}
+
+
+# ---------------------------------------------------------------- turn-wise weights
+
+
+def with_two_turns(at: Bench, **fields: Any) -> Trajectory:
+    """Two turns, with a passage between them, and an answer in the second."""
+    pieces = [
+        (at.renderer.prompt_ids(SILVER_HARP.text), False),
+        (at.renderer.tokenizer("<think> which </think>")["input_ids"], True),
+        (at.renderer.trusted_ids("<search> Orvane </search>"), False),
+        (at.renderer.tokenizer("<record> it </record> <answer>")["input_ids"], True),
+    ]
+    start = sum(len(ids) for ids, _ in pieces)
+    pieces.append((at.renderer.tokenizer(" Orvane </answer>")["input_ids"], True))
+    mask = np.array([flag for ids, flag in pieces for _ in ids], dtype=np.bool_)
+    return at.trajectory(
+        token_ids=np.array([i for ids, _ in pieces for i in ids], dtype=np.int32),
+        loss_mask=mask,
+        logprobs=np.where(mask, np.float32(-0.5), np.float32(np.nan)),
+        answer_start=start,
+        **fields,
+    )
+
+
+def test_each_token_weighs_what_its_turn_is_credited_with_and_the_answer_what_the_trajectory_weighs(
+    bench: Any,
+) -> None:
+    at, question = bench(credit="turn", credit_decay=0.0), Question("q1", "Who?", ("Mara Velin",))
+    trajectory = with_two_turns(
+        at, log_likelihoods=(math.log(0.9),), turn_log_likelihoods=(math.log(0.2), math.log(0.5))
+    )
+    assert at.renderer.decode(trajectory.token_ids[trajectory.turn_starts[1] :].tolist()).startswith(
+        "<record>"
+    )
+    (example,), row = at([trajectory], question)
+    found = weights([example])[0] * example.streams["credit"]
+    start, (first, second) = trajectory.answer_start, trajectory.turn_starts
+    expected = np.full(example.length, 0.9)
+    expected[first:second], expected[second:start] = 0.3, 0.4
+    assert found[example.loss_mask] == pytest.approx(expected[example.loss_mask])
+    assert example.streams["credit"][example.loss_mask].mean() == pytest.approx(1.0)
+    report = at.weigh.summarise([row])
+    assert (report["turns"], report["turns_without_credit"]) == (2, 0)
+
+
+def test_a_turn_that_loses_weighs_nothing_and_is_counted(bench: Any) -> None:
+    at, question = bench(credit="turn"), Question("q1", "Who?", ("Mara Velin",))
+    trajectory = with_two_turns(
+        at, log_likelihoods=(math.log(0.4),), turn_log_likelihoods=(math.log(0.2), math.log(0.5))
+    )
+    (example,), row = at([trajectory], question)
+    second = slice(trajectory.turn_starts[1], trajectory.answer_start)
+    assert not example.streams["credit"][second].any()
+    assert at.weigh.summarise([row])["turns_without_credit"] == 1
+
+
+def test_a_trajectory_of_no_weight_at_all_has_no_weight_of_a_token(bench: Any) -> None:
+    at = bench(credit="turn")
+    impossible = with_two_turns(
+        at, log_likelihoods=(-math.inf, -math.inf), turn_log_likelihoods=(-math.inf, -math.inf)
+    )
+    (example,), row = at([impossible])
+    assert weights([example]) == [0.0]
+    assert np.isfinite(example.streams["credit"]).all()
+    assert at.weigh.summarise([row])["turns_without_credit"] == 2
+
+
+def test_a_trajectory_that_never_began_a_turn_trains_its_answer(bench: Any) -> None:
+    at, question = bench(credit="turn"), Question("q1", "Who?", ("Mara Velin",))
+    plain = at.trajectory(math.log(0.5))
+    silent = np.arange(len(plain.token_ids)) >= plain.answer_start
+    cut = replace(
+        plain,
+        loss_mask=plain.loss_mask & silent,
+        logprobs=np.where(silent, plain.logprobs, np.float32(np.nan)),
+    )
+    (example,), _ = at([cut], question)
+    assert weights([example]) == pytest.approx([0.5])
+    assert example.streams["credit"][example.loss_mask] == pytest.approx(1.0)
+
+
+# ---------------------------------------------------------------- hints
+
+
+def test_what_a_hinted_trajectory_answers_says_nothing_of_the_model_and_its_share_is_reported(
+    bench: Any,
+) -> None:
+    at, question = bench(correct_proposal=True), Question("q1", "Who?", ("Mara Velin",))
+    at.weigh = replace(at.weigh, hinted=1)
+    plain = at.trajectory(-1.0, answer="Mara Velin")
+    own = int(plain.loss_mask[: plain.answer_start].sum())
+    proposal = np.where(plain.loss_mask, np.float32(-0.5 + 0.7 / own), np.float32(np.nan))
+    examples, row = at([replace(plain, proposal_logprobs=proposal), at.trajectory(-2.0, sample=1)], question)
+    hinted, other = math.exp(-1.0 - 0.7), math.exp(-2.0)
+    assert weights(examples) == pytest.approx([hinted, other], rel=1e-4)
+    report = at.weigh.summarise([row])
+    assert report["all_failed_share"] == 100.0
+    assert report["hinted"] == 1
+    assert report["hinted_weight_share"] == pytest.approx(100 * hinted / (hinted + other), rel=1e-4)
 
 
 # ---------------------------------------------------------------- statistics

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from pipeline.core.weighting import (
     log_weights,
     summarise,
     trained_gold,
+    turn_credits,
+    turn_log_weights,
 )
 
 METHODS = ("likelihood", "posterior", "length_normalised", "reward", "uniform")
@@ -35,7 +38,7 @@ def weights(values: Sequence[float], *, num_tokens: int = 3, **config: object) -
     return weights_of([one(value, num_tokens) for value in values], WeightingConfig.model_validate(config))
 
 
-def one(value: float, num_tokens: int = 3, **others: float) -> Scored:
+def one(value: float, num_tokens: int = 3, **others: Any) -> Scored:
     """A trajectory of a question with one gold answer."""
     return Scored.of([Gold(value, num_tokens)], **others)
 
@@ -210,6 +213,136 @@ def test_length_normalised_takes_the_gold_answer_that_is_best_per_token_not_in_a
     assert weights_of([Scored.of(list(golds.values()))], config) == pytest.approx([0.779], abs=5e-4)
     assert trained_gold(golds, config) == "long"
     assert trained_gold(golds, WeightingConfig()) == "short"
+
+
+# ---------------------------------------------------------------- mean-normalised rewards
+
+
+@given(rewards=st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_mean_normalised_rewards_count_each_question_alike_or_not_at_all(rewards: list[float]) -> None:
+    assume(not 0 < sum(rewards) < 1e-300)
+    config = WeightingConfig(method="reward", self_normalised=True)
+    found = weights_of([one(-1.0, reward=reward) for reward in rewards], config)
+    mean = np.mean(rewards)
+    assert found * len(rewards) == pytest.approx(np.array(rewards) / mean if mean else np.zeros(len(rewards)))
+
+
+def test_a_question_with_one_success_weighs_as_much_as_one_with_three() -> None:
+    config = WeightingConfig(method="reward", self_normalised=True, reward="em")
+    rare = weights_of([one(-1.0, reward=r) for r in (1.0, 0.0, 0.0, 0.0)], config)
+    often = weights_of([one(-1.0, reward=r) for r in (1.0, 1.0, 1.0, 0.0)], config)
+    assert (rare.tolist(), often.tolist()) == ([1, 0, 0, 0], pytest.approx([1 / 3, 1 / 3, 1 / 3, 0]))
+
+
+# ---------------------------------------------------------------- the baseline
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@given(value=st.floats(-30, 0), baseline=st.floats(-30, 0))
+def test_the_baseline_is_subtracted_down_to_zero(temperature: float, value: float, baseline: float) -> None:
+    config = WeightingConfig(subtract_baseline=True, temperature=temperature)
+    expected = max(0.0, math.exp(value / temperature) - math.exp(baseline / temperature))
+    assert weights_of([one(value, before=(baseline,))], config) == pytest.approx([expected], abs=1e-14)
+
+
+def test_what_cannot_be_guessed_keeps_its_weight_and_a_guess_has_none() -> None:
+    config = WeightingConfig(subtract_baseline=True)
+    scored = [one(-1.0, before=(-math.inf,)), one(-2000.0, before=(-2010.0,)), one(math.log(0.5), before=())]
+    logs = log_weights(scored, config)
+    assert logs[0] == -1.0
+    assert logs[1] == pytest.approx(-2000.0 + math.log1p(-math.exp(-10)))
+    assert logs[2] == -math.inf  # it never began a turn: it is its own baseline
+
+
+def test_of_a_yes_or_no_the_posterior_is_on_the_trajectory_that_found_something() -> None:
+    scored = [one(math.log(0.9), before=(math.log(0.5),)), one(math.log(0.5), before=(math.log(0.5),))]
+    plain = WeightingConfig(method="posterior")
+    assert weights_of(scored, plain) == pytest.approx([0.9 / 1.4, 0.5 / 1.4])
+    assert weights_of(scored, plain.model_copy(update={"subtract_baseline": True})).tolist() == [1.0, 0.0]
+    nothing_found = weights_of(scored[1:] * 2, plain.model_copy(update={"subtract_baseline": True}))
+    assert nothing_found.tolist() == [0.0, 0.0]
+
+
+# ---------------------------------------------------------------- turn-wise weights
+
+turn_values = st.lists(st.floats(-40, 0), min_size=1, max_size=6)
+
+
+@given(values=turn_values, scale=st.sampled_from([0.0, -500.0, -1e5]))
+def test_the_gains_of_the_turns_sum_to_what_the_whole_is_worth_beyond_its_baseline(
+    values: list[float], scale: float
+) -> None:
+    logs = np.array(values) + scale
+    gains, log_unit = turn_credits(logs, 0.0)
+    q = np.exp(logs - log_unit)
+    assert gains.sum() == pytest.approx(q[-1] - q[0], abs=1e-12)
+    assert log_unit == logs.max()
+
+
+@given(values=turn_values, decay=st.floats(0, 1))
+def test_a_turn_is_credited_with_its_gain_and_what_comes_of_it(values: list[float], decay: float) -> None:
+    credits, log_unit = turn_credits(np.array(values), decay)
+    q = np.exp(values)
+    expected = [sum(decay ** (j - i) * (q[j] - q[j - 1]) for j in range(i, len(q))) for i in range(1, len(q))]
+    assert credits * math.exp(log_unit) == pytest.approx(expected, abs=1e-12)
+
+
+@given(
+    group=st.lists(turn_values, min_size=2, max_size=5),
+    decay=st.floats(0, 1),
+    method=st.sampled_from(["likelihood", "posterior"]),
+)
+def test_turns_weigh_their_credit_in_the_measure_of_the_trajectory_and_never_less_than_nothing(
+    group: list[list[float]], decay: float, method: str
+) -> None:
+    config = WeightingConfig.model_validate({"method": method, "credit": "turn", "credit_decay": decay})
+    scored = [one(values[-1], before=tuple(values[:-1])) for values in group]
+    own, by_turn = log_weights(scored, config), turn_log_weights(scored, config)
+    for values, log, logs in zip(group, own, by_turn, strict=True):
+        credits, log_unit = turn_credits(np.array(values), decay)
+        assert len(logs) == len(values) - 1
+        # exp(log) is the trajectory's weight, of the likelihood exp(values[-1]).
+        in_measure = np.exp(logs - log + values[-1])
+        assert in_measure == pytest.approx(np.maximum(credits, 0) * math.exp(log_unit), abs=1e-9)
+        assert (np.exp(logs - log) <= np.exp(log_unit - values[-1]) * (1 + 1e-9)).all()
+
+
+def test_a_search_behind_the_one_that_found_the_answer_has_no_credit() -> None:
+    config = WeightingConfig(credit="turn")
+    found_at_once = one(math.log(0.9), before=(math.log(0.1), math.log(0.9), math.log(0.9)))
+    (weights,) = map(np.exp, turn_log_weights([found_at_once], config))
+    assert weights == pytest.approx([0.8, 0.0, 0.0])
+
+
+def test_the_first_search_of_two_is_paid_for_by_the_second_unless_each_turn_stands_alone() -> None:
+    two_hops = one(math.log(0.9), before=(math.log(0.1), math.log(0.1)))
+    for decay, expected in ((1.0, [0.8, 0.8]), (0.5, [0.4, 0.8]), (0.0, [0.0, 0.8])):
+        config = WeightingConfig(credit="turn", credit_decay=decay)
+        assert np.exp(turn_log_weights([two_hops], config)[0]) == pytest.approx(expected)
+
+
+def test_the_first_turn_of_a_trajectory_weighs_what_the_baseline_leaves_of_it() -> None:
+    scored = [one(-1.0, before=(-2.0, -1.5)), one(-3.0, before=(-2.0,)), one(-2.0, before=())]
+    for method in ("likelihood", "posterior"):
+        turn = WeightingConfig.model_validate({"method": method, "credit": "turn"})
+        first = [logs[0] for logs in turn_log_weights(scored[:2], turn)]
+        divisor = {"likelihood": 1.0}.get(method, math.exp(-1.0) + math.exp(-3.0))
+        assert np.exp(first) == pytest.approx([(math.exp(-1.0) - math.exp(-2.0)) / divisor, 0.0])
+    assert [len(logs) for logs in turn_log_weights(scored, WeightingConfig(credit="turn"))] == [2, 1, 0]
+
+
+def test_impossible_answers_credit_no_turn() -> None:
+    config = WeightingConfig(method="posterior", credit="turn")
+    for scored in ([one(-math.inf, before=(-math.inf,))] * 2, [one(-math.inf, before=(-1.0,))] * 2):
+        assert [np.exp(logs).tolist() for logs in turn_log_weights(scored, config)] == [[0.0], [0.0]]
+
+
+def test_the_proposals_ratio_and_the_clip_are_those_of_the_trajectory() -> None:
+    config = WeightingConfig(credit="turn", correct_proposal=True, max_weight=0.5)
+    scored = [one(math.log(0.9), before=(math.log(0.1),), log_ratio=math.log(0.25))]
+    assert np.exp(turn_log_weights(scored, config)[0]) == pytest.approx([0.2])
+    scored = [one(math.log(0.9), before=(math.log(0.1),))]
+    assert np.exp(turn_log_weights(scored, config)[0]) == pytest.approx([0.5])
 
 
 # ---------------------------------------------------------------- figures of an E-step

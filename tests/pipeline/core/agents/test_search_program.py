@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,6 +131,78 @@ def test_a_model_that_wrote_nothing_usable_has_neither_distribution(tokenizer: A
     assert trajectory.proposal_logprobs is not None
     assert np.isnan(trajectory.logprobs).all() and np.isnan(trajectory.proposal_logprobs).all()
     assert model.scored == []
+
+
+def test_gold_answers_are_scored_in_front_of_every_turn_where_that_is_asked_for(tokenizer: Any) -> None:
+    renderer, model = Renderer(tokenizer, AGENT), FakeModel(tokenizer)
+    trajectory = run(model, score_answers=True, score_turns="all")
+    golds = [renderer.answer_ids(answer) for answer in ("Mara Velin", "M. Velin")]
+    ids, (first, second) = trajectory.token_ids.tolist(), trajectory.turn_starts.tolist()
+    assert ids[:first] == renderer.prompt_ids(QUESTION.text)
+    assert tokenizer.decode(ids[second:]).startswith("<record>")
+    tag = renderer.answer_demand_ids(at_turn_start=True)
+    contexts = [[*ids[:start], *tag] for start in (first, second)]
+    assert model.scored[2:] == [([*context, *gold], len(context)) for context in contexts for gold in golds]
+    together = math.log(sum(math.exp(-0.5 * len(gold)) for gold in golds))
+    assert trajectory.turn_log_likelihoods == pytest.approx((together, together))
+    only_first = run(FakeModel(tokenizer), score_answers=True, score_turns="first")
+    assert only_first.turn_log_likelihoods == trajectory.turn_log_likelihoods[:1]
+
+
+def test_in_front_of_a_turn_only_those_answers_count_that_fit_behind_the_whole(tokenizer: Any) -> None:
+    whole = run(FakeModel(tokenizer))
+    golds = [Renderer(tokenizer, AGENT).answer_ids(answer) for answer in ("Mara Velin", "M. Velin")]
+    assert len(golds[0]) != len(golds[1])
+    model = FakeModel(tokenizer, max_length=whole.answer_start + max(map(len, golds)))
+
+    async def score() -> Trajectory:
+        program = SearchProgram(AGENT, score_answers=True, score_turns="first")
+        return await program._scored(whole, Renderer(tokenizer, AGENT), QUESTION, model)
+
+    trajectory = asyncio.run(score())
+    assert np.isnan(trajectory.log_likelihoods).sum() == 1
+    assert trajectory.turn_log_likelihoods == pytest.approx((-0.5 * min(map(len, golds)),))
+
+
+@pytest.mark.parametrize("records_proposal", [False, True])
+def test_a_hinted_trajectory_is_scored_and_given_back_behind_the_prompt_without_the_hint(
+    tokenizer: Any, records_proposal: bool
+) -> None:
+    prompts: list[list[int]] = []
+
+    class Watched(FakeModel):
+        async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
+            prompts.append(list(prompt_ids))
+            return await super().generate(prompt_ids, sampling)
+
+    renderer = Renderer(tokenizer, AGENT)
+    plain = run(Watched(tokenizer), score_answers=True)  # `run` asks for sample 2
+    assert not any("Hint" in tokenizer.decode(prompt) for prompt in prompts)
+    prompts.clear()
+    model = Watched(tokenizer, records_proposal=records_proposal)
+    hinted = run(model, score_answers=True, hinted=3)
+    assert prompts[0] == renderer.prompt_ids(QUESTION.text, "Mara Velin")
+    assert "the answer is Mara Velin" in tokenizer.decode(prompts[0])
+    for name in ("token_ids", "loss_mask", "answer_start", "log_likelihoods", "answer", "steps"):
+        np.testing.assert_array_equal(getattr(hinted, name), getattr(plain, name), err_msg=name)
+    assert not any("Hint" in tokenizer.decode(ids) for ids, _ in model.scored)
+    own = hinted.sampled
+    np.testing.assert_array_equal(own, plain.sampled)
+    np.testing.assert_array_equal(hinted.logprobs[own], np.float32(-0.5))
+    assert hinted.proposal_logprobs is not None
+    np.testing.assert_array_equal(hinted.proposal_logprobs[own], np.float32(-0.25))
+
+
+def test_only_the_first_samples_of_a_question_are_hinted_and_failures_keep_no_hint(tokenizer: Any) -> None:
+    model = FakeModel(tokenizer)
+    assert run(model, hinted=2).proposal_logprobs is None  # `run` asks for sample 2, the third
+
+    async def gone(query: str, k: int) -> list[Hit]:
+        raise RetrieverUnavailable("nobody answers")
+
+    failed = run(FakeModel(tokenizer), gone, hinted=3)
+    assert failed.answer_start == len(failed.token_ids)
+    assert "Hint" not in tokenizer.decode(failed.token_ids.tolist())
 
 
 def test_a_trajectory_that_the_infrastructure_ended_is_not_scored(tokenizer: Any) -> None:

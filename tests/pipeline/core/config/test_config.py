@@ -59,10 +59,34 @@ def test_a_floor_belongs_to_the_posterior(method: str) -> None:
     assert config(weighting={"method": "posterior", "floor": 0.1}).weighting.floor == 0.1
 
 
-def test_self_normalisation_belongs_to_the_length_normalised_weights() -> None:
+def test_self_normalisation_belongs_to_the_length_normalised_weights_and_to_rewards() -> None:
     message = refusal(weighting={"method": "posterior", "self_normalised": True})
-    assert "weighting.self_normalised belongs to method: length_normalised" in message
+    assert "weighting.self_normalised belongs to method: length_normalised or reward" in message
     assert config(weighting={"method": "length_normalised", "self_normalised": True})
+    assert config(weighting={"method": "reward", "self_normalised": True})
+    message = refusal(rollout={"samples": 1}, weighting={"method": "reward", "self_normalised": True})
+    assert "rollout.samples of at least 2, not 1" in message
+
+
+@pytest.mark.parametrize("wants", [{"credit": "turn"}, {"subtract_baseline": True}])
+def test_turns_are_scored_only_where_likelihoods_weigh_and_there_are_turns(wants: dict[str, Any]) -> None:
+    for method in ("reward", "uniform", "length_normalised"):
+        message = refusal(weighting=wants | {"method": method})
+        assert f"belongs to method: likelihood or posterior, not {method}" in message
+    assert "agent.think is off" in refusal(weighting=wants, agent={"think": False})
+    assert config(weighting=wants | {"method": "posterior"})
+
+
+def test_a_decay_without_turns_to_credit_is_refused() -> None:
+    assert "belongs to weighting.credit: turn" in refusal(weighting={"credit_decay": 0.5})
+    assert config(weighting={"credit_decay": 0.5, "credit": "turn"})
+
+
+def test_hints_need_their_correction_and_samples_without_one() -> None:
+    corrected = {"correct_proposal": True}
+    assert "set weighting.correct_proposal=true" in refusal(em={"hinted": 1})
+    assert "must leave some" in refusal(em={"hinted": 2}, rollout={"samples": 2}, weighting=corrected)
+    assert config(em={"hinted": 1}, rollout={"samples": 2}, weighting=corrected)
 
 
 def test_a_packed_row_must_hold_the_longest_example() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.core.copies import copies_of, merge_copies
 from pipeline.core.losses import token_logprobs as module
 from pipeline.core.losses.likelihood import WeightedNll, iteration_weights
 from pipeline.core.losses.token_logprobs import token_logprobs
@@ -104,3 +107,27 @@ def test_negligible_and_zero_weights_count_in_the_normaliser_and_are_not_compute
     assert list(prepared.sizes) == [4, 3, 2]
     assert list(prepared.computed) == [True, False, False]
     assert list(WeightedNll().prepare(examples).computed) == [True, False, True]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(1e-6, 1e3), st.integers(1, 20), st.integers(1, 4)), min_size=1, max_size=8)
+)
+def test_merged_copies_weigh_what_they_did_and_are_negligible_if_they_were(
+    rows: list[tuple[float, int, int]],
+) -> None:
+    apart, merged = [], []
+    for k, (weight, targets, count) in enumerate(rows):
+        copies = [replace(weighted(weight, targets), id=f"{k}/{n}", unit=str(k)) for n in range(count)]
+        apart.append(copies)
+        merged += merge_copies(copies)
+    loss = WeightedNll(negligible_weight=0.1)
+    whole, less = loss.prepare([example for copies in apart for example in copies]), loss.prepare(merged)
+    assert sum(less.sizes) == sum(whole.sizes)
+    assert [copies_of(example) for example in merged] == [count for _, _, count in rows]
+    starts = np.cumsum([0, *(len(copies) for copies in apart)])
+    exact = WeightedNll().prepare([example for copies in apart for example in copies]).streams["v"]
+    for k, (start, end) in enumerate(pairwise(starts)):
+        if abs(exact[start] / 0.1 - 1) > 1e-9:  # not on the limit itself
+            assert less.streams["v"][k] == pytest.approx(sum(whole.streams["v"][start:end]))
+            assert less.computed[k] == whole.computed[start]

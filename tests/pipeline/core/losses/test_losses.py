@@ -34,6 +34,7 @@ def pair(number: int) -> list[Example]:
         mask[-1] = True
         streams = {
             "log_weight": np.log(random.random(1)),
+            "credit": random.random(TOKENS),
             "label": np.array([label]),
             "reference_logprob": random.normal(size=1),
             "advantage": random.normal(size=TOKENS),
@@ -76,6 +77,7 @@ def terms(pack: Sequence[int], examples: Sequence[Example], loss: Loss) -> Terms
 
 LOSSES: tuple[Loss, ...] = (
     WeightedNll(),
+    WeightedNll(by_token=True),
     Dpo(nll_coefficient=0.5),
     Cpo(),
     SimPo(),
