@@ -53,6 +53,14 @@ class DataConfig(Section):
     """Use a sample of this many dev questions. Null: all."""
     test_limit: int | None = Field(None, ge=1)
     """Use a sample of this many test questions. Null: all."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of what is drawn of the data: samples of questions (`train_limit` and its siblings, `cold_start.questions`),
+    and the world of `exsearch demo`. Null: `seed`; the demo's world is that of 0. Runs that differ in `seed` alone then
+    answer the same questions."""
+
+    def sample_seed(self, of_run: int) -> int:
+        """The seed of samples of questions, given that of the run."""
+        return of_run if self.seed is None else self.seed
 
 
 class Tags(Section):
