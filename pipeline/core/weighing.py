@@ -96,7 +96,8 @@ class SearchWeights:
             for (trajectory, scores), log_weight in zip(scorable, logs or (), strict=logs is not None)
         ]
         too_long = len(usable) - len(scorable)
-        return Weighted({SEARCHER: examples}, statistics_of(scored, logs, trajectories, too_long))
+        facts = [self._facts(task, *one) for one in scorable]
+        return Weighted({SEARCHER: examples}, statistics_of(scored, logs, trajectories, too_long, facts))
 
     def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         return summarise_scored(statistics, self.weighting)
@@ -122,6 +123,39 @@ class SearchWeights:
             if self.weighting.correct_proposal
             else 0.0,
         )
+
+    def _facts(self, question: Question, trajectory: Trajectory, golds: Mapping[str, Gold]) -> Facts:
+        own = score_answer(trajectory.answer, question.answers, self.protocol)
+        is_recorded = trajectory.proposal_logprobs is not None
+        return Facts(
+            sample=trajectory.sample,
+            gold_tokens=golds[trained_gold(golds, self.weighting)].num_tokens,
+            em=own.em,
+            f1=own.f1,
+            accuracy=own.accuracy,
+            log_ratio=log_ratio(trajectory, with_answer=False) if is_recorded else None,
+            log_ratio_with_answer=log_ratio(trajectory, with_answer=True) if is_recorded else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is to be known of a trajectory beside its `Scored` so that its weight by any other method can be computed
+    (`pipeline.core.reweighing`).
+
+    `sample` is its number among those of the question, `gold_tokens` the length |y| of the gold answer that the run's
+    method trains behind it; `em`, `f1` and `accuracy` are those of its own answer. `log_ratio` is sum log p - log q
+    over the sampled tokens in front of its own answer, the other one over those of the answer too: None where log q was
+    not recorded.
+    """
+
+    sample: int
+    gold_tokens: int
+    em: float
+    f1: float
+    accuracy: float
+    log_ratio: float | None
+    log_ratio_with_answer: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +189,11 @@ def weights_of(scored: Sequence[Scored], weighting: WeightingConfig) -> list[flo
 
 
 def statistics_of(
-    scored: Sequence[Scored], logs: Sequence[float] | None, trajectories: Sequence[Trajectory], too_long: int
+    scored: Sequence[Scored],
+    logs: Sequence[float] | None,
+    trajectories: Sequence[Trajectory],
+    too_long: int,
+    facts: Sequence[Facts] = (),
 ) -> dict[str, Any]:
     """What `summarise_scored` reads, as plain data.
 
@@ -163,10 +201,12 @@ def statistics_of(
         logs: log w; None where there are none.
         trajectories: all of the question.
         too_long: so many of them were too long for any answer to be scored.
+        facts: of the scored ones, where other weights are to be computed of them later.
     """
     return {
         "scored": [asdict(one) for one in scored],
         "log_weights": logs,
+        "facts": [asdict(one) for one in facts],
         "stop_reasons": count_stop_reasons(trajectories),
         "too_long_to_score": too_long,
         "nothing_to_compare": len(scored) if logs is None else 0,
@@ -193,7 +233,7 @@ def summarise_scored(
         why = f"; {alone} were the only usable one of their question" if alone else ""
         raise RunError(f"no trajectory could be weighted; how they stopped: {dict(stop_reasons)}{why}")
     summary = summarise(
-        [[_scored_from_json(one) for one in row["scored"]] for row in scored],
+        [[scored_from_json(one) for one in row["scored"]] for row in scored],
         [
             None if row["log_weights"] is None else np.array(logs_from_json(row["log_weights"]))
             for row in scored
@@ -221,7 +261,8 @@ def log_ratio(trajectory: Trajectory, *, with_answer: bool) -> float:
     return float((log_p.astype(np.float64) - log_q).sum())
 
 
-def _scored_from_json(row: Mapping[str, Any]) -> Scored:
+def scored_from_json(row: Mapping[str, Any]) -> Scored:
+    """One trajectory of `statistics_of`."""
     log_likelihood, per_token = logs_from_json([row["log_likelihood"], row["per_token"]])
     return Scored(**{**row, "log_likelihood": log_likelihood, "per_token": per_token})
 
