@@ -34,7 +34,7 @@ from pipeline.core.models import check_export
 from pipeline.core.packages import has_gpu_packages
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.preflight import check_run
-from pipeline.core.record_tables import trajectories_to_table
+from pipeline.core.question_scores import scored_table
 from pipeline.core.records import Example, Question
 from pipeline.core.report import step_report
 from pipeline.core.retention import remove_what_need_not_stay
@@ -374,7 +374,13 @@ class Run(Steps):
 
     def report(self, iterations: Iterations) -> Json:
         """`report.json`, made anew; `step_report` says what is in it."""
-        report = step_report(self.files, self.config.recipe, self.config.seed, iterations)
+        report = step_report(
+            self.files,
+            self.config.recipe,
+            self.config.seed,
+            iterations,
+            self.config.evaluation.bootstrap_samples,
+        )
         write_json(self.at("report.json"), report)
         return report
 
@@ -469,7 +475,9 @@ class Run(Steps):
 
         def scores(report: SampleReport) -> tuple[Json, float]:
             trajectories = [episode.turn(answers) for episode in shards.episodes()]
-            write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))
+            write_table(
+                self.at(f"{step}.parquet"), scored_table(questions, trajectories, evaluation.protocol)
+            )
             found = evaluate(
                 questions, trajectories, evaluation.bootstrap_samples, self.config.seed, evaluation.protocol
             )
