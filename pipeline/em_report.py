@@ -12,7 +12,15 @@ from pipeline.core.agents.search import SEARCHER
 from pipeline.core.comparison import compare_metrics
 from pipeline.core.config import Config, RolloutConfig, WeightingConfig
 from pipeline.core.question_scores import Scores
-from pipeline.core.report import EVALUATION, Column, Outcome, dev_scores, report_of
+from pipeline.core.report import (
+    DEV_BOUND,
+    DEV_SAMPLES,
+    EVALUATION,
+    Column,
+    Outcome,
+    dev_scores,
+    report_of,
+)
 from pipeline.core.reweighing import bounds_of
 from pipeline.core.run import Json, RunFiles
 from pipeline.core.scoring.paired import Array, paired_mean
@@ -59,10 +67,25 @@ def outcome_of(report: Json) -> Outcome:
     if report["iterations"]:
         is_recorded = any("mean_likelihood" in row["train"] for row in report["iterations"])
         legend += DETAILS_LEGEND + ("" if is_recorded else "\nmedian to ESS all: not recorded")
+    legend += "".join(map(_of_dev, [*filter(None, [row]), *report["iterations"]]))
     legend += "".join(map(_of_proposal, report["iterations"]))
     legend += "".join(_of_engines(iteration) for iteration in report["iterations"][-1:])
     start = None if row is None else (name, row)
     return Outcome(report, COLUMNS, legend, start, TESTS, DETAILS, DETAILS_TITLE)
+
+
+def _of_dev(row: Json) -> str:
+    """The likelihood bound on dev, in words, where there is one."""
+    if (found := row.get("dev_bound")) is None:
+        return ""
+    bound, change = found["likelihood_bound"], row["paired"]["dev_bound"]
+    told = "-inf" if bound is None else f"{bound:.2f} \u00b1 {found['likelihood_bound_stderr']:.2f}"
+    since = (
+        ""
+        if change is None
+        else f", {change['difference']:+.2f} \u00b1 {change['stderr']:.2f} to the one before"
+    )
+    return f"\nbound on dev after iteration {row['iteration']}: {told}{since}"
 
 
 def _of_proposal(row: Json) -> str:
@@ -130,6 +153,7 @@ def _em_row(run: RunFiles, t: int) -> Json | None:
         "learner": _without_times(phases.get("maximisation", {})),
         "push": evaluation.get("push", {}).get(SEARCHER),
         "dev": evaluation.get("scores"),
+        "dev_bound": _without_times(steps[DEV_BOUND]) if DEV_BOUND in steps else None,
     }
 
 
@@ -139,9 +163,7 @@ def _paired(run: RunFiles, config: Config, t: int, dev: Mapping[int, Scores]) ->
     The bound and the mean of p(y | x) on the training questions, as E-steps find them (the model of t - 1 against that
     of t - 2), and the dev scores of t against those of t - 1.
     """
-    before, after = (bounds_of(run, n, config.weighting) if n > 0 else {} for n in (t - 1, t))
-    shared = [id_ for id_ in after if id_ in before]
-    bounds = [[found[id_] for id_ in shared] for found in (before, after)]
+    bounds = _both(run, config, t, "sample", "rollouts")
     changed = None
     if t in dev and t - 1 in dev and dev[t].asked == dev[t - 1].asked:
         changed = compare_metrics(
@@ -153,9 +175,20 @@ def _paired(run: RunFiles, config: Config, t: int, dev: Mapping[int, Scores]) ->
         )
     return {
         "likelihood_bound": _change(*bounds),
+        "dev_bound": _change(*_both(run, config, t, DEV_BOUND, DEV_SAMPLES)),
         "mean_likelihood": _change(*(np.exp(values) for values in bounds)),
         "dev": changed,
     }
+
+
+def _both(run: RunFiles, config: Config, t: int, step: str, folder: str) -> list[list[float]]:
+    """The bounds of t - 1 and of t of the questions that both have sampled in a step."""
+    before, after = (
+        bounds_of(run, f"{number}/{step}", f"{number}/{folder}", config.weighting) if number >= 0 else {}
+        for number in (t - 1, t)
+    )
+    shared = [id_ for id_ in after if id_ in before]
+    return [[found[id_] for id_ in shared] for found in (before, after)]
 
 
 def _change(before: Sequence[float] | Array, after: Sequence[float] | Array) -> Json | None:

@@ -19,6 +19,10 @@ from pipeline.core.run import DATA_FILE, Json, RunFiles, read_json
 SCORES = ("em", "f1", "accuracy")
 EVALUATION = "evaluation"
 """The step of every recipe that scores an iteration on the dev questions."""
+DEV_BOUND = "dev_bound"
+"""The step that samples dev questions for their likelihood bound."""
+DEV_SAMPLES = "dev_samples"
+"""The folder of its trajectories."""
 TESTS = ("start", "best")
 """Of a recipe that says nothing else, in their order."""
 RESAMPLES = 1000

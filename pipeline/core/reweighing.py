@@ -122,11 +122,13 @@ def is_from_the_model(config: Config) -> bool:
     return Sampling.of(config.rollout, 0).is_from_the_model
 
 
-def bounds_of(run: RunFiles, t: int, weighting: WeightingConfig) -> Mapping[str, float]:
-    """The likelihood bound of each question in the E-step of iteration t, by its id; empty where there is none."""
-    if run.finished(f"{t}/sample") is None:
+def bounds_of(run: RunFiles, step: str, folder: str, weighting: WeightingConfig) -> Mapping[str, float]:
+    """The likelihood bound of each question in a step that sampled ("1/sample"), by its id; empty where it is not
+    finished. `folder` has its trajectories ("1/rollouts").
+    """
+    if run.finished(step) is None:
         return {}
-    rollouts = run.at(f"{t}/rollouts")
+    rollouts = run.at(folder)
     stamp = tuple((path.name, path.stat().st_mtime_ns) for path in side_cars(rollouts))
     return _bounds(rollouts, stamp, weighting)
 

@@ -69,6 +69,21 @@ class NothingToTrainOn:
 
 
 @dataclass(frozen=True, slots=True)
+class OnlyFigures:
+    """What another one says of a phase, for episodes that are not trained on."""
+
+    weigh: Weigh[Any]
+
+    outputs: Sequence[str] = ()
+
+    def __call__(self, task: Task, episodes: Sequence[Episode]) -> Weighted:
+        return Weighted({}, self.weigh(task, episodes).statistics)
+
+    def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        return self.weigh.summarise(statistics)
+
+
+@dataclass(frozen=True, slots=True)
 class SearchWeights:
     """ExSearch's E-step: w(z) from log p(y | x, z), and as the example the trajectory with the gold answer in place, or
     as it is where the weight is a metric of its own answer.

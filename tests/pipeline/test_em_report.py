@@ -134,7 +134,14 @@ def test_a_reader_is_told_how_much_the_engines_had_cached(run: RunDirectory) -> 
 # ---------------------------------------------------------------- what is paired
 
 
-def sampled(run: RunDirectory, t: int, bounds: dict[str, float | None]) -> None:
+def sampled(
+    run: RunDirectory,
+    t: int,
+    bounds: dict[str, float | None],
+    step: str = "sample",
+    folder: str = "rollouts",
+    **figures: float,
+) -> None:
     """An E-step with one trajectory per question, of these log-likelihoods; null is log 0."""
     rows = [
         {
@@ -147,8 +154,26 @@ def sampled(run: RunDirectory, t: int, bounds: dict[str, float | None]) -> None:
     ]
     half = len(rows) // 2
     for number, members in enumerate((rows[:half], rows[half:])):
-        write_json(run.at(f"{t}/rollouts/_{number:06d}.json"), {"files": {}, "tasks": members})
-    run.once(f"{t}/sample", lambda: dict(TRAIN))
+        write_json(run.at(f"{t}/{folder}/_{number:06d}.json"), {"files": {}, "tasks": members})
+    run.once(f"{t}/{step}", lambda: TRAIN | figures)
+
+
+def test_the_bound_on_dev_is_of_the_iterations_own_model_and_paired_as_well(run: RunDirectory) -> None:
+    evaluated(run, 10.0, 20.0)
+    for t, bounds in enumerate(({"d1": -2.0, "d2": -4.0}, {"d1": -1.5, "d2": -2.5})):
+        sampled(run, t, bounds, "dev_bound", "dev_samples", likelihood_bound=-3.0 + t)
+    sampled(run, 1, {"q1": -1.0, "q2": -1.0})
+    report = em_report(run, with_iterations(1))
+    (row,) = report["iterations"]
+    assert [report["cold_start"]["dev_bound"]["likelihood_bound"], row["dev_bound"]["likelihood_bound"]] == [
+        -3,
+        -2,
+    ]
+    assert report["cold_start"]["paired"]["dev_bound"] is None
+    assert row["paired"]["dev_bound"] == {"n": 2, "difference": 1.0, "stderr": 0.5, "left_out": 0}
+    legend = outcome_of(report).legend
+    assert "bound on dev after iteration 0: -3.00 \u00b1 0.50\n" in legend
+    assert "bound on dev after iteration 1: -2.00 \u00b1 0.50, +1.00 \u00b1 0.50 to the one before" in legend
 
 
 def test_the_bounds_change_is_paired_over_the_training_questions_of_both_iterations(
@@ -157,7 +182,7 @@ def test_the_bounds_change_is_paired_over_the_training_questions_of_both_iterati
     sampled(run, 1, {"q1": -1.0, "q2": -5.0, "q3": -9.0, "q4": None, "q5": 0})
     sampled(run, 2, {"q5": -1.0, "q4": -1.0, "q3": -6.0, "q2": -4.0, "q1": -1.5})
     first, second = em_report(run, with_iterations(2))["iterations"]
-    assert first["paired"] == {"likelihood_bound": None, "mean_likelihood": None, "dev": None}
+    assert first["paired"] == dict.fromkeys(("likelihood_bound", "mean_likelihood", "dev_bound", "dev"))
     changes = [-0.5, 1.0, 3.0]  # q4 was impossible before, and of q5 nothing was scored
     found = second["paired"]["likelihood_bound"]
     assert (found["n"], found["left_out"]) == (3, 1)
@@ -199,6 +224,7 @@ def test_a_run_of_an_earlier_version_has_a_report_without_what_it_did_not_record
     config = finished_run(run)
     report = em_report(run, config)
     assert (report["selection"], report["paired_tests"]) == (None, [])
+    assert {row["dev_bound"] for row in report["iterations"]} == {None}
     assert all(set(row["paired"].values()) == {None} for row in report["iterations"])
     assert outcome_of(report).legend.endswith("\nmedian to ESS all: not recorded")
 

@@ -223,6 +223,11 @@ class Iterations(Section):
 class EmConfig(Iterations):
     """ExSearch's iterations of generalised EM."""
 
+    dev_samples: int = Field(0, ge=0)
+    """Trajectories per dev question that are sampled as in the E-step and scored against the gold answers, for a
+    likelihood bound on dev after the cold start and every iteration. 0: no such bound. Costs what so many in the E-step
+    cost."""
+
 
 class EvaluationConfig(Section):
     protocol: ProtocolName = "exsearch"

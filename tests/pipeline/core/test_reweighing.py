@@ -204,11 +204,11 @@ def test_bounds_by_question_are_those_of_the_run(runs: Runs) -> None:
         one.id: bound_of(scored_under(one, config, from_the_model=False), config)
         for one in read_stored(run, 1)
     }
-    assert bounds_of(run, 1, config) == expected
+    assert bounds_of(run, "1/sample", "1/rollouts", config) == expected
     assert np.mean(list(expected.values())) == pytest.approx(
         (run.finished("1/sample") or {})["likelihood_bound"]
     )
-    assert bounds_of(run, 2, config) == {}
+    assert bounds_of(run, "2/sample", "2/rollouts", config) == {}
 
 
 def test_a_run_of_an_earlier_version_or_without_an_e_step_says_so(runs: Runs) -> None:
@@ -218,7 +218,11 @@ def test_a_run_of_an_earlier_version_or_without_an_e_step_says_so(runs: Runs) ->
     old(run)
     with pytest.raises(UserError, match="written by an earlier version"):
         read_stored(run, 1)
-    assert set(bounds_of(run, 1, WeightingConfig())) == {"q1", "q2", "q3"}  # these it has
+    assert set(bounds_of(run, "1/sample", "1/rollouts", WeightingConfig())) == {
+        "q1",
+        "q2",
+        "q3",
+    }  # these it has
 
 
 def old(run: RunDirectory) -> None:
