@@ -94,13 +94,18 @@ def pair_up(a: Scores, b: Scores, names: tuple[str, str]) -> Scores:
     """`b` in the order of `a`.
 
     Raises:
-        UserError: they are not of the same questions; says how many differ, and one.
+        UserError: they are not of the same questions, and says how many differ, and one; or scored by other rules.
     """
     (only_a, only_b), (name_a, name_b) = (set(a.ids) - set(b.ids), set(b.ids) - set(a.ids)), names
     mend = (
         "paired tests need the same questions: give both runs the same question files, limits and data.seed (or seed), "
         "or score both on the same split with exsearch evaluate --out"
     )
+    if a.protocol != b.protocol:
+        raise UserError(
+            f"{name_a} was scored by evaluation.protocol: {a.protocol}, {name_b} by {b.protocol}; score one of both again "
+            "with exsearch evaluate --protocol NAME --out FILE.json, and compare FILE.parquet"
+        )
     if only_a or only_b:
         example = min(only_a or only_b)
         raise UserError(

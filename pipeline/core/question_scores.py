@@ -38,14 +38,17 @@ SCORE_SCHEMA = pa.schema(
     ]
 )
 _WITH_ANSWERS = ("question_id", "answer", *SCORE_SCHEMA.names)
+_SCORED_BY = b"exsearch.scored_by"
+"""Key of the protocol in the metadata of the table."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Scores:
     """Of one evaluation, a row per question in the order of the questions. `values[metric]` is float64 [n], NaN where
-    there is none."""
+    there is none; `protocol` says by whose rules."""
 
+    protocol: str
     ids: Sequence[str]
     questions: Sequence[str]
     gold_answers: Sequence[Sequence[str]]
@@ -74,6 +77,7 @@ class Scores:
             return [column[row] for row in order]
 
         return Scores(
+            self.protocol,
             moved(self.ids),
             moved(self.questions),
             moved(self.gold_answers),
@@ -101,7 +105,7 @@ def scored_table(
     }
     for field in SCORE_SCHEMA:
         table = table.append_column(field, pa.array(columns[field.name], field.type))
-    return table
+    return table.replace_schema_metadata({_SCORED_BY: protocol})
 
 
 def read_scores(path: Path) -> Scores | None:
@@ -114,12 +118,14 @@ def read_scores(path: Path) -> Scores | None:
     if not path.is_file():
         return None
     try:
-        if not set(_WITH_ANSWERS) <= set(pq.read_schema(path).names):
+        schema = pq.read_schema(path)
+        if not set(_WITH_ANSWERS) <= set(schema.names):
             return None
         columns = pq.read_table(path, columns=list(_WITH_ANSWERS)).to_pydict()
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path} is damaged ({error!s:.200}); copy it back from where it is whole") from error
     return Scores(
+        (schema.metadata or {}).get(_SCORED_BY, b"").decode(),
         columns["question_id"],
         columns["question"],
         columns["gold_answers"],

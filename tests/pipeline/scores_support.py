@@ -9,6 +9,7 @@ from pipeline.core.agents.transcript import Transcript
 from pipeline.core.question_scores import Scores, read_scores, scored_table
 from pipeline.core.records import Question, Step, StopReason, Trajectory
 from pipeline.core.run import write_table
+from pipeline.core.scoring.answers import ProtocolName
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
@@ -43,14 +44,16 @@ def answered(question: Question, answer: str) -> Trajectory:
     )
 
 
-def write_evaluation(path: Path, asked: Sequence[Question], right: str) -> Scores:
+def write_evaluation(
+    path: Path, asked: Sequence[Question], right: str, protocol: ProtocolName = "exsearch"
+) -> Scores:
     """One whose n-th question is answered rightly (1), half so (h), wrongly (0) or not at all (.), as `right` says."""
     said = {"1": "answer {}", "h": "answer of {}", "0": "nobody", ".": ""}
     trajectories = [
         answered(question, said[how].format(question.id[1:]))
         for question, how in zip(asked, right, strict=True)
     ]
-    write_table(path, scored_table(asked, trajectories, "exsearch"))
+    write_table(path, scored_table(asked, trajectories, protocol))
     found = read_scores(path)
     assert found is not None
     return found

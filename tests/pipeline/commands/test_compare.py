@@ -117,6 +117,10 @@ def test_without_resamples_means_have_no_interval(run_command: Any) -> None:
         (("a", "b", "--split", "dev", "--model-a", "base"), "a has no dev evaluation 'base'; there are 0, 1"),
         (("a", "old.parquet"), "old.parquet was written by an earlier version; score its model again"),
         (("a", "gone.parquet"), "there is no gone.parquet"),
+        (
+            ("a", "kilt.parquet"),
+            "A (a) was scored by evaluation.protocol: exsearch, B (kilt.parquet) by kilt",
+        ),
         (("a", "others.parquet"), "do not have the same questions: 8 of 8 ids name others"),
         (
             ("a", "few.parquet"),
@@ -128,6 +132,7 @@ def test_what_cannot_be_compared(refused: Any, runs: Path, arguments: tuple[str,
     write_table(runs / "old.parquet", trajectories_to_table([answered(ASKED[0], "answer 0")]))
     write_evaluation(runs / "others.parquet", questions(8, world=" elsewhere"), "1" * 8)
     write_evaluation(runs / "few.parquet", ASKED[:5], "1" * 5)
+    write_evaluation(runs / "kilt.parquet", ASKED, "1" * 8, "kilt")
     assert message in refused("compare", *arguments)
 
 

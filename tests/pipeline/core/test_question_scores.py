@@ -26,7 +26,7 @@ def test_an_evaluation_keeps_what_its_scores_are_the_means_of(tmp_path: Path) ->
     assert scores.values["em"].tolist() == [1.0, 0.0, 0.0, 0.0]
     assert scores.values["f1"].tolist() == pytest.approx([1.0, 0.8, 0.0, 0.0])
     assert np.isnan(scores.values["gold_recall"]).tolist() == [True, False, False, False]
-    assert list(scores.ids) == ["q0", "q1", "q2", "q3"]
+    assert (scores.protocol, list(scores.ids)) == ("exsearch", ["q0", "q1", "q2", "q3"])
     assert list(scores.hops) == [1, 2, 1, 2]
     assert list(scores.types) == ["bridge", "bridge", "", ""]
     assert list(scores.answers) == ["answer 0", "answer of 1", "nobody", ""]
