@@ -103,8 +103,8 @@ def pair_up(a: Scores, b: Scores, names: tuple[str, str]) -> Scores:
     )
     if a.protocol != b.protocol:
         raise UserError(
-            f"{name_a} was scored by evaluation.protocol: {a.protocol}, {name_b} by {b.protocol}; score one of both again "
-            "with exsearch evaluate --protocol NAME --out FILE.json, and compare FILE.parquet"
+            f"{name_a} was scored by evaluation.protocol: {a.protocol}, {name_b} by {b.protocol}; score one of both "
+            "again with exsearch evaluate --protocol NAME --out FILE.json, and compare FILE.parquet"
         )
     if only_a or only_b:
         example = min(only_a or only_b)
