@@ -274,6 +274,76 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    run_a: Annotated[
+        Path, typer.Argument(metavar="RUN_A", help="Run directory, or the .parquet of evaluate --out.")
+    ],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="The same; differences are B - A.")],
+    split: Annotated[str, typer.Option("--split", help="test or dev.")] = "test",
+    model_a: Annotated[
+        str,
+        typer.Option(
+            "--model-a", help="Which model of A: a test (base, cold_start, ...), an iteration of dev."
+        ),
+    ] = "best",
+    model_b: Annotated[str, typer.Option("--model-b", help="Which model of B.")] = "best",
+    changed: Annotated[
+        int, typer.Option("--changed", min=0, help="Show so many questions that changed.")
+    ] = 10,
+    samples: Annotated[
+        int, typer.Option("--bootstrap-samples", min=0, help="Resamples for F1 and recall; 0: no intervals.")
+    ] = 10_000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the resamples.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Do two models differ? Paired tests on the questions that both have answered, by hops and type; what changed.
+
+    Example: exsearch compare runs/uniform runs/likelihood
+
+    One run by itself: exsearch compare runs/real runs/real --model-a cold_start
+    """
+    from rich.console import Console
+
+    from pipeline.commands.compare import compare_runs, print_comparison
+
+    found = compare_runs(run_a, run_b, split, (model_a, model_b), samples, seed)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        print_comparison(found, Console(), changed)
+
+
+@app.command()
+def weights(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[WEIGHTS]...",
+            help="Methods, or keys of the section weighting: posterior,floor=0.1 (default: all).",
+        ),
+    ] = None,
+    iteration: Annotated[
+        int | None, typer.Option("--iteration", min=1, help="Of this E-step (default: the last one).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The trajectories of an E-step under other weights: what each method would have made of the same samples.
+
+    Example: exsearch weights runs/real likelihood posterior posterior,temperature=2
+    """
+    from rich.console import Console
+
+    from pipeline.commands.weights import other_weights, print_weights
+
+    found = other_weights(run, iteration, methods or [], by_question=as_json)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        print_weights(found, Console())
+
+
+@app.command()
 def status(
     run: Annotated[str, typer.Argument(help="Run directory, or the URL of its copy (storage.url).")],
     as_json: AsJson = False,

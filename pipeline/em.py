@@ -29,7 +29,7 @@ from pipeline.cold_start import ColdStart
 from pipeline.core.agents.program import Sampling, derive_seed
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.agents.search_program import SearchProgram
-from pipeline.core.config import Config
+from pipeline.core.config import Config, WeightingConfig
 from pipeline.core.copies import CREDIT, copies_of
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
@@ -43,7 +43,10 @@ from pipeline.core.weighing import SearchWeights
 from pipeline.em_report import em_report, outcome_of
 from pipeline.iterations import iterate
 from pipeline.run import Run, open_run
-from pipeline.steps import Begun
+from pipeline.steps import Begun, together
+
+PLAIN = {"method": "likelihood", "credit": "trajectory", "subtract_baseline": False}
+"""Weights of which the bound is all that is looked at."""
 
 
 def train(config: Config, run_path: Path, display: Display) -> Outcome:
@@ -113,15 +116,15 @@ class ExpectationMaximisation:
                 hinted=config.em.hinted,
             ),
             {SEARCHER: version},
-            SearchWeights(
-                config.weighting,
-                config.agent,
-                config.model.path,
-                config.evaluation.protocol,
-                hinted=config.em.hinted,
-            ),
+            self._weights(config.weighting, hinted=config.em.hinted),
             samples=rollout.samples,
             sampling=Sampling.of(rollout, derive_seed(config.seed, "e-step", t)),
+        )
+
+    def _weights(self, weighting: WeightingConfig, *, hinted: int = 0) -> SearchWeights:
+        config = self.config
+        return SearchWeights(
+            weighting, config.agent, config.model.path, config.evaluation.protocol, hinted=hinted
         )
 
     def m_step(self, t: int) -> None:
@@ -157,8 +160,21 @@ class ExpectationMaximisation:
         return path
 
     def begin_dev(self, t: int) -> Begun:
-        """Push theta_t and evaluate it on the dev questions."""
-        return self.run.begin_evaluation(t, SearchProgram(self.config.agent), {SEARCHER: t}, answers=SEARCHER)
+        """Push theta_t and evaluate it on the dev questions; with `em.dev_samples` find its bound there as well."""
+        config, roles = self.config, {SEARCHER: t}
+        evaluation = self.run.begin_evaluation(t, SearchProgram(config.agent), roles, answers=SEARCHER)
+        if not config.em.dev_samples:
+            return evaluation
+        bound = self.run.begin_dev_bound(
+            t,
+            SearchProgram(config.agent, score_answers=True),
+            roles,
+            # The bound is the same by every method, and this one has weights of a single trajectory, too.
+            self._weights(config.weighting.model_copy(update=PLAIN)),
+            samples=config.em.dev_samples,
+            sampling=Sampling.of(config.rollout, derive_seed(config.seed, "dev-bound", t)),
+        )
+        return together(evaluation, bound)
 
     def test(self, name: str, version: int, **switches: bool) -> None:
         """Evaluate one version on the test questions; `switches` turns it into a baseline."""

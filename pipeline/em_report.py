@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
 from pipeline.core.agents.program import Sampling
 from pipeline.core.agents.search import SEARCHER
+from pipeline.core.comparison import compare_metrics
 from pipeline.core.config import Config
-from pipeline.core.report import EVALUATION, Column, Outcome, report_of
+from pipeline.core.question_scores import Scores
+from pipeline.core.report import (
+    DEV_BOUND,
+    DEV_SAMPLES,
+    EVALUATION,
+    Column,
+    Outcome,
+    dev_scores,
+    report_of,
+)
+from pipeline.core.reweighing import bounds_of
 from pipeline.core.run import Json, RunFiles
+from pipeline.core.scoring.paired import Array, paired_mean
 
 COLUMNS = (
     Column("bound", "train.likelihood_bound", 2, "train.likelihood_bound_stderr", if_null="-inf"),
@@ -22,6 +39,21 @@ LEGEND = (
     "bound: mean log p(answer) with its standard error; times in seconds; * best;\n"
     "failed: % of questions without a right trajectory"
 )
+DETAILS = (
+    Column("bound +", "paired.likelihood_bound.difference", 2, "paired.likelihood_bound.stderr"),
+    Column("median", "train.likelihood_bound_median", 2, if_null="-inf"),
+    Column("trimmed", "train.likelihood_bound_trimmed", 2, if_null="-inf"),
+    Column("mean p", "train.mean_likelihood", 3, "train.mean_likelihood_stderr"),
+    Column("median p", "train.median_likelihood", 3),
+    Column("ESS all", "train.global_effective_sample_size", 0),
+    Column("of", "train.weighted_trajectories", 0),
+)
+DETAILS_TITLE = "answers of the training questions"
+DETAILS_LEGEND = (
+    "\nbound +: to the iteration before on the same questions, paired standard error;\n"
+    "median, trimmed (without the highest and lowest tenth): of the bound;\n"
+    "p: estimate of p(answer); ESS all: of all weighted trajectories together"
+)
 TESTS = ("base", "no_search", "one_search", "cold_start", "best")
 
 
@@ -32,8 +64,41 @@ def outcome_of(report: Json) -> Outcome:
     legend = LEGEND
     if report["iterations"] and report["best_iteration"] == 0:
         legend += "\nno iteration scored better on dev than what it started from, which stays the best"
+    if report["iterations"]:
+        is_recorded = any("mean_likelihood" in row["train"] for row in report["iterations"])
+        legend += DETAILS_LEGEND + ("" if is_recorded else "\nmedian to ESS all: not recorded")
+    legend += "".join(map(_of_dev, [*filter(None, [row]), *report["iterations"]]))
+    legend += "".join(map(_of_proposal, report["iterations"]))
     legend += "".join(_of_engines(iteration) for iteration in report["iterations"][-1:])
-    return Outcome(report, COLUMNS, legend, None if row is None else (name, row), TESTS)
+    start = None if row is None else (name, row)
+    return Outcome(report, COLUMNS, legend, start, TESTS, DETAILS, DETAILS_TITLE)
+
+
+def _of_dev(row: Json) -> str:
+    """The likelihood bound on dev, in words, where there is one."""
+    if (found := row.get("dev_bound")) is None:
+        return ""
+    bound, change = found["likelihood_bound"], row["paired"]["dev_bound"]
+    told = "-inf" if bound is None else f"{bound:.2f} \u00b1 {found['likelihood_bound_stderr']:.2f}"
+    since = (
+        ""
+        if change is None
+        else f", {change['difference']:+.2f} \u00b1 {change['stderr']:.2f} to the one before"
+    )
+    return f"\nbound on dev after iteration {row['iteration']}: {told}{since}"
+
+
+def _of_proposal(row: Json) -> str:
+    """What the correction of the proposal did in an E-step, in words."""
+    ratio = row["train"].get("proposal_ratio")
+    if ratio is None:
+        return ""
+    mean = "beyond all numbers" if ratio["mean"] is None else f"{ratio['mean']:.3g}"
+    return (
+        f"\nproposal of iteration {row['iteration']}: mean p/q {mean}, {ratio['mean_clipped']:.3g} where "
+        f"{ratio['clipped_share']:.1f}% are clipped; {ratio['trajectories']} trajectories count as "
+        f"{ratio['effective_sample_size']:.0f}"
+    )
 
 
 def _of_engines(row: Json) -> str:
@@ -54,8 +119,13 @@ def em_report(run: RunFiles, config: Config) -> Json:
     were sampled from the model itself, from another distribution, or corrected for that.
     """
     rows = [row for t in range(config.em.iterations + 1) if (row := _em_row(run, t)) is not None]
+    samples, dev = config.evaluation.bootstrap_samples, dev_scores(run, config.em)
+    for row in rows:
+        row["paired"] = _paired(run, config, row["iteration"], dev)
     return {
-        **report_of(run, config.recipe, config.seed, config.em, rows, start="cold_start"),
+        **report_of(
+            run, config.recipe, config.seed, config.em, rows, samples, start="cold_start", tests=TESTS
+        ),
         "weighting": config.weighting.method,
         "proposal": _proposal(config),
     }
@@ -83,7 +153,47 @@ def _em_row(run: RunFiles, t: int) -> Json | None:
         "learner": _without_times(phases.get("maximisation", {})),
         "push": evaluation.get("push", {}).get(SEARCHER),
         "dev": evaluation.get("scores"),
+        "dev_bound": _without_times(steps[DEV_BOUND]) if DEV_BOUND in steps else None,
     }
+
+
+def _paired(run: RunFiles, config: Config, t: int, dev: Mapping[int, Scores]) -> Json:
+    """What changed since the iteration before on the same questions; null where one of both is not recorded.
+
+    The bound and the mean of p(y | x) on the training questions, as E-steps find them (the model of t - 1 against that
+    of t - 2), and the dev scores of t against those of t - 1.
+    """
+    bounds = _both(run, config, t, "sample", "rollouts")
+    changed = None
+    if t in dev and t - 1 in dev and dev[t].asked == dev[t - 1].asked:
+        changed = compare_metrics(
+            dev[t - 1],
+            dev[t].in_order_of(dev[t - 1]),
+            config.evaluation.bootstrap_samples,
+            config.seed,
+            ("em", "f1"),
+        )
+    return {
+        "likelihood_bound": _change(*bounds),
+        "dev_bound": _change(*_both(run, config, t, DEV_BOUND, DEV_SAMPLES)),
+        "mean_likelihood": _change(*(np.exp(values) for values in bounds)),
+        "dev": changed,
+    }
+
+
+def _both(run: RunFiles, config: Config, t: int, step: str, folder: str) -> list[list[float]]:
+    """The bounds of t - 1 and of t of the questions that both have sampled in a step."""
+    before, after = (
+        bounds_of(run, f"{number}/{step}", f"{number}/{folder}", config.weighting) if number >= 0 else {}
+        for number in (t - 1, t)
+    )
+    shared = [id_ for id_ in after if id_ in before]
+    return [[found[id_] for id_ in shared] for found in (before, after)]
+
+
+def _change(before: Sequence[float] | Array, after: Sequence[float] | Array) -> Json | None:
+    found = paired_mean(before, after)
+    return None if found is None else asdict(found)
 
 
 def _without_times(step: Json) -> Json:

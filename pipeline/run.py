@@ -34,16 +34,16 @@ from pipeline.core.models import check_export
 from pipeline.core.packages import has_gpu_packages
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.preflight import check_run
-from pipeline.core.record_tables import trajectories_to_table
+from pipeline.core.question_scores import scored_table
 from pipeline.core.records import Example, Question
-from pipeline.core.report import step_report
+from pipeline.core.report import DEV_BOUND, DEV_SAMPLES, step_report
 from pipeline.core.retention import remove_what_need_not_stay
 from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
 from pipeline.core.run import ACTOR_LOGS, Json, RunDirectory, RunFiles, write_json, write_table
 from pipeline.core.shards import Shards, generated_tokens, has_examples, write_examples
 from pipeline.core.tracking import Tracker
 from pipeline.core.turns import TurnGrammar
-from pipeline.core.weighing import NothingToTrainOn, Weigh
+from pipeline.core.weighing import NothingToTrainOn, OnlyFigures, Weigh
 from pipeline.steps import Begun, Steps, in_iteration
 from retriever_service.index.store import read_manifest
 
@@ -354,6 +354,39 @@ class Run(Steps):
             f"{t}/evaluation", f"iteration {t}: dev", program, roles, self.splits.dev, answers, result
         )
 
+    def begin_dev_bound(
+        self,
+        t: int,
+        program: Program[Any],
+        roles: Mapping[str, int],
+        weigh: Weigh[Any],
+        *,
+        samples: int,
+        sampling: Sampling,
+    ) -> Begun:
+        """Step "t/dev_bound": episodes of the dev questions as an E-step samples them, and what `weigh` says of them.
+
+        Nothing is trained on them. As an evaluation it goes on beside other steps, and behind its complete shards.
+        Without dev questions nothing is done, and the result is empty.
+
+        Args:
+            roles: the version of each policy that plays a role of its own name.
+            samples: episodes per question.
+            sampling: its seed is that of run and iteration.
+        """
+        if not self.splits.dev:
+            return Begun(dict)
+        shards = Shards(
+            self.splits.dev, self.at(f"{t}/{DEV_SAMPLES}"), {}, self.config.rollout.questions_per_shard
+        )
+
+        def work() -> AbstractContextManager[Ongoing[SampleReport]]:
+            policies, title = self._at(roles), f"iteration {t}: dev bound"
+            figures = OnlyFigures(weigh)
+            return self._sampling(shards, DEV_BOUND, title, program, policies, figures, samples, sampling, {})
+
+        return self.begin(f"{t}/{DEV_BOUND}", work, _figures)
+
     def test(self, name: str, program: Program[Any], roles: Mapping[str, int], *, answers: str) -> Json:
         """Step "test/NAME": greedy scores on the test questions; done again if other versions are to be evaluated.
 
@@ -379,7 +412,13 @@ class Run(Steps):
 
     def report(self, iterations: Iterations) -> Json:
         """`report.json`, made anew; `step_report` says what is in it."""
-        report = step_report(self.files, self.config.recipe, self.config.seed, iterations)
+        report = step_report(
+            self.files,
+            self.config.recipe,
+            self.config.seed,
+            iterations,
+            self.config.evaluation.bootstrap_samples,
+        )
         write_json(self.at("report.json"), report)
         return report
 
@@ -474,7 +513,9 @@ class Run(Steps):
 
         def scores(report: SampleReport) -> tuple[Json, float]:
             trajectories = [episode.turn(answers) for episode in shards.episodes()]
-            write_table(self.at(f"{step}.parquet"), trajectories_to_table(trajectories))
+            write_table(
+                self.at(f"{step}.parquet"), scored_table(questions, trajectories, evaluation.protocol)
+            )
             found = evaluate(
                 questions, trajectories, evaluation.bootstrap_samples, self.config.seed, evaluation.protocol
             )

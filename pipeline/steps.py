@@ -45,6 +45,20 @@ class Begun:
             self._cancel()
 
 
+def together(*begun: Begun) -> Begun:
+    """Steps that go on beside each other as one: it has ended when all have, and its figures are the first one's."""
+
+    def finish() -> Json:
+        first, *_ = [step.finish() for step in begun]
+        return first
+
+    def cancel() -> None:
+        for step in reversed(begun):
+            step.cancel()
+
+    return Begun(finish, cancel)
+
+
 class Steps:
     """Those of one run directory. Use as a context manager: what still goes on at its end is cancelled.
 

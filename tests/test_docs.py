@@ -22,6 +22,7 @@ from pipeline.core.config.loading import all_keys, load_config
 from pipeline.core.evaluation import evaluate
 from pipeline.core.plan.assumptions import Assumptions
 from pipeline.core.plan.machine import gpu_nodes
+from pipeline.core.question_scores import SCORE_SCHEMA
 from pipeline.core.record_tables import EXAMPLE_SCHEMA, TRAJECTORY_SCHEMA
 from pipeline.core.records import Question, StopReason
 from pipeline.core.run import RunDirectory
@@ -135,6 +136,7 @@ def test_make_targets_that_are_named_exist(page: Path) -> None:
 def test_the_documented_columns_are_those_of_the_shards() -> None:
     assert documented_rows("trajectory-columns") == TRAJECTORY_SCHEMA.names
     assert documented_rows("example-columns") == EXAMPLE_SCHEMA.names
+    assert documented_rows("scores-by-question") == SCORE_SCHEMA.names
 
 
 def test_the_documented_report_has_the_shape_of_a_real_one(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
     check_memory(config, methods.policies(config))
     with ray_session(config.cluster):
         config = demo_config(world, overrides, count_devices())
-        make_world(world, seed=0, size="small", display=display)
+        make_world(world, seed=config.data.sample_seed(0), size="small", display=display)
         outcome = train(config, run, display)
     display.outcome(outcome)
     report = outcome.report

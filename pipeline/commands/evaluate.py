@@ -19,7 +19,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.evaluation import evaluate
 from pipeline.core.policies import PolicySpec
 from pipeline.core.preflight import check_models
-from pipeline.core.record_tables import trajectories_to_table
+from pipeline.core.question_scores import scored_table
 from pipeline.core.records import Question, Trajectory
 from pipeline.core.report import best_iteration, models_of
 from pipeline.core.retrieval import Searched, what_is_searched
@@ -147,7 +147,7 @@ def scored(
     }
     if out is not None:
         write_json(out, result)
-        write_table(out.with_suffix(".parquet"), trajectories_to_table(trajectories))
+        write_table(out.with_suffix(".parquet"), scored_table(questions, trajectories, rules.protocol))
         own_format = out.with_name(f"{out.stem}.predictions{suffix_of(rules.protocol)}")
         write_predictions(rules.protocol, own_format, questions, predictions)
     return result
@@ -181,7 +181,8 @@ def _read_sets(config: Config, split: str, display: Display) -> dict[str, list[Q
         raise UserError(f"data.{split} is empty; name question files, or choose another --split")
     limit = getattr(config.data, f"{split}_limit")
     everything = read_questions(paths, root=config.data.root, hops=config.data.hops_of(split))
-    chosen = everything if limit is None else sample_questions(everything, limit, config.seed)
+    seed = config.data.sample_seed(config.seed)
+    chosen = everything if limit is None else sample_questions(everything, limit, seed)
     if len(chosen) < len(everything):
         display.line(
             f"{len(chosen)} of {len(everything)} questions: a sample, as data.{split}_limit says "

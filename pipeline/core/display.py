@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
@@ -25,10 +24,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from pipeline.core.progress import PROGRESS_FILE, ActorKind, Move, ProgressFile
-from pipeline.core.report import SCORES, Column, Outcome
+from pipeline.core.report import SCORES, Column, Outcome, in_order
+from pipeline.core.tables import narrow_table, number, selection_table, span, tests_table
 
 logger = logging.getLogger(__name__)
 
@@ -202,21 +201,35 @@ class Display:
     def outcome(self, outcome: Outcome) -> None:
         """The tables of a finished run."""
         report = outcome.report
-        names = [column.name for column in outcome.columns]
-        table = _table(f"run {report['run']}: iterations", "iter", names)
         rows = [(str(row["iteration"]), row) for row in report["iterations"]]
-        for name, row in [*([outcome.start] if outcome.start is not None else []), *rows]:
-            mark = " *" if row["iteration"] == report["best_iteration"] else ""
-            table.add_row(name + mark, *(_cell(row, column) for column in outcome.columns))
-        self.console.print(table)
+        rows = [*([outcome.start] if outcome.start is not None else []), *rows]
+        self._iterations(f"run {report['run']}: iterations", outcome.columns, rows, report["best_iteration"])
+        if any(_cell(row, column) for _, row in rows for column in outcome.details):
+            self._iterations(outcome.details_title, outcome.details, rows, report["best_iteration"])
         # Not as the table's caption: rich drops a letter where it wraps one.
         self.line(outcome.legend)
+        chosen, pairs = report.get("selection"), report.get("paired_tests")
+        if chosen is not None and len(chosen["iterations"]) > 1:
+            self.console.print(selection_table(chosen))
         if report["test"]:
-            tests = _table("test questions, in percent", "model", _SCORE_COLUMNS)
-            for name, scores in _in_order(report["test"], outcome.tests):
-                tests.add_row(name, *_score_cells(scores))
+            tests = narrow_table("test questions, in percent", "model", _SCORE_COLUMNS)
+            for name in in_order(report["test"], outcome.tests):
+                tests.add_row(name, *_score_cells(report["test"][name]))
             self.console.print(tests)
+            if pairs:
+                self.console.print(tests_table(pairs))
             self._coverage((report.get("data") or {}).get("coverage", {}).get("test"), "tests")
+        if missing := _not_recorded(report):
+            self.line(f"not recorded: {', '.join(missing)}")
+
+    def _iterations(
+        self, title: str, columns: Sequence[Column], rows: Sequence[tuple[str, Mapping[str, Any]]], best: int
+    ) -> None:
+        table = narrow_table(title, "iter", [column.name for column in columns])
+        for name, row in rows:
+            mark = " *" if row["iteration"] == best else ""
+            table.add_row(name + mark, *(_cell(row, column) for column in columns))
+        self.console.print(table)
 
     def _coverage(self, cover: Mapping[str, Any] | None, what: str) -> None:
         """What searching can gain at most, beside what was gained."""
@@ -229,11 +242,11 @@ class Display:
         if "models" in scores:
             self._model_scores(scores)
         else:
-            table = _table(f"{scores['predictions']}, in percent", "set", _GROUP_COLUMNS)
+            table = narrow_table(f"{scores['predictions']}, in percent", "set", _GROUP_COLUMNS)
             table.add_row("all", *_group_cells(scores["all"]))
             self.console.print(table)
         for title, key in (("hops", "by_hops"), ("type", "by_type")):
-            groups = _table(f"by {title}", title, _GROUP_COLUMNS)
+            groups = narrow_table(f"by {title}", title, _GROUP_COLUMNS)
             for name, row in scores["all"][key].items():
                 groups.add_row(escape(name), *_group_cells(row))
             if groups.row_count:
@@ -245,7 +258,7 @@ class Display:
 
     def _model_scores(self, scores: Mapping[str, Any]) -> None:
         title = f"{' and '.join(scores['models'].values())} on {scores['split']}, in percent"
-        table = _table(title, "set", _SCORE_COLUMNS)
+        table = narrow_table(title, "set", _SCORE_COLUMNS)
         for name, row in scores["sets"].items():
             table.add_row(escape(name), *_score_cells(row))
         table.add_row("all", *_score_cells(scores["all"]))
@@ -255,14 +268,16 @@ class Display:
         """What the data set's own script prints, where that is more than the other tables have."""
         if found["scores"].keys() <= set(SCORES):
             return
-        table = _table(f"as {found['protocol']} scores them, in percent", "metric", ("n", "score", "95 %"))
+        table = narrow_table(
+            f"as {found['protocol']} scores them, in percent", "metric", ("n", "score", "95 %")
+        )
         for name, score in found["scores"].items():
-            table.add_row(name, str(found["counted"][name]), _number(score), _range(found["intervals"][name]))
+            table.add_row(name, str(found["counted"][name]), number(score), span(found["intervals"][name]))
         self.console.print(table)
 
     def _trajectories(self, scores: Mapping[str, Any]) -> None:
         stops = ", ".join(f"{name} {count}" for name, count in scores["all"]["stop_reasons"].items() if count)
-        recall = ", ".join(_number(value) for value in scores["all"]["gold_recall_by_step"])
+        recall = ", ".join(number(value) for value in scores["all"]["gold_recall_by_step"])
         if not recall:
             searched = scores["all"]["searches"] > 0
             recall = "no gold passages named, or passages without ids" if searched else "no search was made"
@@ -273,24 +288,20 @@ _GROUP_COLUMNS = ("n", "EM", "95 % of EM", "F1", "accuracy", "recall")
 _SCORE_COLUMNS = (*_GROUP_COLUMNS, "searches")
 
 
-def _table(title: str, first: str, columns: Sequence[str]) -> Table:
-    """Narrow enough for 80 columns."""
-    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column(first, overflow="fold", min_width=7)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _in_order(tests: Mapping[str, Any], order: Sequence[str]) -> list[tuple[str, Any]]:
-    return sorted(tests.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order))
+def _not_recorded(report: Mapping[str, Any]) -> list[str]:
+    """What an earlier version has not left behind, which made all of the run or a part of it."""
+    is_missing = {
+        "how sure the best iteration is": report["iterations"] and report.get("selection") is None,
+        "pairs of tests": len(report["test"]) > 1 and not report.get("paired_tests"),
+    }
+    return [name for name, holds in is_missing.items() if holds]
 
 
 def _cell(row: Mapping[str, Any], column: Column) -> str:
     if _is_null(row, column.path):
         return column.if_null
-    value = _number(_at(row, column.path), column.digits)
-    error = _number(_at(row, column.error_path), column.digits) if column.error_path else ""
+    value = number(_at(row, column.path), column.digits)
+    error = number(_at(row, column.error_path), column.digits) if column.error_path else ""
     return f"{value} ± {error}" if value and error else value
 
 
@@ -311,23 +322,15 @@ def _at(row: Mapping[str, Any], path: str) -> float | None:
 
 
 def _score_cells(scores: Mapping[str, Any]) -> Sequence[str]:
-    return (*_group_cells(scores), _number(scores["searches"], 2))
+    return (*_group_cells(scores), number(scores["searches"], 2))
 
 
 def _group_cells(scores: Mapping[str, Any]) -> Sequence[str]:
     return (
         str(scores["n"]),
-        _number(scores["em"]),
-        _range(scores.get("em_interval")),
-        _number(scores["f1"]),
-        _number(scores["accuracy"]),
-        _number(scores["gold_recall"]),
+        number(scores["em"]),
+        span(scores.get("em_interval")),
+        number(scores["f1"]),
+        number(scores["accuracy"]),
+        number(scores["gold_recall"]),
     )
-
-
-def _range(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f"{interval[0]:.1f}-{interval[1]:.1f}"
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{value:.{digits}f}"

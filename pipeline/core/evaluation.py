@@ -73,17 +73,7 @@ def evaluate(
     """
     if not questions:
         raise ValueError("there are no questions to evaluate")
-    by_question = _one_per_question(questions, trajectories)
-    has_ids = all(hit.passage.id for t in trajectories for step in t.steps for hit in step.hits)
-    rows = [
-        _score_question(
-            question,
-            by_question.get(question.id),
-            question.supporting_ids if has_ids else (),
-            protocol,
-        )
-        for question in questions
-    ]
+    rows = score_questions(questions, trajectories, protocol)
     with_gold = [row for row in rows if row.recalls is not None]
     stop_reasons = Counter({reason.value: 0 for reason in StopReason} | {"missing": 0})
     stop_reasons.update(row.stop_reason for row in rows)
@@ -97,6 +87,27 @@ def evaluate(
     }
 
 
+def score_questions(
+    questions: Sequence[Question], trajectories: Sequence[Trajectory], protocol: ProtocolName
+) -> list[QuestionScore]:
+    """What `evaluate` is the mean of: the score of each question, in their order.
+
+    Raises:
+        ValueError: two trajectories of one question, or a trajectory of an unknown question.
+    """
+    by_question = _one_per_question(questions, trajectories)
+    has_ids = all(hit.passage.id for t in trajectories for step in t.steps for hit in step.hits)
+    return [
+        _score_question(
+            question,
+            by_question.get(question.id),
+            question.supporting_ids if has_ids else (),
+            protocol,
+        )
+        for question in questions
+    ]
+
+
 def evaluate_answers(
     questions: Sequence[Question],
     answers: Mapping[str, str],
@@ -106,15 +117,17 @@ def evaluate_answers(
 ) -> dict[str, Any]:
     """As `evaluate`, of answers by question id that came without trajectories: what needs these is left out or null."""
     rows = [
-        _Row(q, score_answer(answers[q.id], q.answers, protocol) if q.id in answers else WRONG, None, 0, "")
+        QuestionScore(
+            q, score_answer(answers[q.id], q.answers, protocol) if q.id in answers else WRONG, None, 0, ""
+        )
         for q in questions
     ]
     return _with_groups(rows, bootstrap_samples, seed)
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """One question's results. `recalls` is None where there are no ids to compare."""
+class QuestionScore:
+    """One question's results. `recalls`, after each search, is None where there are no ids to compare."""
 
     question: Question
     score: AnswerScore
@@ -144,11 +157,11 @@ def _score_question(
     trajectory: Trajectory | None,
     supporting_ids: Sequence[str],
     protocol: ProtocolName,
-) -> _Row:
+) -> QuestionScore:
     if trajectory is None:
         nothing: list[float] | None = [] if supporting_ids else None
-        return _Row(question, WRONG, nothing, 0, "missing")
-    return _Row(
+        return QuestionScore(question, WRONG, nothing, 0, "missing")
+    return QuestionScore(
         question=question,
         score=score_answer(trajectory.answer, question.answers, protocol),
         recalls=recall_by_step(trajectory, supporting_ids) if supporting_ids else None,
@@ -158,7 +171,7 @@ def _score_question(
     )
 
 
-def _with_groups(rows: Sequence[_Row], bootstrap_samples: int, seed: int) -> dict[str, Any]:
+def _with_groups(rows: Sequence[QuestionScore], bootstrap_samples: int, seed: int) -> dict[str, Any]:
     summarise = partial(_summary, bootstrap_samples=bootstrap_samples, seed=seed)
     return {
         **summarise(rows),
@@ -167,7 +180,7 @@ def _with_groups(rows: Sequence[_Row], bootstrap_samples: int, seed: int) -> dic
     }
 
 
-def _summary(rows: Sequence[_Row], bootstrap_samples: int, seed: int) -> dict[str, Any]:
+def _summary(rows: Sequence[QuestionScore], bootstrap_samples: int, seed: int) -> dict[str, Any]:
     f1 = [row.score.f1 for row in rows]
     return {
         "n": len(rows),
@@ -179,17 +192,19 @@ def _summary(rows: Sequence[_Row], bootstrap_samples: int, seed: int) -> dict[st
     }
 
 
-def _hops(row: _Row) -> str:
+def _hops(row: QuestionScore) -> str:
     return "" if row.question.hops is None else str(row.question.hops)
 
 
-def _type(row: _Row) -> str:
+def _type(row: QuestionScore) -> str:
     return row.question.type
 
 
-def _groups(rows: Sequence[_Row], label: Callable[[_Row], str]) -> dict[str, list[_Row]]:
+def _groups(
+    rows: Sequence[QuestionScore], label: Callable[[QuestionScore], str]
+) -> dict[str, list[QuestionScore]]:
     """The rows by their label, in the order of the labels; those without one are left out."""
-    groups: dict[str, list[_Row]] = {}
+    groups: dict[str, list[QuestionScore]] = {}
     for row in rows:
         groups.setdefault(label(row), []).append(row)
     return {name: groups[name] for name in sorted(groups) if name}

@@ -6,17 +6,27 @@ Every recipe has the same report of its steps (`step_report`); ExSearch has one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.core.comparison import paired_tests, selection
 from pipeline.core.config import Iterations
+from pipeline.core.question_scores import Scores, read_scores
 from pipeline.core.run import DATA_FILE, Json, RunFiles, read_json
 
 SCORES = ("em", "f1", "accuracy")
 EVALUATION = "evaluation"
 """The step of every recipe that scores an iteration on the dev questions."""
+DEV_BOUND = "dev_bound"
+"""The step that samples dev questions for their likelihood bound."""
+DEV_SAMPLES = "dev_samples"
+"""The folder of its trajectories."""
+TESTS = ("start", "best")
+"""Of a recipe that says nothing else, in their order."""
+RESAMPLES = 1000
+"""As `evaluation.bootstrap_samples` has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +47,16 @@ class Outcome:
     """What a recipe comes back with: the report, as written to `report.json`, and how to show it.
 
     `start` is the name and the row of iteration 0, if the report has one; `tests` the order in which tests are shown,
-    others come behind them.
+    others come behind them. `details` are the columns of a second table of the iterations, of this title.
     """
 
     report: Json
     columns: Sequence[Column]
     legend: str
     start: tuple[str, Json] | None
-    tests: Sequence[str] = ("start", "best")
+    tests: Sequence[str] = TESTS
+    details: Sequence[Column] = ()
+    details_title: str = ""
 
 
 def step_outcome(report: Json, columns: Sequence[Column], legend: str = "* best") -> Outcome:
@@ -53,21 +65,32 @@ def step_outcome(report: Json, columns: Sequence[Column], legend: str = "* best"
     return Outcome(report, columns, legend, None if row is None else ("start", row))
 
 
-def step_report(run: RunFiles, recipe: str, seed: int, iterations: Iterations) -> Json:
+def step_report(
+    run: RunFiles, recipe: str, seed: int, iterations: Iterations, samples: int = RESAMPLES
+) -> Json:
     """The report as far as the run has come: per iteration what each step found out, under the step's name."""
     rows: list[Json] = [
         {"iteration": t, **steps} for t in range(iterations.iterations + 1) if (steps := run.steps(t))
     ]
-    return report_of(run, recipe, seed, iterations, rows, start="start")
+    return report_of(run, recipe, seed, iterations, rows, samples, start="start")
 
 
 def report_of(
-    run: RunFiles, recipe: str, seed: int, iterations: Iterations, rows: Sequence[Json], *, start: str
+    run: RunFiles,
+    recipe: str,
+    seed: int,
+    iterations: Iterations,
+    rows: Sequence[Json],
+    samples: int,
+    *,
+    start: str,
+    tests: Sequence[str] = TESTS,
 ) -> Json:
     """What every report has, around its rows; that of iteration 0 stands by itself, under the key `start`.
 
     `models` are the model directories of the best iteration, by policy, as seen from the run directory;
-    `removed_models` the versions whose model did not stay.
+    `removed_models` the versions whose model did not stay. `selection` (null where scores by question are not recorded)
+    and `paired_tests` are as in `pipeline.core.comparison`, with so many `samples`.
     """
     best = best_iteration(run, iterations)
     return {
@@ -80,9 +103,30 @@ def report_of(
         "models": {name: str(path.relative_to(run.path)) for name, path in models_of(run, best).items()},
         "removed_models": run.removed_models(),
         start: next((row for row in rows if row["iteration"] == 0), None),
+        "selection": selection(dev_scores(run, iterations), best, iterations.select_by, samples, seed),
         "test": run.test_results(),
+        "paired_tests": paired_tests(_test_scores(run, tests), samples, seed),
         "data": read_json(run.path / DATA_FILE),
     }
+
+
+def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
+    """Names as far as they are in `order` in that order, the others behind them."""
+    return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
+
+
+def dev_scores(run: RunFiles, iterations: Iterations) -> dict[int, Scores]:
+    """By iteration that is scored on dev the scores by question, where they are recorded of all of these; else none."""
+    scored = sorted(best_iterations(run, iterations))
+    found = {t: read_scores(run.at(f"{t}/{EVALUATION}.parquet")) for t in scored}
+    known = {t: scores for t, scores in found.items() if scores is not None}
+    return known if len(known) == len(found) else {}
+
+
+def _test_scores(run: RunFiles, order: Sequence[str]) -> dict[str, Scores]:
+    names = in_order(run.test_results(), order)
+    found = {name: read_scores(run.at(f"test/{name}.parquet")) for name in names}
+    return {name: scores for name, scores in found.items() if scores is not None}
 
 
 def models_of(run: RunFiles, iteration: int) -> dict[str, Path]:

@@ -329,10 +329,24 @@ class Shards:
 def generated_tokens(rollouts: Path) -> dict[str, float]:
     """How much was generated for each task of a phase, by its id, as far as its side-cars say."""
     found: dict[str, float] = {}
-    for side_car in sorted(rollouts.glob("_*.json")):
+    for side_car in side_cars(rollouts):
         with _told_of(side_car, "it says nothing of how long questions take"):
             found |= {row["id"]: float(row["generated_tokens"]) for row in _rows(side_car)}
     return found
+
+
+def statistics_by_task(rollouts: Path) -> dict[str, Mapping[str, Any]]:
+    """What the weighting of a phase says of each task, by its id, in their order, as far as its side-cars say."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for side_car in side_cars(rollouts):
+        with _told_of(side_car, "its tasks are left out of figures by question"):
+            found |= {row["id"]: row["statistics"] for row in _rows(side_car)}
+    return found
+
+
+def side_cars(rollouts: Path) -> list[Path]:
+    """Of the shards of a phase, in their order."""
+    return sorted(rollouts.glob("_*.json"))
 
 
 def write_examples(shard: Path, examples: Iterable[Example]) -> None:

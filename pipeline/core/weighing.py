@@ -80,6 +80,21 @@ class NothingToTrainOn:
 
 
 @dataclass(frozen=True, slots=True)
+class OnlyFigures:
+    """What another one says of a phase, for episodes that are not trained on."""
+
+    weigh: Weigh[Any]
+
+    outputs: Sequence[str] = ()
+
+    def __call__(self, task: Task, episodes: Sequence[Episode]) -> Weighted:
+        return Weighted({}, self.weigh(task, episodes).statistics)
+
+    def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        return self.weigh.summarise(statistics)
+
+
+@dataclass(frozen=True, slots=True)
 class SearchWeights:
     """ExSearch's E-step: w(z) from log p(y | x, z), and as the example the trajectory with the gold answer in place, or
     as it is where the weight is a metric of its own answer.
@@ -118,10 +133,11 @@ class SearchWeights:
             ]
         trained = merge_copies(examples) if self.weighting.merge_copies else examples
         too_long = len(usable) - len(scorable)
+        facts = [self._facts(task, *one) for one in scorable]
         hinted = [trajectory.sample < self.hinted for trajectory, _ in scorable]
         return Weighted(
             {SEARCHER: trained},
-            statistics_of(scored, logs, trajectories, too_long)
+            statistics_of(scored, logs, trajectories, too_long, facts)
             | {
                 "merged_copies": len(examples) - len(trained),
                 "turns": sum(map(len, turns)),
@@ -172,6 +188,39 @@ class SearchWeights:
             before=trajectory.turn_log_likelihoods,
         )
 
+    def _facts(self, question: Question, trajectory: Trajectory, golds: Mapping[str, Gold]) -> Facts:
+        own = score_answer(trajectory.answer, question.answers, self.protocol)
+        is_recorded = trajectory.proposal_logprobs is not None
+        return Facts(
+            sample=trajectory.sample,
+            gold_tokens=golds[trained_gold(golds, self.weighting)].num_tokens,
+            em=own.em,
+            f1=own.f1,
+            accuracy=own.accuracy,
+            log_ratio=log_ratio(trajectory, with_answer=False) if is_recorded else None,
+            log_ratio_with_answer=log_ratio(trajectory, with_answer=True) if is_recorded else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is to be known of a trajectory beside its `Scored` so that its weight by any other method can be computed
+    (`pipeline.core.reweighing`).
+
+    `sample` is its number among those of the question, `gold_tokens` the length |y| of the gold answer that the run's
+    method trains behind it; `em`, `f1` and `accuracy` are those of its own answer. `log_ratio` is sum log p - log q
+    over the sampled tokens in front of its own answer, the other one over those of the answer too: None where log q was
+    not recorded.
+    """
+
+    sample: int
+    gold_tokens: int
+    em: float
+    f1: float
+    accuracy: float
+    log_ratio: float | None
+    log_ratio_with_answer: float | None
+
 
 @dataclass(frozen=True, slots=True)
 class GoldAnswers:
@@ -204,7 +253,11 @@ def weights_of(scored: Sequence[Scored], weighting: WeightingConfig) -> list[flo
 
 
 def statistics_of(
-    scored: Sequence[Scored], logs: Sequence[float] | None, trajectories: Sequence[Trajectory], too_long: int
+    scored: Sequence[Scored],
+    logs: Sequence[float] | None,
+    trajectories: Sequence[Trajectory],
+    too_long: int,
+    facts: Sequence[Facts] = (),
 ) -> dict[str, Any]:
     """What `summarise_scored` reads, as plain data.
 
@@ -212,10 +265,12 @@ def statistics_of(
         logs: log w; None where there are none.
         trajectories: all of the question.
         too_long: so many of them were too long for any answer to be scored.
+        facts: of the scored ones, where other weights are to be computed of them later.
     """
     return {
         "scored": [asdict(one) for one in scored],
         "log_weights": logs,
+        "facts": [asdict(one) for one in facts],
         "stop_reasons": count_stop_reasons(trajectories),
         "too_long_to_score": too_long,
         "nothing_to_compare": len(scored) if logs is None else 0,
@@ -242,7 +297,7 @@ def summarise_scored(
         why = f"; {alone} were the only usable one of their question" if alone else ""
         raise RunError(f"no trajectory could be weighted; how they stopped: {dict(stop_reasons)}{why}")
     summary = summarise(
-        [[_scored_from_json(one) for one in row["scored"]] for row in scored],
+        [[scored_from_json(one) for one in row["scored"]] for row in scored],
         [
             None if row["log_weights"] is None else np.array(logs_from_json(row["log_weights"]))
             for row in scored
@@ -270,7 +325,8 @@ def log_ratio(trajectory: Trajectory, *, with_answer: bool) -> float:
     return float((log_p.astype(np.float64) - log_q).sum())
 
 
-def _scored_from_json(row: Mapping[str, Any]) -> Scored:
+def scored_from_json(row: Mapping[str, Any]) -> Scored:
+    """One trajectory of `statistics_of`."""
     log_likelihood, per_token = logs_from_json([row["log_likelihood"], row["per_token"]])
     before = tuple(logs_from_json(row["before"]))
     return Scored(**{**row, "log_likelihood": log_likelihood, "per_token": per_token, "before": before})

@@ -57,6 +57,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.core.config import WeightingConfig
+from pipeline.core.scoring.paired import trimmed_mean
 
 Array = npt.NDArray[np.float64]
 
@@ -263,20 +264,48 @@ def bound_of(scored: Sequence[Scored], config: WeightingConfig) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class RatioSummary:
+    """The ratios p / q of an E-step's trajectories, with `correct_proposal`.
+
+    `mean` is theirs before they are clipped: 1 where q covers what p samples, less where truncation leaves out a part
+    of it, and unsure where few trajectories carry it. `mean_clipped` is that of r_k, `clipped_share` the percentage of
+    trajectories whose ratio is above `max_ratio`, `effective_sample_size` that of r_k over all of them.
+    """
+
+    trajectories: int
+    mean: float
+    mean_clipped: float
+    clipped_share: float
+    effective_sample_size: float
+
+
+@dataclass(frozen=True, slots=True)
 class WeightingSummary:
     """What an E-step says about the model that sampled it.
 
     `likelihood_bound` is the mean over questions of `bound_of`, -inf where one of them finds its answers impossible;
-    `likelihood_bound_stderr` its standard error; `effective_sample_size` the mean over questions with weights;
-    `all_failed_share` the percentage of questions of which no trajectory's own answer was right.
+    `likelihood_bound_stderr` its standard error. A few questions may make up most of it, so beside it stand their
+    median, and their mean without the highest and the lowest tenth. `mean_likelihood` is the mean over questions of
+    the estimate (1/K) sum_k r_k p(Y|x,z_k) of p(Y|x), `median_likelihood` their median. `effective_sample_size` is the
+    mean over questions with weights; `global_effective_sample_size` that of all `weighted_trajectories` together, which
+    the M-step divides by one sum. `all_failed_share` is the percentage of questions of which no trajectory's own answer
+    was right.
     """
 
     questions: int
     likelihood_bound: float
     likelihood_bound_stderr: float
+    likelihood_bound_median: float
+    likelihood_bound_trimmed: float
+    mean_likelihood: float
+    mean_likelihood_stderr: float
+    median_likelihood: float
     effective_sample_size: float
+    global_effective_sample_size: float
+    weighted_trajectories: int
     all_failed_share: float
     mean_weight: float
+    proposal_ratio: RatioSummary | None
 
 
 def summarise(
@@ -294,12 +323,41 @@ def summarise(
     if len(groups) != len(weights) or not weighted:
         raise ValueError(f"cannot summarise {len(groups)} questions with {len(weighted)} sets of weights")
     bounds = np.array([bound_of(group, config) for group in groups])
-    has_spread = len(bounds) > 1 and np.isfinite(bounds).all()
+    likelihoods, together = np.exp(bounds), np.concatenate(weighted)
     return WeightingSummary(
         questions=len(groups),
         likelihood_bound=float(bounds.mean()),
-        likelihood_bound_stderr=float(bounds.std(ddof=1) / np.sqrt(len(bounds))) if has_spread else 0.0,
+        likelihood_bound_stderr=_stderr(bounds),
+        likelihood_bound_median=float(np.median(bounds)),
+        likelihood_bound_trimmed=trimmed_mean(bounds),
+        mean_likelihood=float(likelihoods.mean()),
+        mean_likelihood_stderr=_stderr(likelihoods),
+        median_likelihood=float(np.median(likelihoods)),
         effective_sample_size=float(np.mean([effective_sample_size(logs) for logs in weighted])),
+        global_effective_sample_size=effective_sample_size(together),
+        weighted_trajectories=len(together),
         all_failed_share=100.0 * float(np.mean([not any(s.correct for s in group) for group in groups])),
-        mean_weight=float(np.exp(log_mean(np.concatenate(weighted)))),
+        mean_weight=float(np.exp(log_mean(together))),
+        proposal_ratio=_ratios(groups, config) if config.correct_proposal else None,
+    )
+
+
+def _stderr(values: Array) -> float:
+    """Of their mean; 0 of one value, and where one is not finite."""
+    has_spread = len(values) > 1 and np.isfinite(values).all()
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if has_spread else 0.0
+
+
+def _ratios(groups: Sequence[Sequence[Scored]], config: WeightingConfig) -> RatioSummary:
+    every = [scored for group in groups for scored in group]
+    ratios = np.array([scored.log_ratio for scored in every])
+    clipped = np.array([_log_ratio(scored, config) for scored in every])
+    with np.errstate(over="ignore"):  # a ratio may be larger than any number
+        mean = float(np.exp(log_mean(ratios)))
+    return RatioSummary(
+        trajectories=len(every),
+        mean=mean,
+        mean_clipped=float(np.exp(log_mean(clipped))),
+        clipped_share=100.0 * float(np.mean(ratios > clipped)),
+        effective_sample_size=effective_sample_size(clipped),
     )

@@ -298,9 +298,7 @@ def test_actors_on_two_nodes_answer_many_callers_and_survive_the_loss_of_one(
     for method in ("bm25", "hybrid"):
         options = SearchOptions(method)
         by_words = RetrieverClient([ActorReplica(replicas[0], options)], timeout_s=120)
-        assert (
-            asyncio.run(by_words.search(questions[0], 3)) == plain.search([questions[0]], 3, options)[0]
-        )
+        assert asyncio.run(by_words.search(questions[0], 3)) == plain.search([questions[0]], 3, options)[0]
     stats = ray.get([replica.stats.remote() for replica in replicas], timeout=60)
     assert sum(entry.queries for entry in stats) == 38
     assert min(entry.queries for entry in stats) >= 12

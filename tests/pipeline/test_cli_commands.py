@@ -135,6 +135,8 @@ COMMANDS = [
     ["index", "build"],
     ["index", "search"],
     ["cold-start"],
+    ["compare"],
+    ["weights"],
 ]
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.cluster import Cluster, SampleReport
-from pipeline.core.agents.program import Completion
+from pipeline.core.agents.program import Completion, Sampling
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.config import Config, EvaluationConfig, LearnerConfig, RolloutConfig, TrackingConfig
 from pipeline.core.data.splits import Splits
@@ -71,6 +71,7 @@ def opened(
     path: Path,
     test: Sequence[Question] = (),
     train: Sequence[Question] = (),
+    dev: Sequence[Question] = (),
     evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008  (frozen)
     **rollout: Any,
 ) -> Iterator[Run]:
@@ -80,7 +81,7 @@ def opened(
     )
     specs = [PolicySpec(name, config.model, learner=LearnerConfig()) for name in NAMES]
     with RunDirectory(path, config) as files, Tracker(path, config.tracking, "run") as tracker:
-        run = Run(config, files, Splits(list(train), [], list(test)), path, tracker, Display(), specs)
+        run = Run(config, files, Splits(list(train), list(dev), list(test)), path, tracker, Display(), specs)
         policies = {name: StandInPolicy() for name in NAMES}
         run.cluster = cast(Cluster, SimpleNamespace(policy=policies.__getitem__, policies=policies))
         yield run
@@ -415,6 +416,54 @@ def test_an_evaluation_that_was_cut_off_goes_on_behind_its_complete_shards_of_th
     kept = trajectories_from_table(pq.read_table(tmp_path / "test/best.parquet"))
     assert [trajectory.question_id for trajectory in kept] == everything
     assert not (tmp_path / "test/best.parts").exists()
+
+
+class Counted:
+    """A weighting that says how many episodes there were, and makes an example of none."""
+
+    outputs = ("selector",)
+
+    def __call__(self, task: Question, episodes: Sequence[Episode]) -> Weighted:
+        return Weighted({"selector": [cast(Example, None)]}, {"episodes": len(episodes)})
+
+    def summarise(self, statistics: Sequence[Any]) -> Json:
+        return {"episodes": sum(row["episodes"] for row in statistics)}
+
+
+def test_the_bound_on_dev_is_sampled_once_and_trains_nothing(tmp_path: Path) -> None:
+    questions = [Question(f"d{number}", "Who?", ("A",)) for number in range(3)]
+    asked: list[int] = []
+
+    def sample(
+        program: Any, shards: Shards, weigh: Any, roles: Any, *, samples: int, **_: object
+    ) -> SampleReport:
+        asked.append(samples)
+        for number in range(len(shards)):
+            done = {task.id: [answer(task.id)] * samples for task in shards.members(number)}
+            shards.write(
+                number, [(episodes, weigh(Question(id_, "", ()), episodes)) for id_, episodes in done.items()]
+            )
+        return SampleReport(6, 60, 2.5, weigh.summarise(shards.statistics()))
+
+    def bound(run: Run) -> Json:
+        begun = run.begin_dev_bound(
+            1, cast(Any, None), {"selector": 1}, Counted(), samples=2, sampling=Sampling(1.0)
+        )
+        return begun.finish()
+
+    for _ in range(2):
+        with opened(tmp_path, dev=questions, questions_per_shard=2) as run:
+            cast(Any, run.cluster).begin = begins(sample)
+            found = bound(run)
+    assert asked == [2]
+    assert (found["episodes"], found["generated_tokens"], found["seconds"]) == (6, 60, 2.5)
+    at = tmp_path / "iterations/0001"
+    assert sorted(path.name for path in (at / "dev_samples").iterdir()) == [
+        "000000.parquet", "000001.parquet", "_000000.json", "_000001.json"
+    ]  # fmt: skip
+    assert not list(at.glob("*/examples"))
+    with opened(tmp_path / "without") as run:
+        assert bound(run) == {}
 
 
 @pytest.mark.parametrize(("protocol", "em"), [("exsearch", 100.0), ("kilt", 0.0)])

@@ -247,6 +247,10 @@ class EmConfig(Iterations):
     hinted: int = Field(0, ge=0)
     """Of a question's `rollout.samples` so many are sampled with a gold answer in the prompt, for questions whose other
     trajectories all fail. They are weighted by p(z)/q(z) and trained without it. Needs `weighting.correct_proposal`."""
+    dev_samples: int = Field(0, ge=0)
+    """Trajectories per dev question that are sampled as in the E-step and scored against the gold answers, for a
+    likelihood bound on dev after the cold start and every iteration. 0: no such bound. Costs what so many in the E-step
+    cost."""
 
 
 class EvaluationConfig(Section):

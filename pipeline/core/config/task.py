@@ -57,6 +57,14 @@ class DataConfig(Section):
     """Use a sample of this many dev questions. Null: all."""
     test_limit: int | None = Field(None, ge=1)
     """Use a sample of this many test questions. Null: all."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of what is drawn of the data: samples of questions (`train_limit` and its siblings, `cold_start.questions`),
+    and the world of `exsearch demo`. Null: `seed`; the demo's world is that of 0. Runs that differ in `seed` alone then
+    answer the same questions."""
+
+    def sample_seed(self, of_run: int) -> int:
+        """The seed of samples of questions, given that of the run."""
+        return of_run if self.seed is None else self.seed
 
     def hops_of(self, split: str) -> tuple[int, ...]:
         """The numbers of steps of the questions of a split; empty: all."""
@@ -196,8 +204,8 @@ class RetrieverConfig(Section):
             raise ValueError("retriever.url is an empty list: name an address, or give null")
         if self.dialect == "search-r1" and self.method != "dense":
             raise ValueError(
-                f"retriever.method: {self.method} cannot be asked of a Search-R1 server, which searches as it was started "
-                "to: remove the key"
+                f"retriever.method: {self.method} cannot be asked of a Search-R1 server, which searches as it was "
+                "started to: remove the key"
             )
         if any(urlsplit(address).username is not None for address in self.url):
             raise ValueError(

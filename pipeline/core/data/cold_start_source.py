@@ -88,7 +88,7 @@ class ColdStartMaker:
                 f"cold_start.questions is {wanted}, but none of {len(pool)} questions names its supporting passages; "
                 "give questions that do (docs/formats.md), or set cold_start.questions=0"
             )
-        return sample_questions(supervised, wanted, self.seed)
+        return sample_questions(supervised, wanted, self.data.sample_seed(self.seed))
 
     async def examples(
         self, source: ColdStartSource, retrieve: Retrieve, searched: Searched, cache: Path

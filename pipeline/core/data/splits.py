@@ -29,6 +29,7 @@ def load_splits(
     """Read and sample the three splits.
 
     Args:
+        seed: of the run; `data.seed` goes before it.
         required: splits that must not be empty.
         apart: further question files that are trained on, and must share nothing with dev and test.
 
@@ -48,7 +49,7 @@ def load_splits(
             paths,
             root=data.root,
             limit=limit,
-            seed=seed,
+            seed=data.sample_seed(seed),
             hops=data.hops_of(split),
             max_answers=data.max_answers,
         )

@@ -77,6 +77,7 @@ def phases_of(
             m_step,
             PhaseWork("push", 0, searcher.push_bytes / (assumed.push_gb_s * GIGA), iterations),
             sampled("dev", dev, iterations + 1),
+            sampled("dev bound", dev * config.em.dev_samples, iterations + 1),
             sampled("test", test, tests),
         )
         if phase.times and phase.seconds

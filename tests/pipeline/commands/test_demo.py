@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,30 @@ def test_overrides_win() -> None:
 
     assert config.learner.num_ranks == 1
     assert config.model.path == "mine"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seed"), [([], 0), (["seed=3"], 0), (["data.seed=2"], 2), (["data.seed=2", "seed=3"], 2)]
+)
+def test_the_world_is_that_of_the_data_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], seed: int
+) -> None:
+    class WorldIsMade(Exception):
+        pass
+
+    made: list[int] = []
+
+    def make_world(out: Path, seed: int, size: str, display: Display) -> None:
+        made.append(seed)
+        raise WorldIsMade
+
+    for name, stand_in in {
+        "make_world": make_world,
+        "check_memory": lambda *_: None,
+        "ray_session": lambda _: nullcontext(),
+        "count_devices": lambda: 1,
+    }.items():
+        monkeypatch.setattr(f"pipeline.commands.demo.{name}", stand_in)
+    with pytest.raises(WorldIsMade):
+        run_demo(tmp_path / "run", overrides, Display())
+    assert made == [seed]

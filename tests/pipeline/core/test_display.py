@@ -156,14 +156,95 @@ def test_the_report_shows_the_test_scores_from_the_base_model_to_the_best(screen
     assert screen.row("best") == ["200", "41.2", "35.0-47.5", "50.0", "45.5", "80.0", "2.35"]
 
 
+PAIRED: dict[str, Any] = {"difference": -12.34, "interval": [-20.0, 1.25], "p_value": 0.0421}
+SURE: dict[str, Any] = {
+    "by": "em",
+    "questions": 300,
+    "iterations": [
+        {"iteration": 0, "score": 40.0, "probability_best": 0.034, **PAIRED},
+        {
+            "iteration": 1,
+            "score": 52.3,
+            "probability_best": 0.966,
+            **dict.fromkeys(("difference", "interval", "p_value")),
+        },
+    ],
+}
+PAIRS = [
+    {
+        "a": "base",
+        "b": "best",
+        "em": PAIRED | {"p_value": 1e-9},
+        "f1": PAIRED | {"interval": None, "p_value": None},
+    }
+]
+NEW = BOUND | {
+    "likelihood_bound_median": -1.234,
+    "likelihood_bound_trimmed": -2.345,
+    "mean_likelihood": 0.4321,
+    "mean_likelihood_stderr": 0.0123,
+    "median_likelihood": 0.2864,
+    "global_effective_sample_size": 370.4,
+    "weighted_trajectories": 1600,
+}
+
+
+def test_the_report_shows_what_the_bound_hides_and_its_change_on_the_same_questions(screen: Screen) -> None:
+    changed = {"likelihood_bound": {"n": 400, "difference": 3.551, "stderr": 0.701, "left_out": 0}}
+    rows = [iteration(7, **NEW), iteration(8, **NEW) | {"paired": changed}]
+    screen.display.outcome(outcome(iterations=rows, best_iteration=8))
+    text = screen.text[screen.text.index("answers of the training questions") :]
+    assert [line.split() for line in text.splitlines() if line.split()[:1] in (["7"], ["8"])] == [
+        ["7", "-1.23", "-2.35", "0.432", "\u00b1", "0.012", "0.286", "370", "1600"],
+        [
+            "8",
+            "*",
+            "3.55",
+            "\u00b1",
+            "0.70",
+            "-1.23",
+            "-2.35",
+            "0.432",
+            "\u00b1",
+            "0.012",
+            "0.286",
+            "370",
+            "1600",
+        ],
+    ]
+    assert "ESS all: of all weighted trajectories together" in text
+
+
+def test_the_report_shows_how_sure_the_choice_is_and_which_models_differ(screen: Screen) -> None:
+    screen.display.outcome(
+        outcome(test=dict.fromkeys(("base", "best"), SCORES), selection=SURE, paired_tests=PAIRS)
+    )
+    assert "by EM on 300 dev questions" in screen.text
+    assert "median to ESS all: not recorded\n" in screen.text  # BOUND is of an earlier version
+    assert "not recorded: " not in screen.text
+    text = screen.text[screen.text.index("which iteration is the best") :]
+    rows = [line.split() for line in text.splitlines()]
+    assert ["0", "40.0", "0.03", "-12.3", "-20.0", "to", "+1.2", "0.042"] in rows
+    assert ["1", "*", "52.3", "0.97"] in rows
+    assert ["best", "-", "base", "-12.3", "-20.0", "to", "+1.2", "<0.001", "-12.3"] in rows
+
+
+def test_a_report_says_what_an_earlier_version_did_not_record(screen: Screen) -> None:
+    screen.display.outcome(outcome(test=dict.fromkeys(("base", "best"), SCORES)))
+    assert "\nnot recorded: how sure the best iteration is, pairs of tests\n" in screen.text
+
+
 @pytest.mark.parametrize("name", ["outcome", "scores"])
 def test_tables_fit_into_80_columns(name: str) -> None:
     screen = Screen(width=80)
+    far = {"difference": -100.0, "interval": [-100.0, 100.0], "p_value": 0.5}
+    wide = [{"a": "one_search", "b": "cold_start", "em": far, "f1": far}]
     worst = SCORES | {"em": 100.0, "f1": 100.0, "accuracy": 100.0, "em_interval": [100.0, 100.0], "n": 12345}
-    row = iteration(1, **BOUND | {"likelihood_bound": -123.45, "likelihood_bound_stderr": 10.25})
+    row = iteration(1, **NEW | {"likelihood_bound": -123.45, "likelihood_bound_stderr": 10.25})
+    row |= {"paired": {"likelihood_bound": {"difference": -123.45, "stderr": 10.25}}}
     row = row | {"phase_seconds": {"expectation": 12345.0, "maximisation": 12345.0}, "dev": worst}
     given = {
-        "outcome": outcome(iterations=[row], test={"one_search": worst}),
+        "outcome": outcome(iterations=[row], test={"one_search": worst}, selection=SURE, paired_tests=wide),
         "scores": scored(sets={"hotpotqa/dev.jsonl": worst}, all=worst),
     }
     getattr(screen.display, name)(given[name])

@@ -398,8 +398,55 @@ def test_the_summary_of_an_e_step() -> None:
     assert summary.effective_sample_size == pytest.approx((0.36 / 0.26 + 2) / 2)
     assert summary.all_failed_share == 50.0
     assert summary.mean_weight == pytest.approx(0.25)
+    assert summary.likelihood_bound_median == pytest.approx(np.median(bounds))
+    assert (summary.mean_likelihood, summary.median_likelihood) == pytest.approx((0.25, 0.25))
+    assert summary.mean_likelihood_stderr == pytest.approx(0.05)
+    assert summary.global_effective_sample_size == pytest.approx(1.0 / (0.25 + 0.01 + 0.04 + 0.04))
+    assert (summary.weighted_trajectories, summary.proposal_ratio) == (4, None)
     with pytest.raises(ValueError, match="0 questions"):
         summarise([], [], config)
+
+
+def test_a_few_questions_that_make_up_most_of_the_bound_are_seen_beside_its_median() -> None:
+    groups = [[one(-40.0)], *[[one(-1.0)] for _ in range(18)], [one(0.0)]]
+    config = WeightingConfig()
+    summary = summarise(groups, [log_weights(group, config) for group in groups], config)
+    assert summary.likelihood_bound == pytest.approx(-58 / 20)
+    assert (summary.likelihood_bound_median, summary.likelihood_bound_trimmed) == (-1.0, -1.0)
+    assert summary.median_likelihood == pytest.approx(math.exp(-1.0))
+    # One trajectory each: the mean over questions says nothing, together they are no twenty.
+    assert summary.effective_sample_size == pytest.approx(1.0)
+    w = np.exp([-40.0, *[-1.0] * 18, 0.0])
+    assert summary.global_effective_sample_size == pytest.approx(w.sum() ** 2 / (w**2).sum())
+
+
+def test_the_summary_says_what_the_correction_of_the_proposal_did() -> None:
+    ratios = [[0.5, 4.0], [1.0, 8.0]]
+    groups = [[one(-1.0, log_ratio=math.log(ratio)) for ratio in group] for group in ratios]
+    config = WeightingConfig(correct_proposal=True, max_ratio=2.0)
+    found = summarise(groups, [log_weights(group, config) for group in groups], config).proposal_ratio
+    assert found is not None
+    clipped = [0.5, 2.0, 1.0, 2.0]
+    assert (found.trajectories, found.clipped_share) == (4, 50.0)
+    assert (found.mean, found.mean_clipped) == pytest.approx((13.5 / 4, 5.5 / 4))
+    assert found.effective_sample_size == pytest.approx(sum(clipped) ** 2 / sum(r * r for r in clipped))
+
+
+def test_the_mean_ratio_of_a_truncated_proposal_is_what_truncation_keeps() -> None:
+    # Of four trajectories the proposal never samples the last one, and renormalises the others: p / q is their share.
+    model = np.array([0.4, 0.3, 0.2, 0.1])
+    proposal = model[:3] / model[:3].sum()
+    groups = [[one(-1.0, log_ratio=math.log(p / q)) for p, q in zip(model, proposal, strict=False)]]
+    config = WeightingConfig(correct_proposal=True)
+    found = summarise(groups, [log_weights(group, config) for group in groups], config).proposal_ratio
+    assert found is not None and found.mean == pytest.approx(0.9)
+
+
+def test_a_ratio_beyond_all_numbers_breaks_no_other_figure() -> None:
+    groups = [[one(-1.0, log_ratio=900.0), one(-1.0)]]
+    config = WeightingConfig(correct_proposal=True)
+    found = summarise(groups, [log_weights(group, config) for group in groups], config).proposal_ratio
+    assert found is not None and (found.mean, found.mean_clipped) == (math.inf, pytest.approx(1.5))
 
 
 def test_an_impossible_question_takes_the_bound_down_and_breaks_no_other_figure() -> None:
@@ -407,6 +454,7 @@ def test_an_impossible_question_takes_the_bound_down_and_breaks_no_other_figure(
     config = WeightingConfig()
     summary = summarise(groups, [log_weights(group, config) for group in groups], config)
     assert (summary.likelihood_bound, summary.likelihood_bound_stderr) == (-math.inf, 0.0)
+    assert summary.mean_likelihood == pytest.approx(math.exp(-1.0) / 2)
     assert summary.mean_weight == pytest.approx(math.exp(-1.0) / 2)
 
 

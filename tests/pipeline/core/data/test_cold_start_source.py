@@ -147,6 +147,16 @@ def test_the_questions_are_a_sample_over_all_files(tmp_path: Path, made: Make) -
     assert len({frozenset(sample) for sample in samples}) > 1
 
 
+def test_the_data_seed_chooses_the_questions_whatever_the_seed_of_the_run(tmp_path: Path, made: Make) -> None:
+    write_questions(tmp_path / "train.jsonl", range(6))
+
+    def sample(*seeds: str) -> list[str]:
+        return [question_of(e) for e in made(config(tmp_path, *seeds))[0]]
+
+    assert sample("data.seed=5", "seed=1") == sample("data.seed=5", "seed=2") == sample("seed=5")
+    assert len({tuple(sample(f"data.seed={seed}")) for seed in range(6)}) > 1
+
+
 def test_a_gold_passage_that_the_corpus_lacks_is_counted(tmp_path: Path, made: Make) -> None:
     write_questions(tmp_path / "train.jsonl", [0, 9])
     examples, statistics = made(config(tmp_path))

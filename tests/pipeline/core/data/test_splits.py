@@ -72,6 +72,15 @@ def test_limits_take_a_sample_that_depends_on_the_seed_alone(root: Path) -> None
     assert load(root, *TRAIN_AND_DEV, *limits, "seed=1") != splits
 
 
+def test_a_data_seed_chooses_the_sample_whatever_the_seed_of_the_run(root: Path) -> None:
+    limits = ("data.train_limit=5", "data.dev_limit=3", "data.test=test.jsonl", "data.test_limit=2")
+    splits = load(root, *TRAIN_AND_DEV, *limits, "data.seed=1")
+    assert load(root, *TRAIN_AND_DEV, *limits, "data.seed=1", "seed=7") == splits
+    assert load(root, *TRAIN_AND_DEV, *limits, "seed=1") == splits  # null is the seed of the run
+    assert load(root, *TRAIN_AND_DEV, *limits, "data.seed=0", "seed=1") == load(root, *TRAIN_AND_DEV, *limits)
+    assert load(root, *TRAIN_AND_DEV, *limits, "data.seed=2") != splits
+
+
 def test_a_limit_above_the_number_of_questions_takes_all(root: Path) -> None:
     assert len(load(root, *TRAIN_AND_DEV, "data.train_limit=500").train) == 20
 
