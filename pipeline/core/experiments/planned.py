@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.core.config import EXSEARCH, Config, DataConfig
+from pipeline.core.config import EXSEARCH, Config
 from pipeline.core.config.loading import read_tree
 from pipeline.core.errors import UserError
 from pipeline.core.experiments.spec import BEST, INDEXES, Arm, Experiment, overrides_of
@@ -19,7 +19,7 @@ from pipeline.core.run import RunFiles, check_directory, flatten
 Load = Callable[[Path, Sequence[str]], Config]
 """Reads a configuration file with overrides."""
 
-DATA_SEED = {"data.seed": 0} if "seed" in DataConfig.model_fields else {}
+DATA_SEED = {"data.seed": 0}
 """Draws the same questions for all seeds of training, unless the experiment says otherwise."""
 
 
