@@ -27,6 +27,8 @@ TESTS = "tests/theory"
 WEIGHTING = "pipeline/core/weighting.py"
 WEIGHING = "pipeline/core/weighing.py"
 LOSS = "pipeline/core/losses/likelihood.py"
+NORMALISED = "return found, log_sum([*found, np.log(config.floor)] if config.floor > 0 else found)"
+"""Of `posterior`, with what it is divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,70 +52,50 @@ class Mutation:
 
 MUTATIONS = (
     Mutation(
-        "likelihood: mean of the log-probabilities, not their sum",
+        "likelihood, posterior: mean of the log-probabilities, not their sum",
         WEIGHTING,
-        "found = of_set / config.temperature + log_ratios",
-        "found = per_token / config.temperature + log_ratios",
-    ),
-    Mutation(
-        "likelihood: temperature inverted",
-        WEIGHTING,
-        "found = of_set / config.temperature + log_ratios",
-        "found = of_set * config.temperature + log_ratios",
-    ),
-    Mutation(
-        "likelihood: temperature also on the ratio",
-        WEIGHTING,
-        "found = of_set / config.temperature + log_ratios",
-        "found = (of_set + log_ratios) / config.temperature",
-    ),
-    Mutation(
-        "likelihood: no ratio",
-        WEIGHTING,
-        "found = of_set / config.temperature + log_ratios",
         "found = of_set / config.temperature",
+        "found = per_token / config.temperature",
     ),
     Mutation(
-        "posterior: no normaliser",
+        "likelihood, posterior: temperature inverted",
         WEIGHTING,
-        "_normalised(of_set / config.temperature + log_ratios, config.floor)",
-        "of_set / config.temperature + log_ratios",
+        "found = of_set / config.temperature",
+        "found = of_set * config.temperature",
     ),
+    Mutation(
+        "likelihood, posterior: temperature also on the ratio",
+        WEIGHTING,
+        "found = found + log_ratios",
+        "found = found + log_ratios / config.temperature",
+    ),
+    Mutation(
+        "likelihood, posterior: no ratio",
+        WEIGHTING,
+        "found = found + log_ratios",
+        "found = found + 0 * log_ratios",
+    ),
+    Mutation("posterior: no normaliser", WEIGHTING, NORMALISED, "return found, 0.0"),
     Mutation(
         "posterior: ratio outside the normaliser",
         WEIGHTING,
-        "_normalised(of_set / config.temperature + log_ratios, config.floor)",
-        "_normalised(of_set / config.temperature, config.floor) + log_ratios",
-    ),
-    Mutation(
-        "posterior: temperature inverted",
-        WEIGHTING,
-        "_normalised(of_set / config.temperature + log_ratios, config.floor)",
-        "_normalised(of_set * config.temperature + log_ratios, config.floor)",
-    ),
-    Mutation(
-        "posterior: mean of the log-probabilities, not their sum",
-        WEIGHTING,
-        "_normalised(of_set / config.temperature + log_ratios, config.floor)",
-        "_normalised(per_token / config.temperature + log_ratios, config.floor)",
+        NORMALISED,
+        "return found, log_sum([*(found - log_ratios), np.log(config.floor) if config.floor else -np.inf])",
     ),
     Mutation(
         "normaliser: mean over the question, not sum",
         WEIGHTING,
-        "return logs if np.isneginf(total) else logs - total",
-        "return logs if np.isneginf(total) else logs - total + np.log(len(logs))",
+        NORMALISED,
+        f"{NORMALISED} - float(np.log(len(found)))",
     ),
     Mutation(
-        "floor: behind the logarithm",
-        WEIGHTING,
-        "total = log_sum([*logs, np.log(floor)] if floor > 0 else logs)",
-        "total = log_sum(logs) + floor",
+        "floor: behind the logarithm", WEIGHTING, NORMALISED, "return found, log_sum(found) + config.floor"
     ),
     Mutation(
         "floor: once per trajectory",
         WEIGHTING,
-        "total = log_sum([*logs, np.log(floor)] if floor > 0 else logs)",
-        "total = log_sum([*logs, np.log(floor * len(logs))] if floor > 0 else logs)",
+        NORMALISED,
+        NORMALISED.replace("np.log(config.floor)", "np.log(config.floor * len(found))"),
     ),
     Mutation(
         "length_normalised: sum of the log-probabilities, not their mean",
@@ -124,20 +106,20 @@ MUTATIONS = (
     Mutation(
         "length_normalised: never self-normalised",
         WEIGHTING,
-        "if config.self_normalised:",
-        "if False:",
+        "return found, log_sum(found) if config.self_normalised else 0.0",
+        "return found, 0.0",
     ),
     Mutation(
         "reward: its exponential as the weight",
         WEIGHTING,
-        "np.array([np.log(s.reward) if s.reward > 0 else -np.inf for s in scored]) + log_ratios",
-        "np.array([s.reward for s in scored]) + log_ratios",
+        "found = _log(np.array([s.reward for s in scored])) + log_ratios",
+        "found = np.array([s.reward for s in scored]) + log_ratios",
     ),
     Mutation(
         "uniform: K off by one",
         WEIGHTING,
-        "found = log_ratios - np.log(len(scored))",
-        "found = log_ratios - np.log(len(scored) + 1)",
+        "return log_ratios, float(np.log(len(scored)))",
+        "return log_ratios, float(np.log(len(scored) + 1))",
     ),
     Mutation(
         "several gold answers: the best one, not their sum",
@@ -181,6 +163,18 @@ MUTATIONS = (
         "min(scored.log_ratio, float(np.log(config.max_ratio)))",
         "max(scored.log_ratio, float(np.log(config.max_ratio)))",
     ),
+    Mutation(
+        "turns: credit of what comes behind never fades",
+        WEIGHTING,
+        "credits[i] += decay * credits[i + 1]",
+        "credits[i] += credits[i + 1]",
+    ),
+    Mutation(
+        "turns: gains of the logarithms",
+        WEIGHTING,
+        "credits = np.diff(np.exp(values - log_unit))",
+        "credits = np.diff(values - log_unit)",
+    ),
     Mutation("ratio: upside down", WEIGHING, "- log_q).sum())", "* -1 + log_q).sum())"),
     Mutation("ratio: mean over the tokens, not sum", WEIGHING, "- log_q).sum())", "- log_q).mean())"),
     Mutation(
@@ -210,7 +204,7 @@ MUTATIONS = (
     Mutation(
         "loss: mean over a trajectory's tokens, not sum",
         LOSS,
-        "weights = [v if v >= self.negligible_weight else 0.0 for v in exact]",
+        "weights = [v if v >= self.negligible_weight * c else 0.0 for v, c in zip(exact, copies, strict=True)]",
         "weights = [v / max(n, 1) for v, n in zip(exact, num_tokens, strict=True)]",
     ),
     Mutation(

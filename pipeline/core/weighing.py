@@ -328,7 +328,7 @@ def log_ratio(trajectory: Trajectory, *, with_answer: bool) -> float:
 def scored_from_json(row: Mapping[str, Any]) -> Scored:
     """One trajectory of `statistics_of`."""
     log_likelihood, per_token = logs_from_json([row["log_likelihood"], row["per_token"]])
-    before = tuple(logs_from_json(row["before"]))
+    before = tuple(logs_from_json(row.get("before", ())))  # which earlier versions did not write
     return Scored(**{**row, "log_likelihood": log_likelihood, "per_token": per_token, "before": before})
 
 

@@ -92,7 +92,9 @@ class Runs:
         )
 
     def run(self, weighting: WeightingConfig, *, records_proposal: bool) -> RunDirectory:
-        weigh = SearchWeights(weighting, AgentConfig(), "model")
+        # Else what is trained has no weight of each trajectory.
+        apart = weighting.model_copy(update={"merge_copies": False})
+        weigh = SearchWeights(apart, AgentConfig(), "model")
         run = RunDirectory(self.at / f"run{len(list(self.at.iterdir()))}", Config(weighting=weighting))
         shards = Shards(QUESTIONS, run.at("1/rollouts"), {"searcher": run.at("1/searcher/examples")}, 2)
         shards.resume()
