@@ -64,7 +64,16 @@ $(READY): $(LOCK) pyproject.toml
 	echo $(DEVICE) > $(VENV)/.device
 	pip=($(BIN)/python -m pip --no-input --disable-pip-version-check --no-color install --no-deps --progress-bar off)
 	# One line now and then: a person sees that it moves, a log stays short.
-	steps() { awk '/^Collecting|^Processing/ && ++n % 40 == 0 {print "  " n " fetched"; fflush()} /^Installing/ {print "  installing them"; fflush()}'; }
+	# Not awk: some hold their input back until a block of it is full.
+	steps() {
+	  n=0
+	  while IFS= read -r line; do
+	    case "$$line" in
+	      Collecting*|Processing*) n=$$((n + 1)); [ $$((n % 40)) -ne 0 ] || echo "  $$n fetched" ;;
+	      Installing*) echo "  installing them" ;;
+	    esac
+	  done
+	}
 	torch=$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
 	echo "Installing $$(grep -c == $(LOCK)) packages of the $(DEVICE) set ($(LOCK)): some minutes, and some GB of disk."
 	if [ $(DEVICE) = cpu ]; then

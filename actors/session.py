@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from pipeline.core.errors import RunError
 from pipeline.core.packages import has_gpu_packages
 from pipeline.core.preflight import check_machine
 from retriever_service.interrupts import Interrupted
+
+logger = logging.getLogger(__name__)
 
 
 def cpu_environment() -> dict[str, str]:
@@ -57,8 +59,11 @@ class ClusterError(RunError):
 
 
 @contextmanager
-def ray_session(config: ClusterConfig) -> Iterator[None]:
+def ray_session(config: ClusterConfig, say: Callable[[str], None] = logger.info) -> Iterator[None]:
     """Connect to the configured cluster, or start a local one, for the duration; an open connection is left alone.
+
+    Args:
+        say: told which cluster is joined, and what named it: it may be one that nobody thinks of any more.
 
     Raises:
         UserError: this machine, the address or a node of the cluster is not fit for a run.
@@ -70,6 +75,7 @@ def ray_session(config: ClusterConfig) -> Iterator[None]:
     check_machine(starts_ray=cluster is None, on_gpus=has_gpu_packages())
     if cluster is not None:
         check_address(*cluster)
+        say(f"joining the Ray cluster at {cluster[0]}, which {cluster[1]} names")
     # It announces Ray's new default, token authentication, at every start.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     try:

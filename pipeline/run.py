@@ -83,7 +83,7 @@ def open_run(
         mirror or nullcontext(),
         Tracker(files.path, config.tracking, files.path.name) as tracker,
         display.follow(files.path),
-        ray_session(config.cluster),
+        ray_session(config.cluster, display.line),
     ):
         if mirror is not None and mirror.restored is not None:
             logger.info(mirror.restored)

@@ -112,7 +112,7 @@ def open_searcher(
     # Nobody asks beside a single question: its searches need not wait for others.
     alone = {"batch_wait_s": 0.0} if at_once == 1 else {}
     retriever = config.retriever.model_copy(update={"replicas": 1, **alone})
-    with ray_session(config.cluster):
+    with ray_session(config.cluster, display.line):
         with display.status("starting the retriever and vLLM"):
             cluster = Cluster([spec], config.cluster, retriever, searched)
         with cluster:

@@ -39,7 +39,7 @@ def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
     config = demo_config(world, overrides)
     check_directory(run, config)
     check_memory(config, methods.policies(config))
-    with ray_session(config.cluster):
+    with ray_session(config.cluster, display.line):
         config = demo_config(world, overrides, count_devices())
         make_world(world, seed=config.data.sample_seed(0), size="small", display=display)
         outcome = train(config, run, display)

@@ -34,7 +34,7 @@ def encode_on_cluster(
     Raises:
         RetrieverError, RetrieverUnavailable: see `encode_with_actors`.
     """
-    with ray_session(ClusterConfig()):
+    with ray_session(ClusterConfig(), display.line):
         resources = ray.cluster_resources()
         device, of_them = ("cuda", "GPU") if resources.get("GPU") else ("cpu", "CPU")
         with display.progress("encoding", None, "passages") as advance:

@@ -104,7 +104,7 @@ def _trajectories(
     # The evidence is for scoring alone, and may be many times what is asked.
     questions = [replace(question, evidence=None) for members in sets.values() for question in members]
     policies = [PolicySpec(role, config.model.at(path), config.rollout) for role, path in models.items()]
-    with ray_session(config.cluster):
+    with ray_session(config.cluster, display.line):
         with display.status("starting the retriever and the vLLM engines"):
             cluster = Cluster(policies, config.cluster, config.retriever, searched)
         with cluster, display.progress(f"evaluating on {split}", len(questions), "questions") as advance:

@@ -104,11 +104,13 @@ def test_a_node_whose_kernels_could_not_be_compiled_is_named() -> None:
 @pytest.mark.component
 def test_a_session_looks_at_every_node_of_the_cluster_and_leaves_it_when_one_is_not_fit() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    session = ray_session(ClusterConfig(address=cluster.address))
+    said: list[str] = []
+    session = ray_session(ClusterConfig(address=cluster.address), said.append)
     try:
         cluster.add_node(num_cpus=1, env_vars={"VLLM_PORT": "tcp://10.0.0.1:8000"})
         with pytest.raises(UserError, match=r"VLLM_PORT is tcp://10\.0\.0\.1:8000 on the node"), session:
             pytest.fail("there is a node on which no engine would start")
         assert not ray.is_initialized()
+        assert said == [f"joining the Ray cluster at {cluster.address}, which cluster.address names"]
     finally:
         cluster.shutdown()

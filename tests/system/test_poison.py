@@ -75,13 +75,15 @@ def test_a_senseless_answer_costs_the_trajectories_that_asked_for_it_and_nothing
         settings = [row for row in overrides(world, index, SEARCHER) if not row.startswith("retriever.")]
         settings += [f"retriever.url={url}", "retriever.dialect=search-r1", "cold_start.questions=0"]
         settings += ["rollout.samples=8", "learner.num_ranks=1", "data.test=[]", "data.dev_limit=1"]
+        # Which query it is depends on their order: one that all trajectories of a question begin with costs eight.
+        settings += ["rollout.max_failure_share=0.3"]
         finish(run, settings)
     assert len(seen) > POISONED
     iteration = run / "iterations/0001"
     rows = trajectories_from_table(pq.read_table(iteration / "rollouts"))
     lost = {f"{t.question_id}/{t.sample}" for t in rows if t.stop_reason is StopReason.RETRIEVER_BAD_ANSWER}
     reasons = json.loads((iteration / "sample.json").read_text())["stop_reasons"]
-    assert 1 <= len(lost) == reasons["retriever_bad_answer"] < len(rows) / 10
+    assert 1 <= len(lost) == reasons["retriever_bad_answer"] < len(rows) / 4
     assert reasons["retriever_unavailable"] == reasons["engine_error"] == 0
     trained = {e.id for e in examples_from_table(pq.read_table(iteration / "searcher/examples"))}
     assert trained and not trained & lost
