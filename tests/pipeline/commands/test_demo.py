@@ -72,7 +72,7 @@ def test_the_world_is_that_of_the_data_seed(
     for name, stand_in in {
         "make_world": make_world,
         "check_memory": lambda *_: None,
-        "ray_session": lambda _: nullcontext(),
+        "ray_session": lambda _, say: nullcontext(),
         "count_devices": lambda: 1,
     }.items():
         monkeypatch.setattr(f"pipeline.commands.demo.{name}", stand_in)
