@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.comparison import paired_tests, selection
-from pipeline.core.config import Iterations
+from pipeline.core.config import EvaluationConfig, Iterations
 from pipeline.core.question_scores import Scores, read_scores
 from pipeline.core.run import DATA_FILE, Json, RunFiles, read_json
 
@@ -25,8 +25,6 @@ DEV_SAMPLES = "dev_samples"
 """The folder of its trajectories."""
 TESTS = ("start", "best")
 """Of a recipe that says nothing else, in their order."""
-RESAMPLES = 1000
-"""As `evaluation.bootstrap_samples` has it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +38,16 @@ class Column:
     """Where the number's standard error is, to show it as well."""
     if_null: str = ""
     """Shown where the report has null: JSON has no infinity."""
+
+
+STEPS_OF_A_SEARCHER = (
+    Column("dev EM", "evaluation.scores.em"),
+    Column("dev F1", "evaluation.scores.f1"),
+    Column("searches", "evaluation.scores.searches", 2),
+    Column("sample s", "sample.seconds", 0),
+    Column("train s", "searcher/train.seconds", 0),
+)
+"""Of a recipe that trains the one policy `searcher`, behind its own columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +74,11 @@ def step_outcome(report: Json, columns: Sequence[Column], legend: str = "* best"
 
 
 def step_report(
-    run: RunFiles, recipe: str, seed: int, iterations: Iterations, samples: int = RESAMPLES
+    run: RunFiles,
+    recipe: str,
+    seed: int,
+    iterations: Iterations,
+    samples: int = EvaluationConfig().bootstrap_samples,
 ) -> Json:
     """The report as far as the run has come: per iteration what each step found out, under the step's name."""
     rows: list[Json] = [

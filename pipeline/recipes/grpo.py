@@ -33,7 +33,7 @@ from pipeline.core.errors import RunError, UserError
 from pipeline.core.losses.policy_gradient import ClippedRatio, MeanOver
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Episode, Example, Numbers, Question, StopReason, count_stop_reasons
-from pipeline.core.report import Column, Outcome, best_iteration, step_outcome
+from pipeline.core.report import STEPS_OF_A_SEARCHER, Column, Outcome, best_iteration, step_outcome
 from pipeline.core.scoring.answers import ProtocolName, score_answer
 from pipeline.core.weighing import Weighted
 from pipeline.iterations import iterate
@@ -93,11 +93,7 @@ COLUMNS = (
     Column("reward", "sample.reward", 3),
     Column("groups", "sample.groups", 0),
     Column("equal", "sample.equal_groups", 0),
-    Column("dev EM", "evaluation.scores.em"),
-    Column("dev F1", "evaluation.scores.f1"),
-    Column("searches", "evaluation.scores.searches", 2),
-    Column("sample s", "sample.seconds", 0),
-    Column("train s", "searcher/train.seconds", 0),
+    *STEPS_OF_A_SEARCHER,
 )
 LEGEND = (
     "reward: mean of what was sampled; groups: questions whose trajectories differ in reward; equal: those whose\n"

@@ -31,7 +31,7 @@ from pipeline.core.errors import RunError
 from pipeline.core.losses.preference import Dpo
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Episode, Example, Question, StopReason, count_stop_reasons
-from pipeline.core.report import Column, Outcome, best_iteration, step_outcome
+from pipeline.core.report import STEPS_OF_A_SEARCHER, Column, Outcome, best_iteration, step_outcome
 from pipeline.core.weighing import Weighted, logs_from_json
 from pipeline.core.weighting import log_mean, log_sum
 from pipeline.iterations import iterate
@@ -59,11 +59,7 @@ COLUMNS = (
     Column("bound", "sample.log_likelihood", 2),
     Column("pairs", "sample.pairs", 0),
     Column("accuracy", "searcher/train.accuracy", 2),
-    Column("dev EM", "evaluation.scores.em"),
-    Column("dev F1", "evaluation.scores.f1"),
-    Column("searches", "evaluation.scores.searches", 2),
-    Column("sample s", "sample.seconds", 0),
-    Column("train s", "searcher/train.seconds", 0),
+    *STEPS_OF_A_SEARCHER,
 )
 LEGEND = (
     "bound: mean log p(answer); pairs: questions with two trajectories far enough apart; accuracy: share of\n"

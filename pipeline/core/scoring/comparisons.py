@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.core.scoring.paired import judged
+
 SAMPLES = 10_000
 _BLOCK = 2**22
 """Values that are held in memory at once."""
@@ -50,10 +52,8 @@ def bootstrap_table(values: npt.NDArray[np.float64], *, samples: int = SAMPLES, 
         by_seed = values[:, questions].sum(axis=2).T  # [size, S]
         sums = np.take_along_axis(by_seed, seeds, axis=1).sum(axis=1)
         means[begin : begin + size] = sums / values.size
-    low, high = np.percentile(means, [2.5, 97.5])
-    one_side = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
-    p = min(1.0, 2 * (1 + int(one_side)) / (samples + 1))
-    return Estimate(float(values.mean()), float(low), float(high), p)
+    (low, high), p = judged(means)
+    return Estimate(float(values.mean()), low, high, p)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

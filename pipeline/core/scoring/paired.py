@@ -154,10 +154,15 @@ def paired_bootstrap(differences: Sequence[float] | Array, samples: int, seed: i
     if not values.any():
         wide = wilson(0, len(values))[1]
         return (-wide, wide), 1.0
-    means = resampled_means(values[np.newaxis], samples, seed)[:, 0]
+    return judged(resampled_means(values[np.newaxis], samples, seed)[:, 0])
+
+
+def judged(means: Array) -> tuple[Interval, float]:
+    """95 % percentile interval of resampled means, and the p-value of a true mean of 0: twice the smaller share of them
+    on one side of 0 (those at 0 are on both), the sample itself counted in."""
     low, high = np.percentile(means, [2.5, 97.5])
-    beyond = min(int(np.sum(means <= 0)), int(np.sum(means >= 0)))
-    return (float(low), float(high)), min(1.0, 2 * (1 + beyond) / (1 + samples))
+    one_side = min(int(np.sum(means <= 0)), int(np.sum(means >= 0)))
+    return (float(low), float(high)), min(1.0, 2 * (1 + one_side) / (1 + len(means)))
 
 
 def probabilities_of_best(scores: Array, samples: int, seed: int) -> Array:
