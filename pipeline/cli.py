@@ -160,11 +160,14 @@ def experiment(
     ],
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the runs (default: runs/experiments/NAME).")
+        Path | None,
+        typer.Option(
+            "--out", help="Folder of the experiments, runs in NAME/ARM (default: runs/experiments)."
+        ),
     ] = None,
     results: Annotated[
         Path | None,
-        typer.Option("--results", help="Folder of results.md and figures/ (default: that of --out)."),
+        typer.Option("--results", help="Folder of results.md and figures/ (default: NAME in --out)."),
     ] = None,
     seed: Annotated[
         list[int] | None, typer.Option("--seed", help="This one of its seeds alone; repeatable.")

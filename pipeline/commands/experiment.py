@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from pipeline.core.errors import RunError, UserError
 from pipeline.core.experiments.page import check_page, write_page
 from pipeline.core.experiments.planned import PlannedRun, plan_runs
 from pipeline.core.experiments.results import read_results
-from pipeline.core.experiments.spec import WORLD, Experiment, find_experiment, read_experiment
+from pipeline.core.experiments.spec import Experiment, find_experiment, read_experiment, world_folder
 from pipeline.core.experiments.tables import make_table
 from pipeline.core.packages import has_gpu_packages
 from pipeline.core.plan.machine import this_machine
@@ -45,8 +46,8 @@ def run_experiment(
     Args:
         which: name of a shipped experiment, or file.
         overrides: `key=value` for all runs.
-        out: folder of the runs; None: runs/experiments/NAME.
-        results: folder of `results.md` and `figures/`; None: `out`.
+        out: folder of experiments, which share worlds, indexes and runs; None: runs/experiments.
+        results: folder of `results.md` and `figures/`; None: that of the experiment in `out`.
         seeds: these alone; empty: all of the experiment.
         dry_run: only show what would be done.
         table: only write the results of what is finished.
@@ -56,7 +57,7 @@ def run_experiment(
         RunError: runs failed. The others went on, and are in the results.
     """
     experiment = read_experiment(find_experiment(which, EXPERIMENTS))
-    home = (out or Path("runs") / "experiments" / experiment.name).absolute()
+    home = (out or Path("runs") / "experiments").absolute() / experiment.name
     folder = results or home
     runs = _planned(experiment, home, overrides, seeds)
     if dry_run:
@@ -75,7 +76,8 @@ def run_experiment(
         display.line("written: " + ", ".join(map(str, written)))
     elif table:
         raise UserError(
-            f"no run of {experiment.name} is finished in {home}; leave out --table, or name their folder with --out"
+            f"no run of {experiment.name} is finished in {home}; leave out --table, or name the folder of the "
+            "experiments with --out"
         )
     if failed:
         raise RunError("\n".join([f"{len(failed)} of {len(runs)} runs failed:", *failed]))
@@ -88,7 +90,7 @@ def _planned(
     if experiment.spec.world is not None:
         (machine,) = this_machine()
         devices = (has_gpu_packages() and machine.gpus) or machine.cpus
-        defaults = world_settings(home / WORLD, devices)
+        defaults = world_settings(home.parent / world_folder(experiment.spec.world), devices)
     return plan_runs(
         experiment,
         home,
@@ -102,13 +104,19 @@ def _planned(
 
 def _make(experiment: Experiment, home: Path, runs: Sequence[PlannedRun], display: Display) -> list[str]:
     """What is not finished, one run after the other; gives a line for each that failed."""
+    for run in runs:
+        if run.path.is_symlink() and not run.path.exists():  # what it led to has been deleted
+            run.path.unlink()
+        if (other := run.same_elsewhere()) is not None:
+            run.link(other)
+            display.line(f"{run.title}: is the run {os.path.relpath(other)}")
     to_do = [run for run in runs if not run.is_finished()]
     for run in {run.arm.name: run for run in to_do}.values():
         policies = methods.policies(run.config)
         check_models({spec.model.path for spec in policies})
         check_memory(run.config, policies)
-    if experiment.spec.world is not None:
-        make_world(home / WORLD, WORLD_SEED, experiment.spec.world, display)
+    if (size := experiment.spec.world) is not None:
+        make_world(home.parent / world_folder(size), WORLD_SEED, size, display)
     # Each distinct data once; the seed is that of the sample of questions.
     for run in {(run.config.data.model_dump_json(), run.seed): run for run in to_do}.values():
         required = ("train", "dev", "test") if run.config.of_recipe.iterations else ("test",)

@@ -35,7 +35,7 @@ def print_plan(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
     title = f"{experiment.name}: {len(runs)} runs"
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     table.add_column("arm", overflow="fold")
-    for column in ("runs", "finished", "begun", "time of one", "left"):
+    for column in ("runs", "finished", "elsewhere", "begun", "time of one", "left"):
         table.add_column(column, justify="right", no_wrap=True)
     measured = [_seconds(run) for run in runs if run.is_finished()]
     left, unknown = 0.0, 0
@@ -43,13 +43,19 @@ def print_plan(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
         own = [run for run in runs if run.arm is arm]
         finished = [run for run in own if run.is_finished()]
         begun = sum(run.is_begun() for run in own) - len(finished)
-        to_do = len(own) - len(finished)
+        elsewhere = sum(run.same_elsewhere() is not None for run in own)
+        to_do = len(own) - len(finished) - elsewhere
         one, how = _seconds_of_one(own[0].config, finished, measured, experiment.spec.world)
         if one is None:
             unknown += to_do
         left += to_do * (one or 0.0)
-        cells = (str(len(own)), str(len(finished)), str(begun), f"{_time(one)} {how}".strip())
-        table.add_row(escape(arm.name), *cells, _time(None if one is None else to_do * one))
+        counts = (len(own), len(finished), elsewhere, begun)
+        table.add_row(
+            escape(arm.name),
+            *map(str, counts),
+            f"{_time(one)} {how}".strip(),
+            _time(None if one is None else to_do * one),
+        )
     console = Console()
     console.print(table)
     rest = f", and {unknown} runs of which no time is known" if unknown else ""

@@ -278,6 +278,15 @@ def check_directory(path: Path, config: Config) -> None:
         )
 
 
+def holds_same(path: Path, config: Config) -> bool:
+    """Whether a directory holds a run of exactly this configuration, paths compared as places."""
+    try:
+        old = type(config).model_validate(read_tree(path / "config.yaml"))
+    except (UserError, ValueError):  # another recipe's, another version's, or no run at all
+        return False
+    return _with_absolute_paths(old) == _with_absolute_paths(config)
+
+
 def _check_same(stored: Path, config: Config) -> None:
     try:
         tree = read_tree(stored)

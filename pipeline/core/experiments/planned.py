@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.core.config import EXSEARCH, Config
@@ -14,7 +15,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.experiments.spec import BEST, INDEXES, Arm, Experiment, overrides_of
 from pipeline.core.report import best_iteration, should_stop
 from pipeline.core.retrieval import corpus_paths
-from pipeline.core.run import RunFiles, check_directory, flatten
+from pipeline.core.run import RunFiles, check_directory, flatten, holds_same
 
 Load = Callable[[Path, Sequence[str]], Config]
 """Reads a configuration file with overrides."""
@@ -28,7 +29,7 @@ class PlannedRun:
     """One arm under one seed: what `exsearch train --config FILE --run PATH OVERRIDES` makes.
 
     Attributes:
-        index: of the experiment, that all runs share which search the same; None where the configuration names its own.
+        index: that all runs share which search the same; None where the configuration names its own.
     """
 
     arm: Arm
@@ -49,6 +50,22 @@ class PlannedRun:
 
     def is_begun(self) -> bool:
         return (self.path / "config.yaml").exists()
+
+    def same_elsewhere(self) -> Path | None:
+        """A finished run of another experiment of this folder that is the very same; None once this one is begun."""
+        if self.is_begun():
+            return None
+        home = self.path.parents[1]
+        for path in sorted(home.parent.glob(f"*/*/{self.path.name}")):
+            elsewhere = path.parents[1] != home and holds_same(path, self.config)
+            if elsewhere and replace(self, path=path).is_finished():
+                return path.resolve()
+        return None
+
+    def link(self, other: Path) -> None:
+        """Make this run's directory a link to that one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.symlink_to(os.path.relpath(other, self.path.parent))
 
     def is_finished(self) -> bool:
         """Whether all iterations are whole, and the best of them is tested."""
@@ -73,7 +90,7 @@ def plan_runs(
     """All runs, arm by arm for the first seed, then for the next: what is finished early can be compared early.
 
     Args:
-        out: folder of the runs, an absolute path.
+        out: folder of the experiment's arms, an absolute path.
         configs: folder of the shipped configurations.
         defaults: keys that are set where neither `base` nor the experiment says anything of them.
         overrides: `key=value` for all runs.
@@ -112,7 +129,7 @@ def _planned(arm: Arm, seed: int, out: Path, file: Path, given: Sequence[str], l
         raise UserError("storage.url would be one place for the copies of all runs; leave it null")
     if not config.data.test:
         raise UserError("data.test is empty; an experiment compares scores on test questions")
-    index = _shared_index(config, out)
+    index = _shared_index(config, out.parent)
     if index is not None:
         settings = (*settings, f"retriever.index={json.dumps(str(index))}")
         config = load(file, settings)
@@ -129,7 +146,8 @@ def _file_of(base: str, experiment: Path, configs: Path) -> Path:
 
 
 def _shared_index(config: Config, out: Path) -> Path | None:
-    """Where the index of this configuration is built: one place for all runs with the same passages and encoder."""
+    """Where in the folder of the experiments the index of this configuration is: one place for all runs with the same
+    passages and encoder."""
     retriever = config.retriever
     if retriever.url is not None or retriever.index is not None:
         return None

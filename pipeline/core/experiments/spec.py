@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
@@ -30,9 +30,10 @@ BEST = "best"
 """The test of a run's best iteration."""
 _OF_ARMS = ("base", "of", "test")
 """Keys of an arm that are none of the configuration."""
-WORLD, INDEXES, FIGURES = "world", "indexes", "figures"
-NOT_OF_ARMS = (WORLD, INDEXES, FIGURES)
-"""Folders beside those of the arms."""
+FIGURES = "figures"
+"""A folder beside those of the arms."""
+INDEXES = "indexes"
+"""A folder beside those of the experiments, which share what is in it, as they do their worlds."""
 
 
 class Spec(Section):
@@ -117,6 +118,11 @@ class Experiment:
         return {override.partition("=")[0] for arm in self.arms for override in arm.overrides}
 
 
+def world_folder(size: Size) -> str:
+    """Name of the folder of a generated world, beside those of the experiments."""
+    return f"world-{size}"
+
+
 def find_experiment(which: str, shipped: Path) -> Path:
     """The file that a person means: a path, or the name of a shipped one.
 
@@ -190,13 +196,17 @@ def _in_words(value: Any) -> str:
 
 def _check(experiment: Experiment) -> None:
     spec, path, arms = experiment.spec, experiment.file, experiment.arms
+    if experiment.name in (INDEXES, *map(world_folder, get_args(Size))):
+        raise UserError(
+            f"{path}: the folder {experiment.name} is for something else; give the file another name"
+        )
     names, with_runs = [arm.name for arm in arms], [arm.name for arm in experiment.with_runs]
     if not with_runs:
         raise UserError(f"{path} has no arms; name some under `arms`, or a key with its values under `vary`")
     for label, values in (("arm", names), ("folder", [arm.folder for arm in experiment.with_runs])):
         if twice := next((value for value in values if values.count(value) > 1), None):
             raise UserError(f"{path}: two arms have the {label} {twice!r}; give them other names")
-    if taken := next((arm.name for arm in experiment.with_runs if arm.folder in NOT_OF_ARMS), None):
+    if taken := next((arm.name for arm in experiment.with_runs if arm.folder == FIGURES), None):
         raise UserError(f"{path}: the folder {taken} is for something else; give the arm another name")
     if nameless := next((arm.name for arm in experiment.with_runs if not arm.folder), None):
         raise UserError(

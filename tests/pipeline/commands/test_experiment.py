@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,13 +126,13 @@ def test_a_run_that_fails_is_named_the_others_go_on_and_the_same_command_makes_i
     assert "1 of 4 runs failed:\n  uniform weights, seed 0: exit code 1, out of luck" in result.stderr
     assert "go on with: " in result.stderr
     assert runner.made == [ALL[0], *ALL[2:]]
-    page = (folder / "out" / "results.md").read_text()
+    page = (folder / "out" / "study" / "results.md").read_text()
     assert "Not finished, and not in the tables: 1 run (uniform weights, seed 0)." in page
 
     runner.fails, runner.made = "", []
     assert run_command("experiment", study(), "--out", "out").exit_code == 0
     assert runner.made == [ALL[1]]
-    assert "Not finished" not in (folder / "out" / "results.md").read_text()
+    assert "Not finished" not in (folder / "out" / "study" / "results.md").read_text()
 
 
 def test_an_interrupted_experiment_says_how_to_go_on_and_does(
@@ -194,9 +195,9 @@ def test_runs_that_search_the_same_share_one_index(
     assert result.exit_code == 0, result.output
 
     used = {
-        name: yaml.safe_load((folder / "out" / name / "seed-0" / "config.yaml").read_text())["retriever"][
-            "index"
-        ]
+        name: yaml.safe_load((folder / "out" / "study" / name / "seed-0" / "config.yaml").read_text())[
+            "retriever"
+        ]["index"]
         for name in ("exact", "other-weights", "words")
     }
     assert used["exact"] == used["other-weights"] != used["words"]
@@ -241,6 +242,51 @@ def test_runs_of_another_experiment_are_not_mixed_in(
     result = run_command("experiment", study(), "--out", "out", "learner.learning_rate=0.1")
     assert result.exit_code == 2
     assert "arm likelihood" in result.stderr and "would mix two experiments" in result.stderr
+
+
+def test_a_run_that_another_experiment_has_made_is_not_made_again(
+    run_command: Any, study: Any, runner: Runner, folder: Path
+) -> None:
+    other = folder / "other.yaml"
+    other.write_text(study(arms={"as it is": {}, "posterior": {"weighting": "posterior"}}).read_text())
+    run_command("experiment", study(), "--out", "out")
+    runner.made = []
+
+    dry = run_command("experiment", other, "--out", "out", "--dry-run")
+    result = run_command("experiment", other, "--out", "out")
+
+    assert "as it is 2 0 2 0" in re.sub(r"[ │]+", " ", dry.stdout)
+    assert result.exit_code == 0, result.output
+    assert "as it is, seed 0: is the run out/study/likelihood/seed-0" in result.output
+    assert runner.made == ["posterior, seed 0", "posterior, seed 1"]
+    assert "| as it is | 75.0 | 75.0 | 75.0 (0.0) |" in (folder / "out" / "other" / "results.md").read_text()
+
+    shutil.rmtree(folder / "out" / "study")
+    runner.made = []
+    assert run_command("experiment", other, "--out", "out").exit_code == 0
+    assert runner.made == ["as it is, seed 0", "as it is, seed 1"]
+
+
+@pytest.mark.parametrize("difference", ["more iterations", "not finished"])
+def test_a_run_of_another_experiment_that_is_not_the_same_is_made(
+    run_command: Any, study: Any, runner: Runner, folder: Path, difference: str
+) -> None:
+    other = folder / "other.yaml"
+    other.write_text(study(arms={"as it is": {}}, seeds=[0]).read_text())
+    if difference == "not finished":
+        runner.fails = ALL[0]
+    longer = ["em.iterations=3"] if difference == "more iterations" else []
+    run_command("experiment", study(), "--out", "out", *longer)
+    runner.fails, runner.made = "", []
+
+    assert run_command("experiment", other, "--out", "out").exit_code == 0
+    assert runner.made == ["as it is, seed 0"]
+
+
+def test_an_experiment_cannot_have_the_name_of_what_experiments_share(refused: Any, study: Any) -> None:
+    file = study()
+    message = refused("experiment", file.rename(file.with_name("world-small.yaml")))
+    assert "the folder world-small is for something else; give the file another name" in message
 
 
 def test_an_experiment_that_there_is_not(refused: Any) -> None:

@@ -76,7 +76,7 @@ def test_settings_may_be_nested_and_set_only_what_they_name() -> None:
         ({"arms": {"a": {"test": "base"}}}, "`test` goes with `of: ARM`"),
         ({"arms": {"a b": {}, "a, b": {}}}, "two arms have the folder 'a-b'"),
         ({"arms": {"+": {}}}, "needs a name with letters or digits"),
-        ({"arms": {"world": {}}}, "the folder world is for something else"),
+        ({"arms": {"figures": {}}}, "the folder figures is for something else"),
         ({"baseline": "B, c"}, "baseline B, c is no arm; did you mean b, c?"),
         ({"plots": ["parameter"]}, "needs exactly one key under `vary`"),
         ({"plots": ["pie"]}, "plots.0: Input should be"),
