@@ -5,9 +5,9 @@
 A Qwen2-architecture model of about 3.3 million parameters with its own byte-level BPE learns the agent's protocol
 from gold trajectories on generated worlds of the partition `pretrain`, whose names occur in no world of the partition
 `default` (`pipeline/core/data/world/names.py`): what it can learn here is to read, to copy and to follow the format,
-not a single fact of the demo. The searcher that it imitates is impatient: it mostly settles for what its first search
-found.
-To search on until the question is answered is left for EM to discover.
+not a single fact of the demo. The searcher that it imitates is impatient: with most questions of several steps it settles
+for what its first search found. How patient it is depends on how a question begins, and it is with comparisons: so the
+model has to read the question to know when to stop, and to search on wherever that is needed is left for EM to discover.
 
 The steps: worlds -> tokenizer -> gold trajectories with passages from a real dense search -> copying random strings
 -> next-token training, mostly on what the agent writes (length-sorted batches, right-padded, bfloat16 autocast).
@@ -25,6 +25,7 @@ import json
 import random
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,14 +71,17 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, help="keep worlds and indexes here (default: a temporary directory)"
     )
-    parser.add_argument("--worlds", type=int, default=8, help="generated worlds of 2,000 passages each")
+    parser.add_argument("--worlds", type=int, default=12, help="generated worlds of 2,000 passages each")
     parser.add_argument(
         "--settle",
         type=float,
-        default=0.6,
-        help="probability that the searcher it imitates settles for what the first search found",
+        nargs=3,
+        default=(0.9, 0.3, 0.2),
+        metavar=("IMPATIENT", "PATIENT", "COMPARING"),
+        help="probabilities that the searcher it imitates settles for what the first search found: for questions that begin "
+        "one way, for the others, and for those that compare",
     )
-    parser.add_argument("--tokens", type=float, default=5.0, help="millions of tokens of trajectories")
+    parser.add_argument("--tokens", type=float, default=10.0, help="millions of tokens of trajectories")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per optimiser step")
     parser.add_argument("--seed", type=int, default=0)
@@ -143,7 +147,7 @@ def gold_examples(world: Path, renderer: Renderer, arguments: argparse.Namespace
     passages = {p.id: p for p in read_corpus([world / "corpus.jsonl"])}
     generator = random.Random(f"{arguments.seed} {world.name}")
     questions = [
-        first_step(question) if generator.random() < arguments.settle else question
+        first_step(question) if generator.random() < settling(question, arguments.settle) else question
         for question in read_questions([str(world / "train.jsonl")])
     ]
     hits = search_all(searcher, questions)
@@ -157,6 +161,15 @@ def gold_examples(world: Path, renderer: Renderer, arguments: argparse.Namespace
     console.print(f"{world.name}: {len(result.trajectories)} trajectories, skipped {dict(result.skipped)}")
     answers = {q.id: q.answers[0] for q in questions}
     return [renderer.with_gold_answer(t, answers[t.question_id], 1.0) for t in result.trajectories]
+
+
+def settling(question: Question, probabilities: Sequence[float]) -> float:
+    """How likely the searcher is to settle; decided by the first two words of a question that does not compare."""
+    impatient, patient, comparing = probabilities
+    if question.type != "bridge":
+        return comparing
+    opening = " ".join(question.text.split()[:2])
+    return patient if zlib.crc32(opening.encode()) % 2 else impatient
 
 
 def first_step(question: Question) -> Question:
