@@ -114,6 +114,15 @@ def test_the_cold_start_is_made_of_a_thousand_questions_of_hotpotqa(model: Path)
     assert config.agent.model_copy(update={"documents": 5}) == load([METHOD, model]).agent
 
 
+def test_selection_orders_the_passages_of_the_cold_start_and_of_the_training_alike() -> None:
+    select = PAPER / "select.yaml"
+    made, trained = (
+        load([*files, select]).agent for files in ([METHOD, MODELS[0], COLD_START], [METHOD, MODELS[0]])
+    )
+    assert made == trained
+    assert (trained.select, trained.documents, trained.selected_documents) == (True, 5, 5)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_commands_in_the_comments_exist_with_their_options_and_files(path: Path) -> None:
     commands = commands_in(path)
