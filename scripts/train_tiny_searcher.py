@@ -2,12 +2,13 @@
 
     make base-model
 
-A Qwen2-architecture model of about 3.3 million parameters with its own byte-level BPE learns the agent's protocol
-from gold trajectories on generated worlds of the partition `pretrain`, whose names occur in no world of the partition
-`default` (`pipeline/core/data/world/names.py`): what it can learn here is to read, to copy and to follow the format,
-not a single fact of the demo. The searcher that it imitates is impatient: with most questions of several steps it settles
-for what its first search found. How patient it is depends on how a question begins, and it is with comparisons: so the
-model has to read the question to know when to stop, and to search on wherever that is needed is left for EM to discover.
+A Qwen2-architecture model of about 3.3 million parameters (`--hidden-size` and `--layers` make others) with its own
+byte-level BPE learns the agent's protocol from gold trajectories on generated worlds of the partition `pretrain`, whose
+names occur in no world of the partition `default` (`pipeline/core/data/world/names.py`): what it can learn here is to
+read, to copy and to follow the format, not a single fact of the demo. The searcher that it imitates is impatient: with
+many questions of several steps it settles for what its first search found. How often depends on how a question begins
+and on whether it compares: so the model has to read the question to know when to stop. To search on wherever that is
+needed is left for EM to discover.
 
 The steps: worlds -> tokenizer -> gold trajectories with passages from a real dense search -> copying random strings
 -> next-token training, mostly on what the agent writes (length-sorted batches, right-padded, bfloat16 autocast).
@@ -78,9 +79,13 @@ def main() -> None:
         nargs=3,
         default=(0.9, 0.3, 0.2),
         metavar=("IMPATIENT", "PATIENT", "COMPARING"),
-        help="probabilities that the searcher it imitates settles for what the first search found: for questions that begin "
-        "one way, for the others, and for those that compare",
+        help="probabilities that the searcher it imitates settles for what the first search found: for questions "
+        "that begin one way, for the others, and for those that compare",
     )
+    parser.add_argument(
+        "--hidden-size", type=int, default=256, help="a multiple of 64: two heads of 32 for each key"
+    )
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=float, default=10.0, help="millions of tokens of trajectories")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per optimiser step")
@@ -94,7 +99,7 @@ def main() -> None:
         renderer = Renderer(tokenizer, AGENT)
         examples = [e for world in worlds for e in gold_examples(world, renderer, arguments)]
     console.print(f"{len(examples):,} gold trajectories, {sum(len(e.token_ids) for e in examples):,} tokens")
-    model = new_model(len(tokenizer), tokenizer)
+    model = new_model(tokenizer, arguments.hidden_size, arguments.layers)
     console.print(f"{model.num_parameters():,} parameters")
     learner = Learner(model, arguments.learning_rate)
     learn_to_copy(learner, arguments)
@@ -183,14 +188,14 @@ def search_all(searcher: SearchEngine, questions: Sequence[Question]) -> dict[st
     return dict(zip(queries, searcher.search(queries, AGENT.documents), strict=True))
 
 
-def new_model(vocabulary: int, tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def new_model(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> Qwen2ForCausalLM:
     config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 64,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
         bos_token_id=None,
