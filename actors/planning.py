@@ -92,10 +92,13 @@ def plan_run(
             trained,
             config.storage,
             versions=iterations + starts_cold,
-            tokens=iterations
-            * config.of_recipe.sampled_questions(assumed.questions or 0)
-            * config.rollout.samples
-            * one.total,
+            tokens=one.total
+            * (
+                iterations
+                * config.of_recipe.sampled_questions(assumed.questions or 0)
+                * config.rollout.samples
+                + (iterations + 1) * config.em.dev_samples * (assumed.dev_questions or 0)
+            ),
         ),
         phases=phases_of(config, needs[0], layout, nodes[0], assumed, one)
         if config.recipe == EXSEARCH
@@ -246,6 +249,7 @@ def _rank(
             offload_optimizer=learner.offload_optimizer,
             offload_parameters=learner.offload_parameters,
             lora_rank=_lora(learner),
+            keeps_reference=spec.keeps_reference,
             rests=placement.take_turns,
         ),
     )

@@ -121,8 +121,8 @@ def _opened(path: Path, config: Config, mirror: Mirror | None) -> Iterator[RunDi
 
 def _most_tokens(config: Config, splits: Splits) -> int:
     """In the trajectories of an iteration."""
-    questions = config.of_recipe.sampled_questions(len(splits.train))
-    return int(questions * config.rollout.samples * config.model.max_length)
+    trained = config.of_recipe.sampled_questions(len(splits.train)) * config.rollout.samples
+    return int(trained + len(splits.dev) * config.em.dev_samples) * config.model.max_length
 
 
 class Run(Steps):

@@ -26,6 +26,8 @@ class PolicySpec:
     head: Head = "lm"
     records_proposal: bool = False
     """Completions carry log q of the distribution that was sampled from instead of log p of the model."""
+    keeps_reference: bool = False
+    """Its loss asks each rank for a frozen model of its shape as well (`Loss.reference`)."""
     seed: int = 0
     """Of adapters and dropout."""
 

@@ -183,6 +183,20 @@ def check(config: Config) -> None:
         )
 
 
+def policies(config: Config) -> list[PolicySpec]:
+    """The searcher, whose ranks hold its iteration 0 as well where the divergence from that counts."""
+    return [
+        PolicySpec(
+            SEARCHER,
+            config.model,
+            config.rollout,
+            config.learner,
+            keeps_reference=config.of_recipe.kl_coefficient > 0,
+            seed=config.seed,
+        )
+    ]
+
+
 def train(config: Config, run_path: Path, display: Display) -> Outcome:
     """Run, or go on with, one run."""
     check(config)
@@ -192,8 +206,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
     cold_start = ColdStart(config, splits)
     program = SearchProgram(config.agent)
     weigh = GroupAdvantages(settings.reward, settings.scale, config.evaluation.protocol)
-    searcher = PolicySpec(SEARCHER, config.model, rollout, config.learner, seed=seed)
-    with open_run(config, run_path, display, splits, [searcher]) as run:
+    with open_run(config, run_path, display, splits, policies(config)) as run:
         cold_start(run)
         run.test("start", program, {SEARCHER: 0}, answers=SEARCHER)
         loss = ClippedRatio(

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, Qwen2Config
 
 from actors import planning
 from actors.planning import check_memory, plan_run
+from pipeline import methods
 from pipeline.core.config import Config
 from pipeline.core.config.loading import load_config
 from pipeline.core.errors import UserError
@@ -152,6 +153,31 @@ def test_the_demo_fits_a_small_machine() -> None:
 
     assert (made.layout.device, made.refusals(), made.warnings()) == ("cpu", [], [])
     assert [phase.name for phase in made.phases] == ["cold start", "E-step", "M-step", "push", "dev", "test"]
+
+
+def test_samples_of_dev_questions_take_disk() -> None:
+    def shards(*overrides: str) -> int:
+        demo = config("demo.yaml", TINY, "em.iterations=3", *overrides)
+        assumed = Assumptions(questions=100, dev_questions=50)
+        return plan_run(
+            demo, [searcher_of(demo)], (Node(2, 0, 0, 8 * GIB),), assumed, {}, gpu_packages=False
+        ).disk.shards
+
+    # Of 100 questions 4 in 3 iterations; of 50 dev questions 2 after the cold start and each of these.
+    assert shards("em.dev_samples=2") / shards() == pytest.approx((1200 + 400) / 1200, rel=1e-6)
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_a_recipe_whose_loss_has_a_reference_makes_room_for_it(kl: float) -> None:
+    grpo = methods.load(ROOT / "configs" / "grpo-demo.yaml", [TINY, f"grpo.kl_coefficient={kl}"])
+
+    made = plan_run(
+        grpo, methods.policies(grpo), (Node(2, 0, 0, 8 * GIB),), Assumptions(), {}, gpu_packages=False
+    )
+
+    (searcher,) = made.policies
+    assert searcher.rank is not None
+    assert searcher.rank.of("reference") == (4 * searcher.shape.parameters if kl else 0)
 
 
 # ---------------------------------------------------------------- before a local Ray

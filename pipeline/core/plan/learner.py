@@ -42,6 +42,7 @@ class RankLoad:
         row_tokens: T, the token budget of a row.
         trained_tokens: M of them that are trained.
         lora_rank: of adapters; None where all parameters are trained.
+        keeps_reference: the rank holds a frozen model beside the one that it trains.
         rests: the rank leaves the GPU to an engine between two trainings.
     """
 
@@ -55,6 +56,7 @@ class RankLoad:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     lora_rank: int | None = None
+    keeps_reference: bool = False
     rests: bool = False
 
 
@@ -69,6 +71,8 @@ def rank_memory(shape: ModelShape, load: RankLoad) -> Memory:
     passes = [*_activations(shape, load, device), *_output_layer(shape, load, device)]
     buckets, step = _buckets(shape, load, device), _step(shape, load, device)
     parts = _states(shape, load)
+    if load.keeps_reference:  # whole on each rank, whatever the stage (`learner_setup.load_frozen`)
+        parts.append(("reference", BYTES[load.dtype] * shape.parameters, device))
     if load.device == "gpu":
         parts += [*passes, *buckets, *step, ("CUDA and NCCL", ACCELERATOR_CONTEXT, "gpu")]
         if load.rests and not load.offload_optimizer:

@@ -17,7 +17,7 @@ RETRIEVER = GIB // 2
 """Of a retriever actor, without its encoder and index, of which nothing is known here. An estimate."""
 ASLEEP = ("libraries",)
 """What an engine on CPUs keeps while a learner trains."""
-AT_REST = ("weights", "master copy", "Adam", "gradients", "libraries")
+AT_REST = ("weights", "reference", "master copy", "Adam", "gradients", "libraries")
 """What a rank on CPUs keeps while engines sample."""
 
 

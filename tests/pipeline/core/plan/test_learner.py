@@ -88,6 +88,14 @@ def test_adapters_have_a_small_optimiser() -> None:
     assert states.of("weights") == 4 * QWEN_SHAPE.parameters
 
 
+def test_a_reference_is_whole_on_each_rank() -> None:
+    load = replace(LOAD, ranks=8, zero_stage=3)
+    more = rank_memory(QWEN_SHAPE, replace(load, keeps_reference=True))
+
+    assert more.of("reference") == 4 * QWEN_SHAPE.parameters
+    assert more.on("host") - rank_memory(QWEN_SHAPE, load).on("host") == more.of("reference")
+
+
 def test_bfloat16_without_zero_runs_as_stage_1() -> None:
     plain = replace(LOAD, dtype="bfloat16", zero_stage=0)
 
