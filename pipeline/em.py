@@ -42,7 +42,8 @@ from pipeline.core.run import Json, write_json, write_table
 from pipeline.core.weighing import SearchWeights
 from pipeline.em_report import em_report, outcome_of
 from pipeline.iterations import iterate
-from pipeline.run import Run, open_run
+from pipeline.opening import open_run
+from pipeline.run import Run
 from pipeline.steps import Begun, together
 
 PLAIN = {"method": "likelihood", "credit": "trajectory", "subtract_baseline": False}

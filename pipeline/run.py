@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,116 +17,32 @@ from typing import Any
 from actors.background import Ongoing
 from actors.cluster import Cluster, SampleReport
 from actors.observer import Observer
-from actors.planning import check_memory
 from actors.policy import Policy
-from actors.reservation import plan
-from actors.session import actor_logs, ray_session
 from pipeline.core.agents.program import GREEDY, Program, Sampling
-from pipeline.core.config import EXSEARCH, Config, Iterations
-from pipeline.core.data.run_check import look_at_data
+from pipeline.core.config import Config, Iterations
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.evaluation import evaluate
 from pipeline.core.losses.loss import Loss
-from pipeline.core.mirror.mirror import Mirror
 from pipeline.core.models import check_export
-from pipeline.core.packages import has_gpu_packages
 from pipeline.core.policies import PolicySpec, Snapshot
-from pipeline.core.preflight import check_run
 from pipeline.core.question_scores import scored_table
 from pipeline.core.records import Example, Question
 from pipeline.core.report import DEV_BOUND, DEV_SAMPLES, step_report
 from pipeline.core.retention import remove_what_need_not_stay
-from pipeline.core.retrieval import Searched, Servers, await_servers, prepare_index
-from pipeline.core.run import ACTOR_LOGS, Json, RunDirectory, RunFiles, write_json, write_table
+from pipeline.core.retrieval import Searched
+from pipeline.core.run import Json, RunDirectory, write_json, write_table
 from pipeline.core.shards import Shards, generated_tokens, has_examples, write_examples
 from pipeline.core.tracking import Tracker
-from pipeline.core.turns import TurnGrammar
 from pipeline.core.weighing import NothingToTrainOn, OnlyFigures, Weigh
 from pipeline.steps import Begun, Steps, in_iteration
-from retriever_service.index.store import read_manifest
 
 logger = logging.getLogger(__name__)
 
 
-@contextmanager
-def open_run(
-    config: Config, path: Path, display: Display, splits: Splits, policies: Sequence[PolicySpec]
-) -> Iterator[Run]:
-    """Everything up: engines start with the newest version of each policy that the run has.
-
-    Raises:
-        UserError: bad input, before anything expensive.
-    """
-    TurnGrammar(config.agent)  # whether its actions are there
-    trained = [RunFiles(path).newest_version(spec.name) for spec in policies if spec.learner is not None]
-    versions = config.of_recipe.iterations - min(trained, default=0)
-    check_run(
-        path,
-        policies,
-        config.storage,
-        versions_to_come=versions,
-        tokens=versions * _most_tokens(config, splits),
-        device="gpu" if has_gpu_packages() else "cpu",
-    )
-    check_memory(config, policies)
-    servers = await_servers(
-        config.retriever,
-        display,
-        documents=config.agent.documents,
-        timeout_s=config.cluster.start_timeout_s,
-    )
-    mirror = Mirror(path, config.storage.url, display.status) if config.storage.url is not None else None
-    with (
-        _opened(path, config, mirror) as files,
-        mirror or nullcontext(),
-        Tracker(files.path, config.tracking, files.path.name) as tracker,
-        display.follow(files.path),
-        ray_session(config.cluster, display.line),
-    ):
-        if mirror is not None and mirror.restored is not None:
-            logger.info(mirror.restored)
-        logger.info(
-            f"logs of the actors: {files.path / ACTOR_LOGS}; what they and libraries print: {actor_logs()}"
-        )
-        placement = plan(policies, config.cluster, config.retriever)
-        if config.of_recipe.asynchronous and placement.take_turns:
-            section = "em" if config.recipe == EXSEARCH else config.recipe
-            raise UserError(
-                f"{section}.asynchronous: the learner is to train while engines sample, but they take turns on the "
-                "same devices; set cluster.take_turns: false, if both fit there, or on GPUs cluster.colocate: no"
-            )
-        searched = servers or prepare_index(config.retriever, config.data, files.path / "index", display)
-        files.keep_to(
-            searched.fingerprint if isinstance(searched, Servers) else read_manifest(searched).fingerprint
-        )
-        look_at_data(files.path, config, splits, searched, display)
-        run = Run(config, files, splits, searched, tracker, display, policies)
-        with run.start_cluster(), run:
-            yield run
-
-
-@contextmanager
-def _opened(path: Path, config: Config, mirror: Mirror | None) -> Iterator[RunDirectory]:
-    try:
-        files = RunDirectory(path, config, fill=mirror.begin if mirror is not None else None)
-    except BaseException:
-        if mirror is not None:
-            mirror.leave()
-        raise
-    with files:
-        yield files
-
-
-def _most_tokens(config: Config, splits: Splits) -> int:
-    """In the trajectories of an iteration."""
-    trained = config.of_recipe.sampled_questions(len(splits.train)) * config.rollout.samples
-    return int(trained + len(splits.dev) * config.em.dev_samples) * config.model.max_length
-
-
 class Run(Steps):
-    """One run of a recipe. `open_run` gives it.
+    """One run of a recipe. `pipeline.opening.open_run` gives it.
 
     Versions of a policy: t is what the last training up to step "t/NAME/train" made; before the first of them it is the
     model that the policy started from.

@@ -105,10 +105,7 @@ def _planned(
 def _make(experiment: Experiment, home: Path, runs: Sequence[PlannedRun], display: Display) -> list[str]:
     """What is not finished, one run after the other; gives a line for each that failed."""
     for run in runs:
-        if run.path.is_symlink() and not run.path.exists():  # what it led to has been deleted
-            run.path.unlink()
-        if (other := run.same_elsewhere()) is not None:
-            run.link(other)
+        if (other := run.link()) is not None:
             display.line(f"{run.title}: is the run {os.path.relpath(other)}")
     to_do = [run for run in runs if not run.is_finished()]
     for run in {run.arm.name: run for run in to_do}.values():

@@ -51,7 +51,8 @@ from pipeline.core.weighing import (
 )
 from pipeline.core.weighting import Scored, trained_gold
 from pipeline.iterations import iterate
-from pipeline.run import Run, open_run
+from pipeline.opening import open_run
+from pipeline.run import Run
 from retriever_service import interrupts
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.hits import Hit

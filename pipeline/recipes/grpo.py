@@ -37,7 +37,7 @@ from pipeline.core.report import STEPS_OF_A_SEARCHER, Column, Outcome, best_iter
 from pipeline.core.scoring.answers import ProtocolName, score_answer
 from pipeline.core.weighing import Weighted
 from pipeline.iterations import iterate
-from pipeline.run import open_run
+from pipeline.opening import open_run
 from pipeline.steps import Begun
 
 Reward = Literal["em", "f1", "accuracy"]

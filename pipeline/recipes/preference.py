@@ -35,7 +35,7 @@ from pipeline.core.report import STEPS_OF_A_SEARCHER, Column, Outcome, best_iter
 from pipeline.core.weighing import Weighted, logs_from_json
 from pipeline.core.weighting import log_mean, log_sum
 from pipeline.iterations import iterate
-from pipeline.run import open_run
+from pipeline.opening import open_run
 
 REFERENCE = "reference"
 

@@ -52,8 +52,8 @@ class PlannedRun:
         return (self.path / "config.yaml").exists()
 
     def same_elsewhere(self) -> Path | None:
-        """A finished run of another experiment of this folder that is the very same; None once this one is begun."""
-        if self.is_begun():
+        """A finished run of another experiment of this folder that is the very same; None where this one is there."""
+        if self.path.exists():
             return None
         home = self.path.parents[1]
         for path in sorted(home.parent.glob(f"*/*/{self.path.name}")):
@@ -62,10 +62,15 @@ class PlannedRun:
                 return path.resolve()
         return None
 
-    def link(self, other: Path) -> None:
-        """Make this run's directory a link to that one."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.symlink_to(os.path.relpath(other, self.path.parent))
+    def link(self) -> Path | None:
+        """Make this run's directory a link to `same_elsewhere`, if there is one, and give that."""
+        if self.path.is_symlink() and not self.path.exists():  # what it led to has been deleted
+            self.path.unlink()
+        other = self.same_elsewhere()
+        if other is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.symlink_to(os.path.relpath(other, self.path.parent))
+        return other
 
     def is_finished(self) -> bool:
         """Whether all iterations are whole, and the best of them is tested."""

@@ -267,7 +267,7 @@ def test_a_run_that_another_experiment_has_made_is_not_made_again(
     assert runner.made == ["as it is, seed 0", "as it is, seed 1"]
 
 
-@pytest.mark.parametrize("difference", ["more iterations", "not finished"])
+@pytest.mark.parametrize("difference", ["more iterations", "not finished", "a directory in its place"])
 def test_a_run_of_another_experiment_that_is_not_the_same_is_made(
     run_command: Any, study: Any, runner: Runner, folder: Path, difference: str
 ) -> None:
@@ -277,6 +277,8 @@ def test_a_run_of_another_experiment_that_is_not_the_same_is_made(
         runner.fails = ALL[0]
     longer = ["em.iterations=3"] if difference == "more iterations" else []
     run_command("experiment", study(), "--out", "out", *longer)
+    if difference == "a directory in its place":  # of a process that was killed at its very beginning
+        (folder / "out" / "other" / "as-it-is" / "seed-0").mkdir(parents=True)
     runner.fails, runner.made = "", []
 
     assert run_command("experiment", other, "--out", "out").exit_code == 0

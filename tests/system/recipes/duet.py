@@ -20,7 +20,7 @@ from pipeline.core.records import Episode, Example, Question, ScoreRequest, Stop
 from pipeline.core.report import Outcome, step_outcome
 from pipeline.core.run import Json
 from pipeline.core.weighing import Weighted
-from pipeline.run import open_run
+from pipeline.opening import open_run
 
 NAMES = ("asker", "answerer")
 

@@ -29,7 +29,7 @@ from pipeline.core.mirror.scan import complete_files
 from pipeline.core.mirror.store import Store, StoreError
 from pipeline.core.run import RunDirectory, write_atomically, write_json
 from pipeline.core.status import run_status, status_of
-from pipeline.run import _opened
+from pipeline.opening import _opened
 
 LARGE = bytes(range(256)) * 8192
 """More than is read at once."""
