@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -438,10 +437,9 @@ def test_an_engine_that_records_its_proposal_gives_log_q_of_what_it_sampled_and_
 def test_the_process_of_an_engine_loads_nothing_that_vllm_can_do_without(
     shared_engine: EngineFixture,
 ) -> None:
-    children = [psutil.Process(p.pid) for p in multiprocessing.active_children() if p.name == "EngineCore"]
-    processes = [p for p in children if p.status() != psutil.STATUS_ZOMBIE]  # of engines that have just ended
-    assert processes
-    for process in processes:
-        libraries = {mapping.path for mapping in process.memory_maps()}
+    llm = shared_engine.engine._llm
+    assert llm is not None
+    for process in llm.engine_core.resources.engine_manager.processes:
+        libraries = {mapping.path for mapping in psutil.Process(process.pid).memory_maps()}
         assert any("torch" in path for path in libraries)
         assert not any("sklearn" in path or "pandas" in path for path in libraries)
