@@ -10,8 +10,9 @@ many questions of several steps it settles for what its first search found. How 
 and on whether it compares: so the model has to read the question to know when to stop. To search on wherever that is
 needed is left for EM to discover.
 
-The steps: worlds -> tokenizer -> gold trajectories with passages from a real dense search -> copying random strings
--> next-token training, mostly on what the agent writes (length-sorted batches, right-padded, bfloat16 autocast).
+The steps: worlds -> tokenizer -> gold trajectories with passages from a real dense search, and lessons in comparing
+-> copying random strings -> next-token training, mostly on what the agent writes (length-sorted batches,
+right-padded, bfloat16 autocast).
 
 Copying comes first because a small model finds it late: it needs induction heads (Olsson et al. 2022, "In-context
 Learning and Induction Heads"), which look for what followed an earlier occurrence of the current token. Two helps make
@@ -41,6 +42,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from pipeline.core.config import AgentConfig
 from pipeline.core.data.cold_start import synthesise
 from pipeline.core.data.questions import read_questions
+from pipeline.core.data.world.questions import generate_questions
+from pipeline.core.data.world.spec import WorldSpec
 from pipeline.core.data.world.writer import write_world
 from pipeline.core.losses.token_logprobs import token_logprobs
 from pipeline.core.records import Example, Question
@@ -52,6 +55,7 @@ from retriever_service.passages.hits import Hit
 from retriever_service.search.engine import SearchEngine
 
 VOCABULARY = 512
+PARTITION = "pretrain"
 PAD, EOS = "<|pad|>", "<|end|>"
 AGENT = AgentConfig(documents=2, max_document_tokens=128, max_turn_tokens=96)
 MAX_LENGTH = 1536
@@ -85,32 +89,45 @@ def main() -> None:
     parser.add_argument(
         "--hidden-size", type=int, default=256, help="a multiple of 64: two heads of 32 for each key"
     )
+    parser.add_argument(
+        "--comparisons",
+        type=int,
+        default=8000,
+        metavar="QUESTIONS",
+        help="of each world; a quarter of them compare, and are lessons in drawing the conclusion",
+    )
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=float, default=10.0, help="millions of tokens of trajectories")
+    parser.add_argument("--tokens", type=float, default=13.0, help="millions of tokens to train on")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="peak learning rate")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens per optimiser step")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
+    seeds = range(1000, 1000 + arguments.worlds)
     with tempfile.TemporaryDirectory() as scratch:
         work = arguments.work or Path(scratch)
-        worlds = [make_world(work, seed) for seed in range(1000, 1000 + arguments.worlds)]
+        worlds = [make_world(work, seed) for seed in seeds]
         tokenizer = train_tokenizer(worlds)
         renderer = Renderer(tokenizer, AGENT)
         examples = [e for world in worlds for e in gold_examples(world, renderer, arguments)]
+    examples += [e for seed in seeds for e in comparisons(seed, renderer, arguments.comparisons)]
     console.print(f"{len(examples):,} gold trajectories, {sum(len(e.token_ids) for e in examples):,} tokens")
     model = new_model(tokenizer, arguments.hidden_size, arguments.layers)
     console.print(f"{model.num_parameters():,} parameters")
     learner = Learner(model, arguments.learning_rate)
     learn_to_copy(learner, arguments)
     train(learner, examples, arguments)
+    unseen = list(comparisons(seeds.stop, renderer, 4000))
+    console.print(
+        f"{concluded(learner, unseen, arguments.batch_tokens):.1%} of the comparisons of another world"
+    )
     model.to(torch.float32).save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
 
 
 def make_world(work: Path, seed: int) -> Path:
     out = work / f"world-{seed}"
-    write_world(out, seed=seed, size="small", partition="pretrain")
+    write_world(out, seed=seed, size="small", partition=PARTITION)
     build_index([str(out / "corpus.jsonl")], work / f"index-{seed}", EncoderSpec("minilm"))
     return out
 
@@ -175,6 +192,26 @@ def settling(question: Question, probabilities: Sequence[float]) -> float:
         return comparing
     opening = " ".join(question.text.split()[:2])
     return patient if zlib.crc32(opening.encode()) % 2 else impatient
+
+
+def comparisons(seed: int, renderer: Renderer, count: int) -> Iterator[Example]:
+    """Questions of a world that compare, with all their records, as lessons in drawing the conclusion alone.
+
+    In a trajectory that is one token among a hundred that the agent writes: from so few of them a model this small
+    learns to guess.
+    """
+    (opening, closing), (answer, _) = AGENT.tags.record, AGENT.tags.answer
+    spec = WorldSpec.of_size(seed, "small", PARTITION)
+    for question in generate_questions(spec, "train", count):
+        if question["type"] == "bridge":
+            continue
+        found = "".join(f"{opening} {hop['evidence']} {closing}\n" for hop in question["decomposition"])
+        context = renderer.prompt_ids(question["question"]) + renderer.trusted_ids(f"{found}{answer}")
+        gold = renderer.answer_ids(question["answers"][0])
+        mask = np.repeat([False, True], [len(context), len(gold)])
+        yield Example(
+            question["id"], question["id"], "searcher", np.array([*context, *gold], np.int32), mask, {}
+        )
 
 
 def first_step(question: Question) -> Question:
@@ -296,6 +333,18 @@ def train(learner: Learner, examples: Sequence[Example], arguments: argparse.Nam
                 progress.update(bar, completed=min(seen, budget))
                 if seen >= budget:
                     break
+
+
+def concluded(learner: Learner, examples: Sequence[Example], batch_tokens: int) -> float:
+    """The share of examples whose targets are all the likeliest tokens."""
+    right: list[bool] = []
+    for batch in batches(examples, batch_tokens, np.random.default_rng(0)):
+        ids, mask, _ = collate(batch, learner.model.config.pad_token_id)
+        with torch.no_grad():
+            logits = learner.logits(ids, mask)
+        hits = (logits.argmax(-1) == ids[:, 1:][mask[:, 1:]]).split(mask.sum(1).tolist())
+        right += [bool(hit.all()) for hit in hits]
+    return float(np.mean(right))
 
 
 def log(start: float, **values: object) -> None:
