@@ -28,7 +28,7 @@ import random
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,6 +62,8 @@ MAX_LENGTH = 1536
 READING_WEIGHT = 0.25
 """Weight of predicting the passages and questions: it teaches the names' tokens and how to copy them."""
 PREVIOUS_TOKEN_BIAS = 4.0
+COMPARING = {"same or not": {"yes_no"}, "which is larger": {"comparison", "bridge_comparison"}}
+"""Types of questions that compare, by what the conclusion takes."""
 COPY_LENGTHS = (32, 64, 128, 256, 512)
 COPY_ACCURACY = 0.9
 
@@ -117,10 +119,10 @@ def main() -> None:
     learner = Learner(model, arguments.learning_rate)
     learn_to_copy(learner, arguments)
     train(learner, examples, arguments)
-    unseen = list(comparisons(seeds.stop, renderer, 4000))
-    console.print(
-        f"{concluded(learner, unseen, arguments.batch_tokens):.1%} of the comparisons of another world"
-    )
+    for what, types in COMPARING.items():
+        unseen = list(comparisons(seeds.stop, renderer, 4000, types))
+        share = concluded(learner, unseen, arguments.batch_tokens)
+        console.print(f"{what}, in another world: {share:.1%} of {len(unseen)}")
     model.to(torch.float32).save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
 
@@ -194,7 +196,9 @@ def settling(question: Question, probabilities: Sequence[float]) -> float:
     return patient if zlib.crc32(opening.encode()) % 2 else impatient
 
 
-def comparisons(seed: int, renderer: Renderer, count: int) -> Iterator[Example]:
+def comparisons(
+    seed: int, renderer: Renderer, count: int, types: Container[str] = frozenset().union(*COMPARING.values())
+) -> Iterator[Example]:
     """Questions of a world that compare, with all their records, as lessons in drawing the conclusion alone.
 
     In a trajectory that is one token among a hundred that the agent writes: from so few of them a model this small
@@ -203,7 +207,7 @@ def comparisons(seed: int, renderer: Renderer, count: int) -> Iterator[Example]:
     (opening, closing), (answer, _) = AGENT.tags.record, AGENT.tags.answer
     spec = WorldSpec.of_size(seed, "small", PARTITION)
     for question in generate_questions(spec, "train", count):
-        if question["type"] == "bridge":
+        if question["type"] not in types:
             continue
         found = "".join(f"{opening} {hop['evidence']} {closing}\n" for hop in question["decomposition"])
         context = renderer.prompt_ids(question["question"]) + renderer.trusted_ids(f"{found}{answer}")
