@@ -28,6 +28,7 @@ from actors.actor_log import Identity, introduce
 from actors.homes import gpus_here, threads_of_replica
 from pipeline.core.agents.program import Retrieve
 from pipeline.core.config import RetrieverConfig
+from pipeline.core.noise import depth_with_noise, with_noise
 from retriever_service.backoff import Backoff
 from retriever_service.errors import RetrieverError, RetrieverOverloaded, RetrieverUnavailable
 from retriever_service.index.local_copy import LocalCopy
@@ -249,6 +250,7 @@ class RetrieverClient:
         backoff_s: mean pause before the second attempt, in seconds; it doubles with each further one, and is
             drawn between half and one and a half of that so that callers do not return all at once.
         seed: of that jitter.
+        noise: see `with_noise`.
 
     A search lasts at most `max_attempts * timeout_s` and the pauses.
     """
@@ -261,6 +263,7 @@ class RetrieverClient:
         max_attempts: int = 4,
         backoff_s: float = 2.0,
         seed: int = 0,
+        noise: float = 0.0,
     ) -> None:
         if not replicas or max_attempts < 1:
             raise ValueError(f"a client needs replicas and attempts, got {len(replicas)} and {max_attempts}")
@@ -268,6 +271,7 @@ class RetrieverClient:
         self._timeout_s = timeout_s
         self._max_attempts = max_attempts
         self._backoff = Backoff(backoff_s, seed)
+        self._noise = noise
         self._turn = 0
         self._avoid_until = [0.0] * len(self._replicas)
 
@@ -279,6 +283,9 @@ class RetrieverClient:
                 tried again.
             RetrieverUnavailable: no attempt succeeded.
         """
+        return with_noise(await self._best(query, depth_with_noise(k, self._noise)), query, k, self._noise)
+
+    async def _best(self, query: str, k: int) -> list[Hit]:
         failure: Exception | None = None
         for attempt in range(self._max_attempts):
             await asyncio.sleep(self._backoff.pause_s(attempt))
@@ -321,7 +328,9 @@ def http_replicas(clients: Sequence[RetrieverHttpClient], config: RetrieverConfi
 
 def client_of(replicas: Sequence[Replica], config: RetrieverConfig) -> RetrieverClient:
     """The client of a run."""
-    return RetrieverClient(replicas, timeout_s=config.timeout_s, max_attempts=config.max_attempts)
+    return RetrieverClient(
+        replicas, timeout_s=config.timeout_s, max_attempts=config.max_attempts, noise=config.noise
+    )
 
 
 def open_retriever(searched: Searched, config: RetrieverConfig) -> Retrieve:
@@ -335,7 +344,7 @@ def open_retriever(searched: Searched, config: RetrieverConfig) -> Retrieve:
     engine = SearchEngine.open(searched, search_parameters=config.search_parameters)
 
     async def retrieve(query: str, k: int) -> list[Hit]:
-        (hits,) = engine.search([query], k, config.options)
-        return hits
+        (hits,) = engine.search([query], depth_with_noise(k, config.noise), config.options)
+        return with_noise(hits, query, k, config.noise)
 
     return retrieve

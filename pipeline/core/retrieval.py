@@ -15,6 +15,7 @@ import torch
 from pipeline.core.config import DataConfig, RetrieverConfig
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
+from pipeline.core.noise import depth_with_noise
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import Encoder, EncoderSpec
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
@@ -92,9 +93,10 @@ def await_servers(
         for url in retriever.url
     )
     deadline = time.monotonic() + timeout_s
+    depth = depth_with_noise(documents, retriever.noise)
     with display.status(f"waiting for the retriever at {', '.join(retriever.url)}"):
         fingerprints = {
-            client.url: _await_answer(client, documents, retriever.options, display, deadline)
+            client.url: _await_answer(client, depth, retriever.options, display, deadline)
             for client in clients
         }
     if retriever.dialect == "search-r1":

@@ -133,6 +133,18 @@ def test_bad_request_is_not_tried_again() -> None:
     assert replica.calls == 1
 
 
+def test_a_noisy_client_gives_passages_from_far_behind_in_place_of_some() -> None:
+    noisy = RetrieverClient([ActorReplica(FakeReplica())], noise=0.5)
+
+    async def found() -> list[list[str]]:
+        return [[hit.passage.id for hit in await noisy.search(f"q{n}", 2)] for n in range(50)]
+
+    first = asyncio.run(found())
+    assert first == asyncio.run(found())
+    places = {(place, id.split("-")[1]) for ids in first for place, id in enumerate(ids)}
+    assert places == {(0, "0"), (0, "50"), (1, "1"), (1, "51")}
+
+
 def test_what_is_asked_while_a_call_is_under_way_goes_together_in_the_next_one() -> None:
     calls: list[tuple[list[str], int]] = []
 

@@ -134,7 +134,7 @@ class AgentConfig(Section):
         return self
 
 
-WITH_SERVER = {"url", "dialect", "method", "timeout_s", "max_attempts"}
+WITH_SERVER = {"url", "dialect", "method", "noise", "timeout_s", "max_attempts"}
 """Keys of the section `retriever` that mean something beside `url`; the others describe the run's own actors."""
 
 
@@ -147,6 +147,9 @@ class RetrieverConfig(Section):
     method: Method = "dense"
     """How sub-queries are searched for. dense: by vectors. bm25: by words. hybrid: by both, and the two rankings fused.
     An index needs words for the last two (`exsearch index build --bm25`); one that the run builds has them."""
+    noise: float = Field(0.0, ge=0, le=1)
+    """A worse retriever, to see what an agent makes of it: each passage is replaced with this probability by one that
+    ranks 50 places further behind. The same sub-query finds the same."""
     index: Annotated[str | None, OnDisk()] = None
     """Directory of a built index. Null: built from `data.corpus` into the run directory."""
     encoder: Annotated[str, AfterValidator(lasting_name)] = "minilm"

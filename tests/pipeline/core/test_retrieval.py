@@ -18,6 +18,7 @@ from pipeline.core.config import RetrieverConfig
 from pipeline.core.config.loading import load_config
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
+from pipeline.core.noise import depth_with_noise
 from pipeline.core.retrieval import Servers, await_servers, corpus_paths, encoder_spec, prepare_index
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
@@ -232,6 +233,13 @@ def test_servers_that_answer_are_told_by_what_they_search(servers: list[Scripted
     for server in servers:
         (path, body, token), (info, _, _) = server.requests
         assert (path, body["k"], token, info) == ("/search", 2, None, "/info")
+
+
+def test_servers_are_asked_at_the_start_for_as_many_passages_as_noise_takes(
+    servers: list[ScriptedServer],
+) -> None:
+    awaited(servers[0].url, "retriever.noise=0.3")  # one with a lower limit is refused now, not in the E-step
+    assert servers[0].requests[0][1]["k"] == depth_with_noise(2, 0.3)
 
 
 def test_search_r1_servers_cannot_tell_what_they_search(servers: list[ScriptedServer]) -> None:
