@@ -30,7 +30,7 @@ from actors.retrievers import Retrievers
 from actors.sampling import OnProgress, Phase, Work, run_phase
 from actors.session import actor_environment
 from actors.weighting import ShardSink
-from pipeline.core.agents.program import GREEDY, Program, Sampling, Task
+from pipeline.core.agents.program import GREEDY, Further, Program, Sampling, Task
 from pipeline.core.config import ClusterConfig, RetrieverConfig
 from pipeline.core.order import TIMES_IN_FLIGHT, longest_first
 from pipeline.core.policies import PolicySpec, Snapshot
@@ -149,6 +149,7 @@ class Cluster:
         sampling: Sampling,
         name: str = "",
         lengths: Mapping[str, float] = MappingProxyType({}),
+        further: Further | None = None,
         on_progress: OnProgress = lambda done: None,
     ) -> Ongoing[SampleReport]:
         """Run `program` `samples` times on every task whose shard is not complete; make the missing shards.
@@ -163,6 +164,7 @@ class Cluster:
             sampling: its seed is that of the run and the phase.
             name: of the phase, for metrics.
             lengths: about how long tasks take, by their ids, in any unit; in what order they begin depends on it.
+            further: how many more episodes of a task, given those.
             on_progress: called from another thread.
 
         Returns:
@@ -178,7 +180,7 @@ class Cluster:
         to_do = longest_first(shards.to_do(), lengths, TIMES_IN_FLIGHT * home.in_flight // samples)
         work = Work(to_do, done=len(shards.tasks) - len(to_do), counts=shards.counts())
         rollout, memory = home.rollout, self._memory_of(home)
-        phase = Phase(program, samples, sampling, rollout.max_failure_share, name)
+        phase = Phase(program, samples, sampling, rollout.max_failure_share, name, further)
         before, began = _uses(pools), time.perf_counter()
 
         async def whole_phase() -> SampleReport:

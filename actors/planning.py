@@ -94,9 +94,7 @@ def plan_run(
             versions=iterations + starts_cold,
             tokens=one.total
             * (
-                iterations
-                * config.of_recipe.sampled_questions(assumed.questions or 0)
-                * config.rollout.samples
+                iterations * config.of_recipe.sampled_questions(assumed.questions or 0) * config.most_samples
                 + (iterations + 1) * config.em.dev_samples * (assumed.dev_questions or 0)
             ),
         ),

@@ -35,6 +35,7 @@ from actors.slots import Slots
 from pipeline.core.agents.program import (
     Completion,
     EngineError,
+    Further,
     Model,
     Program,
     Sampling,
@@ -78,7 +79,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """Run `program` `samples` times on `task`.
+    """Run `program` `samples` times on `task`, and then as many times more as `further` says.
 
     Attributes:
         sampling: temperature and truncation; its seed is that of the run and the phase, from which each episode derives
@@ -95,6 +96,7 @@ class RolloutRequest:
     roles: tuple[str, ...]
     peers: Mapping[str, Peer] = field(default_factory=dict)
     phase: str = ""
+    further: Further | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,10 +185,13 @@ class RolloutWorker:
         Raises:
             PeerDied: another policy's worker is gone; nothing of the request is kept.
         """
-        episodes = await asyncio.gather(
-            *(self._episode(request, sample) for sample in range(request.samples))
-        )
-        return Receipt.of(episodes), list(episodes)
+        episodes = await self._episodes(request, range(request.samples))
+        if request.further is not None and (more := request.further(episodes)):
+            episodes += await self._episodes(request, range(request.samples, request.samples + more))
+        return Receipt.of(episodes), episodes
+
+    async def _episodes(self, request: RolloutRequest, samples: range) -> list[Episode]:
+        return list(await asyncio.gather(*(self._episode(request, sample) for sample in samples)))
 
     async def generate(self, prompt_ids: Sequence[int], sampling: Sampling) -> Completion:
         """One turn for a program that runs elsewhere."""

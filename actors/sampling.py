@@ -25,7 +25,7 @@ from actors.memory import Memory
 from actors.pool import EnginePool
 from actors.rollout import PeerDied, Receipt, RolloutRequest
 from actors.session import ClusterError
-from pipeline.core.agents.program import Program, Sampling, Task
+from pipeline.core.agents.program import Further, Program, Sampling, Task
 from pipeline.core.shards import Counts
 
 OnProgress = Callable[[int], None]
@@ -43,6 +43,7 @@ class Phase:
 
     Attributes:
         samples: episodes per task.
+        further: how many more of a task, given these; they are sampled by the same worker.
         sampling: its seed is that of the run and the phase.
         max_failure_share: the phase ends with an error when a larger share of episodes fails for infrastructure
             reasons.
@@ -54,6 +55,7 @@ class Phase:
     sampling: Sampling
     max_failure_share: float
     name: str = ""
+    further: Further | None = None
 
 
 class Work:
@@ -219,6 +221,7 @@ class _Run:
             roles=tuple(role for role, pool in self.pools.items() if pool is self.home),
             peers={role: self.pools[role].peer(peer) for role, peer in peers.items()},
             phase=self.phase.name,
+            further=self.phase.further,
         )
         receipt_ref, episodes_ref = hand.worker.rollout.remote(request)
         self.hands.sent(hand)

@@ -28,7 +28,7 @@ import numpy as np
 from pipeline.cold_start import ColdStart
 from pipeline.core.agents.program import Sampling, derive_seed
 from pipeline.core.agents.search import SEARCHER
-from pipeline.core.agents.search_program import SearchProgram
+from pipeline.core.agents.search_program import FurtherSamples, SearchProgram
 from pipeline.core.config import Config, WeightingConfig
 from pipeline.core.copies import CREDIT, copies_of
 from pipeline.core.data.splits import load_splits
@@ -107,7 +107,7 @@ class ExpectationMaximisation:
 
     def begin_e_step(self, t: int, version: int) -> Begun:
         """Trajectories of theta_version and their weights, for the M-step of t."""
-        config, rollout = self.config, self.config.rollout
+        config, rollout, further = self.config, self.config.rollout, self.config.em.further_samples
         return self.run.begin_sampling(
             t,
             SearchProgram(
@@ -117,16 +117,19 @@ class ExpectationMaximisation:
                 hinted=config.em.hinted,
             ),
             {SEARCHER: version},
-            self._weights(config.weighting, hinted=config.em.hinted),
+            self._weights(
+                config.weighting, hinted=config.em.hinted, usual=rollout.samples if further else None
+            ),
             samples=rollout.samples,
             sampling=Sampling.of(rollout, derive_seed(config.seed, "e-step", t)),
+            further=FurtherSamples(further) if further else None,
         )
 
-    def _weights(self, weighting: WeightingConfig, *, hinted: int = 0) -> SearchWeights:
-        config = self.config
-        return SearchWeights(
-            weighting, config.agent, config.model.path, config.evaluation.protocol, hinted=hinted
-        )
+    def _weights(
+        self, weighting: WeightingConfig, *, hinted: int = 0, usual: int | None = None
+    ) -> SearchWeights:
+        config, protocol = self.config, self.config.evaluation.protocol
+        return SearchWeights(weighting, config.agent, config.model.path, protocol, hinted=hinted, usual=usual)
 
     def m_step(self, t: int) -> None:
         """theta_t: weighted maximum likelihood on the E-step's shards, from theta_{t-1} on."""

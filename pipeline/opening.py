@@ -100,5 +100,5 @@ def _opened(path: Path, config: Config, mirror: Mirror | None) -> Iterator[RunDi
 
 def _most_tokens(config: Config, splits: Splits) -> int:
     """In the trajectories of an iteration."""
-    trained = config.of_recipe.sampled_questions(len(splits.train)) * config.rollout.samples
+    trained = config.of_recipe.sampled_questions(len(splits.train)) * config.most_samples
     return int(trained + len(splits.dev) * config.em.dev_samples) * config.model.max_length

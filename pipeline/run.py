@@ -18,7 +18,7 @@ from actors.background import Ongoing
 from actors.cluster import Cluster, SampleReport
 from actors.observer import Observer
 from actors.policy import Policy
-from pipeline.core.agents.program import GREEDY, Program, Sampling
+from pipeline.core.agents.program import GREEDY, Further, Program, Sampling
 from pipeline.core.config import Config, Iterations
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
@@ -132,6 +132,7 @@ class Run(Steps):
         samples: int,
         sampling: Sampling,
         questions: Sequence[Question] | None = None,
+        further: Further | None = None,
     ) -> Begun:
         """Step "t/sample": episodes of the training questions, and the examples made of them for each policy.
 
@@ -147,6 +148,7 @@ class Run(Steps):
             samples: episodes per question.
             sampling: its seed is that of run and iteration.
             questions: those of this iteration, always the same; None: all.
+            further: how many more episodes of a question, given those.
         """
 
         shards = Shards(
@@ -164,7 +166,7 @@ class Run(Steps):
             policies, title = self._at(roles), f"iteration {t}: sampling"
             lengths = generated_tokens(self.at(f"{t - 1}/rollouts"))
             return self._sampling(
-                shards, "sample", title, program, policies, weigh, samples, sampling, lengths
+                shards, "sample", title, program, policies, weigh, samples, sampling, lengths, further
             )
 
         return self.begin(f"{t}/sample", work, _figures)
@@ -364,6 +366,7 @@ class Run(Steps):
         samples: int,
         sampling: Sampling,
         lengths: Mapping[str, float],
+        further: Further | None = None,
     ) -> Iterator[Ongoing[SampleReport]]:
         """Make the shards that an earlier process has not completed, and show how far it has come."""
         shards.resume(self.config.rollout.max_failure_share)
@@ -378,6 +381,7 @@ class Run(Steps):
                 sampling=sampling,
                 name=name,
                 lengths=lengths,
+                further=further,
                 on_progress=lambda done: advance.to(done, total),
             )
 

@@ -106,8 +106,8 @@ MUTATIONS = (
     Mutation(
         "length_normalised: never self-normalised",
         WEIGHTING,
-        "return found, log_sum(found) if config.self_normalised else 0.0",
-        "return found, 0.0",
+        "return found, log_sum(found)\n",
+        "return found, 0.0\n",
     ),
     Mutation(
         "reward: its exponential as the weight",
@@ -142,8 +142,8 @@ MUTATIONS = (
     Mutation(
         "bound: no ratio",
         WEIGHTING,
-        "return log_mean([s.log_likelihood + _log_ratio(s, config) for s in scored])",
-        "return log_mean([s.log_likelihood for s in scored])",
+        "return log_mean([s.log_likelihood + _log_ratio(s, config) for s in scored[:usual]])",
+        "return log_mean([s.log_likelihood for s in scored[:usual]])",
     ),
     Mutation(
         "effective sample size: sum of the weights not squared",

@@ -30,6 +30,8 @@ class Stored:
     scored: Sequence[Scored]
     facts: Sequence[Facts]
     log_weights: Sequence[float] | None
+    usual: int | None = None
+    """Trajectories that other questions have, where this one may have more."""
 
 
 def read_stored(run: RunFiles, t: int) -> list[Stored]:
@@ -53,7 +55,8 @@ def read_stored(run: RunFiles, t: int) -> list[Stored]:
         logs = None if row["log_weights"] is None else logs_from_json(row["log_weights"])
         if row["scored"]:
             scored = [scored_from_json(one) for one in row["scored"]]
-            found.append(Stored(id_, scored, [Facts(**one) for one in row["facts"]], logs))
+            facts = [Facts(**one) for one in row["facts"]]
+            found.append(Stored(id_, scored, facts, logs, row.get("usual")))
     if not found:
         raise UserError(f"{rollouts} has no trajectory that was scored")
     return found
@@ -68,7 +71,8 @@ def reweigh(stored: Stored, weighting: WeightingConfig, *, from_the_model: bool)
     Raises:
         UserError: the weights need log q, which was not recorded.
     """
-    return weights_of(scored_under(stored, weighting, from_the_model=from_the_model), weighting)
+    scored = scored_under(stored, weighting, from_the_model=from_the_model)
+    return weights_of(scored, weighting, stored.usual)
 
 
 def scored_under(stored: Stored, weighting: WeightingConfig, *, from_the_model: bool) -> list[Scored]:
@@ -103,12 +107,13 @@ def figures_of(questions: Sequence[Stored], weighting: WeightingConfig, *, from_
         whose own answer is right, None where all weights are zero.
     """
     scored = [scored_under(one, weighting, from_the_model=from_the_model) for one in questions]
-    logs = [weights_of(group, weighting) for group in scored]
+    logs = [weights_of(group, weighting, one.usual) for group, one in zip(scored, questions, strict=True)]
     if all(own is None for own in logs):
         raise UserError(
             f"no question has two trajectories that weighting.method: {weighting.method} could compare"
         )
-    summary = summarise(scored, [None if own is None else np.array(own) for own in logs], weighting)
+    arrays = [None if own is None else np.array(own) for own in logs]
+    summary = summarise(scored, arrays, weighting, questions[0].usual)
     weighted = [(own, group) for own, group in zip(logs, scored, strict=True) if own is not None]
     pairs = [(log, s.correct) for own, group in weighted for log, s in zip(own, group, strict=True)]
     every, right = (np.array(column) for column in zip(*pairs, strict=True))
@@ -139,7 +144,7 @@ def _bounds(
 ) -> Mapping[str, float]:
     """Once as long as the side-cars stay as they are (`stamp`): a report is made again after every step."""
     return {
-        id_: bound_of([scored_from_json(one) for one in row["scored"]], weighting)
+        id_: bound_of([scored_from_json(one) for one in row["scored"]], weighting, row.get("usual"))
         for id_, row in statistics_by_task(rollouts).items()
         if row.get("scored")
     }

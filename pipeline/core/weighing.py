@@ -109,6 +109,8 @@ class SearchWeights:
     hinted: int = 0
     """So many first samples of a question were sampled with its answer in the prompt: that theirs is right says
     nothing."""
+    usual: int | None = None
+    """See `log_weights`. None: all questions have as many."""
 
     outputs = (SEARCHER,)
 
@@ -119,14 +121,14 @@ class SearchWeights:
         golds = GoldAnswers.of(task, renderer)
         scorable = [(t, scores) for t in usable if (scores := golds.behind(t))]
         scored = [self._scored(task, *one) for one in scorable]
-        logs = weights_of(scored, self.weighting)
+        logs = weights_of(scored, self.weighting, self.usual)
         examples = [
             self._example(renderer, trajectory, scores, log_weight)
             for (trajectory, scores), log_weight in zip(scorable, logs or (), strict=logs is not None)
         ]
         turns: list[Array] = []
         if self.weighting.credit == "turn" and logs is not None:
-            turns = turn_log_weights(scored, self.weighting)
+            turns = turn_log_weights(scored, self.weighting, self.usual)
             by_turn = zip(examples, scorable, turns, strict=True)
             examples = [
                 with_turn_weights(example, trajectory, own) for example, (trajectory, _), own in by_turn
@@ -143,17 +145,21 @@ class SearchWeights:
                 "turns": sum(map(len, turns)),
                 "turns_without_credit": int(sum(np.isneginf(own).sum() for own in turns)),
                 "hinted": hinted,
+                "usual": self.usual,
             },
         )
 
     def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """As `summarise_scored`; how many copies were merged, and where they are used what turns and hints came to."""
+        """As `summarise_scored`; copies that were merged; what turns, hints and further samples came to, if any."""
         found = {"merged_copies": sum(row["merged_copies"] for row in statistics)}
         if self.weighting.credit == "turn":
             found |= {
                 name: sum(row[name] for row in statistics) for name in ("turns", "turns_without_credit")
             }
-        return {**summarise_scored(statistics, self.weighting), **found, **self._of_hinted(statistics)}
+        if self.usual is not None:
+            found["further"] = sum(sum(row["stop_reasons"].values()) - self.usual for row in statistics)
+        summary = summarise_scored(statistics, self.weighting, self.usual)
+        return {**summary, **found, **self._of_hinted(statistics)}
 
     def _of_hinted(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """How many trajectories with a hint have a weight, and their share of all weight, in percent."""
@@ -244,12 +250,14 @@ class GoldAnswers:
         return dict(found.values())
 
 
-def weights_of(scored: Sequence[Scored], weighting: WeightingConfig) -> list[float] | None:
+def weights_of(
+    scored: Sequence[Scored], weighting: WeightingConfig, usual: int | None = None
+) -> list[float] | None:
     """log w of one question's trajectories; None where they have none: there are no trajectories, or weights that
-    compare them have nothing to compare the only one with."""
+    compare them have nothing to compare the only one with. `usual` is that of `log_weights`."""
     if not scored or (weighting.compares and len(scored) < 2):
         return None
-    return [float(log_weight) for log_weight in log_weights(scored, weighting)]
+    return [float(log_weight) for log_weight in log_weights(scored, weighting, usual)]
 
 
 def statistics_of(
@@ -278,12 +286,13 @@ def statistics_of(
 
 
 def summarise_scored(
-    statistics: Sequence[Mapping[str, Any]], weighting: WeightingConfig
+    statistics: Sequence[Mapping[str, Any]], weighting: WeightingConfig, usual: int | None = None
 ) -> Mapping[str, Any]:
     """`WeightingSummary`, how trajectories stopped and how many were excluded.
 
     Args:
         statistics: `statistics_of` each task.
+        usual: see `bound_of`.
 
     Raises:
         RuntimeError: nothing was weighted.
@@ -303,6 +312,7 @@ def summarise_scored(
             for row in scored
         ],
         weighting,
+        usual,
     )
     too_long = sum(row["too_long_to_score"] for row in statistics)
     infrastructure = sum(stop_reasons[reason] for reason in StopReason if reason.is_infrastructure)

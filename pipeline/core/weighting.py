@@ -44,8 +44,10 @@ variance. Cut at 0 they imitate only what did better than was to be expected (se
 in [0, 1], and a weighted likelihood stays one. Gains of log p would not do: exp(l_k - b) of one hard question outweighs
 all others. The answer itself is given and not sampled, so it has no baseline and keeps w_k.
 
-K counts the trajectories that take part: infrastructure failures are excluded before they come here. Of the first two,
-a higher likelihood never gets a lower weight. Sums run over one question, never over a batch.
+K counts the trajectories that take part: infrastructure failures are excluded before they come here. A question that
+has c times as many as others (`em.further_samples`) counts no more than these: its weights are divided by c, unless
+they are divided by their sum. Of the first two methods a higher likelihood never gets a lower weight. Sums run over one
+question, never over a batch.
 """
 
 from __future__ import annotations
@@ -143,8 +145,11 @@ def trained_gold(golds: Mapping[str, Gold], config: WeightingConfig) -> str:
     return max(golds, key=lambda answer: golds[answer].log_likelihood)
 
 
-def log_weights(scored: Sequence[Scored], config: WeightingConfig) -> Array:
+def log_weights(scored: Sequence[Scored], config: WeightingConfig, usual: int | None = None) -> Array:
     """log w(z_k) of one question's trajectories.
+
+    Args:
+        usual: so many trajectories other questions have, where this one may have more.
 
     Returns:
         float64 [K]; -inf for a weight of zero.
@@ -152,12 +157,17 @@ def log_weights(scored: Sequence[Scored], config: WeightingConfig) -> Array:
     Raises:
         ValueError: no trajectories, or a log-likelihood that is positive or not a number.
     """
-    found, log_divisor = _undivided(scored, config)
+    found, log_divisor = _undivided(scored, config, usual)
     return _clipped(found if np.isneginf(log_divisor) else found - log_divisor, config)
 
 
-def turn_log_weights(scored: Sequence[Scored], config: WeightingConfig) -> list[Array]:
+def turn_log_weights(
+    scored: Sequence[Scored], config: WeightingConfig, usual: int | None = None
+) -> list[Array]:
     """log w_{k,i} of each turn of one question's trajectories (`credit: turn`; module docstring).
+
+    Args:
+        usual: as of `log_weights`.
 
     Returns:
         for each trajectory float64 [T], as many as it has values in front of turns; -inf for a weight of zero.
@@ -165,7 +175,7 @@ def turn_log_weights(scored: Sequence[Scored], config: WeightingConfig) -> list[
     Raises:
         ValueError: as `log_weights`.
     """
-    _, log_divisor = _undivided(scored, config)
+    _, log_divisor = _undivided(scored, config, usual)
     weights = []
     for one in scored:
         values = np.minimum([*one.before, one.log_likelihood], 0.0) / config.temperature
@@ -196,7 +206,7 @@ def turn_credits(values: Array, decay: float) -> tuple[Array, float]:
     return credits, log_unit
 
 
-def _undivided(scored: Sequence[Scored], config: WeightingConfig) -> tuple[Array, float]:
+def _undivided(scored: Sequence[Scored], config: WeightingConfig, usual: int | None) -> tuple[Array, float]:
     """log w [K] before they are divided, and the logarithm of what by; minus infinity where all weights are zero.
 
     Raises:
@@ -224,7 +234,9 @@ def _undivided(scored: Sequence[Scored], config: WeightingConfig) -> tuple[Array
             found = _log(np.array([s.reward for s in scored])) + log_ratios
         case "uniform":
             return log_ratios, float(np.log(len(scored)))
-    return found, log_sum(found) if config.self_normalised else 0.0
+    if config.self_normalised:
+        return found, log_sum(found)
+    return found, float(np.log(max(1.0, len(scored) / (usual or len(scored)))))
 
 
 def _log(values: Array) -> Array:
@@ -254,13 +266,15 @@ def effective_sample_size(logs: Array) -> float:
     return 0.0 if np.isneginf(total) else float(np.exp(2 * total - log_sum(2 * logs)))
 
 
-def bound_of(scored: Sequence[Scored], config: WeightingConfig) -> float:
+def bound_of(scored: Sequence[Scored], config: WeightingConfig, usual: int | None = None) -> float:
     """log (1/K) sum_k r_k p(Y|x,z_k): one question's term of the likelihood bound.
+
+    Of the first `usual` alone: that others were sampled depended on these, so the mean with them may be too high.
 
     Its mean over samples is at most log p(Y|x), also from another proposal than the model: clipping makes r_k smaller.
     r_k is 1 without `correct_proposal`.
     """
-    return log_mean([s.log_likelihood + _log_ratio(s, config) for s in scored])
+    return log_mean([s.log_likelihood + _log_ratio(s, config) for s in scored[:usual]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,12 +323,16 @@ class WeightingSummary:
 
 
 def summarise(
-    groups: Sequence[Sequence[Scored]], weights: Sequence[Array | None], config: WeightingConfig
+    groups: Sequence[Sequence[Scored]],
+    weights: Sequence[Array | None],
+    config: WeightingConfig,
+    usual: int | None = None,
 ) -> WeightingSummary:
     """Summary over questions; each element of the first two sequences holds one question's trajectories.
 
     Args:
         weights: log w; None for a question that got none.
+        usual: see `bound_of`.
 
     Raises:
         ValueError: no questions, none with weights, or the two sequences do not fit.
@@ -322,7 +340,7 @@ def summarise(
     weighted = [logs for logs in weights if logs is not None]
     if len(groups) != len(weights) or not weighted:
         raise ValueError(f"cannot summarise {len(groups)} questions with {len(weighted)} sets of weights")
-    bounds = np.array([bound_of(group, config) for group in groups])
+    bounds = np.array([bound_of(group, config, usual) for group in groups])
     likelihoods, together = np.exp(bounds), np.concatenate(weighted)
     return WeightingSummary(
         questions=len(groups),

@@ -165,6 +165,7 @@ def test_samples_of_dev_questions_take_disk() -> None:
 
     # Of 100 questions 4 in 3 iterations; of 50 dev questions 2 after the cold start and each of these.
     assert shards("em.dev_samples=2") / shards() == pytest.approx((1200 + 400) / 1200, rel=1e-6)
+    assert shards("em.further_samples=4", "rollout.samples=2") / shards("rollout.samples=2") == 3
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.1])

@@ -1,9 +1,10 @@
-"""Who sees a gold answer in its prompt: hinted samples of training questions, and no one else."""
+"""What an E-step is given, and dev and test questions are not: hints, scores of turns, further samples."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from pipeline.core.agents.search_program import FurtherSamples
 from pipeline.core.config import Config
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.em import ExpectationMaximisation
@@ -19,6 +20,7 @@ class Programs:
     def begin_sampling(self, t: int, program: Any, roles: Any, weigh: Any, **options: Any) -> None:
         self.given["sample"] = program
         self.given["weigh"] = weigh
+        self.given["further"] = options["further"]
 
     def begin_evaluation(self, t: int, program: Any, roles: Any, **options: Any) -> None:
         self.given["dev"] = program
@@ -51,6 +53,12 @@ def test_dev_and_test_questions_are_never_hinted_and_their_turns_never_scored() 
     assert (found["sample"].hinted, found["weigh"].hinted, found["sample"].score_turns) == (2, 2, "all")
     for name in ("dev", "best", "one_search"):
         assert (found[name].hinted, found[name].score_answers, found[name].score_turns) == (0, False, "none")
+
+
+def test_further_samples_are_asked_for_in_the_e_step_and_weighed_against_the_usual_number() -> None:
+    found = given(em={"further_samples": 6}, rollout={"samples": 3})
+    assert (found["further"], found["weigh"].usual) == (FurtherSamples(6), 3)
+    assert (given()["further"], given()["weigh"].usual) == (None, None)
 
 
 def test_the_loss_weighs_tokens_where_turns_are_credited() -> None:

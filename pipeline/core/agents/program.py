@@ -149,6 +149,10 @@ class Program(Protocol[TaskT]):
         ...
 
 
+Further = Callable[[Sequence[Episode]], int]
+"""Given the episodes of a task how many more are to be sampled of it; picklable."""
+
+
 @dataclass(frozen=True, slots=True)
 class Answering:
     """How the models of a recipe answer a question."""

@@ -96,6 +96,24 @@ class SearchProgram:
         return replace(trajectory, turn_log_likelihoods=values)
 
 
+@dataclass(frozen=True, slots=True)
+class FurtherSamples:
+    """So many more of a question while none of its trajectories makes a gold answer likelier than not: all alike say
+    little of what is better. Those that failed for infrastructure reasons say nothing.
+    """
+
+    number: int
+
+    def __call__(self, episodes: Sequence[Episode]) -> int:
+        trajectories = [episode.turn(SEARCHER) for episode in episodes]
+        found = [
+            log_sum([value for value in trajectory.log_likelihoods if not math.isnan(value)])
+            for trajectory in trajectories
+            if not trajectory.stop_reason.is_infrastructure
+        ]
+        return self.number if found and max(found) <= math.log(0.5) else 0
+
+
 async def answer_log_likelihoods(
     trajectory: Trajectory, golds: list[list[int]], model: Model
 ) -> tuple[float, ...]:

@@ -81,6 +81,11 @@ class Config(Section):
         return self.em if self.recipe == EXSEARCH else getattr(self, self.recipe)
 
     @property
+    def most_samples(self) -> int:
+        """Trajectories of a training question, at most."""
+        return self.rollout.samples + self.em.further_samples
+
+    @property
     def starts_from_data_root(self) -> bool:
         """Whether a path to data is relative."""
         data = self.data

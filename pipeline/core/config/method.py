@@ -247,6 +247,9 @@ class EmConfig(Iterations):
     hinted: int = Field(0, ge=0)
     """Of a question's `rollout.samples` so many are sampled with a gold answer in the prompt, for questions whose other
     trajectories all fail. They are weighted by p(z)/q(z) and trained without it. Needs `weighting.correct_proposal`."""
+    further_samples: int = Field(0, ge=0)
+    """So many further trajectories are sampled of a question of which none of its `rollout.samples` makes a gold answer
+    likelier than not. A question with more trajectories counts as much as one with few."""
     dev_samples: int = Field(0, ge=0)
     """Trajectories per dev question that are sampled as in the E-step and scored against the gold answers, for a
     likelihood bound on dev after the cold start and every iteration. 0: no such bound. Costs what so many in the E-step

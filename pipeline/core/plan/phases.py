@@ -59,7 +59,7 @@ def phases_of(
     train, dev, test = (
         count or 0 for count in (assumed.questions, assumed.dev_questions, assumed.test_questions)
     )
-    samples = train * rollout.samples
+    samples = train * config.most_samples
     cold = config.cold_start
     starts_cold = cold.questions > 0 or cold.trajectories is not None
     tests = 2 + 2 * config.evaluation.baselines + starts_cold if test else 0

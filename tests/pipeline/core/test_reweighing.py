@@ -91,10 +91,12 @@ class Runs:
             proposal_logprobs=proposal if records_proposal else None,
         )
 
-    def run(self, weighting: WeightingConfig, *, records_proposal: bool) -> RunDirectory:
+    def run(
+        self, weighting: WeightingConfig, *, records_proposal: bool, usual: int | None = None
+    ) -> RunDirectory:
         # Else what is trained has no weight of each trajectory.
         apart = weighting.model_copy(update={"merge_copies": False})
-        weigh = SearchWeights(apart, AgentConfig(), "model")
+        weigh = SearchWeights(apart, AgentConfig(), "model", usual=usual)
         run = RunDirectory(self.at / f"run{len(list(self.at.iterdir()))}", Config(weighting=weighting))
         shards = Shards(QUESTIONS, run.at("1/rollouts"), {"searcher": run.at("1/searcher/examples")}, 2)
         shards.resume()
@@ -131,10 +133,13 @@ def recomputed(run: RunDirectory, weighting: WeightingConfig, *, from_the_model:
     return found
 
 
+@pytest.mark.parametrize("usual", [None, 1])
 @pytest.mark.parametrize("weighting", [*OTHERS, *CORRECTED], ids=str)
-def test_the_stored_weights_come_out_again_to_the_last_digit(runs: Runs, weighting: dict[str, Any]) -> None:
+def test_the_stored_weights_come_out_again_to_the_last_digit(
+    runs: Runs, weighting: dict[str, Any], usual: int | None
+) -> None:
     config = WeightingConfig(**weighting)
-    run = runs.run(config, records_proposal=config.correct_proposal)
+    run = runs.run(config, records_proposal=config.correct_proposal, usual=usual)
     again = recomputed(run, config, from_the_model=not config.correct_proposal)
     assert again == trained(run)
     assert len(again) == 8  # of twelve three died, and one was too long to be scored

@@ -433,6 +433,23 @@ def test_what_a_hinted_trajectory_answers_says_nothing_of_the_model_and_its_shar
     assert report["hinted_weight_share"] == pytest.approx(100 * hinted / (hinted + other), rel=1e-4)
 
 
+# ---------------------------------------------------------------- further samples
+
+
+def test_further_samples_are_weighed_down_counted_and_left_out_of_the_bound(bench: Any) -> None:
+    at, question = bench(), Question("q1", "Who?", ("Mara Velin",))
+    at.weigh = replace(at.weigh, usual=2)
+    likelihoods = [0.1, 0.1, 0.8, 0.4]
+    four = [at.trajectory(math.log(p), sample=k, answer=f"no {k}") for k, p in enumerate(likelihoods)]
+    examples, more = at(four, question)
+    assert weights(examples) == pytest.approx([0.05, 0.05, 0.4, 0.2])
+    _, few = at(four[:2], Question("q2", "Who?", ("Mara Velin",)))
+    report = at.weigh.summarise([more, few])
+    assert report["further"] == 2
+    assert report["mean_likelihood"] == pytest.approx(0.1)
+    assert "further" not in replace(at.weigh, usual=None).summarise([few])
+
+
 # ---------------------------------------------------------------- statistics
 
 

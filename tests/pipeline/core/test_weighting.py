@@ -66,6 +66,38 @@ def test_a_longer_gold_answer_is_not_punished_by_length_normalisation() -> None:
     assert weights_of(scored, config) == pytest.approx([math.exp(-1)] * 2)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@given(values=log_likelihoods, times=st.integers(1, 4))
+def test_a_question_with_more_trajectories_than_others_counts_as_much_as_they_do(
+    method: str, values: list[float], times: int
+) -> None:
+    config = WeightingConfig.model_validate({"method": method})
+    usual = [one(value, reward=math.exp(value / 500)) for value in values]
+    expected = weights_of(usual, config).sum()
+    found = np.exp(log_weights(usual * times, config, len(usual))).sum()
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-300)
+
+
+def test_so_do_its_turns() -> None:
+    config = WeightingConfig(credit="turn")
+    two = [one(math.log(0.6), before=(math.log(0.1), math.log(0.3)))] * 2
+    usual, more = turn_log_weights(two, config), turn_log_weights(two * 3, config, usual=2)
+    assert np.exp(more).sum(0) == pytest.approx(np.exp(usual).sum(0))
+
+
+def test_a_question_that_lost_trajectories_is_not_made_up_for() -> None:
+    config = WeightingConfig()
+    assert log_weights([one(-1.0)], config, usual=4) == log_weights([one(-1.0)], config)
+
+
+def test_the_bound_is_that_of_the_trajectories_that_others_were_not_sampled_because_of() -> None:
+    failed, found = one(math.log(0.01)), one(math.log(0.9))
+    config = WeightingConfig()
+    assert bound_of([failed, failed, found, found], config, usual=2) == pytest.approx(math.log(0.01))
+    summary = summarise([[failed, failed, found, found]], [np.zeros(4)], config, usual=2)
+    assert summary.mean_likelihood == pytest.approx(0.01)
+
+
 def test_uniform_weights_are_one_over_k() -> None:
     assert weights([-1.0, -50.0, 0.0, -3.0], method="uniform") == pytest.approx([0.25] * 4)
 

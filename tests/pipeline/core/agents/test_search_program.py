@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.core.agents.program import Completion, EngineError, Retrieve, Sampling
-from pipeline.core.agents.search_program import SearchProgram, answer_log_likelihoods
+from pipeline.core.agents.search_program import FurtherSamples, SearchProgram, answer_log_likelihoods
 from pipeline.core.config import AgentConfig
-from pipeline.core.records import Question, StopReason, Trajectory
+from pipeline.core.records import Episode, Question, StopReason, Trajectory
 from pipeline.core.renderer import Renderer
 from retriever_service.errors import RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
@@ -80,6 +81,31 @@ def test_gold_answers_are_scored_behind_nothing_of_the_models_own_answer(crossin
     assert trajectory.answer == '"Mara"'
     for ids, start in model.scored:
         assert crossing_tokenizer.decode(ids[:start]).endswith("<record> r </record>\n<answer>")
+
+
+@pytest.mark.parametrize(
+    ("likelihoods", "more"),
+    [
+        ([(0.2, 0.2), (0.1, 0.39)], 5),  # of different gold answers together
+        ([(0.2,), (0.6,)], 0),
+        ([(0.3, 0.3), (0.1,)], 0),
+        ([(0.2,), (None,)], 5),
+        ([(None,), (None,)], 0),
+        ([(float("nan"),), (0.1,)], 5),  # too long for an answer
+    ],
+)
+def test_more_are_sampled_where_no_trajectory_makes_an_answer_likelier_than_not(
+    tokenizer: Any, likelihoods: list[tuple[float | None, ...]], more: int
+) -> None:
+    plain = run(FakeModel(tokenizer))
+    episodes = []
+    for found in likelihoods:
+        if found == (None,):  # the engine did not answer
+            turn = replace(plain, stop_reason=StopReason.ENGINE_ERROR, log_likelihoods=())
+        else:
+            turn = replace(plain, log_likelihoods=tuple(np.log(np.array(found, dtype=float)).tolist()))
+        episodes.append(Episode("q", 0, (turn,)))
+    assert FurtherSamples(5)(episodes) == more
 
 
 def test_nothing_is_scored_unless_it_is_asked_for(tokenizer: Any) -> None:
