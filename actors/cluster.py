@@ -177,10 +177,11 @@ class Cluster:
         """
         pools = self._serving(roles)
         home = next(iter(pools.values()))
-        to_do = longest_first(shards.to_do(), lengths, TIMES_IN_FLIGHT * home.in_flight // samples)
+        phase = Phase(program, samples, sampling, home.rollout.max_failure_share, name, further)
+        at_once = TIMES_IN_FLIGHT * home.in_flight // phase.most_samples
+        to_do = longest_first(shards.to_do(), lengths, at_once)
         work = Work(to_do, done=len(shards.tasks) - len(to_do), counts=shards.counts())
         rollout, memory = home.rollout, self._memory_of(home)
-        phase = Phase(program, samples, sampling, rollout.max_failure_share, name, further)
         before, began = _uses(pools), time.perf_counter()
 
         async def whole_phase() -> SampleReport:

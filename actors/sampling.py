@@ -57,6 +57,11 @@ class Phase:
     name: str = ""
     further: Further | None = None
 
+    @property
+    def most_samples(self) -> int:
+        """Episodes of a task, at most."""
+        return self.samples + (self.further.most if self.further is not None else 0)
+
 
 class Work:
     """The tasks of a phase: to do, in hand, done; and what was counted in those that are done, each once.
@@ -168,11 +173,11 @@ class _Run:
         for number in itertools.count():
             if (task := await self.work.take()) is None:
                 return
-            await self.memory.reserve(self.phase.samples)
+            await self.memory.reserve(self.phase.most_samples)
             try:
-                hand = await self.hands.take(self.phase.samples)
+                hand = await self.hands.take(self.phase.most_samples)
             except asyncio.CancelledError:
-                self.memory.release(self.phase.samples)
+                self.memory.release(self.phase.most_samples)
                 raise
             tasks.create_task(self._do(task, hand, number))
 
@@ -181,8 +186,8 @@ class _Run:
             counts = await self._serve(task, hand, number)
         finally:
             # Other phases go on, also where this one is given up.
-            self.hands.put_down(hand, self.phase.samples)
-            self.memory.release(self.phase.samples)
+            self.hands.put_down(hand, self.phase.most_samples)
+            self.memory.release(self.phase.most_samples)
         if counts is None:
             self.work.give_back(task)
             return

@@ -95,11 +95,22 @@ class LockStep:
         model: a causal language model of transformers.
         engine: what is searched.
         max_length: longest context in tokens.
+        keeps_mistakes: see `SearchAgent`.
     """
 
-    def __init__(self, model: Any, renderer: Renderer, engine: SearchEngine, max_length: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        renderer: Renderer,
+        engine: SearchEngine,
+        max_length: int,
+        *,
+        keeps_mistakes: bool = False,
+    ) -> None:
         self._writer, self._engine = Writer(model, renderer), engine
-        self._agent = SearchAgent(renderer, self, self._search, max_length=max_length)
+        self._agent = SearchAgent(
+            renderer, self, self._search, max_length=max_length, keeps_mistakes=keeps_mistakes
+        )
         self._going = 0
         self._searches: list[tuple[tuple[str, int], asyncio.Future[Sequence[Hit]]]] = []
         self._turns: list[tuple[Turn, asyncio.Future[Completion]]] = []

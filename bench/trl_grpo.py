@@ -97,7 +97,8 @@ class Peer:
         for name in prompts:
             tasks.append((self._by_id[name], counts[name]))
             counts[name] += 1
-        trajectories = self._agents().run(tasks, Sampling.of(self.config.rollout, self.config.seed))
+        sampling = Sampling.of(self.config.rollout, self.config.seed)
+        trajectories = self._agents(keeps_mistakes=True).run(tasks, sampling)
         self._note_sampling(trajectories, time.perf_counter() - began)
         lengths = [len(self._renderer.prompt_ids(task.text)) for task, _ in tasks]
         behind = list(zip(trajectories, lengths, strict=True))
@@ -138,8 +139,9 @@ class Peer:
             self.model = load_model(str(path))
             write_json(self.files.at(f"test/{name}.json"), {"iteration": iteration} | self.scores(self.test))
 
-    def _agents(self) -> LockStep:
-        return LockStep(self.model, self._renderer, self._engine, self.config.model.max_length)
+    def _agents(self, *, keeps_mistakes: bool = False) -> LockStep:
+        longest = self.config.model.max_length
+        return LockStep(self.model, self._renderer, self._engine, longest, keeps_mistakes=keeps_mistakes)
 
     def _reward(self, trajectory: Trajectory) -> float | None:
         if trajectory.stop_reason.is_infrastructure:

@@ -46,7 +46,7 @@ from pipeline.opening import open_run
 from pipeline.run import Run
 from pipeline.steps import Begun, together
 
-PLAIN = {"method": "likelihood", "credit": "trajectory", "subtract_baseline": False}
+PLAIN = {"method": "likelihood", "self_normalised": False, "credit": "trajectory", "subtract_baseline": False}
 """Weights of which the bound is all that is looked at."""
 
 
@@ -122,7 +122,7 @@ class ExpectationMaximisation:
             ),
             samples=rollout.samples,
             sampling=Sampling.of(rollout, derive_seed(config.seed, "e-step", t)),
-            further=FurtherSamples(further) if further else None,
+            further=FurtherSamples(further, config.em.hinted) if further else None,
         )
 
     def _weights(

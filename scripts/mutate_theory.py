@@ -142,8 +142,8 @@ MUTATIONS = (
     Mutation(
         "bound: no ratio",
         WEIGHTING,
-        "return log_mean([s.log_likelihood + _log_ratio(s, config) for s in scored[:usual]])",
-        "return log_mean([s.log_likelihood for s in scored[:usual]])",
+        "return log_mean([s.log_likelihood + _log_ratio(s, config) for s in first])",
+        "return log_mean([s.log_likelihood for s in first])",
     ),
     Mutation(
         "effective sample size: sum of the weights not squared",

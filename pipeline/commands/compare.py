@@ -30,7 +30,8 @@ def compare_runs(a: Path, b: Path, split: str, models: tuple[str, str], samples:
         models: which of each run's models: of test the name of a test, of dev the number of an iteration, or `best`.
 
     Returns:
-        `{"a", "b": {"run", "model"}, "split", ...}` and what `comparison.compare` gives.
+        `{"a", "b": {"run", "model"}, "split", ...}` and what `comparison.compare` gives. Two tables do not say of which
+        split they are.
 
     Raises:
         UserError: nothing to compare is there, or the questions are not the same.
@@ -43,7 +44,7 @@ def compare_runs(a: Path, b: Path, split: str, models: tuple[str, str], samples:
     return {
         "a": {"run": str(a), "model": of_a},
         "b": {"run": str(b), "model": of_b},
-        "split": split,
+        "split": split if of_a or of_b else None,
         **compare(first, pair_up(first, second, names), samples, seed),
     }
 
@@ -51,6 +52,10 @@ def compare_runs(a: Path, b: Path, split: str, models: tuple[str, str], samples:
 def _scores(path: Path, split: str, model: str) -> tuple[Scores, str]:
     """Scores by question, and the name of the model that they are of."""
     if path.suffix == ".parquet":
+        if model != BEST:
+            raise UserError(
+                f"{path} is a table of one model; leave out --model-a or --model-b ({model}) for it"
+            )
         return _read(path, path), ""
     if not (path / "config.yaml").is_file():
         raise UserError(
@@ -93,7 +98,8 @@ def print_comparison(found: Mapping[str, Any], console: Console, changed: int) -
     a, b = (" ".join(filter(None, found[side].values())) for side in ("a", "b"))
     console.print(f"A: {a}\nB: {b}", markup=False, highlight=False, soft_wrap=True)
     overall = {METRIC_NAMES[name]: row for name, row in found["all"].items()}
-    console.print(comparison_table(f"{found['split']} questions, in percent", "metric", overall))
+    title = " ".join(filter(None, (found["split"], "questions, in percent")))
+    console.print(comparison_table(title, "metric", overall))
     for title, key in (("hops", "by_hops"), ("type", "by_type")):
         rows = {name: metrics["em"] for name, metrics in found[key].items()}
         if rows:

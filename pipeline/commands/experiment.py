@@ -48,7 +48,7 @@ def run_experiment(
         overrides: `key=value` for all runs.
         out: folder of experiments, which share worlds, indexes and runs; None: runs/experiments.
         results: folder of `results.md` and `figures/`; None: that of the experiment in `out`.
-        seeds: these alone; empty: all of the experiment.
+        seeds: make the runs of these alone; empty: of all. The results are of all that is finished.
         dry_run: only show what would be done.
         table: only write the results of what is finished.
 
@@ -59,17 +59,23 @@ def run_experiment(
     experiment = read_experiment(find_experiment(which, EXPERIMENTS))
     home = (out or Path("runs") / "experiments").absolute() / experiment.name
     folder = results or home
-    runs = _planned(experiment, home, overrides, seeds)
+    runs = _planned(experiment, home, overrides)
+    if others := [seed for seed in seeds if seed not in experiment.spec.seeds]:
+        raise UserError(
+            f"{experiment.file} has no seed {others[0]}; its seeds are {list(experiment.spec.seeds)}"
+        )
+    wanted = [run for run in runs if not seeds or run.seed in seeds]
     if dry_run:
-        print_plan(experiment, runs)
+        print_plan(experiment, wanted)
         return
     if experiment.spec.plots:
         require_matplotlib(f"have `plots: []` in {experiment.file}")
     check_page(folder, experiment.name)
-    failed = [] if table else _make(experiment, home, runs, display)
+    failed = [] if table else _make(experiment, home, wanted, display)
     found = read_results(experiment, runs)
     if found.arms:
-        command = shlex.join(["exsearch", "experiment", which, *overrides])
+        where = ["--out", str(out)] if out is not None else []
+        command = shlex.join(["exsearch", "experiment", which, *overrides, *where])
         written = write_page(found, folder, command)
         if "test" in experiment.spec.tables:
             display.line(make_table("test", found))
@@ -80,12 +86,10 @@ def run_experiment(
             "experiments with --out"
         )
     if failed:
-        raise RunError("\n".join([f"{len(failed)} of {len(runs)} runs failed:", *failed]))
+        raise RunError("\n".join([f"{len(failed)} of {len(wanted)} runs failed:", *failed]))
 
 
-def _planned(
-    experiment: Experiment, home: Path, overrides: Sequence[str], seeds: Sequence[int]
-) -> list[PlannedRun]:
+def _planned(experiment: Experiment, home: Path, overrides: Sequence[str]) -> list[PlannedRun]:
     defaults: dict[str, object] = {}
     if experiment.spec.world is not None:
         (machine,) = this_machine()
@@ -98,7 +102,6 @@ def _planned(
         load=methods.load,
         defaults=defaults,
         overrides=overrides,
-        seeds=seeds,
     )
 
 

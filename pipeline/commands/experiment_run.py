@@ -38,6 +38,7 @@ def run_in_process(run: PlannedRun, tell: Callable[[str], None]) -> str | None:
         str(run.path),
     ]
     with log.open("ab") as output:
+        begin = output.tell()
         # A session of its own: Ctrl-C in the terminal reaches the run through us alone, and once.
         child = subprocess.Popen(
             [*command, *run.overrides],
@@ -51,7 +52,7 @@ def run_in_process(run: PlannedRun, tell: Callable[[str], None]) -> str | None:
         except BaseException:
             _end(child)
             raise
-    return None if code == 0 else f"exit code {code}, {_last_words(log)}; see {log}"
+    return None if code == 0 else f"exit code {code}, {_last_words(log, begin)}; see {log}"
 
 
 def _wait(child: subprocess.Popen[bytes], run: Path, tell: Callable[[str], None]) -> int:
@@ -83,8 +84,10 @@ def how_it_stands(run: Path) -> str:
     return f"{name}, {phase['done']:,.0f} of {total:,.0f} {phase['unit']}" if total else str(name)
 
 
-def _last_words(log: Path) -> str:
-    """Of a command that failed: the line with its error, else its last one."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+def _last_words(log: Path, begin: int) -> str:
+    """Of a command that failed: the line with its error, else its last one. Its log begins there, in bytes; what stands
+    before is of earlier ones."""
+    text = log.read_bytes()[begin:].decode(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["without a word"])[-1]

@@ -102,18 +102,25 @@ def _log_ratio(facts: Facts, weighting: WeightingConfig, from_the_model: bool) -
 def figures_of(questions: Sequence[Stored], weighting: WeightingConfig, *, from_the_model: bool) -> Json:
     """What `sample.json` would say of these weights, and on what they lie; raises as `reweigh`.
 
+    Weights are those of whole trajectories: with `credit: turn` they are those of the answer.
+
     Returns:
         the fields of `WeightingSummary`, and `right_share`: of the sum of all weights the percentage on trajectories
         whose own answer is right, None where all weights are zero.
     """
     scored = [scored_under(one, weighting, from_the_model=from_the_model) for one in questions]
+    if weighting.subtract_baseline and not any(s.before for group in scored for s in group):
+        raise UserError(
+            "weighting.subtract_baseline needs the likelihood of the answers in front of the first turn, and this run "
+            "did not score it: it was made without weighting.subtract_baseline and without weighting.credit: turn"
+        )
     logs = [weights_of(group, weighting, one.usual) for group, one in zip(scored, questions, strict=True)]
     if all(own is None for own in logs):
         raise UserError(
             f"no question has two trajectories that weighting.method: {weighting.method} could compare"
         )
     arrays = [None if own is None else np.array(own) for own in logs]
-    summary = summarise(scored, arrays, weighting, questions[0].usual)
+    summary = summarise(scored, arrays, weighting)
     weighted = [(own, group) for own, group in zip(logs, scored, strict=True) if own is not None]
     pairs = [(log, s.correct) for own, group in weighted for log, s in zip(own, group, strict=True)]
     every, right = (np.array(column) for column in zip(*pairs, strict=True))
@@ -144,7 +151,7 @@ def _bounds(
 ) -> Mapping[str, float]:
     """Once as long as the side-cars stay as they are (`stamp`): a report is made again after every step."""
     return {
-        id_: bound_of([scored_from_json(one) for one in row["scored"]], weighting, row.get("usual"))
+        id_: bound_of([scored_from_json(one) for one in row["scored"]], weighting)
         for id_, row in statistics_by_task(rollouts).items()
         if row.get("scored")
     }

@@ -158,8 +158,7 @@ class SearchWeights:
             }
         if self.usual is not None:
             found["further"] = sum(sum(row["stop_reasons"].values()) - self.usual for row in statistics)
-        summary = summarise_scored(statistics, self.weighting, self.usual)
-        return {**summary, **found, **self._of_hinted(statistics)}
+        return {**summarise_scored(statistics, self.weighting), **found, **self._of_hinted(statistics)}
 
     def _of_hinted(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         """How many trajectories with a hint have a weight, and their share of all weight, in percent."""
@@ -192,6 +191,7 @@ class SearchWeights:
             if self.weighting.correct_proposal
             else 0.0,
             before=trajectory.turn_log_likelihoods,
+            further=self.usual is not None and trajectory.sample >= self.usual,
         )
 
     def _facts(self, question: Question, trajectory: Trajectory, golds: Mapping[str, Gold]) -> Facts:
@@ -286,13 +286,12 @@ def statistics_of(
 
 
 def summarise_scored(
-    statistics: Sequence[Mapping[str, Any]], weighting: WeightingConfig, usual: int | None = None
+    statistics: Sequence[Mapping[str, Any]], weighting: WeightingConfig
 ) -> Mapping[str, Any]:
     """`WeightingSummary`, how trajectories stopped and how many were excluded.
 
     Args:
         statistics: `statistics_of` each task.
-        usual: see `bound_of`.
 
     Raises:
         RuntimeError: nothing was weighted.
@@ -312,7 +311,6 @@ def summarise_scored(
             for row in scored
         ],
         weighting,
-        usual,
     )
     too_long = sum(row["too_long_to_score"] for row in statistics)
     infrastructure = sum(stop_reasons[reason] for reason in StopReason if reason.is_infrastructure)

@@ -44,6 +44,9 @@ variance. Cut at 0 they imitate only what did better than was to be expected (se
 in [0, 1], and a weighted likelihood stays one. Gains of log p would not do: exp(l_k - b) of one hard question outweighs
 all others. The answer itself is given and not sampled, so it has no baseline and keeps w_k.
 
+`posterior` divides by what all trajectories of a question came to in the end, and a turn on the way may be worth more
+than that, where a later one lost it again: there the weights of turns are cut at 1.
+
 K counts the trajectories that take part: infrastructure failures are excluded before they come here. A question that
 has c times as many as others (`em.further_samples`) counts no more than these: its weights are divided by c, unless
 they are divided by their sum. Of the first two methods a higher likelihood never gets a lower weight. Sums run over one
@@ -86,7 +89,8 @@ class Scored:
     `log_likelihood` is that of their set; `per_token` the mean over the tokens of the one that has the highest;
     `correct` says whether the trajectory's own answer matches a gold one exactly, `reward` is the configured metric of
     it in [0, 1]; `log_ratio` is sum log p - log q over the tokens that were sampled (module docstring); `before` is the
-    likelihood of the same set in front of each turn, of as many of these as were scored.
+    likelihood of the same set in front of each turn, of as many of these as were scored; `further` says that it was
+    sampled because of what others came to (`em.further_samples`).
     """
 
     log_likelihood: float
@@ -95,6 +99,7 @@ class Scored:
     reward: float = 0.0
     log_ratio: float = 0.0
     before: tuple[float, ...] = ()
+    further: bool = False
 
     @classmethod
     def of(
@@ -105,6 +110,7 @@ class Scored:
         reward: float = 0.0,
         log_ratio: float = 0.0,
         before: tuple[float, ...] = (),
+        further: bool = False,
     ) -> Scored:
         """
         Raises:
@@ -120,6 +126,7 @@ class Scored:
             reward=reward,
             log_ratio=log_ratio,
             before=before,
+            further=further,
         )
 
     @property
@@ -183,7 +190,9 @@ def turn_log_weights(
         if np.isneginf(log_divisor):  # nothing of the question has a say
             credits = np.zeros_like(credits)
         found = _log(np.maximum(credits, 0.0)) + log_unit + _log_ratio(one, config)
-        weights.append(_clipped(found if np.isneginf(log_divisor) else found - log_divisor, config))
+        if not np.isneginf(log_divisor):
+            found = found - log_divisor
+        weights.append(_clipped(np.minimum(found, 0.0) if config.method == "posterior" else found, config))
     return weights
 
 
@@ -266,15 +275,16 @@ def effective_sample_size(logs: Array) -> float:
     return 0.0 if np.isneginf(total) else float(np.exp(2 * total - log_sum(2 * logs)))
 
 
-def bound_of(scored: Sequence[Scored], config: WeightingConfig, usual: int | None = None) -> float:
+def bound_of(scored: Sequence[Scored], config: WeightingConfig) -> float:
     """log (1/K) sum_k r_k p(Y|x,z_k): one question's term of the likelihood bound.
 
-    Of the first `usual` alone: that others were sampled depended on these, so the mean with them may be too high.
+    Without `further` ones, as long as there are others: with them the mean would be too high.
 
     Its mean over samples is at most log p(Y|x), also from another proposal than the model: clipping makes r_k smaller.
     r_k is 1 without `correct_proposal`.
     """
-    return log_mean([s.log_likelihood + _log_ratio(s, config) for s in scored[:usual]])
+    first = [one for one in scored if not one.further] or scored
+    return log_mean([s.log_likelihood + _log_ratio(s, config) for s in first])
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,13 +336,11 @@ def summarise(
     groups: Sequence[Sequence[Scored]],
     weights: Sequence[Array | None],
     config: WeightingConfig,
-    usual: int | None = None,
 ) -> WeightingSummary:
     """Summary over questions; each element of the first two sequences holds one question's trajectories.
 
     Args:
         weights: log w; None for a question that got none.
-        usual: see `bound_of`.
 
     Raises:
         ValueError: no questions, none with weights, or the two sequences do not fit.
@@ -340,7 +348,7 @@ def summarise(
     weighted = [logs for logs in weights if logs is not None]
     if len(groups) != len(weights) or not weighted:
         raise ValueError(f"cannot summarise {len(groups)} questions with {len(weighted)} sets of weights")
-    bounds = np.array([bound_of(group, config, usual) for group in groups])
+    bounds = np.array([bound_of(group, config) for group in groups])
     likelihoods, together = np.exp(bounds), np.concatenate(weighted)
     return WeightingSummary(
         questions=len(groups),

@@ -36,6 +36,7 @@ from pipeline.core.agents.selection import (
 from pipeline.core.config import AgentConfig, Config, Iterations, OnDisk, WeightingConfig
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
+from pipeline.core.errors import UserError
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Episode, Example, Question, StopReason
@@ -78,6 +79,9 @@ class Settings(Iterations):
     start_learning_rate: float | None = Field(None, gt=0)
     """Peak learning rate of those passes; null: the learner's."""
 
+    def most_samples(self, samples: int) -> int:
+        return self.permutations
+
 
 COLUMNS = (
     Column("bound", "sample.likelihood_bound", 2, "sample.likelihood_bound_stderr", if_null="-inf"),
@@ -105,13 +109,14 @@ class PermutationWeights:
     def __call__(self, task: Question, episodes: Sequence[Episode]) -> Weighted:
         renderer = renderer_at(self.generator, self.agent)
         golds = GoldAnswers.of(task, renderer)
-        usable = [
-            (selection, answer, scores)
+        chosen = [
+            (selection, answer, golds.behind(answer))
             for episode in episodes
             if episode.failure is None
             for selection, answer in [episode.turns]
-            if selection.stop_reason is StopReason.ANSWERED and (scores := golds.behind(answer))
+            if selection.stop_reason is StopReason.ANSWERED
         ]
+        usable = [one for one in chosen if one[2]]
         scored = [Scored.of(list(scores.values())) for _, _, scores in usable]
         logs = weights_of(scored, _POSTERIOR)
         rows = list(zip(usable, logs or (), strict=logs is not None))
@@ -123,7 +128,12 @@ class PermutationWeights:
                     for (_, answer, scores), weight in rows
                 ],
             },
-            statistics_of(scored, logs, [episode.turns[0] for episode in episodes], too_long=0),
+            statistics_of(
+                scored,
+                logs,
+                [episode.failure or episode.turns[0] for episode in episodes],
+                too_long=len(chosen) - len(usable),
+            ),
         )
 
     def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -146,8 +156,27 @@ def policies(config: Config) -> list[PolicySpec]:
     ]
 
 
+def check(config: Config) -> None:
+    """
+    Raises:
+        UserError: settings with which the method is not what it says.
+    """
+    settings: Settings = config.of_recipe
+    if settings.chosen > settings.candidates:
+        raise UserError(
+            f"dro.chosen ({settings.chosen}) is more than dro.candidates ({settings.candidates}), of which they are "
+            "chosen; lower the first or raise the second"
+        )
+    if config.agent.layout == "chat" and not config.agent.instructions:
+        raise UserError(
+            "agent.layout: chat would tell selector and generator how to search, which neither does; say in "
+            "agent.instructions what they are to do, or use agent.layout=plain"
+        )
+
+
 def train(config: Config, run_path: Path, display: Display) -> Outcome:
     """Run, or go on with, one run."""
+    check(config)
     settings: Settings = config.of_recipe
     program = SelectThenAnswer(config.agent, settings.candidates, settings.chosen)
     models = answering(config).models

@@ -228,7 +228,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
             evaluate,
             lambda t, version: run.begin_sampling(
                 t,
-                program,
+                SearchProgram(config.agent, keeps_mistakes=True),
                 {SEARCHER: version},
                 weigh,
                 samples=rollout.samples,

@@ -27,7 +27,7 @@ from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import Config, Iterations
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
-from pipeline.core.errors import RunError
+from pipeline.core.errors import RunError, UserError
 from pipeline.core.losses.preference import Dpo
 from pipeline.core.policies import PolicySpec
 from pipeline.core.records import Episode, Example, Question, StopReason, count_stop_reasons
@@ -158,8 +158,25 @@ def policies(config: Config) -> list[PolicySpec]:
     ]
 
 
+def check(config: Config) -> None:
+    """
+    Raises:
+        UserError: settings of other sections with which the method is not what it says.
+    """
+    if config.rollout.samples < 2:
+        raise UserError(
+            "the recipe preference compares the trajectories of a question with each other and needs rollout.samples "
+            f"of at least 2, not {config.rollout.samples}"
+        )
+    if config.cold_start.mix:
+        raise UserError(
+            "cold_start.mix adds weighted examples, and the recipe preference has no weights: remove it"
+        )
+
+
 def train(config: Config, run_path: Path, display: Display) -> Outcome:
     """Run, or go on with, one run."""
+    check(config)
     settings: Settings = config.of_recipe
     rollout = config.rollout
     splits = load_splits(config.data, config.seed, required=("train", "dev"), apart=config.cold_start.sources)
@@ -176,7 +193,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
             lambda t: run.begin_evaluation(t, program, {SEARCHER: t}, answers=SEARCHER),
             lambda t, version: run.begin_sampling(
                 t,
-                SearchWithReference(SearchProgram(config.agent, score_answers=True)),
+                SearchWithReference(SearchProgram(config.agent, score_answers=True, keeps_mistakes=True)),
                 {SEARCHER: version, REFERENCE: 0},
                 Pairs(settings.least_gap),
                 samples=rollout.samples,

@@ -131,13 +131,16 @@ def test_samples_have_seeds_of_their_own_and_the_same_at_every_run() -> None:
 def test_further_samples_go_on_from_those_that_asked_for_them() -> None:
     asked: list[list[int]] = []
 
-    def further(episodes: Sequence[Episode]) -> int:
-        asked.append([episode.sample for episode in episodes])
-        return 3
+    class Three:
+        most = 3
+
+        def __call__(self, episodes: Sequence[Episode]) -> int:
+            asked.append([episode.sample for episode in episodes])
+            return 3
 
     fixed, more = Scripted(), Scripted()
     asyncio.run(worker(Engine()).rollout(request(fixed, samples=5)))  # type: ignore[arg-type]
-    asked_for = replace(request(more, samples=2), further=further)
+    asked_for = replace(request(more, samples=2), further=Three())
     receipt, episodes = asyncio.run(worker(Engine()).rollout(asked_for))  # type: ignore[misc]
     assert asked == [[0, 1]]
     assert [episode.sample for episode in episodes] == [0, 1, 2, 3, 4]

@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.core.data.splits import load_splits
 from pipeline.core.evaluation import evaluate
 from pipeline.core.experiments.planned import PlannedRun
-from pipeline.core.record_tables import trajectories_to_table
+from pipeline.core.question_scores import scored_table
 from pipeline.core.records import Question, StopReason, Trajectory
 from pipeline.core.report import best_iteration
 from pipeline.core.run import Json, RunDirectory, write_table
@@ -52,5 +52,5 @@ def _answered(files: RunDirectory, step: str, questions: Sequence[Question], is_
         trajectory(question, question.answers[0] if is_right(step, place) else "something else")
         for place, question in enumerate(questions)
     ]
-    write_table(files.at(f"{step}.parquet"), trajectories_to_table(given))
+    write_table(files.at(f"{step}.parquet"), scored_table(questions, given, "exsearch"))
     return evaluate(questions, given, bootstrap_samples=10)

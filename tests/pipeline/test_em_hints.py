@@ -59,6 +59,8 @@ def test_further_samples_are_asked_for_in_the_e_step_and_weighed_against_the_usu
     found = given(em={"further_samples": 6}, rollout={"samples": 3})
     assert (found["further"], found["weigh"].usual) == (FurtherSamples(6), 3)
     assert (given()["further"], given()["weigh"].usual) == (None, None)
+    hinted = given(em={"further_samples": 6, "hinted": 1}, weighting={"correct_proposal": True})
+    assert hinted["further"] == FurtherSamples(6, hinted=1)
 
 
 def test_the_loss_weighs_tokens_where_turns_are_credited() -> None:

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pipeline import methods
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.config import AgentConfig
+from pipeline.core.errors import UserError
 from pipeline.core.records import Episode, Question, StopReason, Trajectory
 from pipeline.core.renderer import Renderer
+from pipeline.recipes import dro, preference
 from pipeline.recipes.dro import PermutationWeights
 from pipeline.recipes.preference import Pairs
 
@@ -67,6 +70,51 @@ def test_malformed_selections_and_failures_take_no_part_and_are_counted(weigh: P
     assert [e.id for e in weighted.examples["selector"]] == ["q/0", "q/3"]
     report = weigh.summarise([weighted.statistics])
     assert report["stop_reasons"]["malformed"] == report["stop_reasons"]["engine_error"] == 1
+
+
+def test_a_generator_that_failed_and_an_answer_that_does_not_fit_are_counted_as_such(
+    weigh: PermutationWeights,
+) -> None:
+    good = [selection(0, -1.0, -1.0), selection(1, -2.0, -1.0)]
+    whole = selection(2, -1.0, -1.0)
+    down = Episode("q", 2, (whole.turns[0], turn("generator", 2, reason=StopReason.ENGINE_ERROR)))
+    too_long = selection(3, math.nan, math.nan)
+    report = weigh.summarise([weigh(QUESTION, [*good, down, too_long]).statistics])
+    assert (report["stop_reasons"]["answered"], report["stop_reasons"]["engine_error"]) == (3, 1)
+    assert (report["excluded_too_long_to_score"], report["excluded"]) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (["dro.candidates=4", "dro.chosen=5"], "lower the first or raise the second"),
+        (["agent.layout=chat"], "say in agent.instructions"),
+    ],
+)
+def test_settings_with_which_dro_is_not_what_it_says_are_refused(keys: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        dro.check(methods.load(None, ["recipe=dro", *keys]))
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (["rollout.samples=1"], "needs rollout.samples of at least 2"),
+        (["cold_start.mix=0.5", "cold_start.questions=4"], "has no weights"),
+    ],
+)
+def test_settings_with_which_preferences_are_none_are_refused(keys: list[str], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        preference.check(methods.load(None, ["recipe=preference", *keys]))
+
+
+def test_each_method_knows_how_many_samples_a_question_has_at_most() -> None:
+    def most(*keys: str) -> int:
+        return methods.load(None, ["rollout.samples=2", *keys]).most_samples
+
+    assert most("recipe=dro", "dro.permutations=6") == 6
+    assert most("em.further_samples=5") == 7
+    assert (most(), most("recipe=grpo")) == (2, 2)
 
 
 # ---------------------------------------------------------------- preference

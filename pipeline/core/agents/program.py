@@ -149,8 +149,14 @@ class Program(Protocol[TaskT]):
         ...
 
 
-Further = Callable[[Sequence[Episode]], int]
-"""Given the episodes of a task how many more are to be sampled of it; picklable."""
+class Further(Protocol):
+    """How many more episodes of a task are to be sampled, given those that were; picklable."""
+
+    @property
+    def most(self) -> int:
+        """The most that it ever asks for."""
+
+    def __call__(self, episodes: Sequence[Episode]) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)

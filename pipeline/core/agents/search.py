@@ -64,16 +64,25 @@ class SearchAgent:
         generator: the engine.
         retrieve: the retriever.
         max_length: longest context in tokens. The last turn always keeps room for an answer.
+        keeps_mistakes: leave turns that ended the trajectory because they were malformed or too long in it, and them
+            and refused sub-queries and calls targets of training: for losses that make what went wrong less likely.
     """
 
     def __init__(
-        self, renderer: Renderer, generator: Generator, retrieve: Retrieve, *, max_length: int
+        self,
+        renderer: Renderer,
+        generator: Generator,
+        retrieve: Retrieve,
+        *,
+        max_length: int,
+        keeps_mistakes: bool = False,
     ) -> None:
         self.renderer = renderer
         self.config = renderer.config
         self.generator = generator
         self.retrieve = retrieve
         self.max_length = max_length
+        self.keeps_mistakes = keeps_mistakes
         if self.config.think:
             self.allowed_searches = self.config.max_searches
         else:
@@ -160,13 +169,13 @@ class _Run:
             before = len(self.transcript.token_ids)
             completion = await self._generate()
             if completion.finish_reason == "length":
-                return self._cut(StopReason.LENGTH_LIMIT, completion.text)
+                return self._cut(StopReason.LENGTH_LIMIT, completion.text, completion)
             try:
                 turn = self.renderer.parse_turn(
                     completion.text, expects_record=self._expects_record, passages=self._to_select_from
                 )
             except MalformedTurn as error:
-                return self._cut(StopReason.MALFORMED, f"{error}: {completion.text!r}")
+                return self._cut(StopReason.MALFORMED, f"{error}: {completion.text!r}", completion)
             self._note(turn)
             self.transcript.append_model(completion)
             if turn.answer is not None:
@@ -174,7 +183,8 @@ class _Run:
                 return self._answered(turn.answer, before, completion)
             refusal = await self._go_on(turn)
             if refusal is not None:
-                self._leave_untrained(turn, before, completion)
+                if not self.agent.keeps_mistakes:
+                    self._leave_untrained(turn, before, completion)
                 return await self._demand_answer(refusal, at_turn_start=False)
             if turn.call is not None and not self.renderer.actions[turn.call.action].trained:
                 self._leave_untrained(turn, before, completion)
@@ -283,9 +293,13 @@ class _Run:
         self.on_event(Event("answer", answer))
         return Ending(reason, answer_start, answer)
 
-    def _cut(self, reason: StopReason, detail: str) -> Ending:
-        """End without the turn that went wrong; the answer tag is opened so that a gold answer can be scored."""
-        self.transcript.append_environment(self.renderer.answer_demand_ids(at_turn_start=True))
+    def _cut(self, reason: StopReason, detail: str, turn: Completion | None = None) -> Ending:
+        """End without the turn that went wrong, unless mistakes are kept; the answer tag is opened, so that a gold
+        answer can be scored."""
+        kept = turn if self.agent.keeps_mistakes and turn is not None and turn.token_ids else None
+        if kept is not None:
+            self.transcript.append_model(kept)
+        self.transcript.append_environment(self.renderer.answer_demand_ids(at_turn_start=kept is None))
         return Ending(reason, len(self.transcript.token_ids), detail=detail)
 
     def _answered(self, answer: str, turn_start: int, completion: Completion) -> Ending:

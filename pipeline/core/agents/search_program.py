@@ -38,6 +38,8 @@ class SearchProgram:
     hinted: int = 0
     """So many first samples of a question are sampled with its answer in the prompt. They are given back without it,
     and with both distributions: log p of the model without the hint, log q of what they were sampled from."""
+    keeps_mistakes: bool = False
+    """See `SearchAgent`."""
     on_event: OnEvent = _no_one_watches
     """Told what happens; picklable where the program travels."""
 
@@ -53,7 +55,10 @@ class SearchProgram:
         model = roles[SEARCHER]
         renderer = renderer_of(model.tokenizer, self.agent)
         hint = task.answers[0] if sample < self.hinted else ""
-        trajectory = await SearchAgent(renderer, model, retrieve, max_length=model.max_length).run(
+        agent = SearchAgent(
+            renderer, model, retrieve, max_length=model.max_length, keeps_mistakes=self.keeps_mistakes
+        )
+        trajectory = await agent.run(
             task,
             sampling=sampling,
             sample=sample,
@@ -99,19 +104,23 @@ class SearchProgram:
 @dataclass(frozen=True, slots=True)
 class FurtherSamples:
     """So many more of a question while none of its trajectories makes a gold answer likelier than not: all alike say
-    little of what is better. Those that failed for infrastructure reasons say nothing.
+    little of what is better. Those that failed for infrastructure reasons, or knew the answer, say nothing.
     """
 
-    number: int
+    most: int
+    hinted: int = 0
+    """So many first samples were shown the answer."""
 
     def __call__(self, episodes: Sequence[Episode]) -> int:
-        trajectories = [episode.turn(SEARCHER) for episode in episodes]
-        found = [
-            log_sum([value for value in trajectory.log_likelihoods if not math.isnan(value)])
-            for trajectory in trajectories
-            if not trajectory.stop_reason.is_infrastructure
+        telling = [
+            turn
+            for episode in episodes
+            if not (turn := episode.turn(SEARCHER)).stop_reason.is_infrastructure
+            and turn.sample >= self.hinted
         ]
-        return self.number if found and max(found) <= math.log(0.5) else 0
+        # A comparison with NaN, of an answer that does not fit, is false.
+        succeeds = any(value > math.log(0.5) for turn in telling for value in turn.log_likelihoods)
+        return self.most if telling and not succeeds else 0
 
 
 async def answer_log_likelihoods(

@@ -23,7 +23,7 @@ from pipeline.core.agents.program import (
 from pipeline.core.agents.search_program import answer_log_likelihoods, renderer_of
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.config import AgentConfig
-from pipeline.core.orderings import named_passages, ordering_text
+from pipeline.core.orderings import BadOrdering, named_passages, ordering_text, parse_ordering
 from pipeline.core.records import Episode, Question, Step, StopReason, Trajectory
 from retriever_service.passages.hits import Hit
 
@@ -84,10 +84,11 @@ class SelectThenAnswer:
             replace(sampling, max_tokens=8 * self.chosen + 8, stop=(closing,), seed=seed),
         )
         transcript.append_model(completion)
-        named = named_passages(completion.text, len(hits))[: self.chosen]
+        written, most = completion.text.removesuffix(closing).strip(), min(self.chosen, len(hits))
+        named = named_passages(written, len(hits))[: self.chosen]
         order = [*named, *(i for i in range(len(hits)) if i not in named)][: self.chosen]
         transcript.steps.append(Step(task.text, tuple(hits[i] for i in order)))
-        well_formed = completion.stop == closing and len(named) == len(order)
+        well_formed = completion.stop == closing and _orders(written, len(hits), most)
         return transcript.trajectory(
             question_id=task.id,
             sample=sample,
@@ -125,6 +126,14 @@ class SelectThenAnswer:
             return turn
         golds = [renderer.answer_ids(gold) for gold in task.distinct_answers]
         return replace(turn, log_likelihoods=await answer_log_likelihoods(turn, golds, model))
+
+
+def _orders(text: str, count: int, wanted: int) -> bool:
+    """Whether a text is an ordering of so many of the passages, and nothing else."""
+    try:
+        return len(parse_ordering(text, count, wanted)) == wanted
+    except BadOrdering:
+        return False
 
 
 def select_prompt(agent: AgentConfig, tokenizer: Any, task: Question, hits: Sequence[Hit]) -> list[int]:

@@ -54,6 +54,14 @@ __all__ = [
 EXSEARCH = "exsearch"
 """The recipe whose sections are `em`, `weighting` and `cold_start`."""
 
+METHODS_OF = {
+    "floor": ("posterior",),
+    "self_normalised": ("length_normalised", "reward"),
+    "reward": ("reward",),
+    "temperature": ("likelihood", "posterior", "length_normalised"),
+}
+"""Keys of `weighting` that mean something with these methods alone."""
+
 
 class Config(Section):
     recipe: str = EXSEARCH
@@ -83,7 +91,8 @@ class Config(Section):
     @property
     def most_samples(self) -> int:
         """Trajectories of a training question, at most."""
-        return self.rollout.samples + self.em.further_samples
+        most: int = self.of_recipe.most_samples(self.rollout.samples)
+        return most
 
     @property
     def starts_from_data_root(self) -> bool:
@@ -103,6 +112,18 @@ class Config(Section):
                 )
         return self
 
+    def _has_an_effect(self) -> None:
+        weighting, defaults = self.weighting, WeightingConfig()
+        for key, methods in METHODS_OF.items():
+            if getattr(weighting, key) != getattr(defaults, key) and weighting.method not in methods:
+                raise ValueError(
+                    f"weighting.{key} belongs to method: {' or '.join(methods)}, not {weighting.method}; remove it"
+                )
+        if weighting.max_ratio != defaults.max_ratio and not weighting.correct_proposal:
+            raise ValueError("weighting.max_ratio belongs to weighting.correct_proposal: true; remove it")
+        if weighting.credit_decay != defaults.credit_decay and weighting.credit != "turn":
+            raise ValueError("weighting.credit_decay belongs to weighting.credit: turn; remove it")
+
     def _turns_can_be_scored(self) -> None:
         weighting = self.weighting
         wants = "weighting.credit: turn" if weighting.credit == "turn" else "weighting.subtract_baseline"
@@ -113,8 +134,6 @@ class Config(Section):
                 )
             if not self.agent.think:
                 raise ValueError(f"{wants} needs turns to look at, and agent.think is off; remove it")
-        if weighting.credit_decay != 1 and weighting.credit != "turn":
-            raise ValueError("weighting.credit_decay belongs to weighting.credit: turn; remove it")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Config:
@@ -124,14 +143,7 @@ class Config(Section):
                 f"weighting.method: {weighting.method} compares the trajectories of a question with each other and "
                 "needs rollout.samples of at least 2, not 1; raise rollout.samples or use weighting=likelihood"
             )
-        if weighting.floor > 0 and weighting.method != "posterior":
-            raise ValueError(
-                f"weighting.floor belongs to method: posterior, not {weighting.method}; remove it"
-            )
-        if weighting.self_normalised and weighting.method not in ("length_normalised", "reward"):
-            raise ValueError(
-                "weighting.self_normalised belongs to method: length_normalised or reward; remove it"
-            )
+        self._has_an_effect()
         self._turns_can_be_scored()
         if self.em.hinted:
             if self.em.hinted >= self.rollout.samples:

@@ -240,6 +240,10 @@ class Iterations(Section):
         """Of so many training questions those that one iteration samples, at most."""
         return training
 
+    def most_samples(self, samples: int) -> int:
+        """Episodes of one of them, at most, where `rollout.samples` is `samples`."""
+        return samples
+
 
 class EmConfig(Iterations):
     """ExSearch's iterations of generalised EM."""
@@ -254,6 +258,9 @@ class EmConfig(Iterations):
     """Trajectories per dev question that are sampled as in the E-step and scored against the gold answers, for a
     likelihood bound on dev after the cold start and every iteration. 0: no such bound. Costs what so many in the E-step
     cost."""
+
+    def most_samples(self, samples: int) -> int:
+        return samples + self.further_samples
 
 
 class EvaluationConfig(Section):

@@ -87,9 +87,14 @@ class Tags(Section):
 
     @model_validator(mode="after")
     def _distinct(self) -> Tags:
-        strings = [s for pair in (self.think, self.search, self.record, self.answer) for s in pair]
-        if len(set(strings)) != len(strings) or not all(s.strip() for s in strings):
-            raise ValueError("tags must be eight different, non-empty strings")
+        strings = [
+            s for pair in (self.think, self.search, self.record, self.answer, self.select) for s in pair
+        ]
+        if not all(s.strip() for s in strings):
+            raise ValueError("tags must not be empty")
+        twice = sorted({s for s in strings if strings.count(s) > 1})
+        if twice:
+            raise ValueError(f"tags must be ten different strings, and there is twice: {', '.join(twice)}")
         return self
 
 
@@ -149,7 +154,7 @@ class RetrieverConfig(Section):
     An index needs words for the last two (`exsearch index build --bm25`); one that the run builds has them."""
     noise: float = Field(0.0, ge=0, le=1)
     """A worse retriever, to see what an agent makes of it: each passage is replaced with this probability by one that
-    ranks 50 places further behind. The same sub-query finds the same."""
+    ranks 50 places further behind (or as many as are shown). The same sub-query finds the same."""
     index: Annotated[str | None, OnDisk()] = None
     """Directory of a built index. Null: built from `data.corpus` into the run directory."""
     encoder: Annotated[str, AfterValidator(lasting_name)] = "minilm"

@@ -13,7 +13,7 @@ from pipeline.core.config import EXSEARCH, Config
 from pipeline.core.config.loading import read_tree
 from pipeline.core.errors import UserError
 from pipeline.core.experiments.spec import BEST, INDEXES, Arm, Experiment, overrides_of
-from pipeline.core.report import best_iteration, should_stop
+from pipeline.core.report import best_iteration
 from pipeline.core.retrieval import corpus_paths
 from pipeline.core.run import RunFiles, check_directory, flatten, holds_same
 
@@ -63,8 +63,12 @@ class PlannedRun:
         return None
 
     def link(self) -> Path | None:
-        """Make this run's directory a link to `same_elsewhere`, if there is one, and give that."""
-        if self.path.is_symlink() and not self.path.exists():  # what it led to has been deleted
+        """Make this run's directory a link to `same_elsewhere`, if there is one, and give that.
+
+        A link that leads to nothing any more, or to a run that is not finished by this configuration, is removed: what
+        is another experiment's is not trained on here.
+        """
+        if self.path.is_symlink() and not (self.path.exists() and self.is_finished()):
             self.path.unlink()
         other = self.same_elsewhere()
         if other is not None:
@@ -76,7 +80,7 @@ class PlannedRun:
         """Whether all iterations are whole, and the best of them is tested."""
         files, iterations = self.files, self.config.of_recipe
         last = max((int(done.parent.name) for done in self.path.glob("iterations/*/DONE")), default=0)
-        if last < iterations.iterations and not should_stop(files, last, iterations):
+        if last < iterations.iterations:
             return False
         tested = files.finished(f"test/{BEST}")
         return tested is not None and tested["iteration"] == best_iteration(files, iterations)
@@ -90,7 +94,6 @@ def plan_runs(
     load: Load,
     defaults: Mapping[str, object] | None = None,
     overrides: Sequence[str] = (),
-    seeds: Sequence[int] = (),
 ) -> list[PlannedRun]:
     """All runs, arm by arm for the first seed, then for the next: what is finished early can be compared early.
 
@@ -99,19 +102,16 @@ def plan_runs(
         configs: folder of the shipped configurations.
         defaults: keys that are set where neither `base` nor the experiment says anything of them.
         overrides: `key=value` for all runs.
-        seeds: these of the experiment's alone; empty: all.
 
     Raises:
         UserError: a configuration that is wrong, with the arm; one that cannot be part of an experiment; a directory
             that holds another run.
     """
     spec = experiment.spec
-    if others := [seed for seed in seeds if seed not in spec.seeds]:
-        raise UserError(f"{experiment.file} has no seed {others[0]}; its seeds are {list(spec.seeds)}")
     for override in overrides:
         _check_override(override, experiment)
     runs = []
-    for seed in seeds or spec.seeds:
+    for seed in spec.seeds:
         for arm in experiment.with_runs:
             file = _file_of(arm.base or spec.base, experiment.file, configs)
             try:
@@ -134,6 +134,11 @@ def _planned(arm: Arm, seed: int, out: Path, file: Path, given: Sequence[str], l
         raise UserError("storage.url would be one place for the copies of all runs; leave it null")
     if not config.data.test:
         raise UserError("data.test is empty; an experiment compares scores on test questions")
+    if config.of_recipe.patience is not None:
+        raise UserError(
+            f"patience is {config.of_recipe.patience}, and an experiment compares all iterations of its runs; set "
+            f"{'em' if config.recipe == EXSEARCH else config.recipe}.patience=null"
+        )
     index = _shared_index(config, out.parent)
     if index is not None:
         settings = (*settings, f"retriever.index={json.dumps(str(index))}")
@@ -152,12 +157,14 @@ def _file_of(base: str, experiment: Path, configs: Path) -> Path:
 
 def _shared_index(config: Config, out: Path) -> Path | None:
     """Where in the folder of the experiments the index of this configuration is: one place for all runs with the same
-    passages and encoder."""
+    passages and encoder, and another one for those that search by words, too."""
     retriever = config.retriever
     if retriever.url is not None or retriever.index is not None:
         return None
     parts = ("encoder", "encoder_dtype", "query_prefix", "passage_prefix", "max_tokens", "factory")
     described = [corpus_paths(config.data), *(getattr(retriever, part) for part in parts)]
+    if retriever.method != "dense":
+        described.append("words")
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
     return out / INDEXES / digest[:12]
 

@@ -8,17 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.core.data.splits import Splits, load_splits
 from pipeline.core.errors import UserError
 from pipeline.core.experiments.planned import PlannedRun
 from pipeline.core.experiments.spec import Arm, Experiment, Metric
-from pipeline.core.records import Question
+from pipeline.core.question_scores import Scores as ByQuestion
+from pipeline.core.question_scores import read_scores
 from pipeline.core.report import EVALUATION
 from pipeline.core.run import Json
-from pipeline.core.scoring.answers import ProtocolName, score_answer
 from pipeline.core.status import seconds_of
 
 Scores = Mapping[str, float]
@@ -49,6 +46,14 @@ class RunResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What tables group test questions by."""
+
+    hops: int | None
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
 class ArmResult:
     """The finished runs of an arm, at least one, in the order of their seeds.
 
@@ -58,7 +63,7 @@ class ArmResult:
 
     arm: Arm
     runs: tuple[RunResult, ...]
-    questions: Mapping[str, Question]
+    questions: Mapping[str, Asked]
 
     def tests(self) -> tuple[list[str], Table]:
         """The test questions that all runs answered, and their scores."""
@@ -108,7 +113,8 @@ def differences(found: ArmResult, baseline: ArmResult) -> tuple[list[str], Table
 def read_results(experiment: Experiment, runs: Sequence[PlannedRun]) -> Results:
     """
     Raises:
-        UserError: a run's files are damaged, or its questions are not those of the data now.
+        UserError: a run's files are damaged or of an earlier version, or runs do not answer the same questions, or are
+            not scored by the same protocol.
     """
     finished = [run for run in runs if run.is_finished()]
     reader = _Reader(experiment.spec.metric)
@@ -116,34 +122,36 @@ def read_results(experiment: Experiment, runs: Sequence[PlannedRun]) -> Results:
     for arm in experiment.arms:
         own = [run for run in finished if run.arm.name == arm.of]
         if own:
-            results = tuple(reader.run(run, arm) for run in own)
-            questions = {q.id: q for run in own for q in reader.splits(run).test}
-            arms.append(ArmResult(arm, results, questions))
+            arms.append(reader.arm(own, arm))
     return Results(experiment, tuple(arms), tuple(run.title for run in runs if run not in finished))
 
 
 class _Reader:
-    """Reads runs, and the questions of each configuration of the data once."""
+    """Reads runs, and sees to it that what is compared can be: in all of them the same rules and, under an id, the same
+    question."""
 
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
-        self._splits: dict[tuple[str, int], Splits] = {}
+        self._asked: dict[tuple[str, str], tuple[tuple[str, tuple[str, ...]], Path]] = {}
+        self._protocol: tuple[str, Path] | None = None
 
-    def splits(self, run: PlannedRun) -> Splits:
-        key = (run.config.data.model_dump_json(), run.config.seed)
-        if key not in self._splits:
-            self._splits[key] = load_splits(run.config.data, run.config.seed)
-        return self._splits[key]
-
-    def run(self, run: PlannedRun, arm: Arm) -> RunResult:
-        step = f"test/{arm.test}"
-        told = run.files.finished(step)
-        if told is None:
-            raise UserError(
-                f"{run.path} has no {step}.json, and the run is finished; see why, or remove the run"
-            )
-        test = self._scores(run, step, self.splits(run).test, told)
-        return RunResult(run.seed, test, told, tuple(self._points(run)) if arm.has_runs else ())
+    def arm(self, runs: Sequence[PlannedRun], arm: Arm) -> ArmResult:
+        results = []
+        questions: dict[str, Asked] = {}
+        for run in runs:
+            told = run.files.finished(f"test/{arm.test}")
+            if told is None:
+                raise UserError(
+                    f"{run.path} has no test/{arm.test}.json, and the run is finished; see why, or remove the run"
+                )
+            test = self._read(run.files.at(f"test/{arm.test}.parquet"), "test")
+            questions |= {
+                id_: Asked(hops, type_)
+                for id_, hops, type_ in zip(test.ids, test.hops, test.types, strict=True)
+            }
+            points = tuple(self._points(run)) if arm.has_runs else ()
+            results.append(RunResult(run.seed, self._scores(test), told, points))
+        return ArmResult(arm, tuple(results), questions)
 
     def _points(self, run: PlannedRun) -> list[Point]:
         points, tokens, seconds = list[Point](), 0, 0.0
@@ -151,34 +159,33 @@ class _Reader:
             steps = run.files.steps(t)
             tokens += steps.get("sample", {}).get("generated_tokens", 0)
             seconds += seconds_of(steps.values())
-            if (told := steps.get(EVALUATION)) is not None:
-                dev = self._scores(run, f"{t}/{EVALUATION}", self.splits(run).dev, told["scores"])
+            if EVALUATION in steps:
+                dev = self._scores(self._read(run.files.at(f"{t}/{EVALUATION}.parquet"), "dev"))
                 points.append(Point(t, dev, tokens, seconds))
         return points
 
-    def _scores(self, run: PlannedRun, step: str, questions: Sequence[Question], told: Json) -> Scores:
-        path = run.files.at(f"{step}.parquet")
-        scores = _question_scores(path, questions, self._metric, run.config.evaluation.protocol)
-        mean = 100 * float(np.mean(list(scores.values())))
-        if told["n"] != len(questions) or abs(mean - told[self._metric]) > 1e-6:
+    def _scores(self, found: ByQuestion) -> Scores:
+        return dict(zip(found.ids, found.values[self._metric].tolist(), strict=True))
+
+    def _read(self, path: Path, split: str) -> ByQuestion:
+        found = read_scores(path)
+        if found is None:
+            what = "was written by an earlier version" if path.is_file() else "is not there"
             raise UserError(
-                f"{path}: {self._metric} is {mean:.2f} by the {len(questions)} questions that there are now, and was "
-                f"{told[self._metric]:.2f} of {told['n']} in the run: the data have changed since. Put them back, or "
-                "choose another folder for the runs"
+                f"{path} {what}, so its run has no scores by question; remove the run, and it is made anew"
             )
-        return scores
-
-
-def _question_scores(
-    path: Path, questions: Sequence[Question], metric: Metric, protocol: ProtocolName
-) -> Scores:
-    """Of all questions; one without a trajectory, or whose trajectory failed, scores 0."""
-    try:
-        table = pq.read_table(path, columns=["question_id", "answer"])
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{path} cannot be read ({error!s:.200}); copy it back, or run anew") from error
-    answers = dict(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
-    return {
-        q.id: getattr(score_answer(answers[q.id], q.answers, protocol), metric) if q.id in answers else 0.0
-        for q in questions
-    }
+        protocol, other = self._protocol = self._protocol or (found.protocol, path)
+        if found.protocol != protocol:
+            raise UserError(
+                f"{path} was scored by evaluation.protocol: {found.protocol}, {other} by {protocol}; scores by "
+                "different rules are not compared: give all arms one"
+            )
+        for id_, asked in found.asked.items():
+            known, other = self._asked.setdefault((split, id_), (asked, path))
+            if asked != known:
+                raise UserError(
+                    f"{path} and {other} do not have the same questions: {id_!r} asks {asked[0]!r} and "
+                    f"{known[0]!r}, with the answers {', '.join(asked[1])} and {', '.join(known[1])}; give all arms "
+                    "the same question files"
+                )
+        return found

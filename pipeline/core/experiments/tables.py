@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.core.experiments.results import ArmResult, Results, Table, differences
+from pipeline.core.experiments.results import ArmResult, Asked, Results, Table, differences
 from pipeline.core.experiments.spec import TableName
-from pipeline.core.records import Question
-from pipeline.core.scoring.comparisons import Estimate, bootstrap_table, holm
+from pipeline.core.scoring.comparisons import Estimate, bootstrap_table, difference_table, holm
 from pipeline.core.scoring.intervals import wilson
 
 LEVEL = 0.05
@@ -110,7 +109,7 @@ def _compared(results: Results) -> dict[str, Comparison]:
         for found in results.arms
         if found is not baseline and (table := differences(found, baseline)[1]).size
     }
-    estimates = {name: bootstrap_table(table) for name, table in tables.items()}
+    estimates = {name: difference_table(table) for name, table in tables.items()}
     corrected = holm([estimate.p for estimate in estimates.values()])
     return {
         name: Comparison(estimate, p, tables[name].shape[1], tables[name].shape[0])
@@ -129,7 +128,7 @@ def _types(results: Results) -> str:
     return _by_group(results, "types", lambda q: q.type)
 
 
-def _by_group(results: Results, what: str, label: Callable[[Question], str]) -> str:
+def _by_group(results: Results, what: str, label: Callable[[Asked], str]) -> str:
     """A column for each group; an asterisk where an arm differs from the baseline."""
     groups = sorted({label(q) for found in results.arms for q in found.questions.values()} - {""})
     if not groups:
@@ -143,7 +142,7 @@ def _by_group(results: Results, what: str, label: Callable[[Question], str]) -> 
             if results.baseline is None or found is results.baseline:
                 continue
             if (pair := _of_group(*differences(found, results.baseline), found, group, label)).size:
-                pairs[found.arm.name, group] = bootstrap_table(pair)
+                pairs[found.arm.name, group] = difference_table(pair)
     corrected = dict(zip(pairs, holm([estimate.p for estimate in pairs.values()]), strict=True))
 
     def cell(name: str, group: str) -> str:
@@ -168,13 +167,13 @@ def _by_group(results: Results, what: str, label: Callable[[Question], str]) -> 
 
 
 def _of_group(
-    ids: Sequence[str], table: Table, found: ArmResult, group: str, label: Callable[[Question], str]
+    ids: Sequence[str], table: Table, found: ArmResult, group: str, label: Callable[[Asked], str]
 ) -> Table:
     """The columns of a table that are of a group."""
     return table[:, [i for i, id_ in enumerate(ids) if label(found.questions[id_]) == group]]
 
 
-def _count(found: ArmResult, group: str, label: Callable[[Question], str]) -> int:
+def _count(found: ArmResult, group: str, label: Callable[[Asked], str]) -> int:
     return sum(label(question) == group for question in found.questions.values())
 
 

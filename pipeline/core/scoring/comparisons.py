@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.core.scoring.paired import judged
+from pipeline.core.scoring.paired import judged, judged_differences
 
 SAMPLES = 10_000
 _BLOCK = 2**22
@@ -34,12 +34,23 @@ def bootstrap_table(values: npt.NDArray[np.float64], *, samples: int = SAMPLES, 
 
     Every resample draws Q questions and S seeds with replacement, a question with its column and a seed with its row:
     what a question has in common under all seeds, and a seed on all questions, is drawn with it. With one seed the
-    questions alone are drawn, and the interval says nothing of what another seed would do. For a paired comparison
-    the values are the differences of two such tables.
+    questions alone are drawn, and the interval says nothing of what another seed would do.
 
     p is twice the smaller share of resampled means on one side of 0 (those at 0 are on both), at least
     2 / (samples + 1).
     """
+    (low, high), p = judged(_resampled_means(values, samples, seed))
+    return Estimate(float(values.mean()), low, high, p)
+
+
+def difference_table(values: npt.NDArray[np.float64], *, samples: int = SAMPLES, seed: int = 0) -> Estimate:
+    """The same of a table of differences in [-1, 1] between paired scores; see `judged_differences`."""
+    means = _resampled_means(values, samples, seed)
+    (low, high), p = judged_differences(values.mean(axis=0), means)
+    return Estimate(float(values.mean()), low, high, p)
+
+
+def _resampled_means(values: npt.NDArray[np.float64], samples: int, seed: int) -> npt.NDArray[np.float64]:
     num_seeds, num_questions = values.shape
     rng = np.random.default_rng(seed)
     means = np.empty(samples)
@@ -52,8 +63,7 @@ def bootstrap_table(values: npt.NDArray[np.float64], *, samples: int = SAMPLES, 
         by_seed = values[:, questions].sum(axis=2).T  # [size, S]
         sums = np.take_along_axis(by_seed, seeds, axis=1).sum(axis=1)
         means[begin : begin + size] = sums / values.size
-    (low, high), p = judged(means)
-    return Estimate(float(values.mean()), low, high, p)
+    return means
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -147,14 +147,27 @@ def paired_bootstrap(differences: Sequence[float] | Array, samples: int, seed: i
     """95 % percentile interval of the mean difference, in [-1, 1], and the two-sided p-value of its being 0: twice the
     share of the resamples whose mean is not on the side of the mean, itself counted in.
 
-    Resampling finds nothing that no question shows: where all are 0 the interval is as wide as that of the share of
-    questions that differ.
+    See `judged_differences` for what resampling cannot find.
     """
     values = np.asarray(differences, dtype=np.float64)
-    if not values.any():
-        wide = wilson(0, len(values))[1]
-        return (-wide, wide), 1.0
-    return judged(resampled_means(values[np.newaxis], samples, seed)[:, 0])
+    return judged_differences(values, resampled_means(values[np.newaxis], samples, seed)[:, 0])
+
+
+def judged_differences(values: Array, means: Array) -> tuple[Interval, float]:
+    """`judged`, of resampled means of differences in [-1, 1], but for two things that no resample shows.
+
+    Where all differences are the same the interval is as wide as if some questions were otherwise: as many as may be
+    where none was seen (Wilson). And p is never below what a sign test gives of the m questions that differ if all are
+    of one sign, 2 / 2^m: of few questions there is nothing that a resample could do otherwise.
+
+    Args:
+        values: the differences by question.
+    """
+    (low, high), p = judged(means)
+    if np.ptp(values) == 0:
+        wide, value = wilson(0, len(values))[1], float(values[0])
+        low, high = value - wide * (1 + value), value + wide * (1 - value)
+    return (low, high), max(p, min(1.0, 2.0 * 0.5 ** int(np.count_nonzero(values))))
 
 
 def judged(means: Array) -> tuple[Interval, float]:

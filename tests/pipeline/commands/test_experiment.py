@@ -164,6 +164,17 @@ def test_only_the_wanted_seed_is_run(run_command: Any, study: Any, runner: Runne
     assert runner.made == ALL[2:]
 
 
+def test_the_results_of_one_more_seed_are_those_of_all(
+    run_command: Any, study: Any, runner: Runner, folder: Path
+) -> None:
+    for seed, missing in ((0, "2 runs (likelihood, seed 1; uniform weights, seed 1)"), (1, "")):
+        assert run_command("experiment", study(), "--out", "out", "--seed", seed).exit_code == 0
+        page = (folder / "out" / "study" / "results.md").read_text()
+        assert (f"Not finished, and not in the tables: {missing}" if missing else "") in page
+    assert "| likelihood | 75.0 | 75.0 | 75.0 (0.0) |" in page
+    assert "Not finished" not in page and " --out out\n```" in page
+
+
 def test_a_dry_run_shows_runs_and_times_and_makes_nothing(
     run_command: Any, study: Any, runner: Runner, folder: Path
 ) -> None:
@@ -190,7 +201,13 @@ def test_tables_of_nothing_are_refused(refused: Any, study: Any, runner: Runner)
 def test_runs_that_search_the_same_share_one_index(
     run_command: Any, study: Any, runner: Runner, folder: Path
 ) -> None:
-    arms = {"exact": {}, "other weights": {"weighting": "uniform"}, "words": {"retriever.max_tokens": 16}}
+    arms = {
+        "exact": {},
+        "other weights": {"weighting": "uniform"},
+        "short": {"retriever.max_tokens": 16},
+        "words": {"retriever.method": "hybrid"},
+        "words alone": {"retriever.method": "bm25"},
+    }
     result = run_command("experiment", study(arms=arms, seeds=[0]), "--out", "out")
     assert result.exit_code == 0, result.output
 
@@ -198,9 +215,10 @@ def test_runs_that_search_the_same_share_one_index(
         name: yaml.safe_load((folder / "out" / "study" / name / "seed-0" / "config.yaml").read_text())[
             "retriever"
         ]["index"]
-        for name in ("exact", "other-weights", "words")
+        for name in ("exact", "other-weights", "short", "words", "words-alone")
     }
-    assert used["exact"] == used["other-weights"] != used["words"]
+    assert used["exact"] == used["other-weights"] and used["words"] == used["words-alone"]
+    assert len(set(used.values())) == 3
     assert all((Path(index) / "manifest.json").exists() for index in used.values())
 
 
@@ -261,10 +279,16 @@ def test_a_run_that_another_experiment_has_made_is_not_made_again(
     assert runner.made == ["posterior, seed 0", "posterior, seed 1"]
     assert "| as it is | 75.0 | 75.0 | 75.0 (0.0) |" in (folder / "out" / "other" / "results.md").read_text()
 
+    runner.made = []
+    before = contents(folder / "out" / "study")
+    assert run_command("experiment", other, "--out", "out", "em.iterations=3", "--seed", 0).exit_code == 0
+    assert runner.made == ["as it is, seed 0", "posterior, seed 0"]
+    assert contents(folder / "out" / "study") == before  # not trained on through the link
+
     shutil.rmtree(folder / "out" / "study")
     runner.made = []
-    assert run_command("experiment", other, "--out", "out").exit_code == 0
-    assert runner.made == ["as it is, seed 0", "as it is, seed 1"]
+    assert run_command("experiment", other, "--out", "out", "--seed", 1).exit_code == 0
+    assert runner.made == ["as it is, seed 1"]
 
 
 @pytest.mark.parametrize("difference", ["more iterations", "not finished", "a directory in its place"])

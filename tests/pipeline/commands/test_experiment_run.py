@@ -39,6 +39,9 @@ def test_a_run_that_fails_gives_its_exit_code_its_error_and_its_log(run: Planned
     program.write_text("#!/bin/sh\necho error: no such model >&2\necho and more\nexit 2\n")
     log = run.path.with_name("seed-0.log")
     assert run_in_process(run, lambda words: None) == f"exit code 2, error: no such model; see {log}"
+    program.write_text("#!/bin/sh\necho Killed\nexit 137\n")
+    assert run_in_process(run, lambda words: None) == f"exit code 137, Killed; see {log}"
+    assert "no such model" in log.read_text()
 
 
 def test_an_interrupted_run_is_told_to_end_and_waited_for(run: PlannedRun, program: Path) -> None:

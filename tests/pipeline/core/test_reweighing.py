@@ -153,7 +153,8 @@ def test_other_weights_are_those_of_a_run_that_had_them(
     runs: Runs, made_with: dict[str, Any], other: dict[str, Any]
 ) -> None:
     records = bool(made_with.get("correct_proposal"))
-    config = WeightingConfig(**(other if records else {**other, "correct_proposal": False}))
+    uncorrected = {key: value for key, value in other.items() if key not in ("correct_proposal", "max_ratio")}
+    config = WeightingConfig(**(other if records else uncorrected))
     run = runs.run(WeightingConfig(**made_with), records_proposal=records)
     theirs = runs.run(config, records_proposal=records)
     assert recomputed(run, config, from_the_model=not records) == trained(theirs)
@@ -202,6 +203,12 @@ def test_the_share_of_the_weight_on_right_answers(runs: Runs) -> None:
     assert figures_of(stored, WeightingConfig(method="reward", reward="em"), from_the_model=True)[
         "right_share"
     ] == pytest.approx(100.0)
+
+
+def test_a_baseline_that_was_not_scored_is_not_made_up(runs: Runs) -> None:
+    stored = read_stored(runs.run(WeightingConfig(), records_proposal=False), 1)
+    with pytest.raises(UserError, match=r"subtract_baseline needs .* this run did not score it"):
+        figures_of(stored, WeightingConfig(subtract_baseline=True), from_the_model=True)
 
 
 def test_bounds_by_question_are_those_of_the_run(runs: Runs) -> None:

@@ -443,6 +443,8 @@ def test_further_samples_are_weighed_down_counted_and_left_out_of_the_bound(benc
     four = [at.trajectory(math.log(p), sample=k, answer=f"no {k}") for k, p in enumerate(likelihoods)]
     examples, more = at(four, question)
     assert weights(examples) == pytest.approx([0.05, 0.05, 0.4, 0.2])
+    _, with_a_failure = at([replace(four[0], stop_reason=StopReason.ENGINE_ERROR), *four[1:]], question)
+    assert at.weigh.summarise([with_a_failure])["mean_likelihood"] == pytest.approx(0.1)
     _, few = at(four[:2], Question("q2", "Who?", ("Mara Velin",)))
     report = at.weigh.summarise([more, few])
     assert report["further"] == 2

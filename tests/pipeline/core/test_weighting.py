@@ -90,11 +90,12 @@ def test_a_question_that_lost_trajectories_is_not_made_up_for() -> None:
     assert log_weights([one(-1.0)], config, usual=4) == log_weights([one(-1.0)], config)
 
 
-def test_the_bound_is_that_of_the_trajectories_that_others_were_not_sampled_because_of() -> None:
-    failed, found = one(math.log(0.01)), one(math.log(0.9))
+def test_the_bound_is_that_of_the_trajectories_that_were_not_sampled_because_of_others() -> None:
+    failed, found = one(math.log(0.01)), one(math.log(0.9), further=True)
     config = WeightingConfig()
-    assert bound_of([failed, failed, found, found], config, usual=2) == pytest.approx(math.log(0.01))
-    summary = summarise([[failed, failed, found, found]], [np.zeros(4)], config, usual=2)
+    assert bound_of([failed, found, found], config) == pytest.approx(math.log(0.01))
+    assert bound_of([found], config) == pytest.approx(math.log(0.9))  # those before it could not be scored
+    summary = summarise([[failed, failed, found, found]], [np.zeros(4)], config)
     assert summary.mean_likelihood == pytest.approx(0.01)
 
 
@@ -335,8 +336,25 @@ def test_turns_weigh_their_credit_in_the_measure_of_the_trajectory_and_never_les
         assert len(logs) == len(values) - 1
         # exp(log) is the trajectory's weight, of the likelihood exp(values[-1]).
         in_measure = np.exp(logs - log + values[-1])
-        assert in_measure == pytest.approx(np.maximum(credits, 0) * math.exp(log_unit), abs=1e-9)
+        most = math.exp(values[-1] - log) if method == "posterior" else 1.0
+        expected = np.minimum(np.maximum(credits, 0) * math.exp(log_unit), most)
+        assert in_measure == pytest.approx(expected, rel=1e-6, abs=1e-9)
         assert (np.exp(logs - log) <= np.exp(log_unit - values[-1]) * (1 + 1e-9)).all()
+
+
+@given(
+    group=st.lists(turn_values, min_size=1, max_size=5),
+    decay=st.floats(0, 1),
+    method=st.sampled_from(["likelihood", "posterior"]),
+    baseline=st.booleans(),
+)
+def test_no_turn_outweighs_everything_by_what_a_later_one_lost_again(
+    group: list[list[float]], decay: float, method: str, baseline: bool
+) -> None:
+    keys = {"method": method, "credit": "turn", "credit_decay": decay, "subtract_baseline": baseline}
+    scored = [one(values[-1], before=tuple(values[:-1])) for values in group]
+    for own in turn_log_weights(scored, WeightingConfig.model_validate(keys)):
+        assert (own <= 1e-12).all()
 
 
 def test_a_search_behind_the_one_that_found_the_answer_has_no_credit() -> None:

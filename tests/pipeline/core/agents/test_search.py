@@ -70,11 +70,12 @@ def run(
     retriever: RecordingRetriever | None = None,
     max_length: int = 4096,
     events: list[Event] | None = None,
+    keeps_mistakes: bool = False,
     **config: Any,
 ) -> tuple[Trajectory, ScriptedEngine, RecordingRetriever]:
     engine, retriever = ScriptedEngine(tokenizer, turns), retriever or RecordingRetriever()
     renderer = Renderer(tokenizer, AgentConfig(**{"documents": 2, **config}))
-    agent = SearchAgent(renderer, engine, retriever, max_length=max_length)
+    agent = SearchAgent(renderer, engine, retriever, max_length=max_length, keeps_mistakes=keeps_mistakes)
     on_event = (lambda event: None) if events is None else events.append
     trajectory = asyncio.run(
         agent.run(QUESTION, sampling=SAMPLING, sample=2, policy_version=5, on_event=on_event)
@@ -226,6 +227,27 @@ def test_a_malformed_turn_is_cut_off(tokenizer: Any, turns: list[str]) -> None:
     check_layout(tokenizer, trajectory, engine)
 
 
+@pytest.mark.parametrize("layout", ["plain", "chat"])
+@pytest.mark.parametrize(
+    ("turns", "limits", "stop_reason"),
+    [
+        ([THINK, "<record> r </record> <answer> a"], {}, StopReason.MALFORMED),
+        (["I do not know."], {}, StopReason.MALFORMED),
+        ([THINK, "<record> " + "and " * 200], {"max_turn_tokens": 40}, StopReason.LENGTH_LIMIT),
+        ([THINK, AGAIN, " Mara </answer>"], {"max_searches": 1}, StopReason.STEP_LIMIT),
+    ],
+)
+def test_where_mistakes_are_kept_all_that_the_model_wrote_is_trained_and_an_answer_can_be_scored(
+    chat_tokenizer: Any, layout: str, turns: list[str], limits: dict[str, int], stop_reason: StopReason
+) -> None:
+    trajectory, engine, _ = run(chat_tokenizer, turns, keeps_mistakes=True, layout=layout, **limits)
+    assert trajectory.stop_reason is stop_reason
+    written = [i for ids in engine.written for i in ids]
+    assert trajectory.token_ids[trajectory.loss_mask].tolist() == written
+    assert not np.isnan(trajectory.logprobs[trajectory.loss_mask]).any()
+    assert chat_tokenizer.decode(trajectory.answer_context).endswith("<answer>")
+
+
 def test_a_turn_that_does_not_end_is_cut_off_for_its_length(tokenizer: Any) -> None:
     trajectory, engine, _ = run(tokenizer, [THINK, "<record> " + "and " * 200], max_turn_tokens=40)
     assert trajectory.stop_reason is StopReason.LENGTH_LIMIT
@@ -243,9 +265,14 @@ def test_a_demanded_answer_that_does_not_close_is_no_answer(tokenizer: Any) -> N
 
 @pytest.mark.parametrize("layout", ["plain", "chat"])
 @settings(max_examples=40)
-@given(max_length=st.integers(16, 700), max_turn_tokens=st.integers(4, 120), babble=st.booleans())
+@given(
+    max_length=st.integers(16, 700),
+    max_turn_tokens=st.integers(4, 120),
+    babble=st.booleans(),
+    keeps=st.booleans(),
+)
 def test_no_trajectory_is_longer_than_the_context(
-    chat_tokenizer: Any, layout: str, max_length: int, max_turn_tokens: int, babble: bool
+    chat_tokenizer: Any, layout: str, max_length: int, max_turn_tokens: int, babble: bool, keeps: bool
 ) -> None:
     turns = ["<think> " + "so " * 300] if babble else [THINK, AGAIN, AGAIN, AGAIN, " Mara Velin </answer>"]
     config = {"layout": layout, "instructions": "Go.", "max_searches": 3, "max_turn_tokens": max_turn_tokens}

@@ -86,12 +86,12 @@ def test_gold_answers_are_scored_behind_nothing_of_the_models_own_answer(crossin
 @pytest.mark.parametrize(
     ("likelihoods", "more"),
     [
-        ([(0.2, 0.2), (0.1, 0.39)], 5),  # of different gold answers together
-        ([(0.2,), (0.6,)], 0),
-        ([(0.3, 0.3), (0.1,)], 0),
+        ([(0.2, 0.2), (0.1, 0.39)], 5),
+        ([(0.2,), (0.1, 0.6)], 0),
         ([(0.2,), (None,)], 5),
         ([(None,), (None,)], 0),
         ([(float("nan"),), (0.1,)], 5),  # too long for an answer
+        ([(float("nan"), 0.6), (0.1,)], 0),
     ],
 )
 def test_more_are_sampled_where_no_trajectory_makes_an_answer_likelier_than_not(
@@ -104,8 +104,18 @@ def test_more_are_sampled_where_no_trajectory_makes_an_answer_likelier_than_not(
             turn = replace(plain, stop_reason=StopReason.ENGINE_ERROR, log_likelihoods=())
         else:
             turn = replace(plain, log_likelihoods=tuple(np.log(np.array(found, dtype=float)).tolist()))
-        episodes.append(Episode("q", 0, (turn,)))
+        episodes.append(Episode("q", 0, (replace(turn, sample=len(episodes)),)))
     assert FurtherSamples(5)(episodes) == more
+
+
+def test_a_trajectory_that_was_shown_the_answer_does_not_speak_for_the_question(tokenizer: Any) -> None:
+    plain = run(FakeModel(tokenizer))
+    knew, failed = (
+        replace(plain, sample=k, log_likelihoods=(value,)) for k, value in enumerate((-0.01, -9.0))
+    )
+    episodes = [Episode("q", turn.sample, (turn,)) for turn in (knew, failed)]
+    assert FurtherSamples(8)(episodes) == 0
+    assert FurtherSamples(8, hinted=1)(episodes) == 8
 
 
 def test_nothing_is_scored_unless_it_is_asked_for(tokenizer: Any) -> None:

@@ -84,8 +84,20 @@ def test_the_generator_sees_the_passages_in_the_order_in_which_they_were_named(m
         (" [9] > [2] </record>", ["p1", "p0"]),
         (" nonsense </record>", ["p0", "p1"]),
         (" [2] > [4]", ["p1", "p3"]),
+        (" [3] > [1] > [4] </record>", ["p2", "p0"]),
+        (" [3] > [1] [1] and so on </record>", ["p2", "p0"]),
+        (" [3] > [3] </record>", ["p2", "p0"]),
+        (" [3] </record>", ["p2", "p0"]),
     ],
-    ids=["a number that no passage has", "nothing", "not closed"],
+    ids=[
+        "a number that no passage has",
+        "nothing",
+        "not closed",
+        "too many",
+        "more text",
+        "twice",
+        "too few",
+    ],
 )
 def test_what_a_malformed_selection_leaves_open_the_retrievers_order_fills(
     make: Any, text: str, chosen: list[str]

@@ -185,10 +185,30 @@ def test_a_copy_on_every_node_needs_a_path_that_is_the_same_on_all() -> None:
 
 
 @pytest.mark.parametrize(
-    "tags", [{"think": ("<a>", "<a>")}, {"record": ("<search>", "</record>")}, {"answer": (" ", "</answer>")}]
+    "tags",
+    [
+        {"think": ("<a>", "<a>")},
+        {"record": ("<search>", "</record>")},
+        {"select": ("<think>", "</select>")},
+        {"answer": (" ", "</answer>")},
+    ],
 )
 def test_tags_must_be_told_apart(tags: dict[str, tuple[str, str]]) -> None:
-    assert "eight different, non-empty strings" in refusal(agent={"tags": tags})
+    told = refusal(agent={"tags": tags})
+    assert ("must not be empty" if "answer" in tags else f"there is twice: {tags.popitem()[1][0]}") in told
+
+
+@pytest.mark.parametrize(
+    ("keys", "belongs_to"),
+    [
+        ({"reward": "em"}, "weighting.reward belongs to method: reward, not likelihood"),
+        ({"method": "uniform", "temperature": 2.0}, "weighting.temperature belongs to method: likelihood or"),
+        ({"method": "reward", "temperature": 2.0}, "weighting.temperature belongs to method: likelihood or"),
+        ({"max_ratio": 4.0}, "weighting.max_ratio belongs to weighting.correct_proposal: true"),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused(keys: dict[str, Any], belongs_to: str) -> None:
+    assert belongs_to in refusal(weighting=keys)
 
 
 def test_tags_can_be_any_strings() -> None:

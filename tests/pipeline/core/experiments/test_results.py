@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -129,21 +130,56 @@ def test_iterations_are_shown_with_their_intervals(tmp_path: Path) -> None:
     ]
 
 
-def test_data_that_have_changed_since_are_refused(tmp_path: Path) -> None:
+def test_results_are_read_from_the_runs_alone(tmp_path: Path) -> None:
     experiment, runs = study(tmp_path)
     finish(runs[0], every_second)
-    write_jsonl(tmp_path / "test.jsonl", [row(f"test{i}", i) | {"answers": ["Bob"]} for i in range(20)])
+    for file in tmp_path.glob("*.jsonl"):
+        file.unlink()
+    assert np.mean(read_results(experiment, runs).arms[0].tests()[1]) == 0.5
+
+
+def test_other_questions_under_the_same_ids_are_not_compared(tmp_path: Path) -> None:
+    other = [row(f"test{i}", i) | {"answers": ["Bob"]} for i in range(20)]
+    write_jsonl(tmp_path / "other.jsonl", other)
+    arms = {"first": {}, "second": {"data.test": "other.jsonl"}}
     with pytest.raises(
-        UserError, match=r"em is 0\.00 by the 20 questions .* was 50\.00 of 20 in the run: the data"
+        UserError, match=r"'test0' asks .* with the answers Bob and Ada; give all arms the same"
+    ):
+        made(tmp_path, {"first": every_second, "second": every_second}, arms=arms)
+
+
+def test_scores_by_other_rules_are_not_compared(tmp_path: Path) -> None:
+    experiment, runs = study(tmp_path)
+    for run in runs:
+        finish(run, every_second)
+    scored = pq.read_table(runs[1].path / "test" / "best.parquet")
+    as_musique = scored.replace_schema_metadata({b"exsearch.scored_by": b"musique"})
+    pq.write_table(as_musique, runs[1].path / "test" / "best.parquet")
+    with pytest.raises(
+        UserError, match=r"evaluation.protocol: musique, .* by exsearch; .* give all arms one"
     ):
         read_results(experiment, runs)
+
+
+def test_a_run_of_an_earlier_version_is_named(tmp_path: Path) -> None:
+    experiment, runs = study(tmp_path)
+    finish(runs[0], every_second)
+    path = runs[0].path / "test" / "best.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["em"]), path)
+    with pytest.raises(UserError, match=r"best\.parquet was written by an earlier version.*remove the run"):
+        read_results(experiment, runs)
+
+
+def test_patience_would_compare_runs_of_different_lengths(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"arm second: patience is 1.*set em\.patience=null"):
+        study(tmp_path, arms={"first": {}, "second": {"em.patience": 1}})
 
 
 def test_a_damaged_file_of_a_run_is_named(tmp_path: Path) -> None:
     experiment, runs = study(tmp_path)
     finish(runs[0], every_second)
     (runs[0].path / "test" / "best.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"best\.parquet cannot be read"):
+    with pytest.raises(UserError, match=r"best\.parquet is damaged"):
         read_results(experiment, runs)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.scoring.comparisons import bootstrap_table, holm
+from pipeline.core.scoring.comparisons import bootstrap_table, difference_table, holm
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=8)
 
@@ -56,6 +56,19 @@ def test_no_difference_at_all_is_no_evidence_and_the_same_everywhere_is_the_most
 
     assert (nothing.low, nothing.high, nothing.p) == (0.0, 0.0, 1.0)
     assert (always.low, always.high, always.p) == (1.0, 1.0, pytest.approx(0.002))
+
+
+def test_what_few_questions_say_does_not_grow_with_the_seeds_that_repeat_it() -> None:
+    found = difference_table(np.ones((3, 4)))
+    assert found.p == 0.125
+    assert 0 < found.low < found.high == 1.0
+    nothing = difference_table(np.zeros((3, 50)))
+    assert (nothing.mean, nothing.p) == (0.0, 1.0) and nothing.low == -nothing.high < 0
+
+
+def test_differences_of_many_questions_are_judged_as_any_table() -> None:
+    values = np.random.default_rng(5).choice([-1.0, 0.0, 1.0], (3, 200), p=[0.1, 0.7, 0.2])
+    assert difference_table(values, samples=999) == bootstrap_table(values, samples=999)
 
 
 def test_the_same_seed_gives_the_same_interval_and_the_other_sign_the_mirrored_one() -> None:

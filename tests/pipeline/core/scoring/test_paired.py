@@ -123,6 +123,15 @@ def test_where_no_question_differs_the_interval_is_no_point() -> None:
     assert (low, high, p_value) == (-wilson(0, 30)[1], wilson(0, 30)[1], 1.0)
 
 
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_few_questions_that_all_say_the_same_say_no_more_than_a_sign_test(count: int) -> None:
+    (low, high), p_value = paired_bootstrap([1.0] * count, 1000, seed=0)
+    assert p_value == mcnemar(count, 0)
+    assert (low, high) == (pytest.approx(1 - 2 * wilson(0, count)[1]), 1.0)
+    (_, _), among_others = paired_bootstrap([1.0] * count + [0.0] * 20, 1000, seed=0)
+    assert among_others >= mcnemar(count, 0)
+
+
 def test_without_samples_a_mean_has_no_interval_and_a_share_keeps_its_own() -> None:
     found = compare_means([0.5, 0.25], [0.5, 0.5], 0, seed=0)
     assert (found.difference, found.interval, found.p_value) == (0.125, None, None)
