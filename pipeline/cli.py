@@ -333,6 +333,8 @@ def weights(
 ) -> None:
     """The trajectories of an E-step under other weights: what each method would have made of the same samples.
 
+    Weights are those of whole trajectories; what single turns weigh (weighting.credit: turn) is not shown.
+
     Example: exsearch weights runs/real likelihood posterior posterior,temperature=2
     """
     from rich.console import Console

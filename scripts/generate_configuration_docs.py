@@ -52,6 +52,8 @@ BROKEN_RULES: tuple[tuple[str, ...], ...] = (
     ("weighting=uniform", "weighting.credit=turn"),
     ("weighting.subtract_baseline=true", "agent.think=false"),
     ("weighting.credit_decay=0.5",),
+    ("weighting.reward=em",),
+    ("weighting.max_ratio=4",),
     ("rollout.samples=4", "em.hinted=4", "weighting.correct_proposal=true"),
     ("em.hinted=1",),
     ("learner.tokens_per_microbatch=2048", "model.max_length=4096"),
