@@ -82,7 +82,6 @@ def test_a_table_of_an_evaluation_is_compared_with_a_run(run_command: Any, folde
 
 
 @pytest.mark.usefixtures("runs")
-@pytest.mark.usefixtures("runs")
 def test_tables_do_not_say_of_which_split_they_are(run_command: Any, refused: Any) -> None:
     a, b = "a/test/best.parquet", "b/test/best.parquet"
     assert compared(run_command, a, b)["split"] is None
@@ -91,6 +90,7 @@ def test_tables_do_not_say_of_which_split_they_are(run_command: Any, refused: An
     assert "is a table of one model; leave out" in refused("compare", a, b, "--model-b", "cold_start")
 
 
+@pytest.mark.usefixtures("runs")
 def test_a_person_sees_tables_and_the_first_questions_that_changed(
     run_command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

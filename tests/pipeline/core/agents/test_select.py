@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from pipeline.core.agents.search import Event
 from pipeline.core.config import AgentConfig
-from pipeline.core.errors import UserError
 from pipeline.core.orderings import ordering_text
 from pipeline.core.records import StopReason
 from pipeline.core.renderer import Renderer
@@ -175,10 +174,3 @@ def test_built_in_instructions_name_the_selection_only_where_there_is_something_
     assert "select" not in default_instructions(AgentConfig())
     no_search = AgentConfig(select=True).model_copy(update={"search": False})
     assert "select" not in default_instructions(no_search)
-
-
-def test_a_tag_that_another_action_has_is_refused(tokenizer: Any) -> None:
-    tags = {"select": ("<record>", "</select>")}
-    Renderer(tokenizer, AgentConfig.model_validate({"tags": tags}))
-    with pytest.raises(UserError, match=r"must be different.*agent\.tags"):
-        Renderer(tokenizer, AgentConfig.model_validate({"tags": tags, "select": True}))

@@ -67,10 +67,10 @@ def test_a_later_file_can_switch_off_what_an_earlier_one_sets(tmp_path: Path) ->
 
 def test_the_short_form_of_the_weighting_is_one_key_of_its_section(tmp_path: Path) -> None:
     paths = several(
-        tmp_path, "weighting: {max_weight: 0.5}", "weighting: uniform", "weighting: {temperature: 2}"
+        tmp_path, "weighting: {max_weight: 0.5}", "weighting: posterior", "weighting: {temperature: 2}"
     )
     weighting = load_config(paths).weighting
-    assert (weighting.method, weighting.max_weight, weighting.temperature) == ("uniform", 0.5, 2)
+    assert (weighting.method, weighting.max_weight, weighting.temperature) == ("posterior", 0.5, 2)
 
 
 @pytest.mark.parametrize("bad", [0, 1])
