@@ -10,7 +10,7 @@ from pathlib import Path
 from actors.planning import check_memory
 from actors.reservation import plan
 from actors.session import actor_logs, ray_session
-from pipeline.core.config import EXSEARCH, Config
+from pipeline.core.config import Config
 from pipeline.core.data.run_check import look_at_data
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
@@ -71,10 +71,9 @@ def open_run(
         )
         placement = plan(policies, config.cluster, config.retriever)
         if config.of_recipe.asynchronous and placement.take_turns:
-            section = "em" if config.recipe == EXSEARCH else config.recipe
             raise UserError(
-                f"{section}.asynchronous: the learner is to train while engines sample, but they take turns on the "
-                "same devices; set cluster.take_turns: false, if both fit there, or on GPUs cluster.colocate: no"
+                f"{config.section}.asynchronous: the learner is to train while engines sample, but they take turns on "
+                "the same devices; set cluster.take_turns: false, if both fit there, or on GPUs cluster.colocate: no"
             )
         searched = servers or prepare_index(config.retriever, config.data, files.path / "index", display)
         files.keep_to(

@@ -97,29 +97,41 @@ def pair_up(a: Scores, b: Scores, names: tuple[str, str]) -> Scores:
         UserError: they are not of the same questions, and says how many differ, and one; or scored by other rules.
     """
     (only_a, only_b), (name_a, name_b) = (set(a.ids) - set(b.ids), set(b.ids) - set(a.ids)), names
-    mend = (
-        "paired tests need the same questions: give both runs the same question files, limits and data.seed (or seed), "
-        "or score both on the same split with exsearch evaluate --out"
-    )
+    check_comparable(a, b, names)
+    if only_a or only_b:
+        example = min(only_a or only_b)
+        raise UserError(
+            f"{name_a} and {name_b} do not have the same questions: of {len(a)} and {len(b)} they share "
+            f"{len(set(a.ids) & set(b.ids))}; {example!r} is only in {name_a if only_a else name_b}. {_SAME_QUESTIONS}"
+        )
+    return b.in_order_of(a)
+
+
+_SAME_QUESTIONS = (
+    "paired tests need the same questions: give both runs the same question files, limits and data.seed (or seed), "
+    "or score both on the same split with exsearch evaluate --out"
+)
+
+
+def check_comparable(a: Scores, b: Scores, names: tuple[str, str]) -> None:
+    """What two evaluations have in common is the same: the rules, and under an id the question.
+
+    Raises:
+        UserError: it is not, and says what differs.
+    """
+    name_a, name_b = names
     if a.protocol != b.protocol:
         raise UserError(
             f"{name_a} was scored by evaluation.protocol: {a.protocol}, {name_b} by {b.protocol}; score one of both "
             "again with exsearch evaluate --protocol NAME --out FILE.json, and compare FILE.parquet"
         )
-    if only_a or only_b:
-        example = min(only_a or only_b)
-        raise UserError(
-            f"{name_a} and {name_b} do not have the same questions: of {len(a)} and {len(b)} they share "
-            f"{len(set(a.ids) & set(b.ids))}; {example!r} is only in {name_a if only_a else name_b}. {mend}"
-        )
-    if others := [id_ for id_ in a.ids if a.asked[id_] != b.asked[id_]]:
+    if others := [id_ for id_ in a.ids if b.asked.get(id_, a.asked[id_]) != a.asked[id_]]:
         (text_a, _), (text_b, _) = a.asked[others[0]], b.asked[others[0]]
         what = f"{text_a!r} and {text_b!r}" if text_a != text_b else "other gold answers"
         raise UserError(
             f"{name_a} and {name_b} do not have the same questions: {len(others)} of {len(a)} ids name others, say "
-            f"{others[0]!r}: {what}. {mend}"
+            f"{others[0]!r}: {what}. {_SAME_QUESTIONS}"
         )
-    return b.in_order_of(a)
 
 
 def paired_tests(tests: Mapping[str, Scores], samples: int, seed: int) -> list[Json]:

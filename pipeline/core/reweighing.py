@@ -30,8 +30,6 @@ class Stored:
     scored: Sequence[Scored]
     facts: Sequence[Facts]
     log_weights: Sequence[float] | None
-    usual: int | None = None
-    """Trajectories that other questions have, where this one may have more."""
 
 
 def read_stored(run: RunFiles, t: int) -> list[Stored]:
@@ -55,8 +53,7 @@ def read_stored(run: RunFiles, t: int) -> list[Stored]:
         logs = None if row["log_weights"] is None else logs_from_json(row["log_weights"])
         if row["scored"]:
             scored = [scored_from_json(one) for one in row["scored"]]
-            facts = [Facts(**one) for one in row["facts"]]
-            found.append(Stored(id_, scored, facts, logs, row.get("usual")))
+            found.append(Stored(id_, scored, [Facts(**one) for one in row["facts"]], logs))
     if not found:
         raise UserError(f"{rollouts} has no trajectory that was scored")
     return found
@@ -71,8 +68,7 @@ def reweigh(stored: Stored, weighting: WeightingConfig, *, from_the_model: bool)
     Raises:
         UserError: the weights need log q, which was not recorded.
     """
-    scored = scored_under(stored, weighting, from_the_model=from_the_model)
-    return weights_of(scored, weighting, stored.usual)
+    return weights_of(scored_under(stored, weighting, from_the_model=from_the_model), weighting)
 
 
 def scored_under(stored: Stored, weighting: WeightingConfig, *, from_the_model: bool) -> list[Scored]:
@@ -114,13 +110,12 @@ def figures_of(questions: Sequence[Stored], weighting: WeightingConfig, *, from_
             "weighting.subtract_baseline needs the likelihood of the answers in front of the first turn, and this run "
             "did not score it: it was made without weighting.subtract_baseline and without weighting.credit: turn"
         )
-    logs = [weights_of(group, weighting, one.usual) for group, one in zip(scored, questions, strict=True)]
+    logs = [weights_of(group, weighting) for group in scored]
     if all(own is None for own in logs):
         raise UserError(
             f"no question has two trajectories that weighting.method: {weighting.method} could compare"
         )
-    arrays = [None if own is None else np.array(own) for own in logs]
-    summary = summarise(scored, arrays, weighting)
+    summary = summarise(scored, [None if own is None else np.array(own) for own in logs], weighting)
     weighted = [(own, group) for own, group in zip(logs, scored, strict=True) if own is not None]
     pairs = [(log, s.correct) for own, group in weighted for log, s in zip(own, group, strict=True)]
     every, right = (np.array(column) for column in zip(*pairs, strict=True))

@@ -110,7 +110,7 @@ class SearchWeights:
     """So many first samples of a question were sampled with its answer in the prompt: that theirs is right says
     nothing."""
     usual: int | None = None
-    """See `log_weights`. None: all questions have as many."""
+    """Trajectories of a question; those that follow were sampled because of these. None: none do."""
 
     outputs = (SEARCHER,)
 
@@ -121,14 +121,14 @@ class SearchWeights:
         golds = GoldAnswers.of(task, renderer)
         scorable = [(t, scores) for t in usable if (scores := golds.behind(t))]
         scored = [self._scored(task, *one) for one in scorable]
-        logs = weights_of(scored, self.weighting, self.usual)
+        logs = weights_of(scored, self.weighting)
         examples = [
             self._example(renderer, trajectory, scores, log_weight)
             for (trajectory, scores), log_weight in zip(scorable, logs or (), strict=logs is not None)
         ]
         turns: list[Array] = []
         if self.weighting.credit == "turn" and logs is not None:
-            turns = turn_log_weights(scored, self.weighting, self.usual)
+            turns = turn_log_weights(scored, self.weighting)
             by_turn = zip(examples, scorable, turns, strict=True)
             examples = [
                 with_turn_weights(example, trajectory, own) for example, (trajectory, _), own in by_turn
@@ -145,7 +145,6 @@ class SearchWeights:
                 "turns": sum(map(len, turns)),
                 "turns_without_credit": int(sum(np.isneginf(own).sum() for own in turns)),
                 "hinted": hinted,
-                "usual": self.usual,
             },
         )
 
@@ -250,14 +249,12 @@ class GoldAnswers:
         return dict(found.values())
 
 
-def weights_of(
-    scored: Sequence[Scored], weighting: WeightingConfig, usual: int | None = None
-) -> list[float] | None:
+def weights_of(scored: Sequence[Scored], weighting: WeightingConfig) -> list[float] | None:
     """log w of one question's trajectories; None where they have none: there are no trajectories, or weights that
-    compare them have nothing to compare the only one with. `usual` is that of `log_weights`."""
+    compare them have nothing to compare the only one with."""
     if not scored or (weighting.compares and len(scored) < 2):
         return None
-    return [float(log_weight) for log_weight in log_weights(scored, weighting, usual)]
+    return [float(log_weight) for log_weight in log_weights(scored, weighting)]
 
 
 def statistics_of(

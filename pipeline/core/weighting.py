@@ -48,9 +48,9 @@ all others. The answer itself is given and not sampled, so it has no baseline an
 than that, where a later one lost it again: there the weights of turns are cut at 1.
 
 K counts the trajectories that take part: infrastructure failures are excluded before they come here. A question that
-has c times as many as others (`em.further_samples`) counts no more than these: its weights are divided by c, unless
-they are divided by their sum. Of the first two methods a higher likelihood never gets a lower weight. Sums run over one
-question, never over a batch.
+has c times as many as it would have without `em.further_samples` counts no more for it: its weights are divided by c,
+unless they are divided by their sum. Of the first two methods a higher likelihood never gets a lower weight. Sums run
+over one question, never over a batch.
 """
 
 from __future__ import annotations
@@ -152,11 +152,8 @@ def trained_gold(golds: Mapping[str, Gold], config: WeightingConfig) -> str:
     return max(golds, key=lambda answer: golds[answer].log_likelihood)
 
 
-def log_weights(scored: Sequence[Scored], config: WeightingConfig, usual: int | None = None) -> Array:
+def log_weights(scored: Sequence[Scored], config: WeightingConfig) -> Array:
     """log w(z_k) of one question's trajectories.
-
-    Args:
-        usual: so many trajectories other questions have, where this one may have more.
 
     Returns:
         float64 [K]; -inf for a weight of zero.
@@ -164,17 +161,12 @@ def log_weights(scored: Sequence[Scored], config: WeightingConfig, usual: int | 
     Raises:
         ValueError: no trajectories, or a log-likelihood that is positive or not a number.
     """
-    found, log_divisor = _undivided(scored, config, usual)
+    found, log_divisor = _undivided(scored, config)
     return _clipped(found if np.isneginf(log_divisor) else found - log_divisor, config)
 
 
-def turn_log_weights(
-    scored: Sequence[Scored], config: WeightingConfig, usual: int | None = None
-) -> list[Array]:
+def turn_log_weights(scored: Sequence[Scored], config: WeightingConfig) -> list[Array]:
     """log w_{k,i} of each turn of one question's trajectories (`credit: turn`; module docstring).
-
-    Args:
-        usual: as of `log_weights`.
 
     Returns:
         for each trajectory float64 [T], as many as it has values in front of turns; -inf for a weight of zero.
@@ -182,7 +174,7 @@ def turn_log_weights(
     Raises:
         ValueError: as `log_weights`.
     """
-    _, log_divisor = _undivided(scored, config, usual)
+    _, log_divisor = _undivided(scored, config)
     weights = []
     for one in scored:
         values = np.minimum([*one.before, one.log_likelihood], 0.0) / config.temperature
@@ -215,7 +207,7 @@ def turn_credits(values: Array, decay: float) -> tuple[Array, float]:
     return credits, log_unit
 
 
-def _undivided(scored: Sequence[Scored], config: WeightingConfig, usual: int | None) -> tuple[Array, float]:
+def _undivided(scored: Sequence[Scored], config: WeightingConfig) -> tuple[Array, float]:
     """log w [K] before they are divided, and the logarithm of what by; minus infinity where all weights are zero.
 
     Raises:
@@ -245,7 +237,8 @@ def _undivided(scored: Sequence[Scored], config: WeightingConfig, usual: int | N
             return log_ratios, float(np.log(len(scored)))
     if config.self_normalised:
         return found, log_sum(found)
-    return found, float(np.log(max(1.0, len(scored) / (usual or len(scored)))))
+    first = sum(not one.further for one in scored)
+    return found, float(np.log(len(scored) / max(1, first)))
 
 
 def _log(values: Array) -> Array:
@@ -333,9 +326,7 @@ class WeightingSummary:
 
 
 def summarise(
-    groups: Sequence[Sequence[Scored]],
-    weights: Sequence[Array | None],
-    config: WeightingConfig,
+    groups: Sequence[Sequence[Scored]], weights: Sequence[Array | None], config: WeightingConfig
 ) -> WeightingSummary:
     """Summary over questions; each element of the first two sequences holds one question's trajectories.
 

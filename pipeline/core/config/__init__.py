@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.core.config.cluster import ClusterConfig, TrackingConfig
 from pipeline.core.config.method import (
+    METHODS_OF,
     ColdStartConfig,
     EmConfig,
     EvaluationConfig,
@@ -54,14 +55,6 @@ __all__ = [
 EXSEARCH = "exsearch"
 """The recipe whose sections are `em`, `weighting` and `cold_start`."""
 
-METHODS_OF = {
-    "floor": ("posterior",),
-    "self_normalised": ("length_normalised", "reward"),
-    "reward": ("reward",),
-    "temperature": ("likelihood", "posterior", "length_normalised"),
-}
-"""Keys of `weighting` that mean something with these methods alone."""
-
 
 class Config(Section):
     recipe: str = EXSEARCH
@@ -84,9 +77,14 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @property
+    def section(self) -> str:
+        """The name of the recipe's own section."""
+        return "em" if self.recipe == EXSEARCH else self.recipe
+
+    @property
     def of_recipe(self) -> Any:
         """The section of the recipe, of the type that its module declares as `Settings`; ExSearch's is `em`."""
-        return self.em if self.recipe == EXSEARCH else getattr(self, self.recipe)
+        return getattr(self, self.section)
 
     @property
     def most_samples(self) -> int:

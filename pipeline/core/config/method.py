@@ -78,6 +78,15 @@ class RolloutConfig(Section):
         return self.model_copy(update={"workers": 1, "min_workers": 1, "max_workers": None, **changes})
 
 
+METHODS_OF = {
+    "floor": ("posterior",),
+    "self_normalised": ("length_normalised", "reward"),
+    "reward": ("reward",),
+    "temperature": ("likelihood", "posterior", "length_normalised"),
+}
+"""Keys of `weighting` that mean something with these methods alone."""
+
+
 class WeightingConfig(Section):
     """A bare string is short for its `method`: `weighting=uniform`."""
 

@@ -137,7 +137,7 @@ def _planned(arm: Arm, seed: int, out: Path, file: Path, given: Sequence[str], l
     if config.of_recipe.patience is not None:
         raise UserError(
             f"patience is {config.of_recipe.patience}, and an experiment compares all iterations of its runs; set "
-            f"{'em' if config.recipe == EXSEARCH else config.recipe}.patience=null"
+            f"{config.section}.patience=null"
         )
     index = _shared_index(config, out.parent)
     if index is not None:

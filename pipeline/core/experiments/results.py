@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.core.comparison import check_comparable
 from pipeline.core.errors import UserError
 from pipeline.core.experiments.planned import PlannedRun
 from pipeline.core.experiments.spec import Arm, Experiment, Metric
@@ -132,8 +133,8 @@ class _Reader:
 
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
-        self._asked: dict[tuple[str, str], tuple[tuple[str, tuple[str, ...]], Path]] = {}
-        self._protocol: tuple[str, Path] | None = None
+        self._known: dict[str, list[tuple[ByQuestion, Path]]] = {}
+        """By split an evaluation of each set of questions."""
 
     def arm(self, runs: Sequence[PlannedRun], arm: Arm) -> ArmResult:
         results = []
@@ -174,18 +175,9 @@ class _Reader:
             raise UserError(
                 f"{path} {what}, so its run has no scores by question; remove the run, and it is made anew"
             )
-        protocol, other = self._protocol = self._protocol or (found.protocol, path)
-        if found.protocol != protocol:
-            raise UserError(
-                f"{path} was scored by evaluation.protocol: {found.protocol}, {other} by {protocol}; scores by "
-                "different rules are not compared: give all arms one"
-            )
-        for id_, asked in found.asked.items():
-            known, other = self._asked.setdefault((split, id_), (asked, path))
-            if asked != known:
-                raise UserError(
-                    f"{path} and {other} do not have the same questions: {id_!r} asks {asked[0]!r} and "
-                    f"{known[0]!r}, with the answers {', '.join(asked[1])} and {', '.join(known[1])}; give all arms "
-                    "the same question files"
-                )
+        known = self._known.setdefault(split, [])
+        for other, its_path in known:
+            check_comparable(other, found, (str(its_path), str(path)))
+        if all(other.asked != found.asked for other, _ in known):
+            known.append((found, path))
         return found

@@ -6,7 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,9 +22,8 @@ from pipeline.core.weighting import (
     log_weights,
     summarise,
     trained_gold,
-    turn_credits,
-    turn_log_weights,
 )
+from tests.pipeline.weights_support import one
 
 METHODS = ("likelihood", "posterior", "length_normalised", "reward", "uniform")
 log_likelihoods = st.lists(st.floats(-500, 0), min_size=1, max_size=8)
@@ -36,11 +35,6 @@ def weights_of(scored: Sequence[Scored], config: WeightingConfig) -> np.ndarray:
 
 def weights(values: Sequence[float], *, num_tokens: int = 3, **config: object) -> np.ndarray:
     return weights_of([one(value, num_tokens) for value in values], WeightingConfig.model_validate(config))
-
-
-def one(value: float, num_tokens: int = 3, **others: Any) -> Scored:
-    """A trajectory of a question with one gold answer."""
-    return Scored.of([Gold(value, num_tokens)], **others)
 
 
 def test_likelihood_weights_are_the_probabilities_of_the_gold_answer() -> None:
@@ -74,20 +68,15 @@ def test_a_question_with_more_trajectories_than_others_counts_as_much_as_they_do
     config = WeightingConfig.model_validate({"method": method})
     usual = [one(value, reward=math.exp(value / 500)) for value in values]
     expected = weights_of(usual, config).sum()
-    found = np.exp(log_weights(usual * times, config, len(usual))).sum()
+    further = [replace(scored, further=True) for scored in usual * (times - 1)]
+    found = np.exp(log_weights(usual + further, config)).sum()
     assert found == pytest.approx(expected, rel=1e-9, abs=1e-300)
-
-
-def test_so_do_its_turns() -> None:
-    config = WeightingConfig(credit="turn")
-    two = [one(math.log(0.6), before=(math.log(0.1), math.log(0.3)))] * 2
-    usual, more = turn_log_weights(two, config), turn_log_weights(two * 3, config, usual=2)
-    assert np.exp(more).sum(0) == pytest.approx(np.exp(usual).sum(0))
 
 
 def test_a_question_that_lost_trajectories_is_not_made_up_for() -> None:
     config = WeightingConfig()
-    assert log_weights([one(-1.0)], config, usual=4) == log_weights([one(-1.0)], config)
+    further = [one(-1.0, further=True)] * 2
+    assert np.exp(log_weights([one(-1.0), *further], config)).sum() == pytest.approx(math.exp(-1.0))
 
 
 def test_the_bound_is_that_of_the_trajectories_that_were_not_sampled_because_of_others() -> None:
@@ -294,105 +283,6 @@ def test_of_a_yes_or_no_the_posterior_is_on_the_trajectory_that_found_something(
     assert weights_of(scored, plain.model_copy(update={"subtract_baseline": True})).tolist() == [1.0, 0.0]
     nothing_found = weights_of(scored[1:] * 2, plain.model_copy(update={"subtract_baseline": True}))
     assert nothing_found.tolist() == [0.0, 0.0]
-
-
-# ---------------------------------------------------------------- turn-wise weights
-
-turn_values = st.lists(st.floats(-40, 0), min_size=1, max_size=6)
-
-
-@given(values=turn_values, scale=st.sampled_from([0.0, -500.0, -1e5]))
-def test_the_gains_of_the_turns_sum_to_what_the_whole_is_worth_beyond_its_baseline(
-    values: list[float], scale: float
-) -> None:
-    logs = np.array(values) + scale
-    gains, log_unit = turn_credits(logs, 0.0)
-    q = np.exp(logs - log_unit)
-    assert gains.sum() == pytest.approx(q[-1] - q[0], abs=1e-12)
-    assert log_unit == logs.max()
-
-
-@given(values=turn_values, decay=st.floats(0, 1))
-def test_a_turn_is_credited_with_its_gain_and_what_comes_of_it(values: list[float], decay: float) -> None:
-    credits, log_unit = turn_credits(np.array(values), decay)
-    q = np.exp(values)
-    expected = [sum(decay ** (j - i) * (q[j] - q[j - 1]) for j in range(i, len(q))) for i in range(1, len(q))]
-    assert credits * math.exp(log_unit) == pytest.approx(expected, abs=1e-12)
-
-
-@given(
-    group=st.lists(turn_values, min_size=2, max_size=5),
-    decay=st.floats(0, 1),
-    method=st.sampled_from(["likelihood", "posterior"]),
-)
-def test_turns_weigh_their_credit_in_the_measure_of_the_trajectory_and_never_less_than_nothing(
-    group: list[list[float]], decay: float, method: str
-) -> None:
-    config = WeightingConfig.model_validate({"method": method, "credit": "turn", "credit_decay": decay})
-    scored = [one(values[-1], before=tuple(values[:-1])) for values in group]
-    own, by_turn = log_weights(scored, config), turn_log_weights(scored, config)
-    for values, log, logs in zip(group, own, by_turn, strict=True):
-        credits, log_unit = turn_credits(np.array(values), decay)
-        assert len(logs) == len(values) - 1
-        # exp(log) is the trajectory's weight, of the likelihood exp(values[-1]).
-        in_measure = np.exp(logs - log + values[-1])
-        most = math.exp(values[-1] - log) if method == "posterior" else 1.0
-        expected = np.minimum(np.maximum(credits, 0) * math.exp(log_unit), most)
-        assert in_measure == pytest.approx(expected, rel=1e-6, abs=1e-9)
-        assert (np.exp(logs - log) <= np.exp(log_unit - values[-1]) * (1 + 1e-9)).all()
-
-
-@given(
-    group=st.lists(turn_values, min_size=1, max_size=5),
-    decay=st.floats(0, 1),
-    method=st.sampled_from(["likelihood", "posterior"]),
-    baseline=st.booleans(),
-)
-def test_no_turn_outweighs_everything_by_what_a_later_one_lost_again(
-    group: list[list[float]], decay: float, method: str, baseline: bool
-) -> None:
-    keys = {"method": method, "credit": "turn", "credit_decay": decay, "subtract_baseline": baseline}
-    scored = [one(values[-1], before=tuple(values[:-1])) for values in group]
-    for own in turn_log_weights(scored, WeightingConfig.model_validate(keys)):
-        assert (own <= 1e-12).all()
-
-
-def test_a_search_behind_the_one_that_found_the_answer_has_no_credit() -> None:
-    config = WeightingConfig(credit="turn")
-    found_at_once = one(math.log(0.9), before=(math.log(0.1), math.log(0.9), math.log(0.9)))
-    (weights,) = map(np.exp, turn_log_weights([found_at_once], config))
-    assert weights == pytest.approx([0.8, 0.0, 0.0])
-
-
-def test_the_first_search_of_two_is_paid_for_by_the_second_unless_each_turn_stands_alone() -> None:
-    two_hops = one(math.log(0.9), before=(math.log(0.1), math.log(0.1)))
-    for decay, expected in ((1.0, [0.8, 0.8]), (0.5, [0.4, 0.8]), (0.0, [0.0, 0.8])):
-        config = WeightingConfig(credit="turn", credit_decay=decay)
-        assert np.exp(turn_log_weights([two_hops], config)[0]) == pytest.approx(expected)
-
-
-def test_the_first_turn_of_a_trajectory_weighs_what_the_baseline_leaves_of_it() -> None:
-    scored = [one(-1.0, before=(-2.0, -1.5)), one(-3.0, before=(-2.0,)), one(-2.0, before=())]
-    for method in ("likelihood", "posterior"):
-        turn = WeightingConfig.model_validate({"method": method, "credit": "turn"})
-        first = [logs[0] for logs in turn_log_weights(scored[:2], turn)]
-        divisor = {"likelihood": 1.0}.get(method, math.exp(-1.0) + math.exp(-3.0))
-        assert np.exp(first) == pytest.approx([(math.exp(-1.0) - math.exp(-2.0)) / divisor, 0.0])
-    assert [len(logs) for logs in turn_log_weights(scored, WeightingConfig(credit="turn"))] == [2, 1, 0]
-
-
-def test_impossible_answers_credit_no_turn() -> None:
-    config = WeightingConfig(method="posterior", credit="turn")
-    for scored in ([one(-math.inf, before=(-math.inf,))] * 2, [one(-math.inf, before=(-1.0,))] * 2):
-        assert [np.exp(logs).tolist() for logs in turn_log_weights(scored, config)] == [[0.0], [0.0]]
-
-
-def test_the_proposals_ratio_and_the_clip_are_those_of_the_trajectory() -> None:
-    config = WeightingConfig(credit="turn", correct_proposal=True, max_weight=0.5)
-    scored = [one(math.log(0.9), before=(math.log(0.1),), log_ratio=math.log(0.25))]
-    assert np.exp(turn_log_weights(scored, config)[0]) == pytest.approx([0.2])
-    scored = [one(math.log(0.9), before=(math.log(0.1),))]
-    assert np.exp(turn_log_weights(scored, config)[0]) == pytest.approx([0.5])
 
 
 # ---------------------------------------------------------------- figures of an E-step

@@ -142,9 +142,7 @@ def test_other_questions_under_the_same_ids_are_not_compared(tmp_path: Path) -> 
     other = [row(f"test{i}", i) | {"answers": ["Bob"]} for i in range(20)]
     write_jsonl(tmp_path / "other.jsonl", other)
     arms = {"first": {}, "second": {"data.test": "other.jsonl"}}
-    with pytest.raises(
-        UserError, match=r"'test0' asks .* with the answers Bob and Ada; give all arms the same"
-    ):
+    with pytest.raises(UserError, match=r"20 of 20 ids name others, say 'test0': other gold answers"):
         made(tmp_path, {"first": every_second, "second": every_second}, arms=arms)
 
 
@@ -155,9 +153,7 @@ def test_scores_by_other_rules_are_not_compared(tmp_path: Path) -> None:
     scored = pq.read_table(runs[1].path / "test" / "best.parquet")
     as_musique = scored.replace_schema_metadata({b"exsearch.scored_by": b"musique"})
     pq.write_table(as_musique, runs[1].path / "test" / "best.parquet")
-    with pytest.raises(
-        UserError, match=r"evaluation.protocol: musique, .* by exsearch; .* give all arms one"
-    ):
+    with pytest.raises(UserError, match=r"evaluation.protocol: exsearch, .* by musique"):
         read_results(experiment, runs)
 
 
