@@ -136,6 +136,12 @@ class AgentConfig(Section):
             raise ValueError(
                 "agent.select: true selects from what is found, and agent.search is false; remove one of them"
             )
+        usual = AgentConfig.model_fields["selected_documents"].default
+        if self.selected_documents != usual and not self.select:
+            raise ValueError(
+                f"agent.selected_documents: {self.selected_documents} is for selections, which agent.select: false "
+                "leaves out; set agent.select to true, or remove it"
+            )
         return self
 
 

@@ -221,6 +221,13 @@ def test_nothing_is_selected_of_what_is_not_searched() -> None:
     assert config(agent={"select": True}).agent.selected_documents == 2
 
 
+def test_a_size_of_selections_without_selections_is_refused() -> None:
+    refused = refusal(agent={"selected_documents": 3})
+    assert "agent.selected_documents: 3 is for selections" in refused
+    assert "set agent.select to true, or remove it" in refused
+    assert config(agent={"select": True, "selected_documents": 3}).agent.selected_documents == 3
+
+
 def test_one_action_may_be_given_without_a_list() -> None:
     assert config(agent={"actions": "calculator:Calculator"}).agent.actions == ("calculator:Calculator",)
 
