@@ -45,14 +45,12 @@ def plan_run(
     policies: Sequence[PolicySpec],
     nodes: Nodes,
     assumptions: Assumptions,
-    questions: dict[str, int | None],
     *,
     gpu_packages: bool,
 ) -> RunPlan:
     """What a run needs on these machines.
 
     Args:
-        questions: of the splits, as far as they could be counted.
         gpu_packages: of the environment that the run will have.
 
     Raises:
@@ -66,7 +64,7 @@ def plan_run(
         policies, config.cluster, config.retriever, resources, gpu_packages=gpu_packages
     )
     layout = Layout(placement.device, _shares(placement), placement.take_turns, _on_nodes(placement, nodes))
-    assumed = assumptions.settled(config.agent, placement.device, questions)
+    assumed = assumptions.settled(config.agent, placement.device)
     one = trajectory(config.agent, assumed)
     # Sentence encoders are other models than this knows, and small beside a language model.
     known = [spec for spec in policies if spec.head != "embedding"]
@@ -115,7 +113,7 @@ def check_memory(config: Config, policies: Sequence[PolicySpec]) -> None:
     if ray.is_initialized() or cluster_address(config.cluster.address) is not None:
         return
     try:
-        plan = plan_run(config, policies, this_machine(), Assumptions(), {}, gpu_packages=has_gpu_packages())
+        plan = plan_run(config, policies, this_machine(), Assumptions(), gpu_packages=has_gpu_packages())
     except UnknownShape as error:
         logger.warning(f"whether the memory is enough is not known: {error}")
         return

@@ -1,6 +1,6 @@
 """The plan's memory against real processes on CPUs.
 
-    python -m bench.plan [--directory DIR] [--all] [0.1M] [3M] [60M] [250M]
+    python -m bench.plan [--directory DIR] [--all] [0.1M] [3M] [60M] [170M] [250M]
     python -m bench.plan --allocators [MODEL ...]
     python -m bench.plan --asleep [MODEL ...]
 
@@ -39,9 +39,10 @@ MODELS = {
     "0.1M": (512, 64, 192, 2, 2, 1),
     "3M": (512, 256, 768, 4, 4, 2),
     "60M": (32_000, 512, 2_816, 8, 8, 4),
+    "170M": (262_144, 640, 2_048, 1, 4, 1),
     "250M": (64_000, 1_024, 4_096, 12, 16, 4),
 }
-"""Vocabulary, hidden size, feed-forward size, layers, heads, KV heads."""
+"""Vocabulary, hidden size, feed-forward size, layers, heads, KV heads. 170M: nearly all of it the embedding."""
 ROW, TRAINED, STEPS = 2_048, 256, 3
 RANK = RankLoad(
     device="cpu",
@@ -56,6 +57,7 @@ RANKS = {
     "rank": RANK,
     "rank, ZeRO-0": replace(RANK, zero_stage=0),
     "rank, checkpointing": replace(RANK, checkpointing=True),
+    "rank, bfloat16": replace(RANK, dtype="bfloat16"),
     "rank, bfloat16, ZeRO-2": replace(RANK, dtype="bfloat16", zero_stage=2),
 }
 GLIBC = {"LD_PRELOAD": "", "MALLOC_CONF": ""}

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from actors.planning import plan_run
-from pipeline import methods
 from pipeline.commands.plan import make_plan
 from pipeline.core.config import Config
-from pipeline.core.data.world.spec import SPLITS, Size, WorldSpec
+from pipeline.core.data.world.spec import Size, WorldSpec
+from pipeline.core.data.world.writer import write_world
 from pipeline.core.experiments.planned import PlannedRun
 from pipeline.core.experiments.spec import Experiment
-from pipeline.core.packages import has_gpu_packages
 from pipeline.core.plan.assumptions import Assumptions
-from pipeline.core.plan.machine import this_machine
+from pipeline.core.plan.observed import SPLITS
 from pipeline.core.plan.run_plan import RunPlan
 from pipeline.core.plan.shape import UnknownShape
 from pipeline.core.status import seconds_of
@@ -39,19 +39,24 @@ def print_plan(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     measured = [_seconds(run) for run in runs if run.is_finished()]
     left, unknown = 0.0, 0
-    for arm in experiment.with_runs:
-        own = [run for run in runs if run.arm is arm]
+    of_arms = {arm.name: [run for run in runs if run.arm is arm] for arm in experiment.with_runs}
+    with tempfile.TemporaryDirectory() as scratch:
+        times = {
+            name: _seconds_of_one(own, measured, experiment.spec.world, Path(scratch) / "world")
+            for name, own in of_arms.items()
+        }
+    for name, own in of_arms.items():
         finished = [run for run in own if run.is_finished()]
         begun = sum(run.is_begun() for run in own) - len(finished)
         elsewhere = sum(run.same_elsewhere() is not None for run in own)
         to_do = len(own) - len(finished) - elsewhere
-        one, how = _seconds_of_one(own[0].config, finished, measured, experiment.spec.world)
+        one, how = times[name]
         if one is None:
             unknown += to_do
         left += to_do * (one or 0.0)
         counts = (len(own), len(finished), elsewhere, begun)
         table.add_row(
-            escape(arm.name),
+            escape(name),
             *map(str, counts),
             f"{_time(one)} {how}".strip(),
             _time(None if one is None else to_do * one),
@@ -68,16 +73,16 @@ def print_plan(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
 
 
 def _seconds_of_one(
-    config: Config, finished: Sequence[PlannedRun], others: Sequence[float], world: Size | None
+    runs: Sequence[PlannedRun], others: Sequence[float], world: Size | None, stand_in: Path
 ) -> tuple[float | None, str]:
-    """Of one run of an arm, and where that is from: as long as finished ones took, else as those of `others`, else as
-    `exsearch plan` says."""
-    if finished:
+    """Of one of the runs of an arm, and where that is from: as long as finished ones took, else as those of `others`,
+    else as `exsearch plan` says."""
+    if finished := [run for run in runs if run.is_finished()]:
         return statistics.mean(map(_seconds, finished)), "measured"
     if others:
         return statistics.mean(others), "as others"
     try:
-        plan = _plan(config, world)
+        plan = _plan(runs[0].config, world, stand_in)
     except UnknownShape:
         return None, ""
     plan.check()
@@ -92,23 +97,19 @@ def _seconds(run: PlannedRun) -> float:
     return seconds_of([*of_iterations, *run.files.test_results().values()])
 
 
-def _plan(config: Config, world: Size | None) -> RunPlan:
-    """A generated world need not be there yet: how many questions it will have is known."""
-    if world is None:
+def _plan(config: Config, world: Size | None, stand_in: Path) -> RunPlan:
+    """A generated world need not be there yet: how many questions it will have is known, and those of a small one are
+    of the same kind."""
+    if world is None or Path(config.data.root, config.data.train[0]).exists():
         return make_plan(config, None, Assumptions())
+    if not stand_in.exists():
+        write_world(stand_in, seed=0, size="small")
     spec = WorldSpec.of_size(0, world)
     limits = {split: getattr(config.data, f"{split}_limit") for split in SPLITS}
-    questions: dict[str, int | None] = {
-        split: min(spec.num_questions(split), limits[split] or spec.num_questions(split)) for split in SPLITS
-    }
-    return plan_run(
-        config,
-        methods.policies(config),
-        this_machine(),
-        Assumptions(),
-        questions,
-        gpu_packages=has_gpu_packages(),
-    )
+    numbers = {split: spec.num_questions(split) for split in SPLITS}
+    counted = {key: min(numbers[split], limits[split] or numbers[split]) for split, key in SPLITS.items()}
+    data = config.data.model_copy(update={"root": str(stand_in)})
+    return make_plan(config.model_copy(update={"data": data}), None, Assumptions.model_validate(counted))
 
 
 def _time(seconds: float | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from datetime import timedelta
 
@@ -14,17 +13,15 @@ from rich.table import Table
 from actors.planning import plan_run
 from pipeline import methods
 from pipeline.core.config import Config
-from pipeline.core.data.questions import read_questions
 from pipeline.core.errors import UserError
 from pipeline.core.packages import has_gpu_packages
 from pipeline.core.plan.assumptions import Assumptions
 from pipeline.core.plan.machine import Nodes, this_machine
-from pipeline.core.plan.memory import PLACES, Memory, Where, gib
+from pipeline.core.plan.memory import PLACES, Memory, Where, gib, number_format
 from pipeline.core.plan.needs import PolicyNeeds
+from pipeline.core.plan.observed import core_tflops, fill, observe
 from pipeline.core.plan.run_plan import RunPlan
 from pipeline.core.plan.shape import UnknownShape
-
-logger = logging.getLogger(__name__)
 
 
 def make_plan(config: Config, nodes: Nodes | None, assumptions: Assumptions) -> RunPlan:
@@ -36,41 +33,23 @@ def make_plan(config: Config, nodes: Nodes | None, assumptions: Assumptions) -> 
     Raises:
         UserError: too few devices, a model's configuration that cannot be read, or a question file that is wrong.
     """
+    here = nodes is None
+    found: dict[str, float] = {}
+    if here and not any(node.gpus for node in this_machine()) and assumptions.peak_tflops is None:
+        found["peak_tflops"] = core_tflops(number_format(config.learner.dtype, "cpu"))
     try:
         return plan_run(
             config,
             methods.policies(config),
             nodes or this_machine(),
-            assumptions,
-            {split: _count(config, split) for split in ("train", "dev", "test")},
-            gpu_packages=has_gpu_packages() if nodes is None else True,
+            fill(observe(config, assumptions), found),
+            gpu_packages=has_gpu_packages() if here else True,
         )
     except UnknownShape:
         raise
     except UserError as error:
-        where = "; to plan for other machines than this one, name their --gpus" if nodes is None else ""
+        where = "; to plan for other machines than this one, name their --gpus" if here else ""
         raise UserError(f"{error}{where}") from error
-
-
-def _count(config: Config, split: str) -> int | None:
-    """Questions of a split; where its files cannot be read here its limit, or None, and a number is assumed."""
-    paths = getattr(config.data, split)
-    if not paths:
-        return 0 if split == "test" else None
-    limit: int | None = getattr(config.data, f"{split}_limit")
-    try:
-        return len(
-            read_questions(
-                paths,
-                root=config.data.root,
-                limit=limit,
-                seed=config.seed,
-                hops=config.data.hops_of(split),
-            )
-        )
-    except UserError as error:
-        logger.warning(f"data.{split} is not read, and a number of questions assumed: {error}")
-        return limit
 
 
 def print_plan(plan: RunPlan, console: Console) -> None:

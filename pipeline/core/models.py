@@ -174,12 +174,21 @@ def _mend(directory: Path) -> str:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The Hugging Face tokenizer of a model.
+    """The Hugging Face tokenizer of a model that is there as a whole.
+
+    Raises:
+        UserError: what `check_model` and `read_tokenizer` raise.
+    """
+    check_model(path)
+    return read_tokenizer(path)
+
+
+def read_tokenizer(path: str) -> Any:
+    """The Hugging Face tokenizer of a model directory or hub name, whatever else is there.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    check_model(path)
     with quick_imports():  # also around the first use, which imports more
         from transformers import AutoTokenizer
 

@@ -43,7 +43,7 @@ def config(name: str, *overrides: str) -> Config:
 
 
 def plan(of: Config, nodes: Nodes, *, gpu_packages: bool = True) -> RunPlan:
-    return plan_run(of, [searcher_of(of)], nodes, Assumptions(), {}, gpu_packages=gpu_packages)
+    return plan_run(of, [searcher_of(of)], nodes, Assumptions(), gpu_packages=gpu_packages)
 
 
 def test_qwen_on_eight_shared_gpus(qwen: str) -> None:
@@ -160,7 +160,7 @@ def test_samples_of_dev_questions_take_disk() -> None:
         demo = config("demo.yaml", TINY, "em.iterations=3", *overrides)
         assumed = Assumptions(questions=100, dev_questions=50)
         return plan_run(
-            demo, [searcher_of(demo)], (Node(2, 0, 0, 8 * GIB),), assumed, {}, gpu_packages=False
+            demo, [searcher_of(demo)], (Node(2, 0, 0, 8 * GIB),), assumed, gpu_packages=False
         ).disk.shards
 
     # Of 100 questions 4 in 3 iterations; of 50 dev questions 2 after the cold start and each of these.
@@ -173,7 +173,7 @@ def test_a_recipe_whose_loss_has_a_reference_makes_room_for_it(kl: float) -> Non
     grpo = methods.load(ROOT / "configs" / "grpo-demo.yaml", [TINY, f"grpo.kl_coefficient={kl}"])
 
     made = plan_run(
-        grpo, methods.policies(grpo), (Node(2, 0, 0, 8 * GIB),), Assumptions(), {}, gpu_packages=False
+        grpo, methods.policies(grpo), (Node(2, 0, 0, 8 * GIB),), Assumptions(), gpu_packages=False
     )
 
     (searcher,) = made.policies

@@ -1,4 +1,7 @@
-"""What an estimate takes for granted, all in one place: printed with it, and each can be said otherwise."""
+"""What an estimate takes for granted, all in one place: printed with it, and each can be said otherwise.
+
+Nulls are looked up in the data where that is there (`pipeline.core.plan.observed`), and settled without it otherwise.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,25 @@ from pipeline.core.plan.memory import Device
 
 
 class Assumptions(Section):
-    """Null: as the configuration or the device suggests, see `settled`."""
-
     questions: int | None = Field(None, ge=0)
-    """Training questions. Null: those of data.train; where they cannot be read data.train_limit, or 100,000."""
+    """Training questions. Null: those of data.train, else data.train_limit, or 100,000."""
     dev_questions: int | None = Field(None, ge=0)
-    """Dev questions. Null: those of data.dev; else data.dev_limit, or 1,000."""
+    """Dev questions. Null: those of data.dev, else data.dev_limit, or 1,000."""
     test_questions: int | None = Field(None, ge=0)
-    """Test questions. Null: those of data.test; else data.test_limit, or 1,000."""
+    """Test questions. Null: those of data.test, else data.test_limit, or 1,000."""
     searches: float | None = Field(None, ge=0)
-    """Of a trajectory, on average. Null: four fifths of agent.max_searches."""
-    prompt_tokens: float = Field(128.0, gt=0)
-    """Question and instructions."""
-    passage_tokens: float = Field(150.0, gt=0)
-    """Of a passage; agent.max_document_tokens at most."""
+    """Of a trajectory, on average. Null: as many as questions of data.train have gold passages, else four fifths of
+    agent.max_searches."""
+    prompt_tokens: float | None = Field(None, gt=0)
+    """Question and instructions. Null: as in data.train, else 128."""
+    passage_tokens: float | None = Field(None, gt=0)
+    """Of a passage, as it is shown. Null: as in data.corpus or retriever.index, else 150, or agent.max_document_tokens
+    if that is less."""
     turn_tokens: float = Field(60.0, gt=0)
     """That the model writes in a turn; agent.max_turn_tokens at most."""
     peak_tflops: float | None = Field(None, gt=0)
-    """Of a GPU, or of a CPU core. Null: 989 (H100, bfloat16) or 0.2."""
+    """Of a GPU, or of a CPU core. Null: 989 (H100, bfloat16); what a core of this machine does where that is planned
+    for and has no GPU, else 0.2."""
     mfu: float = Field(0.35, gt=0, le=1)
     """Share of it that training reaches, over 6 operations per parameter and token, without recomputation."""
     prefill_mfu: float = Field(0.4, gt=0, le=1)
@@ -42,30 +46,23 @@ class Assumptions(Section):
     push_gb_s: float | None = Field(None, gt=0)
     """Weights that a push moves in a second. Null: 10 on GPUs, 0.3 on CPUs."""
 
-    def settled(self, agent: AgentConfig, device: Device, questions: dict[str, int | None]) -> Assumptions:
-        """The same, with every null replaced.
-
-        Args:
-            questions: of the splits "train", "dev" and "test", as far as they could be counted.
-        """
+    def settled(self, agent: AgentConfig, device: Device) -> Assumptions:
+        """The same, with every null replaced."""
         gpu = device == "gpu"
-
-        def count(own: int | None, split: str, default: int) -> int:
-            found = questions.get(split)
-            return own if own is not None else default if found is None else found
-
+        usual = {
+            "questions": 100_000,
+            "dev_questions": 1_000,
+            "test_questions": 1_000,
+            "searches": 0.8 * agent.max_searches,
+            "prompt_tokens": 128.0,
+            "passage_tokens": min(150.0, agent.max_document_tokens),
+            "peak_tflops": 989.0 if gpu else 0.2,
+            "bandwidth_gb_s": 3350.0 if gpu else 10.0,
+            "push_gb_s": 10.0 if gpu else 0.3,
+        }
+        settled = {key: value for key, value in usual.items() if getattr(self, key) is None}
         return self.model_copy(
-            update={
-                "questions": count(self.questions, "train", 100_000),
-                "dev_questions": count(self.dev_questions, "dev", 1_000),
-                "test_questions": count(self.test_questions, "test", 1_000),
-                "searches": 0.8 * agent.max_searches if self.searches is None else self.searches,
-                "passage_tokens": min(self.passage_tokens, agent.max_document_tokens),
-                "turn_tokens": min(self.turn_tokens, agent.max_turn_tokens),
-                "peak_tflops": self.peak_tflops or (989.0 if gpu else 0.2),
-                "bandwidth_gb_s": self.bandwidth_gb_s or (3350.0 if gpu else 10.0),
-                "push_gb_s": self.push_gb_s or (10.0 if gpu else 0.3),
-            }
+            update={**settled, "turn_tokens": min(self.turn_tokens, agent.max_turn_tokens)}
         )
 
 

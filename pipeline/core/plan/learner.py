@@ -1,17 +1,21 @@
 """What a learner rank holds at its peak: DeepSpeed's states, what a packed row needs, and buffers.
 
-P trained of F parameters on N ranks, b bytes an element, rows of T tokens of which M are trained. States, from the
-sources of DeepSpeed 0.19.8 (`runtime/zero/stage_1_and_2.py`, `stage3.py`), with float32 sums of gradients
-(`learner_setup`):
+P trained of F parameters on N ranks, E elements in the largest tensor, b bytes an element, rows of T tokens of which M
+are trained. States, from the sources of DeepSpeed 0.19.8 (`runtime/zero/stage_1_and_2.py`, `stage3.py`,
+`runtime/bf16_optimizer.py`), with float32 sums of gradients (`learner_setup`):
 
 | stage | weights | master copy and Adam | gradients | for the step | buckets |
 |---|---|---|---|---|---|
 | 0 | bF | 8P | 4P | | |
-| 1 | bF | 12P/N | 4P | 4P/N, of float32 weights twice | elements of gradients x 4 |
-| 2 | bF | 12P/N | 4P/N | 4P/N, of float32 weights twice | elements of gradients x b |
-| 3 | bF/N | 12P/N | 4P/N | | elements of gradients x b |
+| 1, float32 | bF | 12P/N | 4P | 4P/N twice, 8E | elements of gradients x 4 |
+| 1, bfloat16 | bF | 12P/N | 4P + 2P | 4E | |
+| 2, float32 | bF | 12P/N | 4P/N | 4P/N twice, 8E | elements of gradients x b |
+| 2, bfloat16 | bF | 12P/N | 4P/N | 4E, 8E | elements of gradients x b |
+| 3 | bF/N | 12P/N | 4P/N | 8E/N | elements of gradients x b |
 
-Stages 1 to 3 keep a float32 master copy even of float32 weights. Adam's two moments are 8 of the 12 bytes.
+Stages 1 to 3 keep a float32 master copy even of float32 weights. Adam's two moments are 8 of the 12 bytes. The norm of
+the gradients is computed in float64, one tensor after the other: 8E, of a rank's share at most. Stage 1 of bfloat16
+weights is an optimiser of its own, unless its states are offloaded: it keeps the gradients of a pass from step to step.
 On CPUs the last two columns need less (`_buckets`, `_step`).
 """
 
@@ -66,6 +70,8 @@ def rank_memory(shape: ModelShape, load: RankLoad) -> Memory:
     On a GPU parts that are not needed at the same time are added all the same: the caching allocator keeps freed
     blocks, which seldom fit what is needed next. On CPUs (`actors.session.cpu_environment`) it is the worst moment: the
     output layer's turn, when no layer has given its activations back yet, or the end of a pass, or an optimiser step.
+    In bfloat16 all is added there, too: the step converts gradients into blocks that are larger than what was freed
+    just before, which goes back to the kernel after some seconds only (`actors.allocator`).
     """
     device = _device(load)
     passes = [*_activations(shape, load, device), *_output_layer(shape, load, device)]
@@ -78,6 +84,8 @@ def rank_memory(shape: ModelShape, load: RankLoad) -> Memory:
         if load.rests and not load.offload_optimizer:
             moved = 16 * trained_parameters(shape, load.lora_rank) / load.ranks
             parts.append(("training state at rest", moved, "host"))
+    elif load.dtype == "bfloat16":
+        parts += [*passes, *buckets, *step]
     else:
         parts += max(passes, buckets, step, key=lambda moment: sum(size for _, size, _ in moment))
     return memory([*parts, ("libraries", RANK_LIBRARIES[load.device], "host")])
@@ -104,6 +112,11 @@ def stage_of(load: RankLoad) -> int:
     return max(load.zero_stage, 1) if load.dtype == "bfloat16" else load.zero_stage
 
 
+def keeps_gradients(load: RankLoad) -> bool:
+    """DeepSpeed's `BF16_Optimizer` runs (`runtime/engine.py`, `_do_optimizer_sanity_check`)."""
+    return load.dtype == "bfloat16" and stage_of(load) == 1 and not load.offload_optimizer
+
+
 def _states(shape: ModelShape, load: RankLoad) -> list[Part]:
     stage, device = stage_of(load), _device(load)
     trained = trained_parameters(shape, load.lora_rank)
@@ -116,6 +129,7 @@ def _states(shape: ModelShape, load: RankLoad) -> list[Part]:
         ("master copy", 4 * share if stage > 0 else 0, optimiser),
         ("Adam", 8 * share, optimiser),
         ("gradients", 4 * gradients, optimiser),
+        ("gradients of a pass", 2 * trained if keeps_gradients(load) else 0, device),
     ]
 
 
@@ -129,12 +143,12 @@ def _device(load: RankLoad) -> Where:
 def saved_per_token(shape: ModelShape, dtype: Dtype) -> int:
     """Bytes that a decoder layer keeps of each token for its backward pass.
 
-    Two normalisations: input in float32, normalised, scaled (4 + 2b) h each. Attention: queries, keys, values and
-    output, once as the kernel gives it and once as the output projection reads it: (3a + 2k) b. Feed-forward: gate
-    before and after its non-linearity, the other factor, their product: 4f b.
+    Normalisations: input in float32, normalised, scaled, (4 + 2b) for each of their elements. Attention: queries,
+    keys, values and output, once as the kernel gives it and once as the output projection reads it: (3a + 2k) b.
+    Feed-forward: gate before and after its non-linearity, the other factor, their product: 4f b.
     """
     b = BYTES[dtype]
-    norms = 2 * (4 + 2 * b) * shape.hidden
+    norms = (4 + 2 * b) * shape.normalised
     return norms + b * (3 * shape.attention + 2 * shape.key_value) + b * 4 * shape.mlp
 
 
@@ -167,20 +181,34 @@ def _buckets(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
     """On a GPU a bucket is there whole; the host gives a process only the pages that were written. There stage 1 moves
     its gradients into the bucket, one after the other."""
     stage, trained = stage_of(load), trained_parameters(shape, load.lora_rank)
-    if stage == 0 or (stage == 1 and load.device == "cpu"):
+    if stage == 0 or (stage == 1 and load.device == "cpu") or keeps_gradients(load):
         return []
     elements = BUCKET_ELEMENTS if load.device == "gpu" else min(BUCKET_ELEMENTS, trained)
     return [("buckets", elements * (4 if stage == 1 else BYTES[load.dtype]), device)]
 
 
 def _step(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
-    """The rank's share of the gradients as one tensor, which the optimiser steps with.
+    """Gradients in other formats, each as long as one tensor needs it; and, of float32 weights, the rank's share of
+    them as one tensor that the optimiser steps with.
 
-    Gradients in float32 of float32 weights are copied twice on their way, into the rank's share and into that tensor.
-    On CPUs only one of the copies is there beside what it was made from.
+    Float32 gradients are copied twice on their way, into the rank's share and into that tensor. On CPUs only one of the
+    copies is there beside what it was made from, and is larger than the float64 one, or takes its place.
     """
-    if stage_of(load) in (0, 3) or load.offload_optimizer:
+    stage = stage_of(load)
+    if stage == 0 or load.offload_optimizer:
         return []
-    copies = 2 if load.dtype == "float32" and load.device == "gpu" else 1
     share = trained_parameters(shape, load.lora_rank) / load.ranks
-    return [("gradients for the step", copies * 4 * share, device)]
+    largest = min(shape.largest_tensor / (load.ranks if stage == 3 else 1), share)
+    single, double = (
+        ("a gradient in float32", 4 * largest, device),
+        ("a gradient in float64", 8 * largest, device),
+    )
+    if keeps_gradients(load):
+        return [single]
+    if stage == 3:
+        return [double]
+    if load.dtype == "bfloat16":
+        return [single, double]
+    if load.device == "cpu":
+        return [max(("gradients for the step", 4 * share, device), double, key=lambda part: part[1])]
+    return [("gradients for the step", 2 * 4 * share, device), double]

@@ -33,6 +33,9 @@ class ModelShape:
     heads: int
     kv_heads: int
     head_dim: int
+    normalised: int
+    """Elements of a token that a layer's normalisations take, all together: 2h, and more where outputs, or queries and
+    keys, are normalised as well."""
     vocabulary: int
     """V."""
     windows: tuple[int | None, ...]
@@ -93,6 +96,8 @@ def shape_of(config: Any) -> ModelShape:
             f"({error!r:.200})"
         ) from error
     sizes = [parameter.numel() for parameter in model.parameters()]  # a tied one comes once
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return ModelShape(
         parameters=sum(sizes),
         largest_tensor=max(sizes),
@@ -101,8 +106,9 @@ def shape_of(config: Any) -> ModelShape:
         hidden=text.hidden_size,
         mlp=_mlp_width(text),
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        normalised=_normalised(layers[0], {"q": heads * head_dim, "k": kv_heads * head_dim}),
         vocabulary=text.vocab_size,
         windows=_windows(text),
     )
@@ -115,6 +121,16 @@ def _layers(model: Any, count: int) -> list[Any]:
         if isinstance(module, ModuleList) and len(module) == count:
             return list(module)
     raise ValueError(f"it has no list of {count} layers")
+
+
+def _normalised(layer: Any, of_heads: dict[str, int]) -> int:
+    """Of the modules that are named norms; those of queries and keys may have one scale for all heads."""
+    total = 0
+    for name, module in layer.named_modules():
+        last = name.rpartition(".")[2]
+        if "norm" in last and (scale := getattr(module, "weight", None)) is not None:
+            total += of_heads.get(last[0], 0) if last in ("q_norm", "k_norm") else scale.numel()
+    return total
 
 
 def _mlp_width(text: Any) -> int:

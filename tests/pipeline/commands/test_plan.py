@@ -52,7 +52,7 @@ def test_what_cannot_fit_ends_with_the_exit_code_of_a_mistake(run_command: Any, 
     assert result.exit_code == 2
     told = json.loads(result.stdout)["refusals"]
     assert result.stderr.splitlines() == ["error: this run does not fit:", *(f"  {line}" for line in told)]
-    assert "GPU while searcher is trained: 34.3 GiB of 24.0 GiB" in result.stderr
+    assert "GPU while searcher is trained: 34.8 GiB of 24.0 GiB" in result.stderr
 
 
 def test_too_few_gpus_are_refused(refused: Any, qwen: list[str]) -> None:

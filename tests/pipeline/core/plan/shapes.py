@@ -37,6 +37,7 @@ QWEN_SHAPE = ModelShape(
     heads=28,
     kv_heads=4,
     head_dim=128,
+    normalised=2 * 3_584,
     vocabulary=152_064,
     windows=(None,) * 28,
 )
@@ -50,6 +51,7 @@ LLAMA_SHAPE = ModelShape(
     heads=32,
     kv_heads=8,
     head_dim=128,
+    normalised=2 * 4_096,
     vocabulary=128_256,
     windows=(None,) * 32,
 )

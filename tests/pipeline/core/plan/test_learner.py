@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from pipeline.core.attention import PACKED
 from pipeline.core.plan.learner import RankLoad, rank_memory, saved_per_token, trained_parameters
@@ -34,6 +41,10 @@ LOAD = RankLoad(
                     num_attention_heads=8, num_key_value_heads=2),
         LlamaConfig(vocab_size=256, hidden_size=512, intermediate_size=1_024, num_hidden_layers=3,
                     num_attention_heads=8, num_key_value_heads=8),
+        Qwen3Config(vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+                    num_attention_heads=8, num_key_value_heads=2, head_dim=64),
+        Gemma3TextConfig(vocab_size=256, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=1, head_dim=128),
     ],
 )  # fmt: skip
 def test_activations_are_what_autograd_keeps(config: PretrainedConfig, dtype: Dtype) -> None:
@@ -100,6 +111,28 @@ def test_bfloat16_without_zero_runs_as_stage_1() -> None:
     plain = replace(LOAD, dtype="bfloat16", zero_stage=0)
 
     assert rank_memory(QWEN_SHAPE, plain) == rank_memory(QWEN_SHAPE, replace(plain, zero_stage=1))
+
+
+def test_bfloat16_in_stage_1_keeps_the_gradients_of_a_pass_and_converts_them_one_by_one() -> None:
+    load = replace(LOAD, dtype="bfloat16")
+    of_a_pass, largest = 2 * QWEN_SHAPE.parameters, 4 * QWEN_SHAPE.largest_tensor
+
+    rank = rank_memory(QWEN_SHAPE, load)
+    assert (rank.of("gradients of a pass"), rank.of("a gradient in float32")) == (of_a_pass, largest)
+    assert rank.of("activations") > 0  # beside the conversion: what a pass freed is still held
+
+    for other in (replace(load, zero_stage=2), replace(load, offload_optimizer=True), LOAD):
+        assert rank_memory(QWEN_SHAPE, other).of("gradients of a pass") == 0
+
+
+def test_the_norm_of_a_rank_s_gradients_takes_its_largest_one_in_float64() -> None:
+    load = replace(LOAD, device="gpu", dtype="bfloat16", zero_stage=2, ranks=8)
+    tiny_share = replace(load, ranks=64)
+
+    assert rank_memory(QWEN_SHAPE, load).of("a gradient in float64") == 8 * QWEN_SHAPE.largest_tensor
+    assert rank_memory(QWEN_SHAPE, tiny_share).of("a gradient in float64") == 8 * QWEN_SHAPE.parameters // 64
+    whole = rank_memory(QWEN_SHAPE, replace(load, zero_stage=3)).of("a gradient in float64")
+    assert whole == QWEN_SHAPE.largest_tensor
 
 
 def test_a_rank_that_gives_its_gpu_away_keeps_its_state_on_the_host() -> None:

@@ -57,7 +57,7 @@ def plan(
         disk=disk_needs([(10**9, 10**9, "bfloat16")], StorageConfig(), versions=3, tokens=10**6),
         phases=(PhaseWork("E-step", 1e9, 100), PhaseWork("M-step", 1e9, 900, trains=True)),
         iterations=1,
-        assumptions=Assumptions().settled(AgentConfig(), device, {}),
+        assumptions=Assumptions().settled(AgentConfig(), device),
     )
 
 

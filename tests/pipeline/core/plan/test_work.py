@@ -13,7 +13,7 @@ from pipeline.core.plan.work import ORDERING_TOKENS, sampling_seconds, training_
 from tests.pipeline.core.plan.shapes import QWEN_SHAPE
 
 AGENT = AgentConfig(max_searches=5, documents=5, max_document_tokens=256, max_turn_tokens=512)
-ASSUMED = Assumptions().settled(AGENT, "gpu", {})
+ASSUMED = Assumptions().settled(AGENT, "gpu")
 ONE = trajectory(AGENT, ASSUMED)
 
 
@@ -49,7 +49,7 @@ def test_a_selection_takes_some_tokens_for_each_passage_that_it_names() -> None:
 
 def test_passages_and_turns_are_no_longer_than_configured() -> None:
     agent = AGENT.model_copy(update={"max_document_tokens": 100, "max_turn_tokens": 20})
-    assumed = Assumptions().settled(agent, "gpu", {})
+    assumed = Assumptions().settled(agent, "gpu")
 
     assert (assumed.passage_tokens, assumed.turn_tokens) == (100, 20)
 
@@ -76,12 +76,6 @@ def test_more_agents_in_flight_share_the_reading_of_the_weights() -> None:
 
 def test_nothing_to_sample_takes_no_time() -> None:
     assert sampled(trajectories=0) == 0
-
-
-def test_questions_are_counted_or_assumed() -> None:
-    counted = Assumptions(dev_questions=7).settled(AGENT, "cpu", {"train": 400, "dev": 100, "test": None})
-
-    assert (counted.questions, counted.dev_questions, counted.test_questions) == (400, 7, 1_000)
 
 
 def test_assumptions_of_the_command_line() -> None:
