@@ -362,6 +362,32 @@ def status(
 
 
 @app.command()
+def view(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, one or several.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--export", help="Write the pages into this folder instead, to open or to host them anywhere."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0: any that is free.")] = 8765,
+) -> None:
+    """Look at runs in a browser: scores by iteration, questions, every trajectory. Also while they go on. Only reads.
+
+    Example: exsearch view runs/demo
+    """
+    with quick_imports():
+        from pipeline.commands.view import export_view
+        from pipeline.commands.view import view as serve_view
+
+    if out is not None:
+        export_view(runs, out, _display())
+    else:
+        serve_view(runs, host, port, _display())
+
+
+@app.command()
 def ask(
     model: Annotated[str, typer.Option("--model", help="Model directory.")],
     question: Annotated[

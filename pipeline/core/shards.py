@@ -250,7 +250,7 @@ class Shards:
     def _files(self, shard: int) -> _Files:
         name = f"{shard:06d}.parquet"
         examples = {output: directory / name for output, directory in self.examples.items()}
-        return _Files(self.rollouts / name, examples, _side_car(self.rollouts / name))
+        return _Files(self.rollouts / name, examples, side_car_of(self.rollouts / name))
 
     @property
     def _loose(self) -> Path:
@@ -352,13 +352,13 @@ def side_cars(rollouts: Path) -> list[Path]:
 def write_examples(shard: Path, examples: Iterable[Example]) -> None:
     """Write a shard of examples that no sampling made, and its side-car."""
     write_table(shard, examples_to_table(examples))
-    write_json(_side_car(shard), files.records_as_json({shard.name: files.record_file(shard)}))
+    write_json(side_car_of(shard), files.records_as_json({shard.name: files.record_file(shard)}))
 
 
 def has_examples(shard: Path) -> bool:
     """Whether what `write_examples` wrote is there unchanged; if not, the log says why."""
-    with _told_of(_side_car(shard)):
-        _check_contents({shard.name: shard}, _read_json(_side_car(shard)))
+    with _told_of(side_car_of(shard)):
+        _check_contents({shard.name: shard}, _read_json(side_car_of(shard)))
         return True
     return False
 
@@ -386,9 +386,20 @@ def _check_contents(tables: Mapping[str, Path], recorded: Mapping[str, Mapping[s
         files.check_contents(path, records[name], _MEND)
 
 
-def _side_car(shard: Path) -> Path:
+def side_car_of(shard: Path) -> Path:
     """Readers of Parquet directories pass over names that begin with an underscore."""
     return shard.with_name(f"_{shard.stem}.json")
+
+
+def written_parts(rollouts: Path) -> dict[str, tuple[Path, Path]]:
+    """By its name each file of trajectories that is whole, a shard or tasks whose shards are not complete, and its
+    side-car. What is not in a shard yet may be in one soon, and not there any more."""
+    shards = {path.stem: (path, side_car_of(path)) for path in sorted(rollouts.glob("*.parquet"))}
+    loose = {
+        f"loose-{folder.name}": (folder / "rollouts.parquet", folder / "tasks.json")
+        for folder in sorted((rollouts / "_loose").glob("*"))
+    }
+    return {name: files for name, files in (shards | loose).items() if files[1].exists()}
 
 
 def _write(at: _Files, tasks: Sequence[Task], done: Sequence[Done]) -> None:

@@ -33,6 +33,7 @@ from retriever_service.errors import RetrieverError
 from retriever_service.service.failures import as_http_error, responses
 from retriever_service.service.guard import OPEN_PATHS, Guard
 from retriever_service.service.lifecycle import Engine, Service
+from retriever_service.service.listening import listen, url_of
 from retriever_service.service.routes import direct_handlers, reading, writing
 from retriever_service.service.settings import ServerSettings
 
@@ -112,9 +113,8 @@ def serve(
     # The owner thread waits for the interpreter several times per batch, while the event loop sends the last answers;
     # by default for 5 ms each time.
     sys.setswitchinterval(_SWITCH_S)
-    with contextlib.closing(_listen(settings)) as listener:
-        host, port = listener.getsockname()[:2]
-        on_listening(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    with contextlib.closing(listen(settings.host, settings.port, backlog=_BACKLOG)) as listener:
+        on_listening(url_of(listener))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             at_rest = runner.run(_serve(create_app(settings, open_engine), listener))
     if not at_rest:
@@ -165,18 +165,6 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def _listen(settings: ServerSettings) -> socket.socket:
-    try:
-        family, *_, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        return socket.create_server(address, family=family, backlog=_BACKLOG)
-    except (OSError, OverflowError) as error:
-        raise RetrieverError(
-            f"cannot listen on {settings.host} port {settings.port} ({error}); name another address or port"
-        ) from error
 
 
 async def _unknown_route(request: Request, error: Exception) -> Response:

@@ -1,0 +1,35 @@
+"""Runs in a browser: served, or written as files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.core.display import Display
+from pipeline.view.export import export
+from pipeline.view.pages import Pages
+from pipeline.view.server import serve
+
+
+def view(runs: Sequence[Path], host: str, port: int, display: Display) -> None:
+    """Serve until Ctrl-C.
+
+    Raises:
+        UserError: one of the directories holds no run.
+        RetrieverError: the address cannot be listened on.
+    """
+    pages = Pages(runs, live=True)
+    serve(pages, host, port, lambda url: display.line(f"open {url} in a browser; Ctrl-C ends it"))
+
+
+def export_view(runs: Sequence[Path], out: Path, display: Display) -> None:
+    """Write all pages into a folder.
+
+    Raises:
+        UserError: one of the directories holds no run, or the folder is not empty.
+        RetrieverError: the disk is full.
+    """
+    pages = Pages(runs, live=False)
+    with display.progress("writing pages", None, "pages") as advance:
+        count = export(pages, out, advance.to)
+    display.line(f"{count:,} pages of data; open {out / 'index.html'} in a browser")

@@ -1,0 +1,12 @@
+"""A run as pages for a browser: what `exsearch view` serves, and writes as files.
+
+    sources     which trajectories a run has
+    questions   what a run was asked
+    rows        a line per question, for the table
+    details     the trajectories of some questions, as text
+    pages       all of it, by the name of its page
+    server      the pages over HTTP
+    export      the pages as files that open from a disk
+
+Nothing here writes into a run.
+"""
