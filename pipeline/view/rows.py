@@ -24,7 +24,7 @@ _NESTED = {"steps.list.element.action", "steps.list.element.hits.list.element.id
 
 
 def rows_of(source: Source, part: Part, asked: Asked) -> Json:
-    """Columns by name, all as long as the part has questions; docs/formats.md has what each means.
+    """Columns by name, all as long as the part has questions; docs/viewer.md has what each means.
 
     Raises:
         OSError, ArrowInvalid, UserError: a file is damaged, or not there any more.
