@@ -39,6 +39,7 @@ SOURCE = "0001-rollouts"
 LOOKS = 50
 """At trajectories."""
 SAMPLE_S = 0.02
+TIMEOUT_S = 60.0
 
 
 def main() -> None:
@@ -70,15 +71,23 @@ def multiply(run: Path, out: Path, trajectories: int) -> None:
         round_ = f"{number // len(parts)}-"
         table, told = pq.read_table(path), read_json(side_car)
         assert told is not None
-        ids = pc.binary_join_element_wise(round_, table.column("question_id"), "")
-        table = table.set_column(0, "question_id", ids.cast(pa.string()))
         shard = folder / f"{number:06d}.parquet"
-        write_table(shard, table)
+        write_table(shard, _renamed(table, round_, "question_id"))
+        for examples in path.parent.parent.glob(f"*/examples/{path.name}"):
+            copy = _renamed(pq.read_table(examples), round_, "id", "unit")
+            write_table(folder.parent / examples.parts[-3] / "examples" / shard.name, copy)
         write_json(
             side_car_of(shard), {**told, "tasks": [{**t, "id": round_ + t["id"]} for t in told["tasks"]]}
         )
         written, number = written + table.num_rows, number + 1
     write_json(out / "iterations" / "0001" / "sample.json", {"stop_reasons": {}, "seconds": 1.0})
+
+
+def _renamed(table: pa.Table, prefix: str, *columns: str) -> pa.Table:
+    for name in columns:
+        values = pc.binary_join_element_wise(prefix, table.column(name), "").cast(pa.string())
+        table = table.set_column(table.column_names.index(name), name, values)
+    return table
 
 
 def measure(run: Path) -> Iterator[list[str]]:
@@ -87,7 +96,7 @@ def measure(run: Path) -> Iterator[list[str]]:
     with served(run) as (url, memory):
 
         def ask(name: str) -> Any:
-            with urllib.request.urlopen(f"{url}/api/{name}") as answer:
+            with urllib.request.urlopen(f"{url}/api/{name}", timeout=TIMEOUT_S) as answer:
                 return json.load(answer)
 
         def row(what: str, seconds: float) -> list[str]:
@@ -110,7 +119,7 @@ def measure(run: Path) -> Iterator[list[str]]:
         ask(f"details/0/{SOURCE}/{parts[0]['name']}/0")  # the tokenizer
         begun = time.perf_counter()
         for part in random.Random(0).choices(parts, k=LOOKS):
-            ask(f"details/0/{SOURCE}/{part['name']}/1")
+            ask(f"details/0/{SOURCE}/{part['name']}/0")
         yield row("trajectories of a question, mean", (time.perf_counter() - begun) / LOOKS)
 
 

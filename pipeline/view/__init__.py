@@ -1,6 +1,6 @@
 """A run as pages for a browser: what `exsearch view` serves, and writes as files.
 
-    sources     which trajectories a run has
+    sources     which trajectories a run has, and their files
     questions   what a run was asked
     rows        a line per question, for the table
     details     the trajectories of some questions, as text
@@ -8,5 +8,10 @@
     server      the pages over HTTP
     export      the pages as files that open from a disk
 
-Nothing here writes into a run.
+No run is written into.
 """
+
+from importlib.resources import files
+
+STATIC = files("pipeline.view") / "static"
+"""What a browser loads beside the data."""

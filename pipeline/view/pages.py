@@ -15,8 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 
 from pipeline.core.errors import UserError
@@ -24,12 +22,11 @@ from pipeline.core.run import Json, RunFiles, finite, read_json
 from pipeline.core.status import run_status
 from pipeline.view.details import PER_PAGE, details_of
 from pipeline.view.questions import Asked
-from pipeline.view.rows import rows_of
-from pipeline.view.sources import Part, Source, sources_of
+from pipeline.view.rows import ids_of, rows_of
+from pipeline.view.sources import NoSuchPage, Part, Source, source_of, sources_of
 
-
-class NoSuchPage(LookupError):
-    """There is no page of that name, or not any more."""
+OF_THE_MACHINE = ("run", "process", "last_warnings", "mirror")
+"""Of how a run stands: what says where it is and who made it. Left out of exported pages."""
 
 
 class Viewed:
@@ -40,44 +37,47 @@ class Viewed:
     """
 
     def __init__(self, path: Path) -> None:
-        run_status(path)
+        run_status(path)  # refuses what is none
         self.run = RunFiles(path)
         self.asked = Asked(self.run)
 
     def overview(self) -> Json:
-        sources = sources_of(self.run)
+        """Everything but the questions. A part that cannot be read has no number of rows."""
         return {
             "status": run_status(self.run.path),
             "report": read_json(self.run.path / "report.json"),
             "config": yaml.safe_dump(self.asked.config, sort_keys=False, allow_unicode=True),
-            "sources": [_about(source) for source in sources],
+            "sources": [_about(source) for source in sources_of(self.run)],
         }
 
     def source(self, key: str) -> Source:
-        for source in sources_of(self.run):
-            if source.key == key:
-                return source
-        raise NoSuchPage(f"the run has no source {key}")
+        return source_of(self.run, key)
 
 
 def _about(source: Source) -> Json:
     return {
         "key": source.key,
         "kind": source.kind,
+        "split": source.split,
         "name": source.name,
         "iteration": source.iteration,
         "finished": source.finished,
-        "parts": [
-            {"name": part.name, "rows": int(pq.read_metadata(part.path).num_rows)} for part in source.parts
-        ],
+        "parts": [{"name": part.name, "rows": _rows_in(part)} for part in source.parts],
     }
+
+
+def _rows_in(part: Part) -> int | None:
+    try:
+        return part.num_rows()
+    except (NoSuchPage, UserError):  # whoever looks at it is told
+        return None
 
 
 class Pages:
     """Of some runs.
 
     Args:
-        live: the runs may go on; else they are as they are for good.
+        live: the runs may go on, on this machine; else they are as they are for good, and shown elsewhere.
 
     Raises:
         UserError: one of the directories holds no run.
@@ -87,39 +87,44 @@ class Pages:
         self._runs = [Viewed(path) for path in runs]
         self._live = live
 
+    @property
+    def paths(self) -> list[Path]:
+        """Of the runs."""
+        return [viewed.run.path for viewed in self._runs]
+
     @cached_property
     def _names(self) -> list[str]:
         """Of the directories; with as many of those above as tell them apart."""
-        paths = [viewed.run.path for viewed in self._runs]
-        for depth in range(1, max(len(path.parts) for path in paths) + 1):
-            names = ["/".join(path.parts[-depth:]) for path in paths]
+        for depth in range(1, max(len(path.parts) for path in self.paths) + 1):
+            names = ["/".join(path.parts[-depth:]) for path in self.paths]
             if len(set(names)) == len(names):
                 return names
-        return [f"{path} ({number})" for number, path in enumerate(paths, start=1)]
+        return [f"{path} ({number})" for number, path in enumerate(self.paths, start=1)]
 
     def page(self, name: str) -> Json:
-        """
+        """The content of a page, ready for JSON.
+
         Raises:
-            NoSuchPage: there is none of that name.
+            NoSuchPage: there is none of that name, or not any more.
             UserError: a file of the run is damaged.
         """
         try:
             found: Json = finite(self._page(*name.split("/")))
-            return found
-        except (FileNotFoundError, IndexError, NoSuchPage) as error:
-            raise NoSuchPage(f"there is no page {name} (any more): {error}") from error
-        except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{name}: a file of the run is damaged, or of another version ({error!r:.200})"
-            ) from error
+        except NoSuchPage as error:
+            raise NoSuchPage(f"there is no page {name}: {error}") from error
+        return found
 
     def prepare(self) -> None:
         """Load what takes a while, before it is asked for."""
         for viewed in self._runs:
-            _ = viewed.asked.tokenizer
+            viewed.asked.tokenizer("searcher")
 
     def names(self) -> Iterator[str]:
-        """Of all pages that there are now."""
+        """Of all pages that there are now.
+
+        Raises:
+            NoSuchPage, UserError: a file of a run is gone or damaged.
+        """
         yield "runs"
         for number, viewed in enumerate(self._runs):
             yield f"run/{number}"
@@ -127,7 +132,7 @@ class Pages:
                 yield f"ids/{number}/{source.key}"
                 for part in source.parts:
                     yield f"rows/{number}/{source.key}/{part.name}"
-                    for page in range(math.ceil(len(_ids(part)) / PER_PAGE)):
+                    for page in range(math.ceil(len(part.questions()) / PER_PAGE)):
                         yield f"details/{number}/{source.key}/{part.name}/{page}"
 
     def _page(self, kind: str, *rest: str) -> Json:
@@ -135,25 +140,36 @@ class Pages:
             case ["runs"]:
                 return self._list()
             case ["run", number]:
-                return self._run(number).overview()
+                found = self._run(number).overview()
+                if not self._live:
+                    found["status"] = {k: v for k, v in found["status"].items() if k not in OF_THE_MACHINE}
+                return found
             case ["ids", number, key]:
-                return {"parts": {part.name: _ids(part) for part in self._run(number).source(key).parts}}
+                viewed = self._run(number)
+                source = viewed.source(key)
+                return {"parts": {part.name: ids_of(source, part, viewed.asked) for part in source.parts}}
             case ["rows", number, key, name]:
                 viewed = self._run(number)
                 source = viewed.source(key)
-                return rows_of(source, _part(source, name), viewed.asked)
+                return rows_of(source, source.part(name), viewed.asked)
             case ["details", number, key, name, page]:
                 viewed = self._run(number)
                 source = viewed.source(key)
-                return details_of(source, _part(source, name), _number(page), viewed.asked)
+                return details_of(source, source.part(name), _number(page), viewed.asked)
         raise NoSuchPage("none has such a name")
 
     def _run(self, number: str) -> Viewed:
-        return self._runs[_number(number)]
+        if (place := _number(number)) >= len(self._runs):
+            raise NoSuchPage(f"there are {len(self._runs)} runs")
+        return self._runs[place]
 
     def _list(self) -> Json:
         runs: list[dict[str, Any]] = [
-            {"name": name, "path": str(viewed.run.path), "recipe": viewed.asked.recipe}
+            {
+                "name": name,
+                "path": str(viewed.run.path) if self._live else None,
+                "recipe": viewed.asked.recipe,
+            }
             for name, viewed in zip(self._names, self._runs, strict=True)
         ]
         return {"runs": runs, "live": self._live, "per_page": PER_PAGE}
@@ -161,18 +177,5 @@ class Pages:
 
 def _number(text: str) -> int:
     if not text.isdecimal():
-        raise NoSuchPage(f"{text} is no number")
+        raise NoSuchPage(f"{text!r} is no number")
     return int(text)
-
-
-def _part(source: Source, name: str) -> Part:
-    for part in source.parts:
-        if part.name == name:
-            return part
-    raise NoSuchPage(f"{source.key} has no part {name}")
-
-
-def _ids(part: Part) -> list[str]:
-    """Of its questions, each once, in their order."""
-    column = pq.read_table(part.path, columns=["question_id"]).column("question_id")
-    return list(dict.fromkeys(column.to_pylist()))

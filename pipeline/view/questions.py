@@ -8,11 +8,15 @@ the prompt.
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.config import EXSEARCH
+from pydantic import ValidationError
+
+from pipeline.core.config import EXSEARCH, WeightingConfig
 from pipeline.core.config.loading import read_tree
 from pipeline.core.data.questions import read_questions
 from pipeline.core.errors import UserError
@@ -25,11 +29,14 @@ logger = logging.getLogger(__name__)
 
 
 class Asked:
-    """Of one run."""
+    """Of one run. Any thread may call any method."""
 
     def __init__(self, run: RunFiles) -> None:
         self._run = run
         self._splits: dict[str, dict[str, Question]] = {}
+        self._tokenizers: dict[str, Any] = {}
+        # Two, so that nobody who asks for questions waits for a tokenizer.
+        self._of_splits, self._of_tokenizers = threading.Lock(), threading.Lock()
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -43,35 +50,46 @@ class Asked:
     @property
     def protocol(self) -> ProtocolName:
         """By whose rules answers are compared."""
-        found: ProtocolName = self.section("evaluation").get("protocol", "exsearch")
+        found: ProtocolName = self._section("evaluation").get("protocol", "exsearch")
         return found
 
     @cached_property
-    def tokenizer(self) -> Any:
-        """That of the newest exported model of any policy, else of the model that the run began with; None if neither
-        is there."""
-        exported = sorted(self._run.path.glob("iterations/*/*/model/tokenizer.json"))
-        for path in [*(str(path.parent) for path in reversed(exported)), self.section("model").get("path")]:
-            if path and Path(path).is_dir():
-                try:
-                    return read_tokenizer(path)
-                except UserError as error:
-                    logger.warning(str(error))
-        return None
-
-    def section(self, name: str) -> dict[str, Any]:
-        """Of the configuration; empty if it has none of that name."""
-        found = self.config.get(name)
-        return found if isinstance(found, dict) else {}
+    def weighting(self) -> WeightingConfig:
+        """Of the run; the default where this version knows none like it."""
+        try:
+            return WeightingConfig.model_validate(self._section("weighting"))
+        except ValidationError:
+            return WeightingConfig()
 
     def of(self, split: str) -> dict[str, Question]:
         """By their ids the questions of a split; empty, and a word in the log, if they cannot be read."""
-        if split not in self._splits:
-            self._splits[split] = self._read(split)
-        return self._splits[split]
+        with self._of_splits:
+            if split not in self._splits and (found := self._read(split)):
+                self._splits[split] = found
+            return self._splits.get(split, {})
+
+    def tokenizer(self, role: str) -> Any:
+        """That of the newest exported model of the role's policy, else of any policy, else of the model that the run
+        began with; None, and a word in the log, if none of them is there."""
+        with self._of_tokenizers:
+            if role not in self._tokenizers and (found := self._load_tokenizer(role)) is not None:
+                self._tokenizers[role] = found
+            return self._tokenizers.get(role)
+
+    def _load_tokenizer(self, role: str) -> Any:
+        for pattern in (f"iterations/*/{role}/model", "iterations/*/*/model"):
+            for model in sorted(self._run.path.glob(pattern), reverse=True):
+                if (found := _tokenizer(model)) is not None:
+                    return found
+        path = self._section("model").get("path")
+        return _tokenizer(Path(path)) if path else None
+
+    def _section(self, name: str) -> dict[str, Any]:
+        found = self.config.get(name)
+        return found if isinstance(found, dict) else {}
 
     def _read(self, split: str) -> dict[str, Question]:
-        data = self.section("data")
+        data = self._section("data")
         if not (paths := data.get(split)):
             return {}
         try:
@@ -82,3 +100,26 @@ class Asked:
             )
             return {}
         return {question.id: question for question in questions}
+
+
+def question_of(id_: str, row: Mapping[str, Any], questions: Mapping[str, Question]) -> Question:
+    """As its file has it; else as the row of an evaluation does; else its id alone."""
+    if id_ in questions:
+        return questions[id_]
+    return Question(
+        id=id_,
+        text=row.get("question") or "",
+        answers=tuple(row.get("gold_answers") or ()),
+        type=row.get("type") or "",
+        hops=row.get("hops"),
+    )
+
+
+def _tokenizer(model: Path) -> Any:
+    if not (model / "tokenizer.json").is_file() and not (model / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return read_tokenizer(str(model))
+    except UserError as error:
+        logger.warning(str(error))
+        return None

@@ -2,30 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from pipeline.core.run import RunFiles
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.core.errors import UserError
+from pipeline.core.run import Json, RunFiles, read_json
 from pipeline.core.shards import written_parts
 
 Kind = Literal["samples", "dev samples", "dev", "test"]
+_FOLDERS: dict[str, tuple[Kind, str]] = {
+    "rollouts": ("samples", "sample.json"),
+    "evaluation": ("dev", "evaluation.json"),
+    "dev_samples": ("dev samples", "dev_bound.json"),
+}
+"""Of an iteration: what is in each, and the file of the step that makes it."""
+_KEY = re.compile(rf"(\d{{4,}})-({'|'.join(_FOLDERS)})|test-([^/]+)")
+T = TypeVar("T")
+
+
+class NoSuchPage(LookupError):
+    """There is no page of that name, or not any more."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file comes out with its name.
+
+    Raises:
+        NoSuchPage: it is not there, or not any more.
+        UserError: it is damaged, or of another version.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NoSuchPage(f"{path} is not there (any more)") from error
+    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or of another version ({error!s:.200})") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A Parquet file of trajectories, by its name in the source.
-
-    Attributes:
-        side_car: what was counted of each question; None of evaluations.
-        examples: by policy, the training examples that were made of it.
-    """
+    """A Parquet file of trajectories, by its name in the source. `side_car` is None of evaluations."""
 
     name: str
     path: Path
     side_car: Path | None = None
-    examples: Mapping[str, Path] = field(default_factory=dict)
+
+    def schema(self) -> set[str]:
+        """The columns that it has."""
+        with reading(self.path):
+            return set(pq.read_schema(self.path).names)
+
+    def num_rows(self) -> int:
+        with reading(self.path):
+            return int(pq.read_metadata(self.path).num_rows)
+
+    def questions(self) -> list[tuple[str, int]]:
+        """Id and number of rows of each question, in their order; a question's rows are beside each other."""
+        with reading(self.path):
+            ids = pq.read_table(self.path, columns=["question_id"]).column("question_id").to_pylist()
+        return [(id_, len(list(own))) for id_, own in itertools.groupby(ids)]
+
+    def tasks(self) -> dict[str, Json]:
+        """By question what the side-car says; empty without one.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        found = None if self.side_car is None else read_json(self.side_car)
+        return {task["id"]: task for task in (found or {}).get("tasks", [])}
+
+    def examples(self) -> dict[str, Path]:
+        """By policy, the files of the training examples that were made of it."""
+        folder = self.path.parent
+        if self.side_car is not None and self.side_car.parent.parent.name == "_loose":
+            return {path.stem: path for path in folder.glob("*.parquet") if path != self.path}
+        return {path.parts[-3]: path for path in folder.parent.glob(f"*/examples/{self.path.name}")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,53 +115,66 @@ class Source:
         """Of a test; else of the kind."""
         return self.key.removeprefix("test-") if self.kind == "test" else self.kind
 
+    def part(self, name: str) -> Part:
+        """
+        Raises:
+            NoSuchPage: it has none of that name.
+        """
+        return _the_one(
+            self.parts, lambda part: part.name == name, f"{self.key} has no part {name} (any more)"
+        )
+
 
 def sources_of(run: RunFiles) -> list[Source]:
     """In the order in which they were made; those without a complete part are left out."""
-    return [source for source in _sources(run) if source.parts]
+    iterations = sorted(path.name for path in run.path.glob("iterations/[0-9]*"))
+    tests = {path.stem: path.stat().st_mtime for path in (run.path / "test").glob("*.p*")}
+    keys = [f"{number}-{folder}" for number in iterations for folder in _FOLDERS]
+    keys += [f"test-{name}" for name in sorted(tests, key=lambda name: tests[name])]
+    return [source for key in keys if (source := source_of(run, key)).parts]
 
 
-def _sources(run: RunFiles) -> Iterator[Source]:
-    for number in sorted(int(path.name) for path in run.path.glob("iterations/[0-9]*")):
-        folder = run.iteration(number)
-        yield _sampled(folder / "rollouts", "samples", number, (folder / "sample.json").exists())
-        yield _answered(folder / "evaluation", f"{number:04d}-evaluation", "dev", number)
-        yield _sampled(folder / "dev_samples", "dev samples", number, (folder / "dev_bound.json").exists())
-    tests = {path.stem for path in (run.path / "test").glob("*") if path.suffix in (".parquet", ".parts")}
-    for name in sorted(tests, key=lambda name: _begun(run.path / "test" / name)):
-        yield _answered(run.path / "test" / name, f"test-{name}", "test", None)
-
-
-def _sampled(folder: Path, kind: Kind, number: int, finished: bool) -> Source:
-    return Source(f"{number:04d}-{folder.name}", kind, number, _parts(folder), finished)
+def source_of(run: RunFiles, key: str) -> Source:
+    """
+    Raises:
+        NoSuchPage: no source can have that key.
+    """
+    if (found := _KEY.fullmatch(key)) is None:
+        raise NoSuchPage(f"the run has no source {key}")
+    number, folder, test = found.groups()
+    if test is not None:
+        return _answered(run.path / "test" / test, key, "test", None)
+    kind, step = _FOLDERS[folder]
+    at = run.iteration(int(number))
+    if kind == "dev":
+        return _answered(at / folder, key, kind, int(number))
+    return Source(key, kind, int(number), _parts(at / folder), (at / step).exists())
 
 
 def _answered(stem: Path, key: str, kind: Kind, number: int | None) -> Source:
     """The table of an evaluation, or the shards of one that goes on."""
+    finished = stem.with_name(f"{stem.name}.json").exists()
     if (table := stem.with_name(f"{stem.name}.parquet")).exists():
-        finished = stem.with_name(f"{stem.name}.json").exists()
         return Source(key, kind, number, (Part("table", table),), finished)
+    # One folder for each set of versions that was begun with; the newest is what goes on.
     folders = sorted(
         stem.with_name(f"{stem.name}.parts").glob("*"), key=lambda folder: folder.stat().st_mtime
     )
-    return Source(key, kind, number, _parts(folders[-1]) if folders else (), finished=False)
+    return Source(key, kind, number, _parts(folders[-1]) if folders else (), finished)
 
 
 def _parts(folder: Path) -> tuple[Part, ...]:
-    return tuple(
-        Part(
-            name,
-            path,
-            side_car,
-            {found.parts[-3]: found for found in folder.parent.glob(f"*/examples/{path.name}")},
-        )
-        for name, (path, side_car) in written_parts(folder).items()
-    )
+    return tuple(Part(name, *files) for name, files in written_parts(folder).items())
 
 
-def _begun(stem: Path) -> float:
-    """When the first of its files was last written."""
-    found = [
-        path for suffix in (".parquet", ".parts") if (path := stem.with_name(stem.name + suffix)).exists()
-    ]
-    return min(path.stat().st_mtime for path in found)
+def _the_one(among: Sequence[T], fits: Callable[[T], bool], otherwise: str) -> T:
+    for one in among:
+        if fits(one):
+            return one
+    raise NoSuchPage(otherwise)
+
+
+def statistics_of(tasks: dict[str, Json], question: str) -> dict[str, Any]:
+    """What a side-car says of the weights of a question; empty if it says nothing."""
+    found: dict[str, Any] = tasks.get(question, {}).get("statistics", {})
+    return found

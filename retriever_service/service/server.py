@@ -29,7 +29,6 @@ from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from retriever_service.errors import RetrieverError
 from retriever_service.service.failures import as_http_error, responses
 from retriever_service.service.guard import OPEN_PATHS, Guard
 from retriever_service.service.lifecycle import Engine, Service

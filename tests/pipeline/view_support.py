@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline.core.records import Episode, Example, Question, Step, StopReason, 
 from pipeline.core.run import write_json, write_table
 from pipeline.core.shards import Shards
 from pipeline.core.weighing import Weighted
+from pipeline.core.weighting import Scored
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 from tests.pipeline.commands_support import ROOT
@@ -24,6 +26,8 @@ from tests.retriever_service.support import write_jsonl
 
 TINY = ROOT / "models" / "tiny-searcher"
 PER_SHARD = 2
+NOTHING = {**asdict(Scored(0.0, 0.0)), "log_likelihood": None, "per_token": None}
+"""A trajectory that makes the gold answers impossible."""
 HOSTILE = "<img src=x onerror=alert(1)></script>"
 """In a passage: text must stay text."""
 
@@ -89,9 +93,17 @@ class Writer:
         turn.append_model(Completion(ids, [logprob] * len(ids), text, None, "stop"))
 
     def sampled(
-        self, iteration: int, *, samples: int = 2, shards: int | None = None, loose: Sequence[int] = ()
+        self,
+        iteration: int,
+        *,
+        samples: int = 2,
+        shards: int | None = None,
+        loose: Sequence[int] = (),
+        likelihoods: Sequence[float | None] = (0.0, -2.0),
     ) -> None:
-        """Of each question the first sample is right. `shards`: so many are complete; `loose`: questions of others."""
+        """Of each question the first sample is right. `shards`: so many are complete; `loose`: questions of others;
+        `likelihoods`: of the samples, in which null is the logarithm of zero."""
+        self._likelihoods = list(likelihoods)
         folder = self.path / "iterations" / f"{iteration:04d}"
         made = Shards(
             self.questions, folder / "rollouts", {"searcher": folder / "searcher" / "examples"}, PER_SHARD
@@ -106,10 +118,16 @@ class Writer:
 
     def _done(self, question: Question, samples: int) -> tuple[list[Episode], Weighted]:
         turns = [self.trajectory(question, k, right=k == 0) for k in range(samples)]
-        likelihoods = [0.0 if k == 0 else -2.0 for k in range(samples)]
-        examples = [Example.of(t, log_weight=value) for t, value in zip(turns, likelihoods, strict=True)]
+        likelihoods = self._likelihoods[:samples]
+        examples = [
+            Example.of(t, log_weight=value)
+            for t, value in zip(turns, likelihoods, strict=True)
+            if value is not None
+        ]
         statistics: dict[str, Any] = {
-            "scored": [{"log_likelihood": value} for value in likelihoods],
+            "scored": [
+                asdict(Scored(value, value / 3)) if value is not None else NOTHING for value in likelihoods
+            ],
             "log_weights": likelihoods,
             "facts": [{"sample": k, "log_ratio": None} for k in range(samples)],
             "hinted": [False] * samples,

@@ -3,16 +3,10 @@
 
 ExSearch.charts = (() => {
   const { h, svg, format } = ExSearch;
-  const WIDTH = 400, HEIGHT = 230, LEFT = 46, RIGHT = 12, TOP = 12, BOTTOM = 30;
-  const COLOURS = ["#2f6fb7", "#b5541c", "#2b8a57", "#8a4fb0", "#a8842c", "#c0406f", "#3b8f9e", "#6b6b6b"];
-  const DASHES = ["", "6 3", "2 3", "8 3 2 3"];
+  const WIDTH = 400, HEIGHT = 230, LEFT = 46, RIGHT = 14, TOP = 12, BOTTOM = 30, COLOURS = 8, SHIFT = 3;
+  const DASHES = [null, "7 3", "2 3", "9 3 2 3", "5 5", "12 3", "1 5", "9 3 2 3 2 3"];
 
-  const style = (place) => ({
-    stroke: COLOURS[place % COLOURS.length],
-    "stroke-dasharray": DASHES[Math.floor(place / COLOURS.length) % DASHES.length] || null,
-    "stroke-width": 2,
-    fill: "none",
-  });
+  const style = (place) => ({ class: `series series-${place % COLOURS}`, "stroke-dasharray": DASHES[place % DASHES.length] });
 
   function ticks(low, high) {
     const step = 10 ** Math.floor(Math.log10((high - low) / 3));
@@ -22,10 +16,10 @@ ExSearch.charts = (() => {
     return { found, digits: Math.max(0, -Math.floor(Math.log10(nice) + 1e-9)) };
   }
 
-  /* series: [{name, points: [{x, y, low, high}]}] */
-  function lines(title, series, { unit = "" } = {}) {
-    series = series
-      .map((one) => ({ ...one, points: one.points.filter((p) => p.y !== null && p.y !== undefined) }))
+  /* asked: [{name, points: [{x, y, low, high}]}]; a series looks the same in every chart that is asked for it. */
+  function lines(title, asked, { unit = "" } = {}) {
+    const series = asked
+      .map((one, place) => ({ ...one, place, points: one.points.filter((p) => p.y !== null && p.y !== undefined) }))
       .filter((one) => one.points.length);
     if (!series.length) return null;
     const points = series.flatMap((one) => one.points);
@@ -35,7 +29,7 @@ ExSearch.charts = (() => {
     if (low === high) [low, high] = [low - 1, high + 1];
     const margin = (high - low) * 0.06;
     [low, high] = [low - margin, high + margin];
-    const x = (value) => LEFT + (left === right ? 0.5 : (value - left) / (right - left)) * (WIDTH - LEFT - RIGHT);
+    const x = (value) => LEFT + SHIFT + (left === right ? 0.5 : (value - left) / (right - left)) * (WIDTH - LEFT - RIGHT - 2 * SHIFT);
     const y = (value) => TOP + ((high - value) / (high - low)) * (HEIGHT - TOP - BOTTOM);
     const { found, digits } = ticks(low, high);
     const whole = [...new Set(xs)].sort((a, b) => a - b);
@@ -44,21 +38,21 @@ ExSearch.charts = (() => {
         h("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }),
         h("text", { x: LEFT - 6, y: y(value) + 4, "text-anchor": "end" }, format.number(value, digits)),
       ]),
-      whole.map((value) => h("text", { x: x(value), y: HEIGHT - 10, "text-anchor": "middle" }, String(value))),
-      series.map((one, place) => {
-        const shift = (place - (series.length - 1) / 2) * 3;
-        return h("g", style(place),
+      whole.map((value) => h("text", { x: x(value), y: HEIGHT - 8, "text-anchor": "middle" }, String(value))),
+      series.map((one, rank) => {
+        const shift = (rank - (series.length - 1) / 2) * SHIFT;
+        return h("g", style(one.place),
           h("path", { d: one.points.map((p, i) => `${i ? "L" : "M"}${x(p.x) + shift} ${y(p.y)}`).join("") }),
           one.points.map((p) => [
             p.low !== undefined && p.low !== null
-              ? h("path", { "stroke-width": 1, d: `M${x(p.x) + shift} ${y(p.low)}V${y(p.high)}` }) : null,
-            h("circle", { cx: x(p.x) + shift, cy: y(p.y), r: 3, fill: COLOURS[place % COLOURS.length] }),
+              ? h("path", { class: "interval", d: `M${x(p.x) + shift} ${y(p.low)}V${y(p.high)}` }) : null,
+            h("circle", { cx: x(p.x) + shift, cy: y(p.y), r: 3 }),
           ]));
       })));
-    const key = series.length > 1
-      ? h("ul", { class: "legend" }, series.map((one, place) => h("li", {},
+    const key = asked.length > 1
+      ? h("ul", { class: "legend" }, series.map((one) => h("li", {},
         svg(() => h("svg", { viewBox: "0 0 24 8", "aria-hidden": "true" },
-          h("path", { ...style(place), d: "M0 4H24" }))), one.name)))
+          h("g", style(one.place), h("path", { d: "M0 4H24" })))), one.name)))
       : null;
     const cell = (one, at) => {
       const p = one.points.find((point) => point.x === at);

@@ -31,22 +31,47 @@ ExSearch.data = (() => {
     } catch {
       throw new Error("the server of this page does not answer; start exsearch view again");
     }
-    const value = await answer.json();
-    if (!answer.ok) throw new Error(value.error);
+    const text = await answer.text();
+    let value;
+    try {
+      value = JSON.parse(text);
+    } catch {
+      throw new Error(`the server answered with status ${answer.status}: ${text.slice(0, 200)}`);
+    }
+    if (!answer.ok) throw Object.assign(new Error(value.error), { gone: answer.status === 404 });
     return value;
   }
 
-  /* `fresh`: not as it was kept. */
-  function load(name, { fresh = false } = {}) {
-    if (fresh) kept.delete(name);
-    if (!kept.has(name)) {
-      const value = exported ? fromFile(name) : fromServer(name);
+  /* `keep`: it will always be as it is now. Of a run that goes on, that is only what is of a finished source. */
+  function load(name, keep = name === "runs") {
+    if (kept.has(name)) return kept.get(name);
+    const value = exported ? fromFile(name) : fromServer(name);
+    if (keep || exported) {
       value.catch(() => kept.delete(name));
       kept.set(name, value);
       if (kept.size > MOST_KEPT) kept.delete(kept.keys().next().value);
     }
-    return kept.get(name);
+    return value;
   }
 
-  return { load, put, exported };
+  /* All runs; of those that cannot be read why. */
+  async function runs() {
+    const list = await load("runs");
+    return Promise.all(list.runs.map(async (run, at) => {
+      try {
+        return { ...run, at, live: list.live, ...(await load(`run/${at}`)), error: null };
+      } catch (error) {
+        return { ...run, at, live: list.live, sources: [], report: null, status: null, error: error.message };
+      }
+    }));
+  }
+
+  /* One run, and its name among all. */
+  async function run(at) {
+    const list = await load("runs");
+    if (!list.runs[at]) throw new Error("there is no such run");
+    return { ...list.runs[at], at, live: list.live, perPage: list.per_page, ...(await load(`run/${at}`)) };
+  }
+
+  return { load, put, runs, run, exported };
 })();

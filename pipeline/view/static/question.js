@@ -2,16 +2,18 @@
 /* One question: its trajectories side by side, turn by turn. */
 
 ExSearch.question = (() => {
-  const { h, format, data } = ExSearch;
-  const { number, whole, share } = format;
+  const { h, format, data, facts } = ExSearch;
+  const { number, whole, share, words } = format;
+  const LONGEST_TITLE = 300;
 
-  const idsOf = (at, source) => data.load(`ids/${at}/${source.key}`, { fresh: !source.finished });
+  const idsOf = (run, source) => data.load(`ids/${run.at}/${source.key}`, source.finished);
 
-  async function findIn(at, source, id) {
-    const { parts } = await idsOf(at, source);
-    for (const [part, ids] of Object.entries(parts)) {
-      const place = ids.indexOf(id);
-      if (place >= 0) return { part, place };
+  /* Where a question is: {part, place, words}; null if it is not there. */
+  async function findIn(run, source, id) {
+    const { parts } = await idsOf(run, source);
+    for (const [part, found] of Object.entries(parts)) {
+      const place = found.ids.indexOf(id);
+      if (place >= 0) return { part, place, words: found.words[place] };
     }
     return null;
   }
@@ -26,33 +28,40 @@ ExSearch.question = (() => {
       h("p", {}, hit.text))));
   }
 
-  /* What the environment wrote behind a turn: the passages of the next step, where there are any left to tell. */
-  function answerOf(segment, step) {
-    const told = !step ? null : step.action ? `result of ${step.action}` : step.hits.length ? `${step.hits.length} passages` : null;
-    if (!told) return h("div", { class: "said dim" }, segment.text.trim() || "…");
+  const toldOf = (step) => (step?.action ? `result of ${step.action}` : step?.hits.length ? `${step.hits.length} passages` : null);
+
+  function found(step, tokens) {
     const gold = step.hits.filter((hit) => hit.gold).length;
     return h("details", {},
-      h("summary", {}, told, gold ? h("span", { class: "tag" }, `, ${gold} gold`) : null, h("span", { class: "dim" }, `, ${segment.tokens} tokens`)),
+      h("summary", {}, toldOf(step), gold ? h("span", { class: "tag" }, `, ${gold} gold`) : null, h("span", { class: "dim" }, tokens)),
       step.action ? h("div", { class: "said" }, step.result) : passages(step.hits, step.selected));
   }
 
+  /* What each turn of the model gained in log p of the gold answers, where that was scored in front of every turn. */
   function gains(turn) {
     const before = turn.turn_log_likelihoods;
-    if (before.length < 2 || turn.log_likelihood === undefined) return [];
+    const turns = turn.segments.filter((segment, place) => segment.by === "model" && turn.segments[place - 1]?.by === "environment").length;
+    if (!before.length || before.length < turns || turn.log_likelihood === undefined) return [];
     const all = [...before, turn.log_likelihood];
     return before.map((value, place) => (value === null || all[place + 1] === null ? null : all[place + 1] - value));
   }
 
   function body(turn) {
     const steps = [...turn.steps], gained = gains(turn);
+    const later = turn.segments.filter((segment, place) => place && segment.by === "environment").length;
+    /* Other recipes show passages in the prompt. */
+    const shown = later ? [] : steps.splice(0);
     let turns = 0;
     return turn.segments.map((segment, place) => {
       if (segment.by === "environment") {
-        if (place === 0) return h("details", {}, h("summary", {}, `prompt, ${segment.tokens} tokens`), h("div", { class: "said" }, segment.text));
-        return answerOf(segment, steps.shift());
+        if (place === 0) {
+          return [h("details", {}, h("summary", {}, `prompt, ${segment.tokens} tokens`), h("div", { class: "said" }, segment.text)),
+            shown.filter(toldOf).map((step) => found(step, " in the prompt"))];
+        }
+        const step = steps.shift();
+        return toldOf(step) ? found(step, `, ${segment.tokens} tokens`) : h("div", { class: "said dim" }, segment.text.trim() || "…");
       }
-      const previous = turn.segments[place - 1];
-      const gain = previous?.by === "environment" ? gained[turns++] : null;
+      const gain = turn.segments[place - 1]?.by === "environment" ? gained[turns++] : null;
       return [
         h("div", { class: `said ${segment.trained ? "trained" : "untrained"}` },
           h("span", { class: "hidden" }, segment.trained ? "trained: " : "written, not trained: "), segment.text.trim()),
@@ -62,26 +71,30 @@ ExSearch.question = (() => {
     });
   }
 
+  function bar(part) {
+    const inner = h("span", {});
+    inner.style.width = `${100 * part}%`;
+    return h("div", { class: "share", "aria-hidden": "true" }, inner);
+  }
+
   function card(turn, several) {
-    const facts = [
-      ["stopped", turn.stop_reason.replaceAll("_", " ")],
-      turn.log_likelihood === undefined ? null : ["log p(y | x, z)", number(turn.log_likelihood, 2)],
-      turn.log_weight === undefined || turn.log_weight === null ? null : ["weight", Math.exp(turn.log_weight).toPrecision(3)],
-      turn.log_ratio === undefined || turn.log_ratio === null ? null : ["log p/q", number(turn.log_ratio, 2)],
-      ["tokens", `${whole(turn.tokens)}, ${whole(turn.generated_tokens)} written`],
-      ["model", turn.policy_version < 0 ? "base" : `version ${turn.policy_version}`],
-    ].filter(Boolean);
+    const known = (value) => value !== undefined && value !== null;
     const verdict = turn.em === null ? null
       : h("span", { class: `badge ${turn.em ? "good" : "bad"}` }, turn.em ? "right" : turn.f1 ? `F1 ${share(turn.f1)}` : "wrong");
     return h("article", {},
       h("header", {},
         h("h3", {}, several.samples ? `Sample ${turn.sample + 1}` : "Trajectory", several.roles ? `, ${turn.role}` : "", " ", verdict,
           turn.hinted ? h("span", { class: "badge dim" }, "hinted") : null),
-        h("p", {}, "Answer: ", h("strong", {}, turn.answer || "none")),
-        turn.weight_share === undefined || turn.weight_share === null ? null : [
-          h("div", { class: "share", "aria-hidden": "true" }, h("span", { style: `width: ${100 * turn.weight_share}%` })),
-          h("p", { class: "dim" }, `${share(turn.weight_share)} of the question's weight`)],
-        h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))),
+        turn.em === null && !turn.answer ? null : h("p", {}, "Answer: ", h("strong", {}, turn.answer || "none")),
+        known(turn.weight_share) ? [bar(turn.weight_share), h("p", { class: "dim" }, `${share(turn.weight_share)} of the question's weight`)] : null,
+        facts([
+          ["stopped", words(turn.stop_reason)],
+          ["log p(y | x, z)", turn.log_likelihood === undefined ? null : turn.log_likelihood === null ? "minus infinity" : number(turn.log_likelihood, 2)],
+          ["weight", known(turn.weight) ? turn.weight.toPrecision(3) : null],
+          ["log p/q", known(turn.log_ratio) ? number(turn.log_ratio, 2) : null],
+          ["tokens", `${whole(turn.tokens)}, ${whole(turn.generated_tokens)} written`],
+          ["model", turn.policy_version < 0 ? "base" : `version ${turn.policy_version}`],
+        ]),
         turn.detail ? h("p", { class: "bad" }, turn.detail) : null),
       body(turn));
   }
@@ -93,53 +106,62 @@ ExSearch.question = (() => {
     return h("details", {}, h("summary", {}, `${question.examples.length} training examples`), ExSearch.table("What the loss is told of each", [
       ["example", (one) => one.id, "text"], ["trains", (one) => one.policy, "text"], ["role", (one) => one.role, "text"],
       ["in one step with", (one) => (one.unit === one.id ? "" : one.unit), "text"],
-      ...names.map((name) => [name.replaceAll("_", " "), (one) => number(one.numbers[name], 3)]),
+      ...names.map((name) => [words(name), (one) => number(one.numbers[name], 3)]),
     ], question.examples));
   }
 
-  async function elsewhere(at, key, id) {
-    const list = await data.load("runs");
-    const found = await Promise.all(list.runs.map(async (one, run) => Promise.all((await data.load(`run/${run}`)).sources.map(async (source) => {
-      const title = (list.runs.length > 1 ? `${one.name}: ` : "") + ExSearch.runs.titleOf(source);
-      if (run === at && source.key === key) return h("li", {}, h("strong", { "aria-current": "page" }, title));
-      return (await findIn(run, source, id)) ? h("li", {}, h("a", { href: ExSearch.questions.link(run, source.key, { id }) }, title)) : null;
-    }))));
-    const links = found.flat().filter(Boolean);
-    return links.length > 1 ? [h("h2", {}, "The same question"), h("ul", { class: "elsewhere" }, links)] : [];
+  /* Links to the same question in the other phases of its split, and in other runs. */
+  async function elsewhere(at, source, id, said) {
+    const runs = await data.runs();
+    const links = await Promise.all(runs.flatMap((run) => run.sources.filter((one) => one.split === source.split).map(async (one) => {
+      const title = (runs.length > 1 ? `${run.name}: ` : "") + ExSearch.runs.titleOf(one);
+      if (run.at === at && one.key === source.key) return h("li", {}, h("strong", { "aria-current": "page" }, title));
+      const where = await findIn(run, one, id).catch(() => null);
+      const same = where && (where.words === null || said === null || where.words === said);
+      return same ? h("li", {}, h("a", { href: ExSearch.questions.link(run.at, one.key, id) }, title)) : null;
+    })));
+    const there = links.filter(Boolean);
+    return there.length > 1 ? [h("h2", {}, "The same question"), h("ul", { class: "elsewhere" }, there)] : [];
   }
 
   function neighbours(at, key, id, ids) {
     const shown = ExSearch.questions.shown;
     const order = shown?.at === at && shown.key === key && shown.ids.includes(id) ? shown.ids : ids;
     const place = order.indexOf(id);
-    const to = (other, title) => (other === undefined ? null : h("a", { href: ExSearch.questions.link(at, key, { id: other }) }, title));
+    const to = (other, title) => (other === undefined ? null : h("a", { href: ExSearch.questions.link(at, key, other) }, title));
     return h("nav", { class: "paging", "aria-label": "Questions beside this one" }, to(order[place - 1], "previous question"),
       `${whole(place + 1)} of ${whole(order.length)}`, to(order[place + 1], "next question"));
   }
 
   async function page(at, key, id) {
-    const [list, run] = await Promise.all([data.load("runs"), data.load(`run/${at}`)]);
+    const run = await data.run(at);
     const source = run.sources.find((one) => one.key === key);
-    const where = source && (await findIn(at, source, id));
+    const where = source && (await findIn(run, source, id));
     if (!where) throw new Error(`there is no question ${id} among these`);
-    const found = await data.load(`details/${at}/${key}/${where.part}/${Math.floor(where.place / list.per_page)}`);
-    const question = found.questions.find((one) => one.id === id);
+    const number = Math.floor(where.place / run.perPage);
+    const details = await data.load(`details/${at}/${key}/${where.part}/${number}`, source.finished);
+    const question = details.questions.find((one) => one.id === id);
+    if (!question) throw new Error("this question was written elsewhere just now; load the page again");
     const several = {
       samples: new Set(question.turns.map((turn) => turn.sample)).size > 1,
       roles: new Set(question.turns.map((turn) => turn.role)).size > 1,
     };
+    const ids = Object.values((await idsOf(run, source)).parts).flatMap((part) => part.ids);
     const links = h("div", {});
     const title = ExSearch.runs.titleOf(source);
+    const asked = question.question || question.prompt || id;
+    const shown = ExSearch.questions.shown;
+    const list = shown?.at === at && shown.key === key ? shown.address : `#/run/${at}/questions/${key}`;
+    let closed = false;
     return {
-      trail: [[list.runs[at].name, `#/run/${at}`], [title, `#/run/${at}/questions/${key}`], [id, null]],
-      title: question.question || id,
+      trail: [[run.name, `#/run/${at}`], [title, list], [id, null]],
+      title: asked.slice(0, LONGEST_TITLE),
       content: [
-        neighbours(at, key, id, Object.values((await idsOf(at, source)).parts).flat()),
-        h("h1", {}, question.question || id),
-        h("dl", { class: "facts" }, [
-          ["gold answer", question.answers.join(" / ") || "not known"], ["hops", question.hops], ["type", question.type],
-          ["gold passages", question.gold.join(", ")],
-        ].filter(([, value]) => value !== null && value !== "").map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
+        neighbours(at, key, id, ids),
+        h("h1", {}, asked.length > LONGEST_TITLE ? `${asked.slice(0, LONGEST_TITLE)}…` : asked),
+        asked.length > LONGEST_TITLE ? h("details", {}, h("summary", {}, "the whole question"), h("div", { class: "said" }, asked)) : null,
+        facts([["gold answer", question.answers.join(" / ") || "not known"], ["hops", question.hops], ["type", question.type],
+          ["gold passages", question.gold.join(", ")]]),
         question.steps.length
           ? h("details", {}, h("summary", {}, "gold steps"), h("ol", {}, question.steps.map((step) => h("li", {}, `${step.question} ${step.answer}`)))) : null,
         links,
@@ -148,7 +170,10 @@ ExSearch.question = (() => {
         examples(question),
         h("div", { class: "trajectories", tabindex: "0", role: "region", "aria-label": "Trajectories" }, question.turns.map((turn) => card(turn, several))),
       ],
-      begin: () => elsewhere(at, key, id).then((children) => links.replaceChildren(...children), (error) => ExSearch.fail(error)),
+      begin: () => elsewhere(at, source, id, where.words).then(
+        (children) => { if (!closed) links.replaceChildren(...children); },
+        (error) => { if (!closed) links.replaceChildren(h("p", { role: "alert" }, error.message)); }),
+      close: () => { closed = true; },
     };
   }
 

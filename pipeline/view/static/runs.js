@@ -2,15 +2,17 @@
 /* What runs have found out: one, or several beside each other. */
 
 ExSearch.runs = (() => {
-  const { h, format, charts, data } = ExSearch;
-  const { number, whole, span, seconds } = format;
+  const { h, format, charts, data, facts } = ExSearch;
+  const { number, whole, span, seconds, words, counts } = format;
+  const ORDER = ["base", "no_search", "one_search", "cold_start", "best"];
 
   /* ExSearch's report and that of other recipes name the same things differently. */
   const scoresOf = (row) => row.dev ?? row.evaluation?.scores ?? row.evaluation ?? null;
   const sampledOf = (row) => row.train ?? row.sample ?? null;
+  const goesOn = (run) => run.live && ["running", "starting"].includes(run.status?.state);
 
   const titleOf = (source) => {
-    if (source.kind === "test") return `test: ${source.name.replaceAll("_", " ")}`;
+    if (source.kind === "test") return `test: ${words(source.name)}`;
     if (source.kind === "dev") return source.iteration === 0 ? "dev, before iteration 1" : `dev, after iteration ${source.iteration}`;
     return source.iteration === 0 ? `${source.kind}, before iteration 1` : `${source.kind} of iteration ${source.iteration}`;
   };
@@ -21,28 +23,26 @@ ExSearch.runs = (() => {
     return [...(start ? [{ iteration: 0, ...start }] : []), ...(report.iterations ?? [])];
   }
 
-  const scored = (report, metric) => rowsOf(report).flatMap((row) => {
-    const scores = scoresOf(row);
-    if (scores?.[metric] === null || scores?.[metric] === undefined) return [];
-    const [low, high] = scores[`${metric}_interval`] ?? [];
-    return [{ x: row.iteration, y: scores[metric], low, high }];
+  const scored = (report, metric) => rowsOf(report).map((row) => {
+    const scores = scoresOf(row), [low, high] = scores?.[`${metric}_interval`] ?? [];
+    return { x: row.iteration, y: scores?.[metric], low, high };
   });
-  const sampled = (report, name, error) => (report?.iterations ?? []).flatMap((row) => {
-    const value = sampledOf(row)?.[name];
-    if (value === null || value === undefined) return [];
-    const spread = error ? sampledOf(row)[error] : null;
-    return [{ x: row.iteration, y: value, ...(spread ? { low: value - 1.96 * spread, high: value + 1.96 * spread } : {}) }];
+  const measured = (report, of, name, error) => rowsOf(report).map((row) => {
+    const value = of(row)?.[name], spread = error ? of(row)?.[error] : null;
+    return { x: row.iteration, y: value, ...(spread ? { low: value - 1.96 * spread, high: value + 1.96 * spread } : {}) };
   });
 
   function curves(runs) {
     const of = (points) => runs.map((run) => ({ name: run.name, points: points(run.report) }));
+    const bound = (which) => of((report) => measured(report, which, "likelihood_bound", "likelihood_bound_stderr"));
     return h("div", { class: "charts" },
       charts.lines("Exact match on dev questions", of((report) => scored(report, "em")), { unit: "percent" }),
       charts.lines("F1 on dev questions", of((report) => scored(report, "f1")), { unit: "percent" }),
       charts.lines("Gold passages found", of((report) => scored(report, "gold_recall")), { unit: "percent" }),
       charts.lines("Searches of a dev question", of((report) => scored(report, "searches"))),
-      charts.lines("Bound on log p(y | x)", of((report) => sampled(report, "likelihood_bound", "likelihood_bound_stderr")), { unit: "nats" }),
-      charts.lines("Effective sample size", of((report) => sampled(report, "effective_sample_size"))));
+      charts.lines("Bound on log p(y | x) of the model before", bound(sampledOf), { unit: "nats" }),
+      charts.lines("Bound on dev questions", bound((row) => row.dev_bound), { unit: "nats" }),
+      charts.lines("Effective sample size of the model before", of((report) => measured(report, sampledOf, "effective_sample_size"))));
   }
 
   const tested = [
@@ -52,12 +52,10 @@ ExSearch.runs = (() => {
     ["gold recall", (row) => number(row.gold_recall)], ["searches", (row) => number(row.searches, 2)],
   ];
 
-  const ORDER = ["base", "no_search", "one_search", "cold_start", "best"];
-
   function tests(run, prefix = "") {
     const found = Object.entries(run.report?.test ?? {}).sort(([a], [b]) => ORDER.indexOf(a) - ORDER.indexOf(b));
     return found.map(([name, row]) => ({
-      name: `${prefix}${name.replaceAll("_", " ")}${row.iteration > 0 ? ` (iteration ${row.iteration})` : ""}`, ...row,
+      name: `${prefix}${words(name)}${row.iteration > 0 ? ` (iteration ${row.iteration})` : ""}`, ...row,
     }));
   }
 
@@ -71,12 +69,13 @@ ExSearch.runs = (() => {
     ], Object.entries(found));
   }
 
+  /* Seconds by phase: of other recipes by step. */
+  const tookOf = (row) => Object.entries(row.phase_seconds ?? Object.fromEntries(
+    Object.entries(row).filter(([, step]) => typeof step?.seconds === "number").map(([name, step]) => [name, step.seconds])));
+
   function iterations(run) {
     const rows = rowsOf(run.report);
     if (!rows.length) return null;
-    const stops = (row) => Object.entries(sampledOf(row)?.stop_reasons ?? {}).filter(([, count]) => count)
-      .map(([name, count]) => `${name.replaceAll("_", " ")} ${whole(count)}`).join(", ");
-    const phases = (row) => Object.entries(row.phase_seconds ?? {}).map(([name, time]) => `${name} ${seconds(time)}`).join(", ");
     const best = (run.report.iterations ?? []).some(scoresOf) ? run.report.best_iteration : null;
     return ExSearch.table("Each iteration: what its sampling says is of the model before, dev scores of its own", [
       ["iteration", (row) => (row.iteration === best ? `${row.iteration}, the best` : String(row.iteration)), "text"],
@@ -86,56 +85,56 @@ ExSearch.runs = (() => {
       ["effective samples", (row) => number(sampledOf(row)?.effective_sample_size, 2)],
       ["all failed, %", (row) => number(sampledOf(row)?.all_failed_share)],
       ["generated tokens", (row) => whole(sampledOf(row)?.generated_tokens)],
-      ["stopped", stops, "text"], ["took", phases, "text"],
+      ["stopped", (row) => counts(sampledOf(row)?.stop_reasons), "text long"],
+      ["took", (row) => tookOf(row).map(([name, time]) => `${words(name)} ${seconds(time)}`).join(", "), "text long"],
     ], rows);
   }
 
   function standing(status) {
     const { state, reason, phase, iterations: made, restarts, failures } = status;
-    const facts = [["state", reason ? `${state}: ${reason}` : state], ["iterations", `${made.finished} of ${made.of}`]];
-    if (status.seconds_left !== null) facts.push(["left", `about ${seconds(status.seconds_left)}`]);
-    const lost = Object.entries(failures).filter(([, count]) => count);
-    const again = Object.entries(restarts).filter(([, count]) => count);
-    facts.push(["lost trajectories", lost.length ? lost.map(([name, count]) => `${name.replaceAll("_", " ")} ${count}`).join(", ") : "none"]);
-    facts.push(["actors restarted", again.length ? again.map(([name, count]) => `${name} ${count}`).join(", ") : "none"]);
-    facts.push(["warnings", String(status.warnings)]);
+    const warnings = status.last_warnings ?? [];
     const going = state === "running" && phase?.total
       ? h("p", {}, `${phase.name}: `, h("progress", { max: phase.total, value: phase.done, "aria-label": phase.name }),
         ` ${whole(phase.done)} of ${whole(phase.total)} ${phase.unit}`)
       : null;
-    return [h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))), going,
-      status.last_warnings.length
-        ? h("details", {}, h("summary", {}, "last warnings"), h("ul", {}, status.last_warnings.map((line) => h("li", {}, line)))) : null];
+    return [facts([
+      ["state", reason ? `${state}: ${reason}` : state],
+      ["iterations", made.of === null ? made.finished : `${made.finished} of ${made.of}`],
+      ["left", status.seconds_left === null ? null : `about ${seconds(status.seconds_left)}`],
+      ["lost trajectories", counts(failures) || "none"], ["actors restarted", counts(restarts) || "none"],
+      ["warnings", status.warnings],
+    ]), going, warnings.length ? h("details", {}, h("summary", {}, "last warnings"), h("ul", {}, warnings.map((line) => h("li", {}, line)))) : null];
   }
 
-  function sources(run, at) {
+  function sources(run) {
     if (!run.sources.length) return h("p", { class: "dim" }, "There are no trajectories yet.");
+    const rowsIn = (one) => one.parts.reduce((sum, part) => sum + (part.rows ?? 0), 0);
+    const unread = (one) => one.parts.filter((part) => part.rows === null).length;
     return ExSearch.table("Trajectories to look at", [
-      ["questions of", (one) => h("a", { href: `#/run/${at}/questions/${one.key}` }, titleOf(one)), "text"],
-      ["trajectories", (one) => whole(one.parts.reduce((sum, part) => sum + part.rows, 0))],
-      ["state", (one) => (one.finished ? "finished" : "goes on"), "text"],
+      ["questions of", (one) => h("a", { href: `#/run/${run.at}/questions/${one.key}` }, titleOf(one)), "text"],
+      ["trajectories", (one) => whole(rowsIn(one))],
+      ["state", (one) => (unread(one) ? `${unread(one)} parts cannot be read` : one.finished ? "finished" : goesOn(run) ? "goes on" : "incomplete"), "text"],
     ], run.sources);
   }
 
-  async function page(at, { fresh = false } = {}) {
-    const [list, run] = await Promise.all([data.load("runs"), data.load(`run/${at}`, { fresh })]);
-    const name = list.runs[at].name;
+  async function page(at) {
+    const run = await data.run(at);
     const best = run.report?.test?.best ?? null;
     return {
-      trail: [[name, `#/run/${at}`]],
-      title: name,
-      live: list.live && ["running", "starting"].includes(run.status.state),
+      trail: [[run.name, `#/run/${at}`]],
+      title: run.name,
+      live: goesOn(run),
       content: [
-        h("h1", {}, name),
-        h("p", { class: "dim" }, `${list.runs[at].recipe}, ${list.runs[at].path}`),
+        h("h1", {}, run.name),
+        h("p", { class: "dim" }, [run.recipe, run.path].filter(Boolean).join(", ")),
         standing(run.status),
         h("h2", {}, "Scores"),
-        curves([{ name, report: run.report }]),
+        curves([run]),
         iterations(run),
         Object.keys(run.report?.test ?? {}).length ? [h("h2", {}, "Test questions"), ExSearch.table("Percent", tested, tests(run)),
           groups("The best iteration by hops", best, "by_hops"), groups("The best iteration by type", best, "by_type")] : null,
         h("h2", {}, "Questions"),
-        sources(run, at),
+        sources(run),
         h("h2", {}, "Configuration"),
         h("details", {}, h("summary", {}, "all keys"), h("pre", { class: "config", tabindex: "0", role: "region", "aria-label": "Configuration" }, run.config)),
       ],
@@ -143,20 +142,19 @@ ExSearch.runs = (() => {
   }
 
   /* All runs beside each other. */
-  async function overview({ fresh = false } = {}) {
-    const list = await data.load("runs");
-    if (list.runs.length === 1) return page(0, { fresh });
-    const runs = await Promise.all(list.runs.map(async (one, at) => ({ ...one, at, ...(await data.load(`run/${at}`, { fresh })) })));
+  async function overview() {
+    const runs = await data.runs();
+    if (runs.length === 1) return page(0);
     return {
       trail: [],
       title: `${runs.length} runs`,
-      live: list.live && runs.some((run) => run.status.state === "running"),
+      live: runs.some(goesOn),
       content: [
         h("h1", {}, `${runs.length} runs`),
         ExSearch.table("How they stand", [
           ["run", (run) => h("a", { href: `#/run/${run.at}` }, run.name), "text"], ["recipe", (run) => run.recipe, "text"],
-          ["state", (run) => run.status.state, "text"],
-          ["iterations", (run) => `${run.status.iterations.finished} of ${run.status.iterations.of}`],
+          ["state", (run) => run.error ?? run.status.state, "text"],
+          ["iterations", (run) => (run.status ? `${run.status.iterations.finished} of ${run.status.iterations.of ?? "–"}` : "–")],
           ["best", (run) => String(run.report?.best_iteration ?? "–")],
           ["test EM of the best", (run) => number(run.report?.test?.best?.em)],
           ["95 % interval", (run) => span(run.report?.test?.best?.em_interval)],
@@ -169,5 +167,5 @@ ExSearch.runs = (() => {
     };
   }
 
-  return { page, overview, titleOf };
+  return { page, overview, titleOf, goesOn };
 })();

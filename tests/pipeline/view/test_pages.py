@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from pipeline.core.agents.transcript import Transcript
 from pipeline.core.errors import UserError
+from pipeline.core.record_tables import trajectories_to_table
+from pipeline.core.records import StopReason
+from pipeline.core.run import write_table
+from pipeline.core.weighting import effective_sample_size
 from pipeline.view.details import PER_PAGE
-from pipeline.view.pages import NoSuchPage, Pages
+from pipeline.view.pages import Pages
+from pipeline.view.sources import NoSuchPage
 from tests.pipeline.view_support import HOSTILE, Writer, asked
 
 
@@ -56,8 +64,25 @@ def test_a_line_per_question_has_the_figures_of_its_samples(pages: Pages) -> Non
     assert rows["gold_recall"] == [0.25, 0.25]  # one of two passages in one of two samples
     assert rows["stops"] == [{"answered": 2}] * 2
     assert rows["log_likelihood"] == pytest.approx([math.log((1 + math.exp(-2)) / 2)] * 2)
-    weights = (1, math.exp(-2))
-    assert rows["effective_samples"] == pytest.approx([sum(weights) ** 2 / (1 + math.exp(-4))] * 2)
+    assert rows["effective_samples"] == pytest.approx([effective_sample_size(np.array([0.0, -2.0]))] * 2)
+
+
+def test_weights_of_zero_are_no_weights_and_nothing_fails(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run", asked(2))
+    writer.sampled(1, likelihoods=(None, None))
+    writer.sampled(2, likelihoods=(-400.0, -400.0))
+    pages = Pages([writer.path], live=True)
+
+    nothing, little = (pages.page(f"rows/0/000{n}-rollouts/000000") for n in (1, 2))
+    assert (nothing["log_likelihood"], nothing["effective_samples"]) == ([None] * 2, [0] * 2)
+    assert (little["log_likelihood"], little["effective_samples"]) == (
+        pytest.approx([-400] * 2),
+        pytest.approx([2] * 2),
+    )
+    (question, _) = pages.page("details/0/0001-rollouts/000000/0")["questions"]
+    assert [(turn["weight"], turn["weight_share"]) for turn in question["turns"]] == [(0, None)] * 2
+    (question, _) = pages.page("details/0/0002-rollouts/000000/0")["questions"]
+    assert [turn["weight_share"] for turn in question["turns"]] == pytest.approx([0.5, 0.5])
 
 
 def test_an_evaluation_has_a_line_per_question_without_weights(pages: Pages) -> None:
@@ -107,7 +132,9 @@ def test_every_page_that_is_named_is_there_and_holds_every_question_once(tmp_pat
     details = [page for name, page in found.items() if name.startswith("details/")]
     assert [len(page["questions"]) for page in details] == [PER_PAGE, PER_PAGE, 1]
     ids = [question["id"] for page in details for question in page["questions"]]
-    assert ids == [question.id for question in writer.questions] == found["ids/0/test-best"]["parts"]["table"]
+    part = found["ids/0/test-best"]["parts"]["table"]
+    assert ids == [question.id for question in writer.questions] == part["ids"]
+    assert len(set(part["words"])) == number
     json.dumps(found, allow_nan=False)
 
 
@@ -121,7 +148,7 @@ def test_a_sampling_that_goes_on_shows_what_is_written(tmp_path: Path) -> None:
         False,
         ["000000", "loose-000000"],
     )
-    assert pages.page("ids/0/0001-rollouts")["parts"]["loose-000000"] == ["q4/ä?#", "q2/ä?#"]
+    assert pages.page("ids/0/0001-rollouts")["parts"]["loose-000000"]["ids"] == ["q4/ä?#", "q2/ä?#"]
     assert pages.page("rows/0/0001-rollouts/loose-000000")["em"] == [0.5, 0.5]
 
     shutil.rmtree(tmp_path / "run/iterations/0001/rollouts/_loose")  # their shards are complete
@@ -144,7 +171,7 @@ def test_without_its_files_of_questions_a_run_is_shown_all_the_same(
     assert pages.page("rows/0/0001-rollouts/000000")["em"] == [None, None]
     assert "are shown without gold passages" in caplog.text
     (first, _) = pages.page("details/0/0001-rollouts/000000/0")["questions"]
-    assert first["question"] == "Question: Who founded 0?"  # out of the prompt
+    assert (first["question"], first["prompt"]) == ("", "Question: Who founded 0?")
     rows = pages.page("rows/0/test-best/table")  # evaluations hold their questions
     assert (rows["question"][0], rows["em"]) == ("Who founded 0?", [1, 0, 0, 0, 0])
 
@@ -169,11 +196,76 @@ def test_a_page_that_is_none_is_told_by_name(pages: Pages, name: str) -> None:
         pages.page(name)
 
 
-def test_a_damaged_file_is_named(writer: Writer, pages: Pages) -> None:
-    (writer.path / "test/best.parquet").write_bytes(b"PAR1 not")
+@pytest.mark.parametrize("content", [b"PAR1 not", b""])
+def test_a_damaged_table_is_named_and_hides_nothing_else(
+    writer: Writer, pages: Pages, content: bytes
+) -> None:
+    (writer.path / "test/best.parquet").write_bytes(content)
 
-    with pytest.raises(UserError, match="run/0: a file of the run is damaged"):
-        pages.page("run/0")
+    parts = {one["key"]: one["parts"] for one in pages.page("run/0")["sources"]}
+    assert parts["test-best"] == [{"name": "table", "rows": None}]
+    for page in ("rows/0/test-best/table", "ids/0/test-best", "details/0/test-best/table/0"):
+        with pytest.raises(UserError, match=r"test/best\.parquet is damaged"):
+            pages.page(page)
+    assert pages.page("rows/0/0001-rollouts/000000")["em"] == [0.5, 0.5]
+
+
+def test_a_damaged_side_car_is_named(writer: Writer, pages: Pages) -> None:
+    side_car = writer.path / "iterations/0001/rollouts/_000000.json"
+    side_car.write_text(side_car.read_text().replace("per_token", "per_tok"))
+    with pytest.raises(UserError, match=r"rollouts/_000000\.json is damaged, or of another version"):
+        pages.page("rows/0/0001-rollouts/000000")
+
+    side_car.write_text("{")
+    for page in ("rows/0/0001-rollouts/000000", "details/0/0001-rollouts/000000/0"):
+        with pytest.raises(UserError, match=r"rollouts/_000000\.json is damaged"):
+            pages.page(page)
+
+
+def test_a_turn_without_tokens_is_shown_without_text(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run", asked(1))
+    writer.trajectory = lambda question, sample, **_: Transcript().trajectory(  # type: ignore[method-assign]
+        question_id=question.id, sample=sample, role="selector", policy_version=0,
+        stop_reason=StopReason.RETRIEVER_UNAVAILABLE, detail="down",
+    )  # fmt: skip
+    writer.evaluated("test/best", "0")
+
+    (question,) = Pages([writer.path], live=True).page("details/0/test-best/table/0")["questions"]
+    assert (question["turns"][0]["segments"], question["turns"][0]["stop_reason"]) == (
+        [],
+        "retriever_unavailable",
+    )
+
+
+def test_an_episode_of_several_roles_has_the_answer_of_its_last_turn(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run", asked(1))
+    (question,) = writer.questions
+    selects = replace(writer.trajectory(question, 0, right=True), role="selector", answer="")
+    answers = replace(writer.trajectory(question, 0, right=True), role="generator", steps=())
+    broken = replace(selects, sample=1, stop_reason=StopReason.MALFORMED)
+    table = trajectories_to_table([selects, answers, broken, replace(answers, sample=1, answer="nobody")])
+    write_table(writer.path / "test/best.parquet", table)
+    pages = Pages([writer.path], live=True)
+
+    rows = pages.page("rows/0/test-best/table")
+    assert (rows["trajectories"], rows["em"], rows["searches"]) == ([2], [0.5], [1])
+    assert rows["stops"] == [{"answered": 1, "malformed": 1}]
+    (found,) = pages.page("details/0/test-best/table/0")["questions"]
+    assert [(turn["role"], turn["em"]) for turn in found["turns"]] == [
+        ("selector", None), ("generator", 1), ("selector", 0), ("generator", 0)
+    ]  # fmt: skip
+
+    unanswered = [replace(turn, answer="") for turn in (selects, answers)]
+    write_table(writer.path / "test/best.parquet", trajectories_to_table(unanswered))
+    assert pages.page("rows/0/test-best/table")["em"] == [None]
+
+
+def test_passages_without_ids_have_no_recall(writer: Writer, pages: Pages) -> None:
+    bare = replace(writer.questions[0], supporting_ids=("",))
+    turns = [writer.trajectory(bare, 0, right=True)]
+    write_table(writer.path / "test/best.parquet", trajectories_to_table(turns))
+
+    assert pages.page("rows/0/test-best/table")["gold_recall"] == [None]
 
 
 def test_runs_are_told_apart_by_as_much_of_their_paths_as_it_takes(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def client(run: Path) -> TestClient:
-    return TestClient(create_app(Pages([run], live=True), ["127.0.0.1"]), base_url="http://127.0.0.1:8765")
+    app = create_app(Pages([run], live=True), frozenset({"127.0.0.1", "[::1]"}))
+    return TestClient(app, base_url="http://127.0.0.1:8765", raise_server_exceptions=False)
 
 
 def test_the_page_and_its_data(client: TestClient) -> None:
@@ -44,18 +45,44 @@ def test_what_is_not_there_is_a_404_with_a_reason(client: TestClient, name: str)
 def test_a_damaged_run_is_an_error_that_names_the_file(client: TestClient, run: Path) -> None:
     (run / "test/best.parquet").write_bytes(b"no")
 
-    answer = client.get("/api/run/0")
-    assert (answer.status_code, "is damaged" in answer.json()["error"]) == (500, True)
+    answer = client.get("/api/rows/0/test-best/table")
+    assert (answer.status_code, "test/best.parquet is damaged" in answer.json()["error"]) == (500, True)
+
+
+def test_a_fault_of_the_server_is_json_too_and_tells_nothing(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(Pages, "page", fail)
+    answer = client.get("/api/runs")
+    assert (answer.status_code, "the server failed" in answer.json()["error"], "secret" in answer.text) == (
+        500,
+        True,
+        False,
+    )
 
 
 def test_a_name_that_somebody_else_has_made_point_here_is_refused(client: TestClient) -> None:
-    assert client.get("/api/runs", headers={"host": "attacker.example"}).status_code == 400
-    assert client.get("/api/runs", headers={"host": "127.0.0.1:8765"}).status_code == 200
+    for host in ("attacker.example", "attacker.example:8765", "127.0.0.1.attacker.example", "[::2]:80", ""):
+        assert client.get("/api/runs", headers={"host": host}).status_code == 400, host
+    for host in ("127.0.0.1:8765", "127.0.0.1", "[::1]:8765", "[::1]"):
+        assert client.get("/api/runs", headers={"host": host}).status_code == 200, host
 
 
 def test_the_page_runs_no_scripts_but_its_own(client: TestClient) -> None:
-    for path in ("/", "/api/runs", "/app.js"):
-        assert "default-src 'self'" in client.get(path).headers["content-security-policy"], path
+    for path in ("/", "/api/runs", "/app.js", "/nothing"):
+        assert client.get(path).headers["content-security-policy"] == (
+            "default-src 'self'; img-src data:; object-src 'none'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'"
+        ), path
+    assert "style=" not in client.get("/").text
+
+
+@pytest.mark.parametrize("path", ["/..%2fserver.py", "/%2e%2e/pages.py", "/....//pages.py", "//etc/passwd"])
+def test_no_other_file_can_be_had(client: TestClient, path: str) -> None:
+    assert client.get(path).status_code == 404
 
 
 def test_nothing_can_be_changed(client: TestClient) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.view.pages import Pages
+from tests.pipeline.commands_support import ROOT
 from tests.pipeline.view_support import Writer, asked
 
 
@@ -49,12 +54,48 @@ def test_a_folder_with_something_in_it_is_left_alone(run_command: Any, run: Path
     assert (result.exit_code, "--export out is there already" in result.stderr) == (2, True)
     assert [path.name for path in (folder / "out").iterdir()] == ["mine.txt"]
     assert not list(folder.glob(".out*"))
+    assert run_command("view", run, "--export", ".").exit_code == 2
+    assert "is inside of the run" in run_command("view", run, "--export", run / "pages").stderr
+
+
+def test_a_run_that_cannot_be_exported_leaves_nothing(run_command: Any, run: Path, folder: Path) -> None:
+    (run / "test/best.parquet").write_bytes(b"no")
+    result = run_command("view", run, "--export", "out")
+
+    assert (result.exit_code, "test/best.parquet is damaged" in result.stderr) == (2, True)
+    assert not list(folder.glob("*out*"))
+
+
+def test_exported_pages_do_not_say_where_they_were_made(run_command: Any, run: Path, folder: Path) -> None:
+    run_command("view", run, "--export", "out")
+
+    for name in ("runs", "run/0"):
+        text = (folder / f"out/data/{name}.js").read_text()
+        assert str(run) not in text.partition('"config"')[0], name
 
 
 def test_what_is_no_run_is_refused(run_command: Any, folder: Path) -> None:
     result = run_command("view", "model")
 
     assert (result.exit_code, "is not a run directory" in result.stderr) == (2, True)
+
+
+@pytest.mark.component
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_it_serves_until_it_is_interrupted(run: Path, host: str) -> None:
+    if host == "::1" and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    command = [sys.executable, "-m", "pipeline.cli", "view", str(run), "--host", host, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stderr is not None
+            url = process.stderr.readline().split()[1]
+            with urllib.request.urlopen(f"{url}/api/rows/0/test-best/table", timeout=60) as answer:
+                assert json.load(answer)["em"] == [1, 0, 1]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
 
 
 def test_a_port_that_is_taken_is_refused(run_command: Any, run: Path) -> None:
