@@ -12,6 +12,14 @@ from contextlib import contextmanager
 atexit.register(gc.unfreeze)
 
 
+def _was_found(name: str) -> bool:
+    """By transformers, whose `is_NAME_available` remembers its answer."""
+    utils = sys.modules.get("transformers.utils.import_utils")
+    look = getattr(utils, f"is_{name}_available", None)
+    remembered = getattr(look, "cache_info", None)
+    return look is not None and remembered is not None and remembered().currsize > 0 and bool(look())
+
+
 @contextmanager
 def quick_imports(without: Sequence[str] = ("sklearn", "scipy")) -> Iterator[None]:
     """Around the first import of a library of thousands of modules.
@@ -21,10 +29,11 @@ def quick_imports(without: Sequence[str] = ("sklearn", "scipy")) -> Iterator[Non
 
     Args:
         without: packages that the library takes where it finds them, and that nobody here needs. In the block there are
-            none of these, except those that are imported already. transformers takes scikit-learn, and with it pandas,
-            for a kind of generation that is not used here, and SciPy for a loss of another kind of models.
+            none of these, except those that are imported already, or that transformers has found before: it looks once,
+            and then counts on them. It takes scikit-learn, and with it pandas, for a kind of generation that is not
+            used here, and SciPy for a loss of another kind of models.
     """
-    hidden = [name for name in without if name not in sys.modules]
+    hidden = [name for name in without if name not in sys.modules and not _was_found(name)]
     before, was_on = len(sys.modules), gc.isenabled()
     gc.disable()
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: what is not to be found

@@ -81,3 +81,15 @@ def test_nothing_is_kept_from_the_collector_at_the_end_of_the_interpreter() -> N
         "True",
         "0",
     ]
+
+
+def test_what_transformers_counts_on_stays() -> None:
+    """In a process of its own: what transformers has found out before the block is what it imports in it."""
+    program = (
+        "from transformers.utils.import_utils import is_scipy_available\n"
+        "from retriever_service.imports import quick_imports\n"
+        "assert is_scipy_available()\n"
+        "with quick_imports():\n"
+        "    from transformers import AttentionInterface\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
