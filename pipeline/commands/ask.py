@@ -20,7 +20,7 @@ from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.policies import PolicySpec
 from pipeline.core.preflight import check_models
-from pipeline.core.records import Question, Trajectory
+from pipeline.core.records import Question, Trajectory, step_as_json
 from pipeline.core.retrieval import Searched, Servers, await_servers, searchable
 from pipeline.core.run import Json, RunFiles
 from pipeline.core.turns import TurnGrammar
@@ -249,18 +249,5 @@ def as_json(question: str, trajectory: Trajectory) -> Json:
         "question": question,
         "answer": trajectory.answer,
         "stop_reason": trajectory.stop_reason.value,
-        "steps": [
-            {
-                "query": step.query,
-                "hits": [
-                    {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score}
-                    for h in step.hits
-                ],
-                "record": step.record,
-                "selected": list(step.selected),
-                "action": step.action,
-                "result": step.result,
-            }
-            for step in trajectory.steps
-        ],
+        "steps": [step_as_json(step) for step in trajectory.steps],
     }

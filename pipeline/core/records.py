@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -148,6 +148,21 @@ class Step:
     def used_hits(self) -> tuple[Hit, ...]:
         """What the record can be taken from: the selected passages in their order, all where nothing was selected."""
         return tuple(self.hits[place] for place in self.selected) or self.hits
+
+
+def step_as_json(step: Step) -> dict[str, Any]:
+    """For programs: `exsearch ask --json`, pages of `exsearch view`."""
+    return {
+        "query": step.query,
+        "hits": [
+            {"id": h.passage.id, "title": h.passage.title, "text": h.passage.text, "score": h.score}
+            for h in step.hits
+        ],
+        "record": step.record,
+        "selected": list(step.selected),
+        "action": step.action,
+        "result": step.result,
+    }
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -12,13 +12,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.core.record_tables import TRAJECTORY_SCHEMA, trajectories_from_table
-from pipeline.core.records import Question, Step, Trajectory
+from pipeline.core.records import Question, Step, StopReason, Trajectory, step_as_json
 from pipeline.core.run import Json
 from pipeline.core.scoring.answers import score_answer
 from pipeline.core.weighing import logs_from_json
 from pipeline.core.weighting import log_sum
 from pipeline.view.questions import Asked, question_of
-from pipeline.view.sources import NoSuchPage, Part, Source, reading, statistics_of
+from pipeline.view.sources import NoSuchPage, Part, Source, reading, statistics_in
 
 PER_PAGE = 16
 """Questions whose trajectories are on a page together."""
@@ -47,7 +47,7 @@ def details_of(source: Source, part: Part, page: int, asked: Asked) -> Json:
     found, place = [], 0
     for id_, length in groups:
         row = asked_in_table[place] if asked_in_table else {}
-        own, statistics = turns[place : place + length], statistics_of(tasks, id_)
+        own, statistics = turns[place : place + length], statistics_in(tasks, id_)
         about = _question(question_of(id_, row, questions), own, statistics, asked)
         found.append({**about, "examples": examples.get(id_, [])})
         place += length
@@ -99,7 +99,7 @@ def _weights(statistics: Mapping[str, Any]) -> dict[int, Json]:
 def _turn(turn: Trajectory, question: Question, statistics: Json, asked: Asked) -> Json:
     score = score_answer(turn.answer, question.answers, asked.protocol)
     # An episode may have turns of several roles: of those that wrote no answer it is not known whether they were to.
-    is_scored = bool(question.answers) and bool(turn.answer or turn.stop_reason.value != "answered")
+    is_scored = bool(question.answers) and bool(turn.answer or turn.stop_reason is not StopReason.ANSWERED)
     return {
         "sample": turn.sample,
         "role": turn.role,
@@ -119,23 +119,8 @@ def _turn(turn: Trajectory, question: Question, statistics: Json, asked: Asked) 
 
 
 def _step(step: Step, gold: set[str]) -> Json:
-    return {
-        "query": step.query,
-        "record": step.record,
-        "selected": list(step.selected),
-        "action": step.action,
-        "result": step.result,
-        "hits": [
-            {
-                "id": hit.passage.id,
-                "title": hit.passage.title,
-                "text": hit.passage.text,
-                "score": hit.score,
-                "gold": hit.passage.id in gold,
-            }
-            for hit in step.hits
-        ],
-    }
+    found = step_as_json(step)
+    return {**found, "hits": [{**hit, "gold": hit["id"] in gold} for hit in found["hits"]]}
 
 
 def _segments(turn: Trajectory, tokenizer: Any) -> Iterator[Json]:

@@ -18,7 +18,7 @@ from pipeline.core.scoring.answers import score_answer
 from pipeline.core.weighing import logs_from_json, scored_from_json
 from pipeline.core.weighting import bound_of, effective_sample_size
 from pipeline.view.questions import Asked, question_of
-from pipeline.view.sources import Part, Source, reading, statistics_of
+from pipeline.view.sources import Part, Source, reading, statistics_in
 
 LONGEST_ANSWER, LONGEST_QUESTION = 120, 400
 """Characters that the table shows."""
@@ -52,7 +52,7 @@ def rows_of(source: Source, part: Part, asked: Asked) -> Json:
         line = about.line(question_of(id_, own[0], questions), own)
         task = tasks.get(id_, {})
         with reading(part.side_car or part.path):
-            weights = weights_of(statistics_of(tasks, id_), asked.weighting)
+            weights = weights_of(statistics_in(tasks, id_), asked.weighting)
         lines.append({**line, "generated_tokens": task.get("generated_tokens"), **weights})
     names = lines[0] if lines else ()
     return {name: [line[name] for line in lines] for name in names}

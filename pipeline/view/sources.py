@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,7 +25,6 @@ _FOLDERS: dict[str, tuple[Kind, str]] = {
 }
 """Of an iteration: what is in each, and the file of the step that makes it."""
 _KEY = re.compile(rf"(\d{{4,}})-({'|'.join(_FOLDERS)})|test-([^/]+)")
-T = TypeVar("T")
 
 
 class NoSuchPage(LookupError):
@@ -120,9 +119,10 @@ class Source:
         Raises:
             NoSuchPage: it has none of that name.
         """
-        return _the_one(
-            self.parts, lambda part: part.name == name, f"{self.key} has no part {name} (any more)"
-        )
+        for part in self.parts:
+            if part.name == name:
+                return part
+        raise NoSuchPage(f"{self.key} has no part {name} (any more)")
 
 
 def sources_of(run: RunFiles) -> list[Source]:
@@ -167,14 +167,7 @@ def _parts(folder: Path) -> tuple[Part, ...]:
     return tuple(Part(name, *files) for name, files in written_parts(folder).items())
 
 
-def _the_one(among: Sequence[T], fits: Callable[[T], bool], otherwise: str) -> T:
-    for one in among:
-        if fits(one):
-            return one
-    raise NoSuchPage(otherwise)
-
-
-def statistics_of(tasks: dict[str, Json], question: str) -> dict[str, Any]:
+def statistics_in(tasks: dict[str, Json], question: str) -> dict[str, Any]:
     """What a side-car says of the weights of a question; empty if it says nothing."""
     found: dict[str, Any] = tasks.get(question, {}).get("statistics", {})
     return found
