@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from actors.planning import check_memory
@@ -15,6 +15,7 @@ from pipeline.commands.experiment_run import run_in_process
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.experiments.numbers import kept_numbers, settings_of
 from pipeline.core.experiments.page import check_page, write_page
 from pipeline.core.experiments.planned import PlannedRun, plan_runs
 from pipeline.core.experiments.results import read_results
@@ -47,7 +48,8 @@ def run_experiment(
         which: name of a shipped experiment, or file.
         overrides: `key=value` for all runs.
         out: folder of experiments, which share worlds, indexes and runs; None: runs/experiments.
-        results: folder of `results.md` and `figures/`; None: that of the experiment in `out`.
+        results: folder of `results.md` and `figures/`; None: that of the experiment in `out`. Runs whose numbers are
+            kept there are not made again.
         seeds: make the runs of these alone; empty: of all. The results are of all that is finished.
         dry_run: only show what would be done.
         table: only write the results of what is finished.
@@ -65,14 +67,15 @@ def run_experiment(
             f"{experiment.file} has no seed {others[0]}; its seeds are {list(experiment.spec.seeds)}"
         )
     wanted = [run for run in runs if not seeds or run.seed in seeds]
+    kept = kept_numbers(folder)
     if dry_run:
-        print_plan(experiment, wanted)
+        print_plan(experiment, wanted, kept.keys())
         return
     if experiment.spec.plots:
         require_matplotlib(f"have `plots: []` in {experiment.file}")
     check_page(folder, experiment.name)
-    failed = [] if table else _make(experiment, home, wanted, display)
-    found = read_results(experiment, runs)
+    failed = [] if table else _make(experiment, home, wanted, kept.keys(), display)
+    found = read_results(experiment, runs, kept)
     if found.arms:
         where = ["--out", str(out)] if out is not None else []
         command = shlex.join(["exsearch", "experiment", which, *overrides, *where])
@@ -105,17 +108,22 @@ def _planned(experiment: Experiment, home: Path, overrides: Sequence[str]) -> li
     )
 
 
-def _make(experiment: Experiment, home: Path, runs: Sequence[PlannedRun], display: Display) -> list[str]:
-    """What is not finished, one run after the other; gives a line for each that failed."""
-    for run in runs:
+def _make(
+    experiment: Experiment, home: Path, runs: Sequence[PlannedRun], kept: Collection[str], display: Display
+) -> list[str]:
+    """What is neither finished nor kept, one run after the other; gives a line for each that failed."""
+    without_numbers = [run for run in runs if settings_of(run) not in kept]
+    for run in without_numbers:
         if (other := run.link()) is not None:
             display.line(f"{run.title}: is the run {os.path.relpath(other)}")
-    to_do = [run for run in runs if not run.is_finished()]
+    to_do = [run for run in without_numbers if not run.is_finished()]
+    if there := len(runs) - len(without_numbers):
+        display.line(f"{there} of {len(runs)} runs have their numbers in the results already")
     for run in {run.arm.name: run for run in to_do}.values():
         policies = methods.policies(run.config)
         check_models({spec.model.path for spec in policies})
         check_memory(run.config, policies)
-    if (size := experiment.spec.world) is not None:
+    if to_do and (size := experiment.spec.world) is not None:
         make_world(home.parent / world_folder(size), WORLD_SEED, size, display)
     # Each distinct data once; the seed is that of the sample of questions.
     for run in {(run.config.data.model_dump_json(), run.seed): run for run in to_do}.values():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pipeline.commands.plan import make_plan
 from pipeline.core.config import Config
 from pipeline.core.data.world.spec import Size, WorldSpec
 from pipeline.core.data.world.writer import write_world
+from pipeline.core.experiments.numbers import settings_of
 from pipeline.core.experiments.planned import PlannedRun
 from pipeline.core.experiments.spec import Experiment
 from pipeline.core.plan.assumptions import Assumptions
@@ -26,8 +27,11 @@ from pipeline.core.plan.shape import UnknownShape
 from pipeline.core.status import seconds_of
 
 
-def print_plan(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
+def print_plan(experiment: Experiment, runs: Sequence[PlannedRun], kept: Collection[str]) -> None:
     """A line per arm on standard output.
+
+    Args:
+        kept: settings of runs whose numbers are kept.
 
     Raises:
         UserError: a run does not fit this machine.
@@ -35,7 +39,7 @@ def print_plan(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
     title = f"{experiment.name}: {len(runs)} runs"
     table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
     table.add_column("arm", overflow="fold")
-    for column in ("runs", "finished", "elsewhere", "begun", "time of one", "left"):
+    for column in ("runs", "kept", "finished", "elsewhere", "begun", "time of one", "left"):
         table.add_column(column, justify="right", no_wrap=True)
     measured = [_seconds(run) for run in runs if run.is_finished()]
     left, unknown = 0.0, 0
@@ -46,15 +50,16 @@ def print_plan(experiment: Experiment, runs: Sequence[PlannedRun]) -> None:
             for name, own in of_arms.items()
         }
     for name, own in of_arms.items():
-        finished = [run for run in own if run.is_finished()]
-        begun = sum(run.is_begun() for run in own) - len(finished)
-        elsewhere = sum(run.same_elsewhere() is not None for run in own)
-        to_do = len(own) - len(finished) - elsewhere
+        open_ = [run for run in own if settings_of(run) not in kept]
+        finished = sum(run.is_finished() for run in open_)
+        begun = sum(run.is_begun() for run in open_) - finished
+        elsewhere = sum(run.same_elsewhere() is not None for run in open_)
+        to_do = len(open_) - finished - elsewhere
         one, how = times[name]
         if one is None:
             unknown += to_do
         left += to_do * (one or 0.0)
-        counts = (len(own), len(finished), elsewhere, begun)
+        counts = (len(own), len(own) - len(open_), finished, elsewhere, begun)
         table.add_row(
             escape(name),
             *map(str, counts),

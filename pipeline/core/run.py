@@ -338,15 +338,28 @@ def _is_in(key: str, sections: Sequence[str]) -> bool:
     return any(key == section or key.startswith(f"{section}.") for section in sections)
 
 
+def what_it_computes(config: Config) -> Json:
+    """What the results of a run follow from, under dotted keys, alike on every machine: without the keys that are free
+    to change, but with the number of iterations; of what lies on a disk the last part of its path."""
+    iterations = f"{config.section}.iterations"
+    settings = flatten(_with_paths(config, lambda path: Path(path).name))
+    return {k: v for k, v in settings.items() if k == iterations or not _is_in(k, FREE_TO_CHANGE)}
+
+
 def _with_absolute_paths(section: BaseModel) -> Json:
     """A section as it holds in any working directory; a hub name, or what is not there, stays as it is."""
+    return _with_paths(section, lambda path: str(Path(path).resolve()) if Path(path).exists() else path)
+
+
+def _with_paths(section: BaseModel, change: Callable[[str], str]) -> Json:
+    """A section with each of its paths changed."""
     tree = section.model_dump(mode="json")
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
         if isinstance(value, BaseModel):
-            tree[key] = _with_absolute_paths(value)
-        elif isinstance(value, str) and OnDisk() in field.metadata and Path(value).exists():
-            tree[key] = str(Path(value).resolve())
+            tree[key] = _with_paths(value, change)
+        elif isinstance(value, str) and OnDisk() in field.metadata:
+            tree[key] = change(value)
     return tree
 
 

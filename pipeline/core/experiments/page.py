@@ -1,4 +1,5 @@
-"""Writes an experiment's part of a page of results: `FOLDER/results.md`, with its plots in `FOLDER/figures/`.
+"""Writes an experiment's part of a page of results: `FOLDER/results.md`, with its plots and numbers in
+`FOLDER/figures/`.
 
 The part stands between two comments. Whatever is outside them is somebody's text and stays as it is.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.errors import UserError
+from pipeline.core.experiments.numbers import write_numbers
 from pipeline.core.experiments.plots import draw
 from pipeline.core.experiments.results import Results
 from pipeline.core.experiments.spec import FIGURES
@@ -26,7 +28,7 @@ def check_page(folder: Path, name: str) -> None:
 
 
 def write_page(results: Results, folder: Path, command: str) -> list[Path]:
-    """Write the part anew, plots first. The same results give the same bytes.
+    """Write the part anew, numbers and plots first. The same results give the same bytes.
 
     Args:
         command: that makes all of it.
@@ -38,6 +40,7 @@ def write_page(results: Results, folder: Path, command: str) -> list[Path]:
         UserError: see `check_page`.
     """
     experiment = results.experiment
+    numbers = write_numbers(folder, experiment.name, results.numbers)
     drawn = []
     for plot in experiment.spec.plots:
         path = folder / FIGURES / f"{experiment.name}-{plot}.svg"
@@ -46,7 +49,7 @@ def write_page(results: Results, folder: Path, command: str) -> list[Path]:
     part = _part(results, command, drawn)
     before, behind = _around(_text(folder), experiment.name, folder / PAGE)
     write_atomically(folder / PAGE, f"{before}{part}{behind}")
-    return [folder / PAGE, *drawn]
+    return [folder / PAGE, *drawn, numbers]
 
 
 def _part(results: Results, command: str, drawn: list[Path]) -> str:

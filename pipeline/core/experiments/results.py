@@ -1,23 +1,19 @@
-"""What finished runs found out, question by question. Read from their files alone, so at any time again."""
+"""What finished runs found out, question by question. Read from their files alone, or from numbers that were kept, so
+at any time again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.core.comparison import check_comparable
 from pipeline.core.errors import UserError
+from pipeline.core.experiments.numbers import Developed, RunNumbers, Tested, read_run, settings_of
 from pipeline.core.experiments.planned import PlannedRun
 from pipeline.core.experiments.spec import Arm, Experiment, Metric
-from pipeline.core.question_scores import Scores as ByQuestion
-from pipeline.core.question_scores import read_scores
-from pipeline.core.report import EVALUATION
-from pipeline.core.run import Json
-from pipeline.core.status import seconds_of
 
 Scores = Mapping[str, float]
 """A score in [0, 1] by question id."""
@@ -37,12 +33,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """One run. `told` is the test as the run has recorded it; `points` are the iterations from 0 on, none where an arm
-    looks at another's runs."""
+    """One run. `told` is what it recorded of the test beside scores; `points` are the iterations from 0 on, none where
+    an arm looks at another's runs."""
 
     seed: int
     test: Scores
-    told: Json
+    told: Mapping[str, float | None]
     points: tuple[Point, ...]
 
 
@@ -83,11 +79,13 @@ class ArmResult:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All that is finished of an experiment; `missing` names the runs that are not."""
+    """All that is finished of an experiment; `missing` names the runs that are not, `numbers` has those that are, each
+    with its arm's name."""
 
     experiment: Experiment
     arms: tuple[ArmResult, ...]
     missing: tuple[str, ...]
+    numbers: tuple[tuple[str, RunNumbers], ...]
 
     @property
     def baseline(self) -> ArmResult | None:
@@ -111,73 +109,67 @@ def differences(found: ArmResult, baseline: ArmResult) -> tuple[list[str], Table
     return ids, scores[0::2] - scores[1::2]
 
 
-def read_results(experiment: Experiment, runs: Sequence[PlannedRun]) -> Results:
+def read_results(
+    experiment: Experiment, runs: Sequence[PlannedRun], kept: Mapping[str, RunNumbers] | None = None
+) -> Results:
     """
+    Args:
+        kept: numbers of runs that need not be there, by their settings. A run that is there counts for itself.
+
     Raises:
         UserError: a run's files are damaged or of an earlier version, or runs do not answer the same questions, or are
             not scored by the same protocol.
     """
-    finished = [run for run in runs if run.is_finished()]
+    known = kept or {}
+    read = [
+        (run, read_run(run) if run.is_finished() else known[settings_of(run)])
+        for run in runs
+        if run.is_finished() or settings_of(run) in known
+    ]
+    finished = {run.title for run, _ in read}
     reader = _Reader(experiment.spec.metric)
     arms = []
     for arm in experiment.arms:
-        own = [run for run in finished if run.arm.name == arm.of]
-        if own:
+        if own := [numbers for run, numbers in read if run.arm.name == arm.of]:
             arms.append(reader.arm(own, arm))
-    return Results(experiment, tuple(arms), tuple(run.title for run in runs if run not in finished))
+    numbers = tuple((run.arm.name, found) for run, found in read)
+    missing = tuple(run.title for run in runs if run.title not in finished)
+    return Results(experiment, tuple(arms), missing, numbers)
 
 
 class _Reader:
-    """Reads runs, and sees to it that what is compared can be: in all of them the same rules and, under an id, the same
-    question."""
+    """Takes what is shown from the numbers of runs, and sees to it that what is compared can be: in all of them the
+    same rules and, under an id, the same question."""
 
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
-        self._known: dict[str, list[tuple[ByQuestion, Path]]] = {}
+        self._known: dict[str, list[Tested | Developed]] = {"test": [], "dev": []}
         """By split an evaluation of each set of questions."""
 
-    def arm(self, runs: Sequence[PlannedRun], arm: Arm) -> ArmResult:
+    def arm(self, runs: Sequence[RunNumbers], arm: Arm) -> ArmResult:
         results = []
         questions: dict[str, Asked] = {}
         for run in runs:
-            told = run.files.finished(f"test/{arm.test}")
-            if told is None:
+            if (test := run.tests.get(arm.test)) is None:
                 raise UserError(
-                    f"{run.path} has no test/{arm.test}.json, and the run is finished; see why, or remove the run"
+                    f"{run.where} has no test {arm.test}, and the run is finished; see why, or remove the run"
                 )
-            test = self._read(run.files.at(f"test/{arm.test}.parquet"), "test")
+            found = test.scores
             questions |= {
                 id_: Asked(hops, type_)
-                for id_, hops, type_ in zip(test.ids, test.hops, test.types, strict=True)
+                for id_, hops, type_ in zip(found.ids, found.hops, found.types, strict=True)
             }
-            points = tuple(self._points(run)) if arm.has_runs else ()
-            results.append(RunResult(run.seed, self._scores(test), told, points))
+            points = [self._point(point) for point in run.points] if arm.has_runs else []
+            results.append(RunResult(run.seed, self._scores(test, "test"), test.told, tuple(points)))
         return ArmResult(arm, tuple(results), questions)
 
-    def _points(self, run: PlannedRun) -> list[Point]:
-        points, tokens, seconds = list[Point](), 0, 0.0
-        for t in range(run.config.of_recipe.iterations + 1):
-            steps = run.files.steps(t)
-            tokens += steps.get("sample", {}).get("generated_tokens", 0)
-            seconds += seconds_of(steps.values())
-            if EVALUATION in steps:
-                dev = self._scores(self._read(run.files.at(f"{t}/{EVALUATION}.parquet"), "dev"))
-                points.append(Point(t, dev, tokens, seconds))
-        return points
+    def _point(self, point: Developed) -> Point:
+        return Point(point.iteration, self._scores(point, "dev"), point.tokens, point.seconds)
 
-    def _scores(self, found: ByQuestion) -> Scores:
-        return dict(zip(found.ids, found.values[self._metric].tolist(), strict=True))
-
-    def _read(self, path: Path, split: str) -> ByQuestion:
-        found = read_scores(path)
-        if found is None:
-            what = "was written by an earlier version" if path.is_file() else "is not there"
-            raise UserError(
-                f"{path} {what}, so its run has no scores by question; remove the run, and it is made anew"
-            )
-        known = self._known.setdefault(split, [])
-        for other, its_path in known:
-            check_comparable(other, found, (str(its_path), str(path)))
-        if all(other.asked != found.asked for other, _ in known):
-            known.append((found, path))
-        return found
+    def _scores(self, found: Tested | Developed, split: str) -> Scores:
+        known = self._known[split]
+        for other in known:
+            check_comparable(other.scores, found.scores, (other.where, found.where))
+        if all(other.scores.asked != found.scores.asked for other in known):
+            known.append(found)
+        return dict(zip(found.scores.ids, found.scores.values[self._metric].tolist(), strict=True))

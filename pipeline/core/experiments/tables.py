@@ -187,7 +187,7 @@ def _searches(results: Results) -> str:
     for found in results.arms:
         row = [found.arm.name]
         for key in columns.values():
-            values = [run.told[key] for run in found.runs if run.told[key] is not None]
+            values = [told for run in found.runs if (told := run.told[key]) is not None]
             # Searches are counted, the others are percentages already.
             row.append(_mean_and_deviation(values, 2 if key == "searches" else 1) if values else "")
         rows.append(row)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -99,6 +100,7 @@ def test_every_arm_is_run_under_every_seed_and_shown_with_its_difference(
     assert {path.name for path in (folder / "docs" / "figures").iterdir()} == {
         "study-test.svg",
         "study-iterations.svg",
+        "study.parquet",
     }
 
 
@@ -273,7 +275,7 @@ def test_a_run_that_another_experiment_has_made_is_not_made_again(
     dry = run_command("experiment", other, "--out", "out", "--dry-run")
     result = run_command("experiment", other, "--out", "out")
 
-    assert "as it is 2 0 2 0" in re.sub(r"[ │]+", " ", dry.stdout)
+    assert "as it is 2 0 0 2 0" in re.sub(r"[ │]+", " ", dry.stdout)
     assert result.exit_code == 0, result.output
     assert "as it is, seed 0: is the run out/study/likelihood/seed-0" in result.output
     assert runner.made == ["posterior, seed 0", "posterior, seed 1"]
@@ -286,9 +288,67 @@ def test_a_run_that_another_experiment_has_made_is_not_made_again(
     assert contents(folder / "out" / "study") == before  # not trained on through the link
 
     shutil.rmtree(folder / "out" / "study")
+    shutil.rmtree(folder / "out" / "other" / "figures")
     runner.made = []
     assert run_command("experiment", other, "--out", "out", "--seed", 1).exit_code == 0
     assert runner.made == ["as it is, seed 1"]
+
+
+def test_runs_whose_numbers_are_kept_are_not_made_again(
+    run_command: Any, study: Any, runner: Runner, folder: Path
+) -> None:
+    """Also where their directories are gone, or are on another machine; by other experiments as well."""
+    run_command("experiment", study(), "--out", "out", "--results", "docs", "--seed", 0)
+    run_command("experiment", study(), "--out", "out", "--results", "whole")
+    shutil.rmtree(folder / "out")
+    other = folder / "other.yaml"
+    other.write_text(study(arms={"as it is": {}}, seeds=[0]).read_text())
+    runner.made = []
+
+    table = run_command("experiment", study(), "--out", "there", "--results", "docs", "--table")
+    assert table.exit_code == 0, table.output
+    dry = run_command("experiment", study(), "--out", "there", "--results", "docs", "--dry-run")
+    assert "likelihood 2 1 0 0 0" in re.sub(r"[ │]+", " ", dry.stdout)
+    again = run_command("experiment", study(), "--out", "there", "--results", "docs")
+    assert again.exit_code == 0, again.output
+    assert "2 of 4 runs have their numbers in the results already" in again.output
+    assert runner.made == ALL[2:]
+    shutil.rmtree(folder / "there")
+    assert run_command("experiment", other, "--out", "there", "--results", "docs").exit_code == 0
+    assert run_command("experiment", study(), "--out", "there", "--results", "docs").exit_code == 0
+    assert runner.made == ALL[2:]
+
+    made, kept = contents(folder / "whole"), contents(folder / "docs")
+    for name in ("figures/study.parquet", "figures/study-test.svg", "figures/study-iterations.svg"):
+        assert kept[name] == made[name]
+    assert "| as it is | 75.0 | 75.0 |" in (folder / "docs" / "results.md").read_text()
+
+
+def test_numbers_of_other_settings_are_not_taken(
+    run_command: Any, study: Any, runner: Runner, folder: Path
+) -> None:
+    run_command("experiment", study(), "--out", "out", "--results", "docs")
+    runner.made = []
+    changed = ("experiment", study(), "--out", "there", "--results", "docs", "learner.learning_rate=0.1")
+    assert run_command(*changed).exit_code == 0
+    assert runner.made == ALL
+
+
+@pytest.mark.parametrize("damage", ["damaged", "written by another version"])
+def test_numbers_that_cannot_be_read_are_named_before_anything_starts(
+    run_command: Any, refused: Any, study: Any, runner: Runner, folder: Path, damage: str
+) -> None:
+    run_command("experiment", study(), "--out", "out", "--results", "docs", "--seed", 0)
+    path = folder / "docs" / "figures" / "study.parquet"
+    if damage == "damaged":
+        path.write_bytes(b"PAR1")
+    else:
+        pq.write_table(pq.read_table(path).drop_columns(["seed"]), path)
+    runner.made = []
+    assert f"study.parquet {'is' if damage == 'damaged' else 'was'} {damage}" in refused(
+        "experiment", study(), "--out", "out", "--results", "docs"
+    )
+    assert runner.made == []
 
 
 @pytest.mark.parametrize("difference", ["more iterations", "not finished", "a directory in its place"])

@@ -198,13 +198,14 @@ def test_a_page_keeps_what_others_wrote_and_the_same_results_give_the_same_bytes
     assert {path.name: path.read_bytes() for path in files[1:]} == {
         name: drawn for name, drawn in once.items() if name != "results.md"
     }
-    assert set(once) == {"results.md", "study-test.svg", "study-iterations.svg", "study-tokens.svg"}
+    plots = {f"study-{plot}.svg" for plot in ("test", "iterations", "tokens")}
+    assert set(once) == {"results.md", "study.parquet", *plots}
     assert b"<dc:date>" not in once["study-test.svg"] and b">first<" in once["study-iterations.svg"]
 
 
 def test_a_page_whose_part_has_lost_its_end_is_not_written(tmp_path: Path) -> None:
     results = made(tmp_path, {"first": never}, plots=[])
-    (page,) = write_page(results, tmp_path / "docs", "command")
+    page = write_page(results, tmp_path / "docs", "command")[0]
     broken = page.read_text().replace("<!-- end of", "<!-- and of")
     page.write_text(broken)
     with pytest.raises(UserError, match="the part of study should stand once between"):
@@ -220,7 +221,7 @@ def test_a_parameter_is_drawn_against_its_values(tmp_path: Path, values: list[An
         tmp_path, dict.fromkeys(names, every_second), arms={}, vary={key: values}, plots=["parameter"]
     )
 
-    (_, plot) = write_page(results, tmp_path / "docs", "command")
+    (_, plot, _) = write_page(results, tmp_path / "docs", "command")
 
     drawn = plot.read_text()
     assert key in drawn and all(f">{tick}<" in drawn for tick in ticks)
