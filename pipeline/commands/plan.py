@@ -16,10 +16,10 @@ from pipeline.core.config import Config
 from pipeline.core.errors import UserError
 from pipeline.core.packages import has_gpu_packages
 from pipeline.core.plan.assumptions import Assumptions
-from pipeline.core.plan.machine import Nodes, this_machine
+from pipeline.core.plan.machine import Nodes, core_tflops, this_machine
 from pipeline.core.plan.memory import PLACES, Memory, Where, gib, number_format
 from pipeline.core.plan.needs import PolicyNeeds
-from pipeline.core.plan.observed import core_tflops, fill, observe
+from pipeline.core.plan.observed import fill, observe
 from pipeline.core.plan.run_plan import RunPlan
 from pipeline.core.plan.shape import UnknownShape
 

@@ -19,6 +19,7 @@ from pipeline.core.config import StorageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.models import CHECKSUMS, check_export, check_model, local_snapshot, model_size
 from pipeline.core.plan.disk import CHECKPOINT_BYTES, disk_needs
+from pipeline.core.plan.machine import core_tflops
 from pipeline.core.plan.memory import Device, number_format
 from pipeline.core.policies import PolicySpec
 from retriever_service.imports import quick_imports
@@ -83,7 +84,7 @@ def check_run(
 
     Raises:
         UserError: a model is incomplete or cannot be trained on packed rows, a package is missing, the run would not
-            outlive its job, or the disk has no room for the next version.
+            outlive its job, or the disk has no room for the next version. What is only slow is warned of.
     """
     if _UPLOADS in (whole := run.absolute()).parts:
         raise UserError(
@@ -92,6 +93,8 @@ def check_run(
         )
     check_models(spec.model.path for spec in policies)
     _check_attention(policies)
+    if device == "cpu":
+        _look_at_bfloat16(policies)
     _check_disk(run, policies, storage, versions_to_come, tokens, device)
 
 
@@ -125,6 +128,24 @@ def _check_attention(policies: Sequence[PolicySpec]) -> None:
     for spec in policies:
         if spec.learner is not None and spec.head != "embedding":
             check_attention(spec.model.path, spec.learner.attention)
+
+
+def _look_at_bfloat16(policies: Sequence[PolicySpec]) -> None:
+    """Processors without instructions for it convert each number on the way."""
+    chosen = [
+        f"{name}.dtype"
+        for name in ("rollout", "learner")
+        if any((part := getattr(spec, name)) is not None and part.dtype == "bfloat16" for spec in policies)
+    ]
+    if not chosen:
+        return
+    with quick_imports():
+        bfloat16, float32 = core_tflops("bfloat16"), core_tflops("float32")
+    if bfloat16 < float32:
+        logger.warning(
+            f"{' and '.join(chosen)}: bfloat16, which this processor multiplies {float32 / bfloat16:.1f} times as "
+            "slowly as float32; float32 is faster here, and takes more memory (exsearch plan)"
+        )
 
 
 # ---------------------------------------------------------------- this machine

@@ -1,15 +1,19 @@
-"""The machines of a cluster, as far as a plan must know them."""
+"""The machines of a cluster, as far as a plan must know them, and how fast a core of this one is."""
 
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 
-from pipeline.core.plan.memory import GIB
+from pipeline.core.plan.memory import GIB, Dtype
+from pipeline.core.plan.work import TERA
 from retriever_service.machine import total_memory
 
 GPU_MEMORY_GIB = 79.6
 """Of a card that is sold as one of 80 GB."""
+_ROWS, _PRODUCTS, _ENOUGH_S = 1_024, 5, 0.5
+"""Of the square matrices that are multiplied to see how fast a core is, and when that is known well enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +47,19 @@ def gpu_nodes(nodes: int, gpus: int, gpu_memory_gib: float, memory_gib: float | 
         memory=round((memory_gib or 0) * GIB),
     )
     return (node,) * nodes
+
+
+def core_tflops(dtype: Dtype) -> float:
+    """Of a core of this machine, in 1e12 operations a second: the best of some matrix products on all of them, which
+    take half a second or little more."""
+    import torch
+
+    a, b = (torch.rand(_ROWS, _ROWS, dtype=getattr(torch, dtype)) for _ in range(2))
+    times = list[float]()
+    while len(times) < 2 or (
+        len(times) < _PRODUCTS and sum(times) < _ENOUGH_S
+    ):  # the first one also warms up
+        begun = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - begun)
+    return 2 * _ROWS**3 / min(times) / TERA / torch.get_num_threads()

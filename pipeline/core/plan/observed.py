@@ -1,13 +1,11 @@
-"""What an estimate need not take for granted, because it can be looked at: the run's questions and passages, and how
-fast a core of this machine is."""
+"""What an estimate need not take for granted, because it can be looked at: the run's questions and passages."""
 
 from __future__ import annotations
 
 import itertools
 import logging
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from pipeline.core.config import Config
 from pipeline.core.data.check import passages_of
@@ -16,8 +14,6 @@ from pipeline.core.data.world.spec import Split
 from pipeline.core.errors import UserError
 from pipeline.core.models import read_tokenizer
 from pipeline.core.plan.assumptions import Assumptions
-from pipeline.core.plan.memory import Dtype
-from pipeline.core.plan.work import TERA
 from pipeline.core.records import Question
 from pipeline.core.renderer import Renderer
 from retriever_service.errors import RetrieverError
@@ -29,8 +25,6 @@ SAMPLE = 200
 """Questions and passages whose tokens are counted."""
 SPLITS: dict[Split, str] = {"train": "questions", "dev": "dev_questions", "test": "test_questions"}
 """The assumption of each split."""
-PRODUCT, REPEATS = 2_048, 5
-"""Rows of the square matrices that are multiplied, and how often."""
 
 
 def observe(config: Config, assumptions: Assumptions) -> Assumptions:
@@ -54,23 +48,6 @@ def fill(assumptions: Assumptions, found: dict[str, float]) -> Assumptions:
     return assumptions.model_copy(
         update={key: value for key, value in found.items() if getattr(assumptions, key) is None}
     )
-
-
-def core_tflops(dtype: Dtype) -> float:
-    """Of a core of this machine, in 1e12 operations a second: the best of some matrix products on all of them, which
-    take a fraction of a second."""
-    import torch
-
-    a, b = (torch.rand(PRODUCT, PRODUCT, dtype=getattr(torch, dtype)) for _ in range(2))
-    return (
-        2 * PRODUCT**3 / min(_seconds(lambda: a @ b) for _ in range(REPEATS)) / TERA / torch.get_num_threads()
-    )
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    begun = time.perf_counter()
-    call()
-    return time.perf_counter() - begun
 
 
 def _questions(config: Config, split: Split) -> list[Question] | int | None:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.core import preflight
 from pipeline.core.config import LearnerConfig, LoraConfig, ModelConfig, RolloutConfig, StorageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.models import model_size, write_checksums
+from pipeline.core.plan.memory import Device
 from pipeline.core.policies import PolicySpec
 from pipeline.core.preflight import check_machine, check_models, check_run, lacks_to_compile
 
@@ -401,6 +403,26 @@ def test_a_run_that_trains_nothing_more_needs_no_room(
 ) -> None:
     with_free(monkeypatch, 0)
     check_run(tmp_path, [policy(model)], StorageConfig(), versions_to_come=versions, tokens=0, device="cpu")
+
+
+@pytest.mark.parametrize(("float32", "warns"), [(0.05, True), (0.005, False)])
+def test_bfloat16_on_a_processor_that_is_slow_at_it_is_warned_of(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    float32: float, warns: bool,
+) -> None:  # fmt: skip
+    speeds = {"bfloat16": 0.01, "float32": float32}
+    monkeypatch.setattr("pipeline.core.preflight.core_tflops", speeds.__getitem__)
+    spec = policy(model)
+    in_bfloat16 = replace(spec, rollout=RolloutConfig(dtype="bfloat16"))
+
+    def look(spec: PolicySpec, device: Device) -> str:
+        caplog.clear()
+        check_run(tmp_path, [spec], StorageConfig(), versions_to_come=0, tokens=0, device=device)
+        return caplog.text
+
+    assert look(spec, "cpu") == look(in_bfloat16, "gpu") == ""
+    said = "rollout.dtype: bfloat16, which this processor multiplies 5.0 times as slowly as float32"
+    assert (said in look(in_bfloat16, "cpu")) == warns
 
 
 def test_a_run_in_the_upload_of_a_job_is_refused(

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from pipeline.core.config.loading import load_config
 from pipeline.core.plan.assumptions import Assumptions
-from pipeline.core.plan.observed import core_tflops, observe
+from pipeline.core.plan.observed import observe
 
 ROOT = Path(__file__).parents[4]
 TINY = ROOT / "models" / "tiny-searcher"
@@ -77,7 +77,3 @@ def test_what_cannot_be_read_stays_open_and_is_named(data: Path, caplog: pytest.
     assert found.prompt_tokens is not None
     assert "data.dev is not read, and a number of questions assumed" in caplog.text
     assert "tokens of questions and passages are assumed: " in caplog.text
-
-
-def test_a_core_computes_something() -> None:
-    assert 0 < core_tflops("float32") < 100
