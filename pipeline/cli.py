@@ -56,6 +56,25 @@ data_app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"exsearch {version('exsearch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def of_the_program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version),
+    ] = False,
+) -> None:
+    pass
+
+
 ConfigFile = Annotated[
     list[Path] | None,
     typer.Option(
@@ -410,7 +429,7 @@ def ask(
     """
     with quick_imports(without=()):
         from pipeline.commands.ask import ask as run_ask
-        from pipeline.commands.ask import run_config_of
+        from pipeline.commands.ask import settings_of
     from pipeline.core.config.loading import is_override
     from pipeline.methods import load
 
@@ -419,7 +438,7 @@ def ask(
         # What stands first where no question does.
         overrides = [question, *overrides]
         question = None
-    loaded = load(config or run_config_of(model), overrides)
+    loaded = load(config or settings_of(model), overrides)
     run_ask(question, questions, model, index, loaded, _display(), typer.echo, json_lines=as_json)
 
 
@@ -491,6 +510,48 @@ def encode_with_ray(
     spec = encoder_spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype)
     store = encode_on_cluster(corpus, out, spec, display, num_actors=actors, store_dtype=dtype)
     display.line(f"{out}: {store.manifest.count:,} passages, {store.manifest.dimension} dimensions, {dtype}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write: new or empty.")],
+    iteration: Annotated[
+        str, typer.Option("--iteration", help="Number, or best: the one that dev questions chose.")
+    ] = "best",
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Which one, where the run trains several.")
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option("--push", metavar="NAMESPACE/NAME", help="Also put it on the Hugging Face hub."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: a new repository is for everybody.")
+    ] = False,
+) -> None:
+    """Copy a trained model out of its run: weights, tokenizer, agent settings and a model card.
+
+    Example: exsearch export runs/demo --out models/searcher && exsearch ask --model models/searcher --index INDEX
+    """
+    with quick_imports(without=()):
+        from pipeline.commands.export import export_model
+
+    export_model(run, out, iteration, policy, push, public, _display())
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What is installed here, what the machine has, and what of it will not do (then the exit code is 1)."""
+    with quick_imports(without=()):
+        from pipeline.commands.doctor import doctor as look
+        from pipeline.commands.doctor import in_words
+
+    found = look()
+    for line in [json.dumps(found, ensure_ascii=False)] if as_json else in_words(found):
+        typer.echo(line)
+    if found["problems"]:
+        raise typer.Exit(1)
 
 
 @app.command("config")

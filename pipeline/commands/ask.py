@@ -13,6 +13,7 @@ from ray.util.queue import Empty, Queue
 
 from actors.cluster import Cluster
 from actors.session import ray_session
+from pipeline.core.agent_settings import settings_beside
 from pipeline.core.agents.search import SEARCHER, Event, OnEvent
 from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import Config
@@ -212,12 +213,15 @@ def _searched(index: Path | None, config: Config, display: Display) -> Searched:
     return Path(searched)
 
 
-def run_config_of(model: str) -> Path | None:
-    """The configuration of the run that a model directory (RUN/iterations/N/POLICY/model) belongs to, if it does.
+def settings_of(model: str) -> Path | None:
+    """How a model was trained to search: `agent.json` beside it, or the configuration of the run that its directory
+    (RUN/iterations/N/POLICY/model) belongs to; None if neither is there.
 
     Raises:
         UserError: the run is of an earlier version.
     """
+    if (beside := settings_beside(model)) is not None:
+        return beside
     run = next(
         (parent.parent for parent in Path(model).resolve().parents if parent.name == "iterations"), None
     )

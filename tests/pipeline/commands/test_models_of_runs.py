@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.commands.ask import run_config_of
+from pipeline.commands.ask import settings_of
 from pipeline.commands.evaluate import evaluate_model
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
@@ -69,12 +69,12 @@ def test_a_run_of_models_that_nobody_knows_how_to_ask_is_refused(tmp_path: Path)
 
 def test_a_model_is_asked_with_the_configuration_of_its_run(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", steps=SEARCHER)
-    assert run_config_of(str(run / "iterations/0001/searcher/model")) == run / "config.yaml"
-    assert run_config_of(str(run / "index")) is None
-    assert run_config_of("somebody/model") is None
+    assert settings_of(str(run / "iterations/0001/searcher/model")) == run / "config.yaml"
+    assert settings_of(str(run / "index")) is None
+    assert settings_of("somebody/model") is None
 
 
-@pytest.mark.parametrize("command", [lambda run: run_config_of(str(run / "iterations/0001/model")),
+@pytest.mark.parametrize("command", [lambda run: settings_of(str(run / "iterations/0001/model")),
                                      lambda run: evaluate_model(None, [], run=run, model=None, split="dev", out=None,
                                                                 display=Display())])  # fmt: skip
 def test_a_run_of_an_earlier_version_is_refused(tmp_path: Path, command: Any) -> None:
