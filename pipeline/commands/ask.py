@@ -214,19 +214,17 @@ def _searched(index: Path | None, config: Config, display: Display) -> Searched:
 
 
 def settings_of(model: str) -> Path | None:
-    """How a model was trained to search: `agent.json` beside it, or the configuration of the run that its directory
-    (RUN/iterations/N/POLICY/model) belongs to; None if neither is there.
+    """How a model was trained to search: the configuration of the run that its directory
+    (RUN/iterations/N/POLICY/model) belongs to, or else `agent.json` beside it; None if neither is there.
 
     Raises:
-        UserError: the run is of an earlier version.
+        UserError: the run is of an earlier version, or `settings_beside`.
     """
-    if (beside := settings_beside(model)) is not None:
-        return beside
     run = next(
         (parent.parent for parent in Path(model).resolve().parents if parent.name == "iterations"), None
     )
     if run is None or not (run / "config.yaml").is_file():
-        return None
+        return settings_beside(model)
     RunFiles(run).check_layout()
     return run / "config.yaml"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.core.config import Config
-from pipeline.core.models import local_snapshot
+from pipeline.core.models import check_model, local_snapshot
 from pipeline.core.run import Json
 
 AGENT_FILE = "agent.json"
@@ -30,12 +30,10 @@ def settings_beside(model: str) -> Path | None:
     """The file of a model directory, or of a hub name that is on this machine; None without one.
 
     Raises:
-        UserError: a hub name whose snapshot is not whole, and the hub is out of reach.
+        UserError: neither a directory nor a hub name, or one that is not here as a whole while the hub is out of reach.
     """
-    directory = Path(model) if Path(model).is_dir() else _of_hub(model)
+    if not Path(model).is_dir():
+        check_model(model)
+    directory = local_snapshot(model)
     file = directory / AGENT_FILE if directory is not None else None
     return file if file is not None and file.is_file() else None
-
-
-def _of_hub(name: str) -> Path | None:
-    return local_snapshot(name) if name.count("/") == 1 and not Path(name).exists() else None

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from pipeline.commands import ask as module
-from pipeline.commands.ask import _watching, as_json, open_searcher, settings_of, show
+from pipeline.commands.ask import _watching, as_json, open_searcher, show
 from pipeline.core.agents.search import Event, OnEvent
 from pipeline.core.config import Config
 from pipeline.core.display import Display
@@ -72,16 +72,6 @@ def test_a_trajectory_for_programs_has_its_steps_with_their_passages() -> None:
         "stop_reason": "answered",
         "steps": [{"query": "who founded it?", "hits": [passage], "record": "Mara did", **others}],
     }
-
-
-def test_the_configuration_of_a_runs_model_is_found_and_that_of_others_is_not(tmp_path: Path) -> None:
-    model = tmp_path / "run" / "iterations" / "0003" / "searcher" / "model"
-    model.mkdir(parents=True)
-    assert settings_of(str(model)) is None
-    config = tmp_path / "run" / "config.yaml"
-    config.touch()
-    assert settings_of(str(model)) == config
-    assert settings_of("organisation/model") is None
 
 
 class Searcher:

@@ -84,6 +84,14 @@ def test_what_is_exported_is_asked_as_it_was_trained(run_command: Any, run: Path
     assert settings_of(str(run / "iterations/0002/searcher/model")) == run / "config.yaml"
 
 
+def test_a_model_of_the_hub_brings_its_settings(
+    run_command: Any, run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_command("export", run, "--out", "snapshot")
+    monkeypatch.setattr("pipeline.core.agent_settings.local_snapshot", lambda name: folder / "snapshot")
+    assert settings_of("somebody/searcher") == folder / "snapshot" / "agent.json"
+
+
 def test_settings_are_of_the_agent_alone(run: Path) -> None:
     assert agent_settings(load(run / "config.yaml")).keys() == {"model", "agent", "retriever"}
 

@@ -67,9 +67,13 @@ def test_a_run_of_models_that_nobody_knows_how_to_ask_is_refused(tmp_path: Path)
         evaluate_model(None, [], run=run, model=None, split="dev", out=None, display=Display())
 
 
-def test_a_model_is_asked_with_the_configuration_of_its_run(tmp_path: Path) -> None:
+def test_a_model_is_asked_with_the_configuration_of_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     run = run_of(tmp_path / "run", steps=SEARCHER)
     assert settings_of(str(run / "iterations/0001/searcher/model")) == run / "config.yaml"
+    (run / "index").mkdir()
     assert settings_of(str(run / "index")) is None
     assert settings_of("somebody/model") is None
 
