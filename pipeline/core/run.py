@@ -39,7 +39,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any, BinaryIO, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -105,10 +105,10 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: Path, table: pa.Table, compression: Literal["snappy", "zstd"] = "snappy") -> None:
     """Write a Parquet file whole or not at all."""
     with _whole_or_absent(path) as file:
-        pq.write_table(table, file)
+        pq.write_table(table, file, compression=compression)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def write_numbers(folder: Path, name: str, runs: Sequence[tuple[str, RunNumbers]
     """Of the arms' runs, each with its arm's name, in their order. The same numbers give the same bytes."""
     path = folder / FIGURES / f"{name}.parquet"
     rows = [row for arm, run in runs for row in _rows(arm, run)]
-    write_table(path, pa.Table.from_pylist(rows, SCHEMA))
+    write_table(path, pa.Table.from_pylist(rows, SCHEMA), compression="zstd")  # small: it is published
     return path
 
 
