@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Protocol
 
 import uvicorn
@@ -38,17 +38,25 @@ class Drainable(Protocol):
         ...
 
 
-def run(app: ASGIApp, service: Drainable, listener: socket.socket) -> None:
+def run(
+    app: ASGIApp,
+    service: Drainable,
+    listener: socket.socket,
+    on_hangup: Callable[[], None] | None = None,
+) -> None:
     """Serve until SIGTERM, SIGINT or the failure of what is served; call it in the main thread.
 
     If the service has not come to rest by the end of its grace period, the process ends here, with status 0: what it
     was doing has been acknowledged to nobody.
 
+    Args:
+        on_hangup: called at SIGHUP; None leaves that signal as it is.
+
     Raises:
         Whatever is the service's `failure`.
     """
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        at_rest = runner.run(_serve(app, service, listener))
+        at_rest = runner.run(_serve(app, service, listener, on_hangup))
         if not at_rest:
             logger.warning("something was still being done after the grace period")
             logging.shutdown()
@@ -70,7 +78,9 @@ async def stopping() -> AsyncIterator[asyncio.Event]:
             signal.signal(number, action)
 
 
-async def _serve(app: ASGIApp, service: Drainable, listener: socket.socket) -> bool:
+async def _serve(
+    app: ASGIApp, service: Drainable, listener: socket.socket, on_hangup: Callable[[], None] | None
+) -> bool:
     """Returns whether the service has come to rest."""
     server = _Server(
         uvicorn.Config(
@@ -86,6 +96,8 @@ async def _serve(app: ASGIApp, service: Drainable, listener: socket.socket) -> b
             timeout_graceful_shutdown=_CLOSING_S,
         )
     )
+    if on_hangup is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_hangup)
     async with stopping() as stop:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         ends = [asyncio.create_task(event.wait()) for event in (stop, service.failed)]
