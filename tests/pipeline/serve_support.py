@@ -96,14 +96,14 @@ class StandIn:
         self.asked.append((question, sampling))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        version = self.version
+        version, engine = self.version, self.starts
         try:
             for step in self.outcome.steps:
                 on_event(Event("think", step.query))
                 on_event(Event("search", step.query, step.hits))
                 on_event(Event("record", step.record))
             while not self.go_on.is_set():
-                if self.lost.is_set():
+                if self.lost.is_set() or self.starts != engine:
                     return trajectory_of("", StopReason.ENGINE_ERROR, version=version)
                 await asyncio.sleep(0.005)
             if self.failure is not None:

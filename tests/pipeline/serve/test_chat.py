@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from pipeline.core.records import StopReason
-from tests.pipeline.serve_support import QUESTION, Running, StandIn, serving, trajectory_of
+from tests.pipeline.serve_support import QUESTION, Running, serving, trajectory_of
 
 
 @pytest.fixture
