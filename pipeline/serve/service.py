@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_POLL_S = 0.05
+_POLL_S = 0.1
 
 Newer = Callable[[int], Snapshot | None]
 """The newest version of the model, if it is newer than this one; may read files."""
@@ -121,6 +121,7 @@ class Service:
         self._nobody_left.set()
         self._cut = False
         """What is in hand is being given up, since the server ends."""
+        self._can_close = False
         self._background: list[asyncio.Task[None]] = []
 
     # ---------------------------------------------------------------- answers
@@ -247,6 +248,8 @@ class Service:
     async def drain(self) -> bool:
         """Take nothing new, and end the rest within the grace period; whether the agent could be closed."""
         if self.state is not State.DRAINING:
+            # An engine that is starting cannot be ended, but with the process.
+            self._can_close = self.state is not State.LOADING
             self.state = State.DRAINING
             self.metrics.ready.set(0)
             try:
@@ -258,8 +261,7 @@ class Service:
                 for task in self._admitted:
                     task.cancel()
                 await self._nobody_left.wait()
-        # While the engine starts nothing can be ended but the process.
-        return self._room > 0 or self.failure is not None
+        return self._can_close
 
     async def close(self) -> None:
         """Drain, and end the agent."""

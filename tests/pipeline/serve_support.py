@@ -21,10 +21,11 @@ from pipeline.core.errors import UserError
 from pipeline.core.policies import Snapshot
 from pipeline.core.records import Step, StopReason, Trajectory
 from pipeline.serve.app import create_app
-from pipeline.serve.service import Newer, Service
+from pipeline.serve.service import Agent, Newer, Service
 from pipeline.serve.settings import ServeSettings
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
+from retriever_service.service.lifecycle import State
 from retriever_service.service.listening import listen, url_of
 
 T = TypeVar("T")
@@ -148,21 +149,22 @@ class Running:
     """A server that runs, and ways to it."""
 
     url: str
-    agent: StandIn
+    agent: Any
     service: Service
     loop: asyncio.AbstractEventLoop
+    wait_s: float = WAIT_S
 
     @property
     def http(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=WAIT_S)
+        return httpx.Client(base_url=self.url, timeout=self.wait_s)
 
     @property
     def openai(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0, timeout=WAIT_S)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="secret", max_retries=0, timeout=self.wait_s)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of a coroutine on the server's loop."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_S)
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(self.wait_s)
 
     def ask(self, **changes: Any) -> httpx.Response:
         body = {"model": "exsearch", "messages": [{"role": "user", "content": QUESTION}], **changes}
@@ -172,14 +174,23 @@ class Running:
 
 @contextlib.contextmanager
 def serving(
-    agent: StandIn | None = None, newer: Newer | None = None, *, ready: bool = True, **settings: Any
+    agent: Agent | None = None,
+    newer: Newer | None = None,
+    *,
+    ready: bool = True,
+    wait_s: float = WAIT_S,
+    **settings: Any,
 ) -> Iterator[Running]:
-    """A server until the block ends."""
+    """A server until the block ends, around a stand-in or another agent that starts within `wait_s` seconds."""
     agent = agent or StandIn()
     service = Service(ServeSettings(**{"grace_s": 0.05, "follow_s": 0.01} | settings), agent, newer)
     with contextlib.closing(listen("127.0.0.1", 0, backlog=64)) as listener:
         config = uvicorn.Config(
-            create_app(service, frozenset({"127.0.0.1"})), log_config=None, ws="none", lifespan="on"
+            create_app(service, frozenset({"127.0.0.1"})),
+            log_config=None,
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=1,
         )
         server = uvicorn.Server(config)
         loop = asyncio.new_event_loop()
@@ -190,24 +201,25 @@ def serving(
 
         thread = threading.Thread(target=run)
         thread.start()
-        running = Running(url_of(listener), agent, service, loop)
+        running = Running(url_of(listener), agent, service, loop, wait_s)
         try:
             if ready:
-                with running.http as client:
-                    until(lambda: client.get("/readyz").status_code == 200)
+                until(lambda: service.state is State.READY, wait_s)
             yield running
         finally:
-            agent.go_on.set()
+            if isinstance(agent, StandIn):
+                agent.go_on.set()
             server.should_exit = True
-            thread.join(WAIT_S)
+            thread.join(wait_s)
             loop.close()
 
 
-def until(holds: Any) -> None:
+def until(holds: Any, wait_s: float = WAIT_S) -> None:
     """Waits until something holds."""
     limit = threading.Event()
-    for _ in range(int(WAIT_S / 0.01)):
+    every_s = 0.01 if wait_s == WAIT_S else 0.2
+    for _ in range(int(wait_s / every_s)):
         if holds():
             return
-        limit.wait(0.01)
+        limit.wait(every_s)
     raise AssertionError("it never came true")

@@ -48,7 +48,7 @@ def test_the_page_loads_and_runs_nothing_but_its_own_files(server: Running) -> N
     with server.http as client:
         page = client.get("/")
         assert page.headers["content-security-policy"].startswith("default-src 'self'")
-        named = re.findall(r'(?:src|href)="([^"#]+)"', page.text)
+        named = re.findall(r'(?:src|href)="([^"#:]+)"', page.text)
         assert named and all(client.get(name).status_code == 200 for name in named)
         assert not re.search(r"<script>|style=| on\w+=", page.text)
         assert "http" not in page.text.replace("http-equiv", "")
