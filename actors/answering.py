@@ -32,7 +32,6 @@ from pipeline.core.agents.search import SEARCHER, OnEvent
 from pipeline.core.agents.search_program import SearchProgram, renderer_of
 from pipeline.core.config import Config, RetrieverConfig
 from pipeline.core.errors import UserError
-from pipeline.core.models import load_tokenizer
 from pipeline.core.packages import has_gpu_packages
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Question, Trajectory
@@ -48,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 PING_EVERY_S = 1.0
 """Between two looks at whether the engine still answers, in seconds."""
+
+MOST_TOKEN_CHARACTERS = 32
+"""More than tokens of a text have on average."""
 
 
 class IndexReplica:
@@ -151,12 +153,15 @@ class AnsweringAgent:
             UserError: it is so long that no turn fits behind it.
         """
         options, agent = self._engine.options, self._config.agent
-        tokens = len(renderer_of(load_tokenizer(options.model), agent).prompt_ids(question))
-        room = options.max_model_len - 2 * agent.max_turn_tokens
+        room = options.max_model_len - min(2 * agent.max_turn_tokens, options.max_model_len // 2)
+        # What is much too long is not even looked at.
+        tokens = len(question) // MOST_TOKEN_CHARACTERS
+        if tokens <= room:
+            tokens = len(renderer_of(LocalModel(self._engine).tokenizer, agent).prompt_ids(question))
         if tokens > room:
             raise UserError(
-                f"the question, with the conversation before it, has {tokens} tokens; at most {room} leave room for an "
-                "answer"
+                f"the question, with the conversation before it, has {tokens} tokens or more; at most {room} leave "
+                "room for an answer"
             )
 
     async def answer(self, question: str, sampling: Sampling, on_event: OnEvent) -> Trajectory:

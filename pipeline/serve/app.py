@@ -15,7 +15,6 @@ Guarantees of `serve`:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
@@ -94,12 +93,12 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 router = APIRouter(route_class=_Route)
 
 
-async def _question_of(service: Service, body: ChatRequest | ResponsesRequest) -> str:
+def _question_of(service: Service, body: ChatRequest | ResponsesRequest) -> str:
     """The question, once all that can be refused before it is answered has been."""
     body.check(service.settings.name)
     question = question_of(body.said)
     service.check_ready()
-    await asyncio.to_thread(service.agent.check, question)
+    service.agent.check(question)
     return question
 
 
@@ -117,7 +116,7 @@ async def _reply(
 @router.post("/v1/chat/completions", summary="Answer a question", responses=_FAILURES)
 async def chat(request: Request, body: ChatRequest) -> Response:
     service: Service = request.app.state.service
-    question = await _question_of(service, body)
+    question = _question_of(service, body)
     options = body.stream_options
     reply = ChatReply(
         service.settings.name,
@@ -130,7 +129,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
 @router.post("/v1/responses", summary="Answer a question, an item per step", responses=_FAILURES)
 async def responses(request: Request, body: ResponsesRequest) -> Response:
     service: Service = request.app.state.service
-    question = await _question_of(service, body)
+    question = _question_of(service, body)
     reply = ResponseReply(
         service.settings.name, body.metadata or {}, with_token_ids=bool(body.return_token_ids)
     )

@@ -122,6 +122,7 @@ class Service:
         self._cut = False
         """What is in hand is being given up, since the server ends."""
         self._can_close = False
+        self._is_loading = False
         self._background: list[asyncio.Task[None]] = []
 
     # ---------------------------------------------------------------- answers
@@ -299,11 +300,16 @@ class Service:
     # ---------------------------------------------------------------- an engine that is lost, a newer model
 
     async def _watch(self) -> None:
-        while self.state is not State.FAILED:
+        while True:
             cause = await self.agent.until_lost()
-            if self.state is State.READY:
-                logger.error(f"the engine is lost: {cause}")
-                await self._bring_back()
+            if self.state in (State.DRAINING, State.FAILED):
+                return
+            if self.state is State.LOADING or self._is_loading:
+                # Whoever loads finds out, and does what is to be done.
+                await asyncio.sleep(_POLL_S)
+                continue
+            logger.error(f"the engine is lost: {cause}")
+            await self._bring_back()
 
     async def _bring_back(self) -> None:
         self.state = State.LOADING
@@ -334,6 +340,7 @@ class Service:
     async def _load(self, snapshot: Snapshot) -> None:
         """Answer with another version from now on; if it cannot be loaded, with the one before."""
         async with self._gate.closed():
+            self._is_loading = True
             try:
                 await self.agent.load(snapshot)
             except WeightTransferError as error:
@@ -342,6 +349,8 @@ class Service:
                 logger.error(f"version {snapshot.version} ({snapshot.model}) cannot be loaded: {error}")
                 await self._bring_back()
                 return
+            finally:
+                self._is_loading = False
         self.metrics.reloads.inc()
         self.metrics.version.set(snapshot.version)
         logger.info(f"answers with version {snapshot.version} ({snapshot.model})")
