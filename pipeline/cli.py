@@ -472,7 +472,7 @@ def serve(
     Example: exsearch serve --mcp --model MODEL --url http://127.0.0.1:8000
     """
     with quick_imports(without=()):
-        from pipeline.commands.ask import run_config_of
+        from pipeline.commands.serve import config_of
         from pipeline.commands.serve import serve as run_serve
     from pipeline.methods import load
     from pipeline.serve.settings import ServeSettings, read_token
@@ -488,11 +488,9 @@ def serve(
         grace_s=grace,
         follow_s=follow_every,
     )
-    of_run = run_config_of(model) if follow is None and model is not None else None
-    if follow is not None:
-        of_run = follow / "config.yaml"
     keys = [*(overrides or []), *([] if url is None else [f"retriever.url={url}"])]
-    run_serve(model, follow, index, load(config or of_run, keys), settings, as_tools=mcp, display=_display())
+    loaded = load(config or config_of(model, follow), keys)
+    run_serve(model, follow, index, loaded, settings, as_tools=mcp, display=_display())
 
 
 @data_app.command("check")

@@ -8,13 +8,14 @@ import os
 from pathlib import Path
 
 from actors.answering import AnsweringAgent
-from pipeline.commands.ask import what_to_search
+from pipeline.commands.ask import run_config_of, what_to_search
 from pipeline.core.config import Config
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.packages import has_gpu_packages
 from pipeline.core.policies import Snapshot
 from pipeline.core.preflight import check_machine, check_models
+from pipeline.core.run import RunFiles
 from pipeline.core.turns import TurnGrammar
 from pipeline.serve.app import serve as serve_http
 from pipeline.serve.following import Following
@@ -38,7 +39,7 @@ def serve(
     """Serve until SIGTERM or Ctrl-C.
 
     Args:
-        model: a model directory; None for the newest of the run to follow.
+        model: a model directory; None for the newest model of the run `follow`.
         index: None for the index of that run, or the retriever of the configuration.
         as_tools: on standard input and output, for one client (MCP), until it closes them.
 
@@ -73,9 +74,25 @@ def serve(
     serve_http(service, lambda url: display.line(f"serving {snapshot.model} at {url} (Ctrl-C to stop)"))
 
 
+def config_of(model: str | None, follow: Path | None) -> Path | None:
+    """The configuration of the run that a model belongs to, or that is followed; None if there is no run.
+
+    Raises:
+        UserError: neither is named or both are, there is no such run, or it is of an earlier version.
+    """
+    if follow is None:
+        if model is None:
+            raise UserError("name what answers: --model DIR, or --follow RUN for the newest model of a run")
+        return run_config_of(model)
+    if model is not None:
+        raise UserError("give --model or --follow, not both: a run that is followed has its own models")
+    if not (follow / "config.yaml").is_file():
+        raise UserError(f"{follow} is not a run directory: it has no config.yaml")
+    RunFiles(follow).check_layout()
+    return follow / "config.yaml"
+
+
 def _start(model: str | None, following: Following | None) -> Snapshot:
-    if (model is None) == (following is None):
-        raise UserError("name what answers: --model DIR, or --follow RUN for the newest model of a run")
     if following is not None:
         return following.newest()
     assert model is not None
