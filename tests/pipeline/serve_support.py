@@ -33,7 +33,7 @@ T = TypeVar("T")
 HARP = Hit(Passage("p1", "Silver Harp", "The Silver Harp is made by Orvane."), 0.9)
 ORVANE = Hit(Passage("p2", "Orvane", "Orvane was founded by Mara  Velin in 1984."), 0.7)
 QUESTION = "Who founded the maker of the Silver Harp?"
-WAIT_S = 30
+WAIT_S = 300
 """Bound of every wait in these tests, in seconds; none should come near it."""
 
 
@@ -217,7 +217,7 @@ def serving(
 def until(holds: Any, wait_s: float = WAIT_S) -> None:
     """Waits until something holds."""
     limit = threading.Event()
-    every_s = 0.01 if wait_s == WAIT_S else 0.2
+    every_s = 0.01 if wait_s <= WAIT_S else 0.2
     for _ in range(int(wait_s / every_s)):
         if holds():
             return
