@@ -223,7 +223,7 @@ def test_asked_and_evaluated_the_same_questions_have_the_same_token_ids(
 
 
 def test_a_client_of_tools_starts_it_and_calls_both_while_the_retriever_lives(
-    after: dict[str, list[int]], world: Path, questions: dict[str, str]
+    world: Path, questions: dict[str, str]
 ) -> None:
     from mcp.client import Client
     from mcp.client.stdio import StdioServerParameters, stdio_client
