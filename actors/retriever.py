@@ -121,7 +121,7 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         """An engine that answers its first batch as fast as later ones."""
         began = time.perf_counter()
         if local_copy is not None:
-            self._copy = _copied(index_dir, local_copy)
+            self._copy = copied(index_dir, local_copy)
             index_dir = self._copy.directory
         engine = SearchEngine.open(index_dir, **options)
         read_ahead(index_dir)
@@ -136,7 +136,12 @@ class RetrieverActor(BatchingSearcher[SearchEngine]):
         metrics.BATCH_SECONDS.observe(seconds)
 
 
-def _copied(index_dir: str | Path, folder: str) -> LocalCopy:
+def copied(index_dir: str | Path, folder: str) -> LocalCopy:
+    """The index on a disk of this node (`retriever.local_copy`).
+
+    Raises:
+        RetrieverError: it cannot be copied.
+    """
     try:
         return LocalCopy(index_dir, folder)
     except RetrieverError as error:

@@ -442,6 +442,76 @@ def ask(
     run_ask(question, questions, model, index, loaded, _display(), typer.echo, json_lines=as_json)
 
 
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Option("--model", help="Model directory.")] = None,
+    follow: Annotated[
+        Path | None,
+        typer.Option(
+            "--follow",
+            help="Run directory instead: its newest model, and each newer one as soon as it is there.",
+        ),
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option("--index", help="Index directory (default: the configuration's retriever).")
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option("--url", help="Retrieval server instead, short for retriever.url=URL.")
+    ] = None,
+    mcp: Annotated[
+        bool,
+        typer.Option(
+            "--mcp", help="On standard input and output, as tools for one client, and not over HTTP."
+        ),
+    ] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8080,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the bearer token that clients must send (default: none).")
+    ] = None,
+    name: Annotated[str, typer.Option(help="What the model is called in requests.")] = "exsearch",
+    max_conversations: Annotated[
+        int | None, typer.Option(help="Answers made at once (default: as many as the KV cache holds).")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(help="Answers that may wait; beyond it: 429.")] = 256,
+    deadline: Annotated[float, typer.Option(help="Seconds after which an answer is given up: 504.")] = 120.0,
+    grace: Annotated[float, typer.Option(help="Seconds for answers in flight after SIGTERM.")] = 30.0,
+    follow_every: Annotated[
+        float, typer.Option(help="Seconds between looks for a newer model; SIGHUP has it look at once.")
+    ] = 10.0,
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Serve a trained agent: OpenAI's chat completions and responses, a page for people, tools for agents (MCP).
+
+    Example: exsearch serve --model MODEL --index INDEX --port 8080
+
+    Example: exsearch serve --follow runs/mine --token-file token.txt
+
+    Example: exsearch serve --mcp --model MODEL --url http://127.0.0.1:8000
+    """
+    with quick_imports(without=()):
+        from pipeline.commands.serve import config_of
+        from pipeline.commands.serve import serve as run_serve
+    from pipeline.methods import load
+    from pipeline.serve.settings import ServeSettings, read_token
+
+    settings = ServeSettings(
+        host=host,
+        port=port,
+        token=None if token_file is None else read_token(token_file),
+        name=name,
+        max_conversations=max_conversations,
+        max_waiting=max_waiting,
+        deadline_s=deadline,
+        grace_s=grace,
+        follow_s=follow_every,
+    )
+    keys = [*(overrides or []), *([] if url is None else [f"retriever.url={url}"])]
+    loaded = load(config or config_of(model, follow), keys)
+    run_serve(model, follow, index, loaded, settings, as_tools=mcp, display=_display())
+
+
 @data_app.command("check")
 def check_data(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Leaks, doubles and evidence coverage: is trained on what is asked later, does the corpus hold the answers?

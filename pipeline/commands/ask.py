@@ -104,7 +104,7 @@ def open_searcher(
     """
     check_models([model])
     TurnGrammar(config.agent)  # whether its actions are there
-    searched = _searched(index, config, display)
+    searched = what_to_search(index, config, display)
     spec = PolicySpec(
         SEARCHER,
         config.model.at(model),
@@ -194,7 +194,12 @@ def _watching(on_event: OnEvent) -> Iterator[OnEvent]:
         queue.shutdown()
 
 
-def _searched(index: Path | None, config: Config, display: Display) -> Searched:
+def what_to_search(index: Path | None, config: Config, display: Display) -> Searched:
+    """An index, or the retriever of the configuration, once it is known to answer.
+
+    Raises:
+        UserError, RetrieverError: both are named, or neither is; no such index, or no server that answers.
+    """
     retriever = config.retriever
     if index is not None and retriever.url is not None:
         raise UserError(

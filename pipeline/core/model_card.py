@@ -98,7 +98,7 @@ def _use(config: Config) -> list[str]:
     tags = ", ".join(f"`{'...'.join(getattr(agent.tags, action))}`" for action in actions)
     return [
         "## Use",
-        '```bash\nexsearch ask --model . --index INDEX "Your question?"\n```',
+        '```bash\nexsearch ask --model . --index INDEX "Your question?"\nexsearch serve --model . --index INDEX\n```',
         f"It writes {tags}; what stands between the tags of search are {agent.documents} passages that a retriever "
         f"({config.retriever.method}) puts there, for up to {agent.max_searches} sub-queries. `agent.json` has the "
         "settings that it was trained with, and `exsearch` reads them. A retriever of other passages will do; without "

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
@@ -21,40 +20,22 @@ from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from pipeline.core.errors import UserError
 from pipeline.view import STATIC
 from pipeline.view.pages import Pages
 from pipeline.view.sources import NoSuchPage
+from retriever_service.service.hosts import HostCheck, own_names
 from retriever_service.service.listening import listen, url_of
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 64
 _SMALLEST_ZIPPED, _ZIP_LEVEL = 2_000, 1
-_POLICY = "; ".join(
-    [
-        "default-src 'self'",
-        "img-src data:",
-        "object-src 'none'",
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    ]
-)
-HEADERS = {
-    "cache-control": "no-cache",
-    "content-security-policy": _POLICY,
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
-"""Of every answer."""
-_EVERYWHERE = ("0.0.0.0", "::")
-"""Addresses that listen on all of a machine: whoever chooses one has names for it that are not known here."""
 
 
 def create_app(pages: Pages, hosts: frozenset[str] | None) -> ASGIApp:
@@ -77,7 +58,7 @@ def create_app(pages: Pages, hosts: frozenset[str] | None) -> ASGIApp:
         middleware=[Middleware(GZipMiddleware, minimum_size=_SMALLEST_ZIPPED, compresslevel=_ZIP_LEVEL)],
         exception_handlers={Exception: failed},
     )
-    return _Guard(app, hosts)
+    return HostCheck(app, hosts)
 
 
 def serve(pages: Pages, host: str, port: int, on_listening: Callable[[str], None]) -> None:
@@ -90,9 +71,8 @@ def serve(pages: Pages, host: str, port: int, on_listening: Callable[[str], None
         threading.Thread(target=pages.prepare, daemon=True).start()
         url = url_of(listener)
         on_listening(url)
-        own = {"localhost", "127.0.0.1", "[::1]", host, _name_in(urlsplit(url).netloc)}
         config = uvicorn.Config(
-            create_app(pages, None if host in _EVERYWHERE else frozenset(own)),
+            create_app(pages, own_names(host, url)),
             ws="none",
             log_config=None,
             access_log=False,
@@ -100,37 +80,3 @@ def serve(pages: Pages, host: str, port: int, on_listening: Callable[[str], None
         )
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
-
-
-def _name_in(host: str) -> str:
-    """Without the port: "[::1]:80" is "[::1]"."""
-    name, colon, port = host.rpartition(":")
-    return name if colon and port.isdecimal() else host
-
-
-class _Guard:
-    """ASGI middleware: answers nobody who asks for another host, and adds `HEADERS` to every answer.
-
-    Starlette's own middleware for hosts cuts an IPv6 address at its first colon.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: frozenset[str] | None) -> None:
-        self._app, self._hosts = app, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
-        async def with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [*message.get("headers", ()), *added]
-            await send(message)
-
-        asked = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "")
-        if self._hosts is not None and _name_in(asked.lower()) not in self._hosts:
-            refusal = PlainTextResponse("this server is not known by that name", status_code=400)
-            await refusal(scope, receive, with_headers)
-        else:
-            await self._app(scope, receive, with_headers)

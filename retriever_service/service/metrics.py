@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prometheus_client import (
@@ -26,10 +26,14 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _QUERIES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
-class Metrics:
-    """Counters and histograms of one server. Any thread may call any method."""
+class HttpMetrics:
+    """Counters and histograms of one server's requests. Any thread may call any method.
 
-    def __init__(self) -> None:
+    Args:
+        buckets: of the time that requests take, in seconds.
+    """
+
+    def __init__(self, buckets: Sequence[float] = _SECONDS) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter(
             "exsearch_requests", "HTTP requests answered.", ["route", "status"], registry=self._registry
@@ -38,10 +42,31 @@ class Metrics:
             "exsearch_request_seconds",
             "From the head of a request to the end of its answer.",
             ["route"],
-            buckets=_SECONDS,
+            buckets=buckets,
             registry=self._registry,
         )
         self._errors = Counter("exsearch_errors", "Failed requests.", ["kind"], registry=self._registry)
+        self.ready = Gauge("exsearch_ready", "1 if queries are answered.", registry=self._registry)
+        ProcessCollector(registry=self._registry)
+        PlatformCollector(registry=self._registry)
+
+    def note_request(self, route: str, status: int, seconds: float) -> None:
+        self._requests.labels(route, status).inc()
+        self._request_s.labels(route).observe(seconds)
+
+    def note_error(self, kind: str) -> None:
+        self._errors.labels(kind).inc()
+
+    def render(self) -> bytes:
+        """In Prometheus's text format, of type `CONTENT_TYPE`."""
+        return generate_latest(self._registry)
+
+
+class Metrics(HttpMetrics):
+    """Those of a retrieval server."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._batch = Histogram(
             "exsearch_batch_queries", "Queries per batch.", buckets=_QUERIES, registry=self._registry
         )
@@ -58,20 +83,10 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self.ready = Gauge("exsearch_ready", "1 if queries are answered.", registry=self._registry)
-        ProcessCollector(registry=self._registry)
-        PlatformCollector(registry=self._registry)
 
     def watch(self, batcher: BatchingSearcher[Any], cache: CachingSearcher) -> None:
         """Report on these too; once per server."""
         self._registry.register(_QueueCollector(batcher, cache))
-
-    def note_request(self, route: str, status: int, seconds: float) -> None:
-        self._requests.labels(route, status).inc()
-        self._request_s.labels(route).observe(seconds)
-
-    def note_error(self, kind: str) -> None:
-        self._errors.labels(kind).inc()
 
     def note_batch(self, num_queries: int, seconds: float) -> None:
         self._batch.observe(num_queries)
@@ -79,10 +94,6 @@ class Metrics:
 
     def note_stage(self, stage: str, seconds: float) -> None:
         self._stage_s.labels(stage).observe(seconds)
-
-    def render(self) -> bytes:
-        """In Prometheus's text format, of type `CONTENT_TYPE`."""
-        return generate_latest(self._registry)
 
 
 class _QueueCollector(Collector):

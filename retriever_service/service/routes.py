@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.routing import APIRoute
-from pydantic import BaseModel
 from starlette.responses import PlainTextResponse
-from starlette.routing import BaseRoute
 
 from retriever_service.errors import RetrieverUnavailable
 from retriever_service.passages.hits import DEFAULT_OPTIONS, SearchOptions
 from retriever_service.service.batching import Answers
-from retriever_service.service.failures import as_http_error, json_response, responses
-from retriever_service.service.guard import Handler, read_json_body, unless_gone
+from retriever_service.service.direct import DirectRoute
+from retriever_service.service.failures import json_response, responses
+from retriever_service.service.guard import unless_gone
 from retriever_service.service.lifecycle import Service, State
 from retriever_service.service.metrics import CONTENT_TYPE
 from retriever_service.service.wire import (
@@ -41,48 +39,6 @@ from retriever_service.service.wire import (
 _VERSION = version("exsearch")
 _WITH_BODY = (400, 408, 413, 415, 422)
 _WORKING = (429, 500, 503, 504)
-
-
-class DirectRoute(APIRoute):
-    """Calls its endpoint with the checked body, and sends the finished reply as it is; failures become replies.
-
-    FastAPI's own way reads, checks and copies bodies and replies in Python, which costs more than all the rest of
-    a request here. Signatures still say what is described in the OpenAPI schema.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        call = super().get_route_handler() if self.body_field is None else self._call_with_body
-
-        async def handle(request: Request) -> Response:
-            try:
-                return await call(request)
-            # Here every failure ends: it is the client's to know, and the log's.
-            except Exception as error:
-                failure = as_http_error(error)
-                request.app.state.service.metrics.note_error(failure.kind)
-                return failure.response()
-
-        return handle
-
-    async def _call_with_body(self, request: Request) -> Response:
-        settings = request.app.state.service.settings
-        body = await read_json_body(
-            request, max_bytes=settings.limits.max_body_bytes, deadline_s=settings.body_deadline_s
-        )
-        (parameter,) = self.dependant.body_params
-        model: type[BaseModel] = parameter.field_info.annotation  # type: ignore[assignment]
-        reply: Response = await self.endpoint(request, model.model_validate_json(body))
-        return reply
-
-
-def direct_handlers(routes: Iterable[BaseRoute]) -> dict[tuple[str, str], tuple[BaseRoute, Handler]]:
-    """Routes that take nothing from a request but its body, by method and path, with their handlers."""
-    return {
-        (method, route.path): (route, route.get_route_handler())
-        for route in routes
-        if isinstance(route, DirectRoute) and route.body_field is not None
-        for method in route.methods
-    }
 
 
 async def _ask(

@@ -12,41 +12,28 @@ Guarantees of `serve`:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
-import os
-import signal
-import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any
 
-import uvicorn
-import uvloop
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from retriever_service.service.direct import direct_handlers
 from retriever_service.service.failures import as_http_error, responses
 from retriever_service.service.guard import OPEN_PATHS, Guard
 from retriever_service.service.lifecycle import Engine, Service
 from retriever_service.service.listening import listen, url_of
-from retriever_service.service.routes import direct_handlers, reading, writing
+from retriever_service.service.routes import reading, writing
+from retriever_service.service.running import BACKLOG, run
 from retriever_service.service.settings import ServerSettings
 
 __all__ = ["Engine", "ServerSettings", "create_app", "serve"]
 
-logger = logging.getLogger(__name__)
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-_BACKLOG = 2_048
-_KEEP_ALIVE_S = 75
-"""Longer than clients keep idle connections, so that it is they who close them."""
 _SWITCH_S = 0.0005
-_CLOSING_S = 2
-"""For connections to take their last answers, once all are given."""
 
 
 def create_app(settings: ServerSettings, open_engine: Callable[[], Engine]) -> FastAPI:
@@ -112,58 +99,10 @@ def serve(
     # The owner thread waits for the interpreter several times per batch, while the event loop sends the last answers;
     # by default for 5 ms each time.
     sys.setswitchinterval(_SWITCH_S)
-    with contextlib.closing(listen(settings.host, settings.port, backlog=_BACKLOG)) as listener:
+    with contextlib.closing(listen(settings.host, settings.port, backlog=BACKLOG)) as listener:
         on_listening(url_of(listener))
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            at_rest = runner.run(_serve(create_app(settings, open_engine), listener))
-    if not at_rest:
-        logger.warning("the index was still in use after the grace period")
-        logging.shutdown()
-        os._exit(0)
-
-
-async def _serve(app: FastAPI, listener: socket.socket) -> bool:
-    """Returns whether the owner thread has come to rest."""
-    service: Service = app.state.service
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=_CLOSING_S,
-        )
-    )
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in _STOP_SIGNALS:
-        loop.add_signal_handler(number, stop.set)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    ends = [asyncio.create_task(event.wait()) for event in (stop, service.failed)]
-    await asyncio.wait([serving, *ends], return_when=asyncio.FIRST_COMPLETED)
-    at_rest = await service.drain()
-    server.should_exit = True
-    await serving
-    for end in ends:
-        end.cancel()
-    for number in _STOP_SIGNALS:
-        loop.remove_signal_handler(number)
-    if service.failure is not None:
-        raise service.failure
-    return at_rest
-
-
-class _Server(uvicorn.Server):
-    """Leaves signals to `_serve`: uvicorn would raise them again at its end, and the exit status be theirs."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+        app = create_app(settings, open_engine)
+        run(app, app.state.service, listener)
 
 
 async def _unknown_route(request: Request, error: Exception) -> Response:
