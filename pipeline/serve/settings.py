@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from pipeline.core.errors import UserError
+from retriever_service.service.settings import warn_if_open
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +52,17 @@ class ServeSettings:
         if not 0 <= self.port <= 65_535:
             raise UserError(f"port {self.port}: there are 0 (a free one) to 65535")
         for name in ("deadline_s", "body_deadline_s", "follow_s"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be a number above 0, got {getattr(self, name)}")
         for name in ("max_waiting", "grace_s", "max_restarts"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must not be below 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be a number, and not below 0, got {getattr(self, name)}")
         if self.max_conversations is not None and self.max_conversations < 1:
             raise UserError(f"max_conversations must be at least 1, got {self.max_conversations}")
         for field_ in fields(self):
             if field_.name in ("token", "name") and (text := getattr(self, field_.name)) is not None:
                 _check_word(field_.name, text)
+        warn_if_open(self.host, self.token, "ask")
 
 
 def _check_word(name: str, text: str) -> None:

@@ -58,8 +58,13 @@ class ServerSettings:
             self.token.isascii() and self.token.isprintable() and self.token.strip()
         ):
             raise RetrieverError("the token must be of printable ASCII characters, and not empty")
-        if self.token is None and not _is_loopback(self.host):
-            logger.warning(f"everyone who can reach {self.host} can search here: no token is set")
+        warn_if_open(self.host, self.token, "search")
+
+
+def warn_if_open(host: str, token: str | None, verb: str) -> None:
+    """Say who may do that on a server which other machines reach, and which asks nobody for a token."""
+    if token is None and not _is_loopback(host):
+        logger.warning(f"everyone who can reach {host} can {verb} here: no token is set")
 
 
 def _is_loopback(host: str) -> bool:

@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 
 from pipeline.core.plan.memory import GIB, Dtype
-from pipeline.core.plan.work import TERA
 from retriever_service.machine import total_memory
 
 GPU_MEMORY_GIB = 79.6
@@ -62,4 +61,4 @@ def core_tflops(dtype: Dtype) -> float:
         begun = time.perf_counter()
         a @ b
         times.append(time.perf_counter() - begun)
-    return 2 * _ROWS**3 / min(times) / TERA / torch.get_num_threads()
+    return 2 * _ROWS**3 / min(times) / 1e12 / torch.get_num_threads()

@@ -1,0 +1,55 @@
+"""The applications that commands are added to, and the options that several of them have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.core.errors import RunError, UserError
+from retriever_service.cli import app as index_app
+from retriever_service.console import Commands
+from retriever_service.errors import RetrieverError
+
+if TYPE_CHECKING:
+    from pipeline.core.display import Display
+
+
+class _Commands(Commands):
+    mendable = (UserError, RetrieverError)
+    failures = (RunError,)
+    resumable = ("demo", "train", "experiment", "fetch")
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Train a language model to search, from question-answer pairs alone, by generalised EM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(index_app, name="index")
+data_app = typer.Typer(
+    cls=_Commands, help="Look at questions and corpora before they are trained on.", no_args_is_help=True
+)
+app.add_typer(data_app, name="data")
+
+ConfigFile = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--config", "-c", help="YAML file; see configs/ and docs/. Several: later ones win, key by key."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.")
+]
+RunOption = Annotated[Path | None, typer.Option("--run", help="Run directory. Resumes what it holds.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
+
+
+def new_display() -> Display:
+    """What shows progress; imported when a command begins, for it takes time."""
+    from pipeline.core.display import Display
+
+    return Display()
