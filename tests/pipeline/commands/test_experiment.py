@@ -392,7 +392,7 @@ def test_every_shipped_experiment_has_runs_that_can_be_planned(path: Path, tmp_p
         defaults=world_settings(tmp_path / "world", 2),
     )
 
-    assert len(runs) == 3 * len(experiment.with_runs)
+    assert len(runs) == len(experiment.spec.seeds) * len(experiment.with_runs)
     assert len({json.dumps(run.config.model_dump(mode="json")) for run in runs}) == len(runs)
     # The same questions for all arms and seeds, as far as there is a key for it.
     assert {run.config.data.test_limit for run in runs} == {None}
@@ -405,6 +405,5 @@ def test_the_page_names_every_key_and_every_shipped_experiment() -> None:
 
     assert re.findall(r"^\| `(\w+)` \|", file, re.MULTILINE) == list(Spec.model_fields)
     runs = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) \|$", shipped, re.MULTILINE))
-    assert runs == {
-        path.stem: str(3 * len(read_experiment(path).with_runs)) for path in EXPERIMENTS.glob("*.yaml")
-    }
+    experiments = map(read_experiment, EXPERIMENTS.glob("*.yaml"))
+    assert runs == {e.name: str(len(e.spec.seeds) * len(e.with_runs)) for e in experiments}
