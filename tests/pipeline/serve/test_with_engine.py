@@ -166,9 +166,10 @@ def test_a_newer_iteration_is_taken_up_without_a_dropped_answer(
 
 
 def engine_process() -> psutil.Process:
-    """Of this process, and not one of the tests beside it."""
-    children = psutil.Process().children(recursive=True)
-    return next(child for child in children if "EngineCore" in " ".join([child.name(), *child.cmdline()]))
+    """The server's: of this process, and the last that it started; other tests may have left theirs up."""
+    alive = [c for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
+    engines = [child for child in alive if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
+    return max(engines, key=psutil.Process.create_time)
 
 
 @pytest.mark.chaos
