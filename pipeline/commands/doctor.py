@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from pipeline.core.errors import UserError
 from pipeline.core.packages import has_gpu_packages
@@ -40,9 +41,7 @@ class Package:
 
     @property
     def fits(self) -> bool:
-        return self.found is not None and Requirement(f"{self.name}{self.wanted}").specifier.contains(
-            self.found, prereleases=True
-        )
+        return self.found is not None and SpecifierSet(self.wanted).contains(self.found, prereleases=True)
 
 
 def doctor() -> Json:

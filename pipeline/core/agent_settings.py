@@ -12,17 +12,16 @@ from pipeline.core.models import check_model, local_snapshot
 from pipeline.core.run import Json
 
 AGENT_FILE = "agent.json"
-_RETRIEVER = ("method",)
-"""What of the retriever the model's sub-queries were made for. Where it is, is not the model's."""
 
 
 def agent_settings(config: Config) -> Json:
-    """The sections: `agent` as a whole, of `model` the longest context, of `retriever` the method."""
+    """The sections: `agent` as a whole, of `model` the longest context, of `retriever` the method that the sub-queries
+    were made for. Where the retriever is, is not the model's."""
     tree = config.model_dump(mode="json")
     return {
         "model": {"max_length": tree["model"]["max_length"]},
         "agent": tree["agent"],
-        "retriever": {key: tree["retriever"][key] for key in _RETRIEVER},
+        "retriever": {"method": tree["retriever"]["method"]},
     }
 
 

@@ -39,7 +39,7 @@ from pipeline.serve.responses import ResponseReply
 from pipeline.serve.service import Service
 from pipeline.serve.streams import EventStream
 from pipeline.serve.tools import tools_of
-from retriever_service.service.direct import DirectRoute, direct_handlers
+from retriever_service.service.direct import DirectRoute, direct_handlers, unknown_route
 from retriever_service.service.failures import HttpError, json_response
 from retriever_service.service.guard import OPEN_PATHS, Guard, unless_gone
 from retriever_service.service.hosts import HostCheck, own_names
@@ -209,7 +209,7 @@ def create_app(service: Service, hosts: frozenset[str] | None = None) -> ASGIApp
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        exception_handlers={HTTPException: _unknown_route},
+        exception_handlers={HTTPException: unknown_route(as_api_error)},
     )
     app.state.service = service
     app.include_router(router)
@@ -242,14 +242,3 @@ def serve(service: Service, on_listening: Callable[[str], None] = lambda url: No
         url = url_of(listener)
         on_listening(url)
         run(create_app(service, own_names(settings.host, url)), service, listener, service.look_now)
-
-
-async def _unknown_route(request: Request, error: Exception) -> Response:
-    """404 and 405 in the form of all other failures."""
-    failure = as_api_error(error)
-    if failure.status == 405:
-        # Starlette names the methods of one route only, where a path has several.
-        routes = [route for route in request.app.routes if getattr(route, "path", "") == request.url.path]
-        failure.headers["Allow"] = ", ".join(sorted({m for route in routes for m in route.methods or ()}))
-    request.app.state.service.metrics.note_error(failure.kind)
-    return failure.response()

@@ -59,3 +59,20 @@ def direct_handlers(routes: Iterable[BaseRoute]) -> dict[tuple[str, str], tuple[
         if isinstance(route, DirectRoute) and route.body_field is not None
         for method in route.methods
     }
+
+
+def unknown_route(
+    as_failure: Callable[[Exception], HttpError],
+) -> Callable[[Request, Exception], Coroutine[Any, Any, Response]]:
+    """A handler that puts 404 and 405 in the form of all other failures, which `as_failure` gives."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        failure = as_failure(error)
+        if failure.status == 405:
+            # Starlette names the methods of one route only, where a path has several.
+            routes = [r for r in request.app.routes if getattr(r, "path", "") == request.url.path]
+            failure.headers["Allow"] = ", ".join(sorted({m for route in routes for m in route.methods or ()}))
+        request.app.state.service.metrics.note_error(failure.kind)
+        return failure.response()
+
+    return handle

@@ -18,11 +18,10 @@ from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.responses import Response
 
-from retriever_service.service.direct import direct_handlers
+from retriever_service.service.direct import direct_handlers, unknown_route
 from retriever_service.service.failures import as_http_error, responses
 from retriever_service.service.guard import OPEN_PATHS, Guard
 from retriever_service.service.lifecycle import Engine, Service
@@ -57,7 +56,7 @@ def create_app(settings: ServerSettings, open_engine: Callable[[], Engine]) -> F
         lifespan=lifespan,
         redoc_url=None,
         redirect_slashes=False,
-        exception_handlers={HTTPException: _unknown_route},
+        exception_handlers={HTTPException: unknown_route(as_http_error)},
     )
     app.state.service = service
     app.include_router(reading)
@@ -103,17 +102,6 @@ def serve(
         on_listening(url_of(listener))
         app = create_app(settings, open_engine)
         run(app, app.state.service, listener)
-
-
-async def _unknown_route(request: Request, error: Exception) -> Response:
-    """404 and 405 in the form of all other failures."""
-    failure = as_http_error(error)
-    if failure.status == 405:
-        # Starlette names the methods of one route only, where a path has several.
-        routes = [route for route in request.app.routes if route.path == request.url.path]
-        failure.headers["Allow"] = ", ".join(sorted(method for route in routes for method in route.methods))
-    request.app.state.service.metrics.note_error(failure.kind)
-    return failure.response()
 
 
 def _describe_token(schema: dict[str, Any]) -> None:

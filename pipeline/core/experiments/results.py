@@ -121,19 +121,15 @@ def read_results(
             not scored by the same protocol.
     """
     known = kept or {}
-    read = [
-        (run, read_run(run) if run.is_finished() else known[settings_of(run)])
-        for run in runs
-        if run.is_finished() or settings_of(run) in known
-    ]
-    finished = {run.title for run, _ in read}
+    every = [(run, read_run(run) if run.is_finished() else known.get(settings_of(run))) for run in runs]
+    read = [(run, found) for run, found in every if found is not None]
     reader = _Reader(experiment.spec.metric)
     arms = []
     for arm in experiment.arms:
         if own := [numbers for run, numbers in read if run.arm.name == arm.of]:
             arms.append(reader.arm(own, arm))
     numbers = tuple((run.arm.name, found) for run, found in read)
-    missing = tuple(run.title for run in runs if run.title not in finished)
+    missing = tuple(run.title for run, found in every if found is None)
     return Results(experiment, tuple(arms), missing, numbers)
 
 
