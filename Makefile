@@ -99,7 +99,7 @@ test chaos: export HF_HUB_OFFLINE := 1
 test chaos: export RAY_USAGE_STATS_ENABLED := 0
 test: lint  ## lint, then all tests: quick ones first
 	parallel="--numprocesses 2 --dist loadfile --no-loadscope-reorder"
-	$(BIN)/python -m pytest -m "not component and not system" $$parallel $(ARGS)
+	$(BIN)/python -m pytest -m "not component and not chaos and not system" $$parallel $(ARGS)
 	$(BIN)/python -m pytest -m "component and not chaos and not system" $$parallel --durations=5 $(ARGS)
 	$(BIN)/python -m pytest -m "system and not chaos" $$parallel --durations=5 $(ARGS)
 

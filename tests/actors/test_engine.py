@@ -234,6 +234,7 @@ def test_death_of_the_engine_process_is_an_engine_error(shared_engine: EngineFix
     asyncio.run(scenario())
 
 
+@pytest.mark.chaos
 def test_death_of_the_engine_process_ends_a_push_long_before_its_deadline(
     shared_engine: EngineFixture,
 ) -> None:

@@ -182,7 +182,13 @@ def go_on(learner: Learner, examples: list[Example], loss: Loss, path: Path) -> 
 
 
 @pytest.mark.parametrize("head", ["value", "embedding"])
-@pytest.mark.parametrize("changes", [{}, {"num_ranks": 2, "zero_stage": 3}], ids=["stage 0", "stage 3"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="stage 0"),
+        pytest.param({"num_ranks": 2, "zero_stage": 3}, id="stage 3", marks=pytest.mark.chaos),
+    ],
+)
 def test_a_killed_learner_of_any_head_goes_on_as_if_nothing_had_happened(
     critic: Path, encoder: Path, tmp_path: Path, head: Head, changes: dict[str, Any]
 ) -> None:

@@ -68,12 +68,15 @@ def two_phases(learner: Learner, examples: list[Example]) -> Result:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"num_ranks": 2, "zero_stage": 1},
-        {"num_ranks": 2, "zero_stage": 3},
-        {"num_ranks": 2, "zero_stage": 2, "lora": LoraConfig(rank=2, dropout=0.3)},
+        pytest.param({}, id="stage 0"),
+        pytest.param({"num_ranks": 2, "zero_stage": 1}, id="stage 1", marks=pytest.mark.chaos),
+        pytest.param({"num_ranks": 2, "zero_stage": 3}, id="stage 3"),
+        pytest.param(
+            {"num_ranks": 2, "zero_stage": 2, "lora": LoraConfig(rank=2, dropout=0.3)},
+            id="stage 2, dropout",
+            marks=pytest.mark.chaos,
+        ),
     ],
-    ids=["stage 0", "stage 1", "stage 3", "stage 2, dropout"],
 )
 def test_a_killed_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(
     model_path: Path, tmp_path: Path, changes: dict[str, Any]
@@ -153,7 +156,10 @@ def one_step_more(learner: Learner, examples: list[Example], path: Path) -> None
     learner.train(examples, nll_of(learner), phase_seed=1, checkpoints=path, on_step=die)
 
 
-@pytest.mark.parametrize(("lora", "layouts"), [(None, LAYOUTS), (LoraConfig(rank=2), LAYOUTS[:3])])
+@pytest.mark.parametrize(
+    ("lora", "layouts"),
+    [pytest.param(None, LAYOUTS, marks=pytest.mark.chaos), (LoraConfig(rank=2), LAYOUTS[:3])],
+)
 def test_each_step_of_a_phase_may_run_on_another_layout(
     model_path: Path, tmp_path: Path, lora: LoraConfig | None, layouts: list[dict[str, Any]]
 ) -> None:

@@ -171,6 +171,7 @@ def test_nodes_that_join_take_work_and_nodes_that_are_killed_cost_what_they_had_
     pool.close()
 
 
+@pytest.mark.chaos
 def test_a_drained_node_ends_its_work_and_is_free_to_go(cluster: Cluster, group: PlacementGroup) -> None:
     pool = started(group, max_workers=4)
     reserved = {receiver.node_id for receiver in pool.receivers()}

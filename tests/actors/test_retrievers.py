@@ -79,7 +79,7 @@ def test_after_reindexing_the_new_encoder_searches_and_the_old_index_is_never_an
 
 
 @pytest.mark.component
-@pytest.mark.parametrize("how", ["frozen", "searches for ever"])
+@pytest.mark.parametrize("how", ["frozen", pytest.param("searches for ever", marks=pytest.mark.chaos)])
 def test_a_replica_that_hangs_is_started_again_while_the_other_answers(
     tmp_path: Path, cluster: None, trained_encoder: Path, how: str
 ) -> None:

@@ -325,8 +325,11 @@ def local_ray() -> Iterator[None]:
 @pytest.mark.component
 @pytest.mark.parametrize(
     ("number", "moment"),
-    [(signal.SIGKILL, 8), (signal.SIGSTOP, 8), (signal.SIGSTOP, 0)],
-    ids=["dies", "hangs", "hangs between two phases"],
+    [
+        pytest.param(signal.SIGKILL, 8, id="dies", marks=pytest.mark.chaos),
+        pytest.param(signal.SIGSTOP, 8, id="hangs"),
+        pytest.param(signal.SIGSTOP, 0, id="hangs between two phases", marks=pytest.mark.chaos),
+    ],
 )
 def test_a_real_actor_that_dies_or_hangs_is_replaced(
     local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, number: signal.Signals, moment: int

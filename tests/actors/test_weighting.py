@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors import weighting as module
@@ -136,6 +136,7 @@ def test_a_shard_is_written_as_soon_as_its_last_task_is_in(tmp_path: Path) -> No
     assert seen == [(False, []), (False, []), (True, one), (True, two)]
 
 
+@settings(max_examples=25)
 @given(st.permutations(range(9)), st.sets(st.integers(0, 8)), st.integers(1, 4))
 def test_an_actor_that_dies_costs_fewer_tasks_than_a_shard_has_in_whatever_order_they_finish(
     tmp_path_factory: pytest.TempPathFactory, order: Sequence[int], deaths: set[int], per_shard: int

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-DEADLINE_S = 420
+DEADLINE_S = 900
 CLI = ("-m", "pipeline.cli")
 
 

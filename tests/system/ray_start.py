@@ -20,7 +20,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 HEAD, WORKER = "127.0.0.2", "127.0.0.3"
 """Not 127.0.0.1, which Ray takes for the machine's outer address."""
-DEADLINE_S = 420
+DEADLINE_S = 900
 OPTIONS = ("--block", "--num-cpus", "1", "--object-store-memory", "100000000")
 
 

@@ -84,7 +84,7 @@ def test_no_request_at_all_is_a_fault_of_the_server(tmp_path: Path) -> None:
     options = [
         "--header=Authorization: Bearer secret",
         "--phases=examples,coverage,fuzzing",
-        "--max-examples=20",
+        "--max-examples=5",
         "--checks=not_a_server_error,status_code_conformance",
         "--seed=1",
         "--generation-database=none",

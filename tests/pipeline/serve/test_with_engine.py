@@ -198,6 +198,7 @@ def after(server: Running, served: dict[str, list[int]]) -> dict[str, list[int]]
     return served
 
 
+@pytest.mark.chaos
 def test_asked_and_evaluated_the_same_questions_have_the_same_token_ids(
     after: dict[str, list[int]], world: Path, questions: dict[str, str], config: Config, tmp_path: Path
 ) -> None:

@@ -179,40 +179,41 @@ def test_what_the_run_removes_goes_from_the_copy_and_files_that_do_not_change_li
 # ---------------------------------------------------------------- kills
 
 
+@pytest.mark.parametrize(
+    "uploads", [5, 15, *(pytest.param(n, marks=pytest.mark.chaos) for n in (0, 10, 20, 25))]
+)
 def test_a_run_killed_at_any_upload_is_restored_as_it_once_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uploads: int
 ) -> None:
     """Whatever was last written there: markers speak only of what is there too, and every file is one of the run's."""
-    real = Store.write
-    for number in range(0, 30, 5):
-        url, run = f"memory://killed-{number}", tmp_path / f"run-{number}"
-        left = number
+    url, run = f"memory://killed-{uploads}", tmp_path / "run"
+    real, left = Store.write, uploads
 
-        def write(self: Store, name: str, content: bytes) -> None:
-            nonlocal left
-            if not name.startswith("lease"):
-                left -= 1
-                if left < 0:
-                    raise StoreError("out of reach")
-            real(self, name, content)
+    def write(self: Store, name: str, content: bytes) -> None:
+        nonlocal left
+        if not name.startswith("lease"):
+            left -= 1
+            if left < 0:
+                raise StoreError("out of reach")
+        real(self, name, content)
 
-        with monkeypatch.context() as patched:
-            process = Process(run, url)
-            patched.setattr(Store, "write", write)
-            for t in range(2):
-                do_work(process.files, t)
-                checkpoint(process.files, t, "b")
-                time.sleep(0.1)
-            process.die()
-        again = tmp_path / f"again-{number}"
-        restored = Process(again, url)
-        assert contents(again).items() <= contents(run).items() | dict(restored_configuration(again)).items()
-        for marker in again.glob("iterations/*/sample.json"):
-            assert (marker.parent / "rollouts/000000.parquet").exists()
-        for marker in again.glob("iterations/*/searcher/learner/checkpoint.json"):
-            slot = json.loads(marker.read_text())["slot"]
-            assert (marker.parent / slot / "rank_0.pt").exists()
-        restored.end()
+    with monkeypatch.context() as patched:
+        process = Process(run, url)
+        patched.setattr(Store, "write", write)
+        for t in range(2):
+            do_work(process.files, t)
+            checkpoint(process.files, t, "b")
+            time.sleep(0.1)
+        process.die()
+    again = tmp_path / "again"
+    restored = Process(again, url)
+    assert contents(again).items() <= contents(run).items() | dict(restored_configuration(again)).items()
+    for marker in again.glob("iterations/*/sample.json"):
+        assert (marker.parent / "rollouts/000000.parquet").exists()
+    for marker in again.glob("iterations/*/searcher/learner/checkpoint.json"):
+        slot = json.loads(marker.read_text())["slot"]
+        assert (marker.parent / slot / "rank_0.pt").exists()
+    restored.end()
 
 
 def restored_configuration(run: Path) -> Iterator[tuple[str, bytes]]:
