@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos lint base-model bench gpu-check lock clean
+.PHONY: help setup demo test chaos lint base-model docs bench gpu-check lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -117,6 +117,10 @@ base-model: $(READY)  ## train models/tiny-searcher again, from scratch (ARGS=..
 
 gpu-check: $(READY)  ## check and measure everything that needs a GPU (ARGS="--only PART ..." for some of it, --list)
 	$(BIN)/python -m bench.gpu $(ARGS)
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(READY)  ## the pages of docs/ as a site in build/site; a link that leads nowhere is an error
+	$(BIN)/mkdocs build
 
 bench: $(READY)  ## measure what is fast, as ratios to the limit beside it
 	$(BIN)/python -m bench $(ARGS)

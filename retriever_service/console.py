@@ -28,6 +28,7 @@ from rich.progress import (
 from rich.text import Text
 from typer.core import TyperGroup
 
+from retriever_service.bars import Bars
 from retriever_service.choices import Method, StoreDtype, WeightsDtype
 from retriever_service.errors import RetrieverError
 from retriever_service.interrupts import Interrupted, interruptible
@@ -190,6 +191,6 @@ def progress(what: str, unit: str) -> Iterator[_Advance]:
         TimeRemainingColumn(),
     )
     start = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield _Advance(bar, bar.add_task(what, total=None))
+    with Bars(*columns, console=Console(stderr=True)) as bar:
+        yield _Advance(bar, bar.add_task(what, total=None, unit=unit))
     say(f"{what}: {time.perf_counter() - start:.1f} s")

@@ -28,6 +28,7 @@ from rich.progress import (
 from pipeline.core.progress import PROGRESS_FILE, ActorKind, Move, ProgressFile
 from pipeline.core.report import SCORES, Column, Outcome, in_order
 from pipeline.core.tables import narrow_table, number, selection_table, span, tests_table
+from retriever_service.bars import Bars
 
 logger = logging.getLogger(__name__)
 
@@ -120,14 +121,13 @@ class Display:
         start = time.perf_counter()
         if self._bars is None:
             counted = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
-            self._bars = Progress(
+            self._bars = Bars(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 *(_Counted(column) for column in counted),
                 TimeElapsedColumn(),
                 _Counted(TimeRemainingColumn()),
                 console=self.console,
-                transient=True,
             )
             self._bars.start()
         bars = self._bars

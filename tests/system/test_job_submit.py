@@ -41,7 +41,7 @@ def test_a_job_that_is_stopped_goes_on_when_it_is_submitted_again(
         *("rollout.workers=2", "rollout.samples=8", "rollout.concurrency=4", "rollout.questions_per_shard=1"),
         # An M-step that goes on for longer than `ray job stop` takes to begin.
         *("learner.batch_size=1", "learner.epochs=8", "learner.checkpoint_minutes=1e-9"),
-        "cold_start.questions=0",
+        *("cold_start.questions=0", "evaluation.baselines=false"),
     ]
     stopped = tmp_path / "stopped"
     sample = stopped / "iterations/0001/sample.json"
