@@ -21,7 +21,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from bench.measure import HEADER, Ratio, print_table
-from pipeline.core.svg import LINES, svg_figure
+from pipeline.core.figures import LINES, figure_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def draw_ratios(ratios: Sequence[Ratio], path: Path) -> None:
     """A line per ratio: median (hollow where its goal is missed), smallest to largest, and the goal, an upright bar."""
     bars = [Bar.of(ratio) for ratio in ratios]
     places = range(len(bars), 0, -1)
-    with svg_figure(path, 10.0, 1.2 + INCH_PER_ROW * len(bars)) as figure:
+    with figure_file(path, 10.0, 1.2 + INCH_PER_ROW * len(bars)) as figure:
         axes = figure.subplots()
         for place, bar in zip(places, bars, strict=True):
             axes.plot([bar.lowest, bar.highest], [place, place], color="black", linewidth=1.0)
@@ -104,7 +104,7 @@ class Point:
 
 def draw_growth(points: Sequence[Point], axis: str, path: Path) -> None:
     """Time and peak memory against size, both axes logarithmic; the grey line is what grows as the size does."""
-    with svg_figure(path, 10.0, 4.6) as figure:
+    with figure_file(path, 10.0, 4.6) as figure:
         time, memory = figure.subplots(1, 2, gridspec_kw={"wspace": 0.3})
         sizes = [point.size for point in points]
         _curves(time, sizes, [point.seconds for point in points])

@@ -52,6 +52,23 @@ def view(
 
 
 @app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories, one or several.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the figures.")] = Path("figures"),
+    form: Annotated[str, typer.Option("--format", help="svg, pdf or png.")] = "svg",
+    metric: Annotated[str, typer.Option("--metric", help="em, f1 or accuracy.")] = "em",
+) -> None:
+    """The figures of a paper: dev and test scores with intervals, by hops, searches, the E-step, time. Only reads.
+
+    Several runs are drawn into the same figures. Example: exsearch plot runs/demo runs/demo-uniform --format pdf
+    """
+    with quick_imports():
+        from pipeline.commands.plot import plot as write_plots
+
+    write_plots(runs, out, form, metric, new_display())
+
+
+@app.command()
 def evaluate(
     config: ConfigFile = None,
     run: Annotated[

@@ -21,11 +21,11 @@ from pipeline.core.experiments.planned import PlannedRun, plan_runs
 from pipeline.core.experiments.results import read_results
 from pipeline.core.experiments.spec import Experiment, find_experiment, read_experiment, world_folder
 from pipeline.core.experiments.tables import make_table
+from pipeline.core.figures import require_matplotlib
 from pipeline.core.packages import has_gpu_packages
 from pipeline.core.plan.machine import this_machine
 from pipeline.core.preflight import check_models
 from pipeline.core.retrieval import prepare_index
-from pipeline.core.svg import require_matplotlib
 
 EXPERIMENTS = CONFIGS / "experiments"
 WORLD_SEED = 0

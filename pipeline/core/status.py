@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -34,6 +34,15 @@ def status_of(run: str) -> Json:
     with tempfile.TemporaryDirectory() as folder:
         alive = fetch_small_files(run, Path(folder))
         return {**run_status(Path(folder), alive=alive), "run": run}
+
+
+def distinct_names(runs: Sequence[Path]) -> list[str]:
+    """The name of each directory, with as many of those above as tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in runs) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in runs]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({number})" for number, path in enumerate(runs, start=1)]
 
 
 def run_status(path: Path, *, alive: bool | None = None) -> Json:

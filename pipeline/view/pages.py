@@ -19,7 +19,7 @@ import yaml
 
 from pipeline.core.errors import UserError
 from pipeline.core.run import Json, RunFiles, finite, read_json
-from pipeline.core.status import run_status
+from pipeline.core.status import distinct_names, run_status
 from pipeline.view.details import PER_PAGE, details_of
 from pipeline.view.questions import Asked
 from pipeline.view.rows import ids_of, rows_of
@@ -94,12 +94,7 @@ class Pages:
 
     @cached_property
     def _names(self) -> list[str]:
-        """Of the directories; with as many of those above as tell them apart."""
-        for depth in range(1, max(len(path.parts) for path in self.paths) + 1):
-            names = ["/".join(path.parts[-depth:]) for path in self.paths]
-            if len(set(names)) == len(names):
-                return names
-        return [f"{path} ({number})" for number, path in enumerate(self.paths, start=1)]
+        return distinct_names(self.paths)
 
     def page(self, name: str) -> Json:
         """The content of a page, ready for JSON.

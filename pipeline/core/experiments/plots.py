@@ -1,6 +1,6 @@
 """The plots of an experiment, as SVG.
 
-The same results give the same bytes (`core.svg`), and everything is told by shape and place, not by colour.
+The same results give the same bytes (`core.figures`), and everything is told by shape and place, not by colour.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from pipeline.core.experiments.results import ArmResult, Results
 from pipeline.core.experiments.spec import PlotName
 from pipeline.core.experiments.tables import NAMES, CurvePoint, curve, score_estimate
+from pipeline.core.figures import LINES, figure_file
 from pipeline.core.scoring.comparisons import Estimate
-from pipeline.core.svg import LINES, svg_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ def _draw_test(results: Results, path: Path) -> bool:
     if not found:
         return False
     places = range(len(found), 0, -1)
-    with svg_figure(path, 8.0, 1.0 + INCH_PER_ROW * len(found)) as figure:
+    with figure_file(path, 8.0, 1.0 + INCH_PER_ROW * len(found)) as figure:
         axes = figure.subplots()
         for place, (arm, estimate) in zip(places, found, strict=True):
             axes.plot([100 * estimate.low, 100 * estimate.high], [place, place], color="black", linewidth=1.0)
@@ -57,7 +57,7 @@ def _draw_parameter(results: Results, path: Path) -> bool:
     values = [arm.arm.values[0] for arm, _ in found]
     are_numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     places = values if are_numbers else list(range(len(values)))
-    with svg_figure(path, 6.0, 4.0) as figure:
+    with figure_file(path, 6.0, 4.0) as figure:
         axes = figure.subplots()
         means = [100 * estimate.mean for _, estimate in found]
         axes.vlines(
@@ -92,7 +92,7 @@ def _draw_curves(
     curves = {found.arm.name: points for found in results.arms if (points := curve(found))}
     if not curves:
         return False
-    with svg_figure(path, 7.0, 4.4) as figure:
+    with figure_file(path, 7.0, 4.4) as figure:
         axes: Axes = figure.subplots()
         for number, (name, points) in enumerate(curves.items()):
             marker, style = LINES[number % len(LINES)]

@@ -1,4 +1,4 @@
-"""Figures as SVG: the same figures give the same bytes (no date, no random ids, text as text). Needs matplotlib."""
+"""Figures as files: the same figures give the same bytes (no date, no random ids, text as text). Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from pipeline.core.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+OF_NO_DATE: dict[str, dict[str, None]] = {
+    ".svg": {"Date": None, "Creator": None},
+    ".pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    ".png": {"Software": None},
+}
+"""The forms that a figure may have, by the ends of their names, and what is kept out of each."""
 LINES = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"))
 """Marker and style of the curves of a panel, in their order: told apart without colour."""
 
@@ -27,18 +33,18 @@ def require_matplotlib(otherwise: str) -> None:
     """
     if find_spec("matplotlib") is None:
         raise UserError(
-            f"plots need matplotlib, which is not installed: pip install matplotlib, or {otherwise}"
+            f"plots need matplotlib, which is not installed: pip install 'exsearch[plots]', or {otherwise}"
         )
 
 
 @contextmanager
-def svg_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """In inches; written when the block ends."""
+def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """In inches; written when the block ends, in the form that the end of its name says (`OF_NO_DATE`)."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.hashsalt": "exsearch", "svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.hashsalt": "exsearch", "svg.fonttype": "none", "pdf.fonttype": 42}):
         figure = Figure(figsize=(width, height))
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
+        figure.savefig(path, bbox_inches="tight", metadata=OF_NO_DATE[path.suffix], dpi=200)

@@ -1,0 +1,37 @@
+"""`exsearch plot`: the figures of a paper from the reports of runs. Only reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.core.display import Display
+from pipeline.core.errors import UserError
+from pipeline.core.figures import OF_NO_DATE, require_matplotlib
+from pipeline.core.run import read_json
+from pipeline.core.run_plots import METRICS, PLOTS, Reported, draw
+from pipeline.core.status import distinct_names, run_status
+
+FORMS = tuple(suffix[1:] for suffix in OF_NO_DATE)
+
+
+def plot(runs: Sequence[Path], out: Path, form: str, metric: str, display: Display) -> None:
+    """Write every figure for which the runs have something.
+
+    Raises:
+        UserError: a directory holds no run, or none with a report; form or metric are unknown; matplotlib is missing.
+    """
+    for what, value, known in (("--format", form, FORMS), ("--metric", metric, tuple(METRICS))):
+        if value not in known:
+            raise UserError(f"{what} {value}: there are {', '.join(known)}")
+    require_matplotlib("look at the runs with exsearch view")
+    reported = []
+    for run, name in zip(runs, distinct_names([run.resolve() for run in runs]), strict=True):
+        run_status(run)  # refuses what is no run
+        if (report := read_json(run / "report.json")) is None:
+            raise UserError(f"{run} has no report yet; it is there after the first evaluation")
+        reported.append(Reported(name, report))
+    for name in PLOTS:
+        path = out / f"{name}.{form}"
+        drawn = draw(name, reported, metric, path)
+        display.line(str(path) if drawn else f"{name}: nothing to draw, for no run has these figures")
