@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, entry_points, requires
@@ -32,6 +35,84 @@ def locked_versions(device: str) -> dict[str, str]:
     lines = (ROOT / "requirements" / f"{device}.txt").read_text().splitlines()
     pins = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): version for name, version in pins}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Programs of an environment into which the wheel was installed. What it needs is that of this environment."""
+    at = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, at)
+    for name in ("actors", "pipeline", "retriever_service", "configs", "models/tiny-searcher"):
+        shutil.copytree(ROOT / name, at / name)
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", cwd=at)
+    run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=at)
+    site = at / f"env/lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    # A path within a .pth file, so that .pth files there, such as that of this checkout, are not read.
+    (site / "needed.pth").write_text(sysconfig.get_path("purelib"), encoding="utf-8")
+    (wheel,) = (at / "dist").glob("*.whl")
+    run(
+        "env/bin/python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--ignore-installed",
+        str(wheel),
+        cwd=at,
+    )
+    return at / "env/bin"
+
+
+def run(*words: str | Path, cwd: Path) -> str:
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.component
+def test_a_wheel_brings_all_that_the_program_comes_with(installed: Path, tmp_path: Path) -> None:
+    home = run(
+        installed / "python", "-c", "from pipeline.core.shipped import HOME; print(HOME)", cwd=tmp_path
+    )
+    assert home.strip() == str(next(installed.parent.glob("lib/*/site-packages/pipeline/shipped")))
+    for folder in ("configs", "models/tiny-searcher"):
+        ours, theirs = (files_below(at / folder) for at in (ROOT, Path(home.strip())))
+        assert theirs == ours
+    assert run(installed / "exsearch", "--version", cwd=tmp_path).strip() == f"exsearch {PROJECT['version']}"
+    said = run(installed / "exsearch", "experiment", "weightings", "--dry-run", cwd=tmp_path)
+    assert "weightings: 15 runs" in said
+    config = Path(home.strip()) / "configs/real-cpu.yaml"
+    assert "cold_start:" in run(installed / "exsearch", "config", "--config", config, cwd=tmp_path)
+    for package in ("serve", "view"):
+        static = next(installed.parent.glob(f"lib/*/site-packages/pipeline/{package}/static"))
+        assert files_below(static) == files_below(ROOT / "pipeline" / package / "static")
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("exsearch experiment wei", ["weightings"]),
+        ("exsearch train em.it", ["em.iterations="]),
+        ("exsearch exp", ["experiment", "export"]),
+    ],
+)
+def test_a_shell_completes_commands_experiments_and_keys(typed: str, completed: list[str]) -> None:
+    words = {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    done = subprocess.run(
+        [Path(sys.executable).with_name("exsearch")],
+        env={**os.environ, "_EXSEARCH_COMPLETE": "complete_bash", **words},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == completed
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])

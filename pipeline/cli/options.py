@@ -26,7 +26,6 @@ app = typer.Typer(
     cls=_Commands,
     help="Train a language model to search, from question-answer pairs alone, by generalised EM.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(index_app, name="index")
@@ -41,8 +40,19 @@ ConfigFile = Annotated[
         "--config", "-c", help="YAML file; see configs/ and docs/. Several: later ones win, key by key."
     ),
 ]
+
+
+def _keys(incomplete: str) -> list[str]:
+    """Of the configuration, for a shell to complete."""
+    from pipeline.core.config import Config
+    from pipeline.core.config.loading import all_keys
+
+    return [f"{key}=" for key in sorted(all_keys(Config)) if key.startswith(incomplete)]
+
+
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.")
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.", autocompletion=_keys),
 ]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run directory. Resumes what it holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]

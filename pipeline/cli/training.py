@@ -91,10 +91,23 @@ def demo(
     run_demo(run, overrides or [], display)
 
 
+def _experiments(incomplete: str) -> list[str]:
+    """Those that are shipped, for a shell to complete."""
+    from pipeline.core.shipped import CONFIGS
+
+    names = sorted(path.stem for path in (CONFIGS / "experiments").glob("*.yaml"))
+    return [name for name in names if name.startswith(incomplete)]
+
+
 @app.command()
 def experiment(
     which: Annotated[
-        str, typer.Argument(metavar="NAME|FILE", help="A shipped one (configs/experiments), or a file.")
+        str,
+        typer.Argument(
+            metavar="NAME|FILE",
+            help="A shipped one (configs/experiments), or a file.",
+            autocompletion=_experiments,
+        ),
     ],
     overrides: Overrides = None,
     out: Annotated[

@@ -19,11 +19,8 @@ from pipeline.core.config.loading import load_config
 from pipeline.core.data.world.writer import write_world
 from pipeline.core.display import Display
 from pipeline.core.run import Json, check_directory
+from pipeline.core.shipped import CONFIGS, TINY_SEARCHER
 from pipeline.em import train
-
-HOME = Path(__file__).resolve().parents[2]
-"""The checkout: configs/ and models/ are found from any working directory."""
-CONFIGS = HOME / "configs"
 
 MAX_ENGINES_AND_RANKS = 2
 """More do not make so small a run faster."""
@@ -75,7 +72,7 @@ def world_settings(world: Path, devices: int) -> dict[str, object]:
     size = min(devices, MAX_ENGINES_AND_RANKS)
     return {
         "data.root": str(world),
-        "model.path": str(HOME / "models" / "tiny-searcher"),
+        "model.path": str(TINY_SEARCHER),
         "rollout.workers": size,
         "learner.num_ranks": size,
     }

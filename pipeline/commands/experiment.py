@@ -9,7 +9,7 @@ from pathlib import Path
 
 from actors.planning import check_memory
 from pipeline import methods
-from pipeline.commands.demo import CONFIGS, make_world, world_settings
+from pipeline.commands.demo import make_world, world_settings
 from pipeline.commands.experiment_plan import print_plan
 from pipeline.commands.experiment_run import run_in_process
 from pipeline.core.data.splits import load_splits
@@ -26,6 +26,7 @@ from pipeline.core.packages import has_gpu_packages
 from pipeline.core.plan.machine import this_machine
 from pipeline.core.preflight import check_models
 from pipeline.core.retrieval import prepare_index
+from pipeline.core.shipped import CONFIGS
 
 EXPERIMENTS = CONFIGS / "experiments"
 WORLD_SEED = 0

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.core.config.task import SHIPPED_MODEL
 from pipeline.core.errors import UserError
+from pipeline.core.shipped import TINY_SEARCHER
 from retriever_service import files
 from retriever_service.errors import RetrieverError
 from retriever_service.imports import quick_imports
@@ -31,8 +32,8 @@ def check_model(path: str) -> None:
             raise UserError(f"model.path: {path} does not exist; there is {directory.with_name(near[0])}")
         if path == SHIPPED_MODEL:
             raise UserError(
-                f"model.path: {path} does not exist here; it is in the checkout of the program: run there, or give the "
-                "whole path, or another model"
+                f"model.path: {path} does not exist here; the program's own is {TINY_SEARCHER}: give that path, or "
+                "another model"
             )
         if path.startswith((".", "/", "~")) or path.count("/") != 1:
             raise UserError(f"model.path: {path} does not exist; give a model directory or a hub name")

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from pipeline.core.config import EXSEARCH, Config
 from pipeline.core.config.section import as_method
 from pipeline.core.errors import UserError
+from pipeline.core.shipped import CONFIGS, HOME
 
 RENAMED = {
     "warmup": "cold_start",
@@ -92,7 +93,9 @@ def read_tree(path: Path) -> dict[str, Any]:
         UserError: there is none, or it holds something else.
     """
     if not path.is_file():
-        raise UserError(f"no configuration file {path}; the shipped ones are in configs/")
+        shipped = HOME / path
+        where = f"there is {shipped}" if shipped.is_file() else f"the shipped ones are in {CONFIGS}"
+        raise UserError(f"no configuration file {path}; {where}")
     if (size := path.stat().st_size) > _MAX_BYTES:
         raise UserError(f"{path} has {size:,} bytes: that is no configuration")
     try:

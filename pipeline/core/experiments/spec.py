@@ -18,6 +18,7 @@ from pipeline.core.config.loading import read_tree
 from pipeline.core.data.world.spec import Size
 from pipeline.core.errors import UserError
 from pipeline.core.run import flatten
+from pipeline.core.shipped import CONFIGS
 
 Metric = Literal["em", "f1", "accuracy"]
 TableName = Literal["test", "hops", "types", "searches", "iterations", "cost"]
@@ -145,7 +146,7 @@ def read_experiment(path: Path) -> Experiment:
         UserError: no such file, or it does not say an experiment.
     """
     if not path.is_file():
-        raise UserError(f"no experiment file {path}; the shipped ones are in configs/experiments/")
+        raise UserError(f"no experiment file {path}; the shipped ones are in {CONFIGS / 'experiments'}")
     tree = read_tree(path)
     for key in tree.keys() - Spec.model_fields.keys():
         raise UserError(f"{path}: unknown key {key}{_suggestion(str(key), Spec.model_fields)}")

@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 from pipeline import methods
-from pipeline.commands.demo import CONFIGS, world_settings
+from pipeline.commands.demo import world_settings
 from pipeline.commands.experiment import EXPERIMENTS
 from pipeline.core.experiments.planned import PlannedRun, plan_runs
 from pipeline.core.experiments.spec import Spec, read_experiment
+from pipeline.core.shipped import CONFIGS
 from tests.pipeline.commands_support import contents, question
 from tests.pipeline.experiments_support import finish
 from tests.retriever_service.support import write_jsonl
