@@ -49,8 +49,8 @@ def serve(
         RunError: the engine does not start, or was lost and cannot be started again.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for library in ("httpx", "mcp"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    for told_elsewhere in ("httpx", "mcp", "pipeline.core.display"):  # the latter prints its lines itself
+        logging.getLogger(told_elsewhere).setLevel(logging.WARNING)
     following = None if follow is None else Following(follow)
     snapshot = _start(model, following)
     check_models([snapshot.model])
