@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.chaos]
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny-searcher"
 
 
@@ -46,7 +46,6 @@ def test_a_program_gets_one_json_object(question: str, answer: dict[str, Any]) -
     assert answer["steps"] and all(len(step["hits"]) <= 1 for step in answer["steps"])
 
 
-@pytest.mark.chaos
 def test_a_person_gets_the_same_trajectory_step_by_step(
     question: str, index: Path, answer: dict[str, Any]
 ) -> None:
@@ -58,7 +57,6 @@ def test_a_person_gets_the_same_trajectory_step_by_step(
     assert lines[-1] == f" answer  {answer['answer']}"
 
 
-@pytest.mark.chaos
 def test_questions_that_are_typed_one_after_the_other_get_the_answers_of_a_file_of_them(
     question: str, index: Path, answer: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -19,7 +19,7 @@ from retriever_service.search.engine import SearchEngine
 from tests.system.conftest import SEARCHER, overrides
 from tests.system.processes import finish
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.chaos, pytest.mark.timeout(900)]
 
 POISONED = 20
 """Which of the different queries, in the order in which they come."""
