@@ -114,7 +114,7 @@ class AnsweringAgent:
         self._config = config
         self._searched = searched
         self._replica: IndexReplica | None = None
-        self._engine = VllmEngine(_engine_options(config, snapshot.model))
+        self._engine = VllmEngine(engine_options_of(config, snapshot.model))
 
     @property
     def version(self) -> int:
@@ -225,7 +225,7 @@ class AnsweringAgent:
             self._replica.close()
 
 
-def _engine_options(config: Config, model: str) -> EngineOptions:
+def engine_options_of(config: Config, model: str) -> EngineOptions:
     """As an engine of a run has them that shares its machine with nothing but a retriever."""
     on_cpu = not has_gpu_packages()
     memory = config.rollout.gpu_memory_utilization or GPU_MEMORY_UTILIZATION

@@ -30,6 +30,7 @@ BENCHMARKS = (
     "start",
     "dispatch",
     "scale",
+    "serving",
 )
 """Modules of `bench`."""
 
