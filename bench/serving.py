@@ -24,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import httpx
 import openai
@@ -153,8 +152,10 @@ def served(config: Config, index: Path, conversations: int) -> Iterator[str]:
         f"model.max_length={config.model.max_length}",
         *(f"agent.{key}={agent[key]}" for key in OF_AN_AGENT),
     ]
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen([*command, *settings], stderr=said, text=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        said = Path(scratch) / "said"
+        with said.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen([*command, *settings], stderr=file)
         try:
             yield _address(process, said)
         finally:
@@ -162,13 +163,12 @@ def served(config: Config, index: Path, conversations: int) -> Iterator[str]:
             process.wait()
 
 
-def _address(process: subprocess.Popen[str], said: IO[str]) -> str:
+def _address(process: subprocess.Popen[bytes], said: Path) -> str:
     deadline, url = time.monotonic() + READY_S, ""
     while not url or httpx.get(f"{url}/readyz").status_code != 200:
         assert time.monotonic() < deadline and process.poll() is None, "the server was not ready in time"
         time.sleep(0.5)
-        said.seek(0)
-        if found := re.search(r"serving .* at (http://\S+)", said.read()):
+        if found := re.search(r"serving .* at (http://\S+)", said.read_text(encoding="utf-8")):
             url = found[1]
     return url
 
