@@ -21,7 +21,7 @@ from pipeline.core.experiments.numbers import settings_of
 from pipeline.core.experiments.planned import PlannedRun
 from pipeline.core.experiments.spec import Experiment
 from pipeline.core.plan.assumptions import Assumptions
-from pipeline.core.plan.observed import SPLITS
+from pipeline.core.plan.observed import QUESTIONS_OF
 from pipeline.core.plan.run_plan import RunPlan
 from pipeline.core.plan.shape import UnknownShape
 from pipeline.core.status import seconds_of
@@ -110,9 +110,9 @@ def _plan(config: Config, world: Size | None, stand_in: Path) -> RunPlan:
     if not stand_in.exists():
         write_world(stand_in, seed=0, size="small")
     spec = WorldSpec.of_size(0, world)
-    limits = {split: getattr(config.data, f"{split}_limit") for split in SPLITS}
-    numbers = {split: spec.num_questions(split) for split in SPLITS}
-    counted = {key: min(numbers[split], limits[split] or numbers[split]) for split, key in SPLITS.items()}
+    limits = {split: getattr(config.data, f"{split}_limit") for split in QUESTIONS_OF}
+    numbers = {split: spec.num_questions(split) for split in QUESTIONS_OF}
+    counted = {key: min(numbers[split], limits[split] or numbers[split]) for split, key in QUESTIONS_OF.items()}
     data = config.data.model_copy(update={"root": str(stand_in)})
     return make_plan(config.model_copy(update={"data": data}), None, Assumptions.model_validate(counted))
 

@@ -23,14 +23,14 @@ logger = logging.getLogger(__name__)
 
 SAMPLE = 200
 """Questions and passages whose tokens are counted."""
-SPLITS: dict[Split, str] = {"train": "questions", "dev": "dev_questions", "test": "test_questions"}
+QUESTIONS_OF: dict[Split, str] = {"train": "questions", "dev": "dev_questions", "test": "test_questions"}
 """The assumption of each split."""
 
 
 def observe(config: Config, assumptions: Assumptions) -> Assumptions:
     """Assumptions that were left open, as the data says. What cannot be read stays open, and it is logged which."""
     found: dict[str, float] = {}
-    for split, key in SPLITS.items():
+    for split, key in QUESTIONS_OF.items():
         if split != "train" and getattr(assumptions, key) is not None:
             continue
         questions = _questions(config, split)
