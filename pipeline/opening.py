@@ -1,4 +1,4 @@
-"""Opening a run: everything is checked, then everything is up."""
+"""Opening a run: everything is checked before anything is up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def open_run(
     config: Config, path: Path, display: Display, splits: Splits, policies: Sequence[PolicySpec]
 ) -> Iterator[Run]:
-    """Everything up: engines start with the newest version of each policy that the run has.
+    """Everything is checked and Ray is up; engines and retriever start with the first step that is left.
 
     Raises:
         UserError: bad input, before anything expensive.
@@ -81,7 +81,7 @@ def open_run(
         )
         look_at_data(files.path, config, splits, searched, display)
         run = Run(config, files, splits, searched, tracker, display, policies)
-        with run.start_cluster(), run:
+        with run:
             yield run
 
 

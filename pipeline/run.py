@@ -9,8 +9,9 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +65,35 @@ class Run(Steps):
         self._frozen: dict[str, Snapshot] = {}
         self._whole: set[Path] = set()
         """Models that this process has exported, or has read through."""
+        self._closing = ExitStack()
 
-    def start_cluster(self) -> Cluster:
-        """Engines start with the newest version of each policy, which spares a resumed run one load."""
+    @cached_property
+    def cluster(self) -> Cluster:
+        """Up as soon as a step begins: a run of which no step is left starts none, and only tells what it found.
+
+        Engines start with the newest version of each policy, which spares a resumed run one load.
+        """
         newest = {name: self._newest_model(name) for name in self._specs}
         with self.display.status("starting the retriever and the vLLM engines"):
-            self.cluster = Cluster(
-                list(self._specs.values()),
-                self.config.cluster,
-                self.config.retriever,
-                self.searched,
-                serving=newest,
-                status=self.display.status,
-                observer=Observer(self.files.path, self.display.restarted),
+            return self._closing.enter_context(
+                Cluster(
+                    list(self._specs.values()),
+                    self.config.cluster,
+                    self.config.retriever,
+                    self.searched,
+                    serving=newest,
+                    status=self.display.status,
+                    observer=Observer(self.files.path, self.display.restarted),
+                )
             )
-        return self.cluster
+
+    def _begins(self, step: str) -> None:
+        _ = self.cluster  # before the step's time begins
+        super()._begins(step)
+
+    def __exit__(self, *exception: object) -> None:
+        with self._closing:
+            super().__exit__(*exception)
 
     # ---------------------------------------------------------------- policies and paths
 

@@ -112,7 +112,9 @@ def _plan(config: Config, world: Size | None, stand_in: Path) -> RunPlan:
     spec = WorldSpec.of_size(0, world)
     limits = {split: getattr(config.data, f"{split}_limit") for split in QUESTIONS_OF}
     numbers = {split: spec.num_questions(split) for split in QUESTIONS_OF}
-    counted = {key: min(numbers[split], limits[split] or numbers[split]) for split, key in QUESTIONS_OF.items()}
+    counted = {
+        key: min(numbers[split], limits[split] or numbers[split]) for split, key in QUESTIONS_OF.items()
+    }
     data = config.data.model_copy(update={"root": str(stand_in)})
     return make_plan(config.model_copy(update={"data": data}), None, Assumptions.model_validate(counted))
 
