@@ -1,4 +1,4 @@
-"""Run all benchmarks, or those named: `python -m bench [NAME ...] [--smoke] [--json FILE] [--plot SVG]`.
+"""Run all benchmarks, or those named: `python -m bench [NAME ...] [--smoke] [--json FILE] [--plot FILE]`.
 
 Each is a ratio of two figures of one run, the second of which is a limit or a peer. With `--smoke` every one runs once,
 at a small size: it shows that they work, and its figures say little.
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from bench.measure import HEADER, Brevity, Ratio, circumstances, in_its_own_process, print_table, write_ratios
 from bench.plots import draw_ratios
+from pipeline.core.figures import OF_NO_DATE
 
 BENCHMARKS = (
     "estep",
@@ -45,8 +46,10 @@ def main() -> int:
     )
     parser.add_argument("--smoke", action="store_true", help="once, at a small size")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every run's figures there")
-    parser.add_argument("--plot", type=Path, metavar="SVG", help="also draw the table there")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the table there")
     arguments = parser.parse_args()
+    if arguments.plot is not None and arguments.plot.suffix.lower() not in OF_NO_DATE:
+        parser.error(f"--plot {arguments.plot}: its name must end in {', '.join(OF_NO_DATE)}")
     names = arguments.names or BENCHMARKS
     if unknown := [name for name in names if name not in BENCHMARKS]:
         parser.error(f"unknown benchmark {unknown[0]}; there are {', '.join(BENCHMARKS)}")

@@ -40,6 +40,7 @@ from pipeline.core.agents.search import SEARCHER
 from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import Config
 from pipeline.core.data.world.writer import write_world
+from pipeline.core.errors import UserError
 from pipeline.core.records import Question
 from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
@@ -165,12 +166,19 @@ def served(config: Config, index: Path, conversations: int) -> Iterator[str]:
 
 def _address(process: subprocess.Popen[bytes], said: Path) -> str:
     deadline, url = time.monotonic() + READY_S, ""
-    while not url or httpx.get(f"{url}/readyz").status_code != 200:
+    while not url or not _is_ready(url):
         assert time.monotonic() < deadline and process.poll() is None, "the server was not ready in time"
         time.sleep(0.5)
         if found := re.search(r"serving .* at (http://\S+)", said.read_text(encoding="utf-8")):
             url = found[1]
     return url
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 async def rounds(
@@ -190,7 +198,7 @@ async def rounds(
 
 
 def measure(model: Path, conversations: int, questions: int, runs: int) -> list[tuple[Round, Round]]:
-    """On the demo's world."""
+    """On the demo's world, on cores."""
     os.environ.update(actor_environment(on_gpu=False))
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
     with tempfile.TemporaryDirectory() as scratch:
@@ -200,6 +208,10 @@ def measure(model: Path, conversations: int, questions: int, runs: int) -> list[
         rows = (world / "train.jsonl").read_text(encoding="utf-8").splitlines()
         config = demo_config(world, [f"model.path={model}", f"rollout.concurrency={conversations}"])
         texts = [json.loads(row)["question"] for row in rows]
+        if (needed := questions * (runs + 1)) > len(texts):
+            raise UserError(
+                f"{runs} rounds and one before them need {needed} questions; there are {len(texts)}"
+            )
         return asyncio.run(rounds(config, index, texts, conversations, questions, runs))
 
 

@@ -1,4 +1,4 @@
-"""Opening a run: everything is checked before anything is up."""
+"""Opening a run: everything is checked before engines start."""
 
 from __future__ import annotations
 

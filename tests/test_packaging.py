@@ -99,7 +99,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
     ("typed", "completed"),
     [
         ("exsearch experiment wei", ["weightings"]),
-        ("exsearch train em.it", ["em.iterations="]),
+        ("exsearch train em.it", ["em.iterations=5"]),
         ("exsearch exp", ["experiment", "export"]),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,11 +44,13 @@ ConfigFile = Annotated[
 
 
 def _keys(incomplete: str) -> list[str]:
-    """Of the configuration, for a shell to complete."""
+    """Of the configuration with their defaults, for a shell to complete: what it puts there is whole."""
     from pipeline.core.config import Config
-    from pipeline.core.config.loading import all_keys
+    from pipeline.core.run import flatten
 
-    return [f"{key}=" for key in sorted(all_keys(Config)) if key.startswith(incomplete)]
+    defaults = flatten(Config().model_dump(mode="json"))
+    words = {key: value if isinstance(value, str) else json.dumps(value) for key, value in defaults.items()}
+    return [f"{key}={word}" for key, word in sorted(words.items()) if key.startswith(incomplete)]
 
 
 Overrides = Annotated[

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.core.config import EXSEARCH
+from pipeline.core.config.loading import read_tree
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.figures import OF_NO_DATE, require_matplotlib
@@ -27,10 +29,11 @@ def plot(runs: Sequence[Path], out: Path, form: str, metric: str, display: Displ
     require_matplotlib("look at the runs with exsearch view")
     reported = []
     for run, name in zip(runs, distinct_names([run.resolve() for run in runs]), strict=True):
-        run_status(run)  # refuses what is no run
+        recipe = run_status(run)["recipe"]  # refuses what is no run
+        section = read_tree(run / "config.yaml").get("em" if recipe == EXSEARCH else recipe) or {}
         if (report := read_json(run / "report.json")) is None:
             raise UserError(f"{run} has no report yet; it is there after the first evaluation")
-        reported.append(Reported(name, report))
+        reported.append(Reported(name, report, behind=2 if section.get("asynchronous") else 1))
     for name in PLOTS:
         path = out / f"{name}.{form}"
         drawn = draw(name, reported, metric, path)

@@ -47,4 +47,4 @@ def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure = Figure(figsize=(width, height))
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, bbox_inches="tight", metadata=OF_NO_DATE[path.suffix], dpi=200)
+        figure.savefig(path, bbox_inches="tight", metadata=OF_NO_DATE[path.suffix.lower()], dpi=200)

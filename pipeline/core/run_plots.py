@@ -13,26 +13,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.core.figures import LINES, figure_file
+from pipeline.core.report import in_order
 from pipeline.core.run import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 METRICS = {"em": "EM", "f1": "F1", "accuracy": "accuracy"}
-TESTS = ("base", "no_search", "one_search", "cold_start")
-"""Models of a test in their order; others stand behind them."""
+TESTS = ("base", "no_search", "one_search", "cold_start", "start", "best")
+"""Models of a test in their order, of all recipes."""
 PHASES = {"expectation": "", "maximisation": "///", "evaluation": "..."}
 """And how each is hatched."""
 GREYS = ("0.85", "0.7", "1.0")
 INCH_PER_ROW = 0.36
+BAR = 0.27
+"""Height of one of three bars of an iteration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reported:
-    """A run's report, and the name under which it is shown."""
+    """A run's report, and the name under which it is shown.
+
+    Attributes:
+        behind: how many iterations before its own the model was made that an E-step samples; 2 with `asynchronous`.
+    """
 
     name: str
     report: Json
+    behind: int = 1
 
     def rows(self) -> list[Json]:
         """The iterations, with what the run began with as iteration 0."""
@@ -95,7 +103,7 @@ def _test(runs: Sequence[Reported], metric: str, path: Path) -> bool:
     rows = [
         (f"{run.name}: {name}" if len(runs) > 1 else name, scores)
         for run in runs
-        for name, scores in sorted(run.report.get("test", {}).items(), key=_place)
+        for name, scores in _tests(run)
         if scores.get(metric) is not None
     ]
     if not rows:
@@ -104,7 +112,8 @@ def _test(runs: Sequence[Reported], metric: str, path: Path) -> bool:
     with figure_file(path, 6.0, 0.9 + INCH_PER_ROW * len(rows)) as figure:
         axes = figure.subplots()
         for place, (_, scores) in zip(places, rows, strict=True):
-            axes.plot(scores[f"{metric}_interval"], [place, place], color="black", linewidth=1.0)
+            if interval := scores.get(f"{metric}_interval"):
+                axes.plot(interval, [place, place], color="black", linewidth=1.0)
             axes.plot(scores[metric], place, marker="o", color="black", linestyle="none")
         axes.set_yticks(list(places), [name.replace("_", " ") for name, _ in rows])
         axes.set_ylim(0.4, len(rows) + 0.6)
@@ -112,26 +121,28 @@ def _test(runs: Sequence[Reported], metric: str, path: Path) -> bool:
     return True
 
 
-def _place(item: tuple[str, Any]) -> int:
-    return TESTS.index(item[0]) if item[0] in TESTS else len(TESTS)
+def _tests(run: Reported) -> Iterator[tuple[str, Json]]:
+    tests = run.report.get("test", {})
+    return ((name, tests[name]) for name in in_order(tests, TESTS))
 
 
 # ---------------------------------------------------------------- E-step, time
 
 
 def _e_step(runs: Sequence[Reported], metric: str, path: Path) -> bool:
-    """Of the model that was sampled: that of the iteration before."""
+    """Of the model that was sampled."""
 
     def curves(key: str, stderr: str | None = None) -> dict[str, list[Value]]:
         found = {}
         for run in runs:
             sampled = [
-                (row["iteration"] - 1, row.get("train") or row.get("sample") or {}) for row in run.rows()
+                (max(0, row["iteration"] - run.behind), row.get("train") or row.get("sample") or {})
+                for row in run.rows()
             ]
             found[run.name] = [
                 Value(t, s[key], *_spread(s[key], s.get(stderr)))
                 for t, s in sampled
-                if t >= 0 and _is_number(s.get(key))
+                if _is_number(s.get(key))
             ]
         return found
 
@@ -146,7 +157,7 @@ def _e_step(runs: Sequence[Reported], metric: str, path: Path) -> bool:
 
 
 def _time(runs: Sequence[Reported], metric: str, path: Path) -> bool:
-    """A bar per iteration: the phases one on another."""
+    """A bar per phase of an iteration. They may overlap, so that their sum says nothing."""
     rows = [
         (f"{run.name}: {row['iteration']}" if len(runs) > 1 else str(row["iteration"]), row["phase_seconds"])
         for run in runs
@@ -156,18 +167,15 @@ def _time(runs: Sequence[Reported], metric: str, path: Path) -> bool:
     if not rows:
         return False
     places = range(len(rows), 0, -1)
-    with figure_file(path, 6.0, 1.2 + INCH_PER_ROW * len(rows)) as figure:
+    with figure_file(path, 6.0, 1.2 + 2 * INCH_PER_ROW * len(rows)) as figure:
         axes = figure.subplots()
-        begun = [0.0] * len(rows)
-        for (phase, hatch), grey in zip(PHASES.items(), GREYS, strict=True):
+        for number, ((phase, hatch), grey) in enumerate(zip(PHASES.items(), GREYS, strict=True)):
             minutes = [seconds.get(phase, 0.0) / 60 for _, seconds in rows]
-            axes.barh(
-                list(places), minutes, left=begun, color=grey, hatch=hatch, edgecolor="black", label=phase
-            )
-            begun = [b + m for b, m in zip(begun, minutes, strict=True)]
+            at = [place + BAR * (1 - number) for place in places]
+            axes.barh(at, minutes, BAR, color=grey, hatch=hatch, edgecolor="black", label=phase)
         axes.set_yticks(list(places), [name for name, _ in rows])
         axes.set_ylabel("iteration")
-        axes.set_xlabel("minutes")
+        axes.set_xlabel("minutes; phases may overlap")
         axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     return True
 

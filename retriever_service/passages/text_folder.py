@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[\u3002\uff01\uff1f])")
 
 def text_files(folder: Path) -> list[Path]:
     """The texts below a folder, in order; hidden files and folders are left out."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    return sorted(path for path in found if not _is_hidden(path.relative_to(folder)))
+    return sorted(filter(_is_text, _visible_files(folder)))
 
 
 def read_text_folder(folder: Path) -> Numbered:
@@ -42,7 +42,8 @@ def read_text_folder(folder: Path) -> Numbered:
 
     The id is the path from the folder and the number of the passage in its file (`notes/harps.md#2`). The title is the
     heading that a Markdown file begins with, the short line that any other begins with, or the name of the file.
-    Further headings begin a passage. Files without words are left out, and told of in the log.
+    Further headings begin a passage. Files without words, and those that are no texts, are left out and told of in the
+    log.
 
     Raises:
         RetrieverError: while iterating, at a file that is not UTF-8; a folder without any words.
@@ -61,10 +62,24 @@ def read_text_folder(folder: Path) -> Numbered:
         raise RetrieverError(f"{folder}: there are no words in its {' and '.join(SUFFIXES)} files")
     if empty:
         logger.warning(f"{folder}: {empty} of {len(files)} files have no words, or none but a title")
+    if others := Counter(
+        path.suffix.lower() or "no suffix" for path in _visible_files(folder) if not _is_text(path)
+    ):
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        logger.warning(
+            f"{folder}: {others.total()} files that are not {' or '.join(SUFFIXES)} are left out ({kinds}); convert "
+            "them if they belong to the corpus"
+        )
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
+            yield path
+
+
+def _is_text(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
 
 
 @dataclass(slots=True)

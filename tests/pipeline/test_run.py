@@ -148,6 +148,24 @@ def test_engines_start_with_the_first_step_that_is_left_and_end_with_the_run(
     assert events == ["up", "down"]
 
 
+def test_a_cluster_that_does_not_start_leaves_the_step_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoGpuError(Exception):
+        pass
+
+    def cluster(*_: object, **__: object) -> None:
+        raise NoGpuError
+
+    monkeypatch.setattr("pipeline.run.Cluster", cluster)
+    done = list[str]()
+    with opened(tmp_path) as run, run:
+        del run.cluster
+        with pytest.raises(NoGpuError):
+            run.once("test/base", lambda: {"done": done.append("base")})
+    assert done == [] and run.files.finished("test/base") is None
+
+
 def train_once(path: Path) -> None:
     with opened(path) as run:
         train(run, 1, "selector")

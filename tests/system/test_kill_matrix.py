@@ -1,6 +1,7 @@
 """Whatever is killed, at whatever moment: the run ends with the trajectories, weights and scores of an undisturbed one.
 
-A run of four iterations loses one and the same part at six moments; `make test` has a run of two, and three moments.
+A run of four iterations loses one and the same part at six moments, or each moment another; `make test` has a run of
+two, and three moments.
 With `-rP` pytest shows, for each of them, how long it took until work went on and what was done again
 (docs/reliability.md).
 """
@@ -240,8 +241,11 @@ def undisturbed(
     def run(iterations: int) -> Path:
         at = tmp_path_factory.mktemp("runs") / f"undisturbed-{iterations}"
         disturbed = Disturbed(at, settings, machines, iterations)
-        disturbed.start()
-        disturbed.finish()
+        try:
+            disturbed.start()
+            disturbed.finish()
+        finally:
+            disturbed.close()
         return disturbed.run
 
     return run

@@ -40,12 +40,12 @@ REPORT = {
         {"iteration": 1, "dev": dev(40, 1.8), "train": sampled(-9.0), "phase_seconds": SECONDS},
         {"iteration": 2, "dev": dev(50, 2.1), "train": sampled(-5.0), "phase_seconds": SECONDS},
     ],
-    "test": {"best": scores(51), "one_search": scores(20), "base": scores(10)},
+    "test": {"best": scores(51), "one_search": scores(20), "base": scores(10) | {"em_interval": None}},
 }
 OF_A_RECIPE = {
     "start": {"evaluation": {"scores": scores(11)}},
     "iterations": [{"iteration": 1, "evaluation": {"scores": scores(12)}, "sample": {"kept": 3}}],
-    "test": {},
+    "test": {"best": scores(13), "start": scores(11)},
 }
 
 
@@ -98,6 +98,11 @@ def test_hops_have_a_panel_of_each_run_that_counts_them(drawn: dict[Path, Figure
     assert axes.get_title().endswith(": one")
 
 
+def test_an_e_step_beside_a_training_is_of_the_model_before_that(drawn: dict[Path, Figure]) -> None:
+    (bound, *_) = panels(drawn, "e-step", Reported("one", REPORT, behind=2))
+    assert curves(bound) == {"one": [(0, -9), (0, -5)]}
+
+
 def test_an_e_step_is_of_the_model_before_it(drawn: dict[Path, Figure]) -> None:
     bound, size, failed = panels(drawn, "e-step", ONE, OTHER)
     assert curves(bound) == {"one": [(0, -9), (1, -5)]}
@@ -114,18 +119,24 @@ def test_searches_and_what_they_find(drawn: dict[Path, Figure]) -> None:
 
 
 def test_models_of_a_test_are_in_their_order_from_the_top(drawn: dict[Path, Figure]) -> None:
+    (axes,) = panels(drawn, "test", OTHER)
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["start", "best"]
     (axes,) = panels(drawn, "test", ONE)
     rows = dict(zip((t.get_text() for t in axes.get_yticklabels()), axes.get_yticks(), strict=True))
     assert sorted(rows, key=lambda name: -rows[name]) == ["base", "one search", "best"]
+    assert [list(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2] == [
+        [15, 25],
+        [46, 56],
+    ]  # type: ignore[arg-type]
     means = {line.get_ydata()[0]: line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1}  # type: ignore[arg-type,index]
     assert {name: means[place] for name, place in rows.items()} == {"base": 10, "one search": 20, "best": 51}
 
 
-def test_phases_lie_behind_each_other(drawn: dict[Path, Figure]) -> None:
+def test_phases_have_a_bar_each(drawn: dict[Path, Figure]) -> None:
     (axes,) = panels(drawn, "time", ONE, OTHER)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one: 0", "one: 1", "one: 2"]
     bars = [(patch.get_x(), patch.get_width()) for patch in axes.patches[::3]]  # type: ignore[attr-defined]
-    assert bars == [(0.0, 1.0), (1.0, 2.0), (3.0, 0.5)]
+    assert bars == [(0.0, 1.0), (0.0, 2.0), (0.0, 0.5)]
 
 
 @pytest.mark.parametrize("name", PLOTS)

@@ -54,6 +54,16 @@ def test_files_without_words_are_counted(tmp_path: Path, caplog: pytest.LogCaptu
     assert "2 of 3 files have no words, or none but a title" in caplog.text
 
 
+def test_files_that_are_no_texts_are_counted_by_kind(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.txt", "manual.pdf", "more/other.PDF", "page.html", ".hidden.pdf", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("Words.")
+    assert len(passages(tmp_path)) == 1
+    assert "3 files that are not .txt or .md are left out (2 .pdf, 1 .html)" in caplog.text
+
+
 def test_short_paragraphs_share_a_passage_and_borders_are_between_paragraphs(tmp_path: Path) -> None:
     paragraph = " ".join([SENTENCE] * 4)
     write(tmp_path, harps_txt=f"{paragraph}\n\n{paragraph}\n\n{paragraph}\n")
