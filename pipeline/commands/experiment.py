@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from actors.planning import check_memory
@@ -18,7 +18,7 @@ from pipeline.core.errors import RunError, UserError
 from pipeline.core.experiments.numbers import kept_numbers, settings_of
 from pipeline.core.experiments.page import check_page, write_page
 from pipeline.core.experiments.planned import PlannedRun, plan_runs
-from pipeline.core.experiments.results import read_results
+from pipeline.core.experiments.results import Results, read_results
 from pipeline.core.experiments.spec import Experiment, find_experiment, read_experiment, world_folder
 from pipeline.core.experiments.tables import make_table
 from pipeline.core.figures import require_matplotlib
@@ -75,12 +75,16 @@ def run_experiment(
     if experiment.spec.plots:
         require_matplotlib(f"have `plots: []` in {experiment.file}")
     check_page(folder, experiment.name)
-    failed = [] if table else _make(experiment, home, wanted, kept.keys(), display)
-    found = read_results(experiment, runs, kept)
-    if found.arms:
-        where = ["--out", str(out)] if out is not None else []
-        command = shlex.join(["exsearch", "experiment", which, *overrides, *where])
-        written = write_page(found, folder, command)
+    where = ["--out", str(out)] if out is not None else []
+    command = shlex.join(["exsearch", "experiment", which, *overrides, *where])
+
+    def write() -> tuple[Results, list[Path]]:
+        found = read_results(experiment, runs, kept)
+        return found, write_page(found, folder, command) if found.arms else []
+
+    failed = [] if table else _make(experiment, home, wanted, kept.keys(), write, display)
+    found, written = write()
+    if written:
         if "test" in experiment.spec.tables:
             display.line(make_table("test", found))
         display.line("written: " + ", ".join(map(str, written)))
@@ -110,9 +114,18 @@ def _planned(experiment: Experiment, home: Path, overrides: Sequence[str]) -> li
 
 
 def _make(
-    experiment: Experiment, home: Path, runs: Sequence[PlannedRun], kept: Collection[str], display: Display
+    experiment: Experiment,
+    home: Path,
+    runs: Sequence[PlannedRun],
+    kept: Collection[str],
+    write: Callable[[], object],
+    display: Display,
 ) -> list[str]:
-    """What is neither finished nor kept, one run after the other; gives a line for each that failed."""
+    """What is neither finished nor kept, one run after the other; gives a line for each that failed.
+
+    Args:
+        write: the results so far, after each run: whoever stops a long experiment, or loses the machine, has them.
+    """
     without_numbers = [run for run in runs if settings_of(run) not in kept]
     for run in without_numbers:
         if (other := run.link()) is not None:
@@ -142,6 +155,8 @@ def _make(
             if reason is not None:
                 failed.append(f"  {run.title}: {reason}")
                 display.error(f"{run.title} failed: {reason}")
+            else:
+                write()
             advance(1)
     return failed
 

@@ -16,6 +16,7 @@ import yaml
 from pipeline import methods
 from pipeline.commands.demo import world_settings
 from pipeline.commands.experiment import EXPERIMENTS
+from pipeline.core.experiments.numbers import kept_numbers
 from pipeline.core.experiments.planned import PlannedRun, plan_runs
 from pipeline.core.experiments.spec import Spec, read_experiment
 from pipeline.core.shipped import CONFIGS
@@ -138,13 +139,15 @@ def test_a_run_that_fails_is_named_the_others_go_on_and_the_same_command_makes_i
     assert "Not finished" not in (folder / "out" / "study" / "results.md").read_text()
 
 
-def test_an_interrupted_experiment_says_how_to_go_on_and_does(
-    run_command: Any, study: Any, runner: Runner
+def test_an_interrupted_experiment_has_the_results_so_far_says_how_to_go_on_and_does(
+    run_command: Any, study: Any, runner: Runner, folder: Path
 ) -> None:
     runner.interrupts = ALL[2]
     result = run_command("experiment", study(), "--out", "out")
     assert result.exit_code == 130
     assert "interrupted by SIGINT; what was finished is kept, go on with: " in result.stderr
+    page = (folder / "out/study/results.md").read_text()
+    assert "Not finished, and not in the tables: 2 runs" in page and kept_numbers(folder / "out/study")
 
     runner.interrupts, runner.made = "", []
     assert run_command("experiment", study(), "--out", "out").exit_code == 0
