@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.core.errors import UserError
 from pipeline.core.models import check_export, check_model, load_tokenizer, write_checksums
+from pipeline.core.shipped import TINY_SEARCHER
 
 
 def model_directory(path: Path, *files: str) -> str:
@@ -130,9 +131,12 @@ def test_a_damaged_export_is_refused_with_the_mend_that_there_is(tmp_path: Path)
         check_export(model)
 
 
-def test_the_shipped_model_is_looked_for_in_the_checkout_and_not_on_the_hub(
+def test_where_the_shipped_model_is_stands_in_the_message_and_it_is_not_looked_for_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"models/tiny-searcher does not exist here; it is in the checkout"):
+    with pytest.raises(
+        UserError, match=rf"models/tiny-searcher does not exist here; .* {TINY_SEARCHER}: give"
+    ):
         check_model("models/tiny-searcher")
+    check_model(str(TINY_SEARCHER))

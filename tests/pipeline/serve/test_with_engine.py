@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.answering import AnsweringAgent
+from actors.session import actor_environment
 from pipeline.core.config import Config
 from pipeline.core.config.loading import load_config
 from pipeline.core.data.world.writer import WorldSpec, generate_passages, generate_questions
@@ -43,6 +44,18 @@ SMALL = [
     f"cluster.start_timeout_s={WAIT_S}",
     f"cluster.heartbeat_timeout_s={WAIT_S}",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment_stays() -> Iterator[None]:
+    """An agent prepares its process for an engine; what it loads beforehand does not go into other programs."""
+    before = {name: os.environ.get(name) for name in actor_environment(on_gpu=False)}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture(scope="module")

@@ -268,8 +268,21 @@ def test_an_empty_file_means_the_defaults(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no configuration file .*missing\.yaml.*configs/"):
+    with pytest.raises(
+        UserError, match=r"no configuration file .*missing\.yaml; the shipped ones are in .*configs"
+    ):
         load_config(tmp_path / "missing.yaml")
+
+
+def test_a_shipped_file_that_is_looked_for_elsewhere_is_found_by_the_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(
+        UserError, match=r"no configuration file configs/demo\.yaml; there is (/.+)"
+    ) as refused:
+        load_config(Path("configs/demo.yaml"))
+    assert load_config(Path(str(refused.value).rsplit(" ", 1)[-1])).em.iterations == 3
 
 
 def test_a_file_that_is_not_yaml_is_refused_with_line_and_column(tmp_path: Path) -> None:
