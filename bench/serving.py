@@ -158,19 +158,21 @@ def served(config: Config, index: Path, conversations: int) -> Iterator[str]:
         with said.open("w", encoding="utf-8") as file:
             process = subprocess.Popen([*command, *settings], stderr=file)
         try:
-            yield _address(process, said)
+            yield address_of(process, said)
         finally:
             process.terminate()
             process.wait()
 
 
-def _address(process: subprocess.Popen[bytes], said: Path) -> str:
+def address_of(process: subprocess.Popen[bytes], said: Path) -> str:
+    """Of `exsearch serve`, as it says on its standard error, when it is ready."""
     deadline, url = time.monotonic() + READY_S, ""
     while not url or not _is_ready(url):
-        assert time.monotonic() < deadline and process.poll() is None, "the server was not ready in time"
-        time.sleep(0.5)
-        if found := re.search(r"serving .* at (http://\S+)", said.read_text(encoding="utf-8")):
+        text = said.read_text(encoding="utf-8")
+        assert time.monotonic() < deadline and process.poll() is None, f"not ready in time: {text[-4000:]}"
+        if found := re.search(r"serving .* at (http://\S+)", text):
             url = found[1]
+        time.sleep(0.5)
     return url
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.core.config import EXSEARCH
+from pipeline.core.config import section_of
 from pipeline.core.config.loading import read_tree
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
+from pipeline.core.experiments.tables import NAMES
 from pipeline.core.figures import OF_NO_DATE, require_matplotlib
 from pipeline.core.run import read_json
-from pipeline.core.run_plots import METRICS, PLOTS, Reported, draw
+from pipeline.core.run_plots import PLOTS, Reported, draw
 from pipeline.core.status import distinct_names, run_status
 
 FORMS = tuple(suffix[1:] for suffix in OF_NO_DATE)
@@ -23,17 +24,17 @@ def plot(runs: Sequence[Path], out: Path, form: str, metric: str, display: Displ
     Raises:
         UserError: a directory holds no run, or none with a report; form or metric are unknown; matplotlib is missing.
     """
-    for what, value, known in (("--format", form, FORMS), ("--metric", metric, tuple(METRICS))):
+    for what, value, known in (("--format", form, FORMS), ("--metric", metric, tuple(NAMES))):
         if value not in known:
             raise UserError(f"{what} {value}: there are {', '.join(known)}")
     require_matplotlib("look at the runs with exsearch view")
     reported = []
     for run, name in zip(runs, distinct_names([run.resolve() for run in runs]), strict=True):
         recipe = run_status(run)["recipe"]  # refuses what is no run
-        section = read_tree(run / "config.yaml").get("em" if recipe == EXSEARCH else recipe) or {}
+        settings = read_tree(run / "config.yaml")[section_of(recipe)]
         if (report := read_json(run / "report.json")) is None:
             raise UserError(f"{run} has no report yet; it is there after the first evaluation")
-        reported.append(Reported(name, report, behind=2 if section.get("asynchronous") else 1))
+        reported.append(Reported(name, report, behind=2 if settings.get("asynchronous") else 1))
     for name in PLOTS:
         path = out / f"{name}.{form}"
         drawn = draw(name, reported, metric, path)

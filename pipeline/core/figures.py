@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.core.errors import UserError
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 OF_NO_DATE: dict[str, dict[str, None]] = {
@@ -48,3 +49,17 @@ def figure_file(path: Path, width: float, height: float) -> Iterator[Figure]:
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, bbox_inches="tight", metadata=OF_NO_DATE[path.suffix.lower()], dpi=200)
+
+
+def draw_curve(axes: Axes, number: int, name: str, places: Sequence[float], values: Sequence[float]) -> None:
+    """The number-th curve of a panel."""
+    marker, style = LINES[number % len(LINES)]
+    axes.plot(
+        places,
+        values,
+        color="black",
+        marker=marker,
+        linestyle=style,
+        markerfacecolor="black" if number < len(LINES) else "white",
+        label=name,
+    )

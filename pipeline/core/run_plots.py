@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.figures import LINES, figure_file
+from pipeline.core.experiments.tables import NAMES
+from pipeline.core.figures import draw_curve, figure_file
 from pipeline.core.report import in_order
 from pipeline.core.run import Json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-METRICS = {"em": "EM", "f1": "F1", "accuracy": "accuracy"}
 TESTS = ("base", "no_search", "one_search", "cold_start", "start", "best")
 """Models of a test in their order, of all recipes."""
 PHASES = {"expectation": "", "maximisation": "///", "evaluation": "..."}
@@ -68,7 +68,7 @@ def draw(name: str, runs: Sequence[Reported], metric: str, path: Path) -> bool:
 
 def _dev(runs: Sequence[Reported], metric: str, path: Path) -> bool:
     curves = {run.name: list(_scored(run.rows(), metric)) for run in runs}
-    return _panels(path, [(f"dev {METRICS[metric]}, percent", curves)])
+    return _panels(path, [(f"dev {NAMES[metric]}, percent", curves)])
 
 
 def _hops(runs: Sequence[Reported], metric: str, path: Path) -> bool:
@@ -80,7 +80,7 @@ def _hops(runs: Sequence[Reported], metric: str, path: Path) -> bool:
             f"{hops} {'hop' if hops == '1' else 'hops'}": list(_scored(run.rows(), metric, hops=hops))
             for hops in sorted(groups)
         }
-        title = f"dev {METRICS[metric]}, percent" + (f": {run.name}" if len(runs) > 1 else "")
+        title = f"dev {NAMES[metric]}, percent" + (f": {run.name}" if len(runs) > 1 else "")
         panels.append((title, curves))
     return _panels(path, panels)
 
@@ -117,7 +117,7 @@ def _test(runs: Sequence[Reported], metric: str, path: Path) -> bool:
             axes.plot(scores[metric], place, marker="o", color="black", linestyle="none")
         axes.set_yticks(list(places), [name.replace("_", " ") for name, _ in rows])
         axes.set_ylim(0.4, len(rows) + 0.6)
-        axes.set_xlabel(f"test {METRICS[metric]}, percent; line = 95 % interval")
+        axes.set_xlabel(f"test {NAMES[metric]}, percent; line = 95 % interval")
     return True
 
 
@@ -217,17 +217,7 @@ def _curves(axes: Axes, title: str, curves: dict[str, list[Value]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for number, (name, values) in enumerate(curves.items()):
-        marker, style = LINES[number % len(LINES)]
-        places = [value.at for value in values]
-        axes.plot(
-            places,
-            [value.mean for value in values],
-            color="black",
-            marker=marker,
-            linestyle=style,
-            markerfacecolor="black" if number < len(LINES) else "white",
-            label=name,
-        )
+        draw_curve(axes, number, name, [value.at for value in values], [value.mean for value in values])
         for value in values:
             if value.low is not None and value.high is not None:
                 axes.plot([value.at] * 2, [value.low, value.high], color="0.5", linewidth=0.8)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.core.config import EXSEARCH
+from pipeline.core.config import EXSEARCH, section_of
 from pipeline.core.config.loading import read_tree
 from pipeline.core.display import LOG_FILE, STARTED
 from pipeline.core.errors import UserError
@@ -72,7 +72,7 @@ def _status(path: Path, alive: bool | None) -> Json:
     run.check_layout()
     config = read_tree(stored)
     recipe = str(config.get("recipe", EXSEARCH))
-    settings = config.get("em" if recipe == EXSEARCH else recipe)
+    settings = config.get(section_of(recipe))
     if not isinstance(settings, dict):
         raise UserError(
             f"{stored} has no settings of its recipe ({recipe}); copy it back from where it is whole"

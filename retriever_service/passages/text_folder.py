@@ -48,7 +48,8 @@ def read_text_folder(folder: Path) -> Numbered:
     Raises:
         RetrieverError: while iterating, at a file that is not UTF-8; a folder without any words.
     """
-    number, empty, files = 0, 0, text_files(folder)
+    there = list(_visible_files(folder))
+    number, empty, files = 0, 0, sorted(filter(_is_text, there))
     for path in files:
         title, paragraphs = _title_and_paragraphs(path)
         empty += not paragraphs
@@ -62,9 +63,7 @@ def read_text_folder(folder: Path) -> Numbered:
         raise RetrieverError(f"{folder}: there are no words in its {' and '.join(SUFFIXES)} files")
     if empty:
         logger.warning(f"{folder}: {empty} of {len(files)} files have no words, or none but a title")
-    if others := Counter(
-        path.suffix.lower() or "no suffix" for path in _visible_files(folder) if not _is_text(path)
-    ):
+    if others := Counter(path.suffix.lower() or "no suffix" for path in there if not _is_text(path)):
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
         logger.warning(
             f"{folder}: {others.total()} files that are not {' or '.join(SUFFIXES)} are left out ({kinds}); convert "

@@ -9,13 +9,12 @@ import re
 import shlex
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 
+from bench.serving import address_of
 from pipeline.core.status import run_status
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(1800)]
@@ -25,7 +24,6 @@ SMALL = [
     *("data.train_limit=16", "data.dev_limit=8", "data.test_limit=8"),
     *("em.iterations=1", "evaluation.baselines=false", "rollout.workers=1", "rollout.kv_cache_gib=0.25"),
 ]
-READY_S = 300.0
 
 
 def commands() -> Iterator[list[str]]:
@@ -66,7 +64,7 @@ def test_every_command_of_the_tutorial_does_what_is_said(home: Path) -> None:
             if command == "exsearch serve":
                 with (home / "said").open("wb") as file:
                     server = subprocess.Popen([*words, "--port", "0"], cwd=home, env=environment, stderr=file)
-                url = address(server, home / "said")
+                url = address_of(server, home / "said")
                 continue
             if command == "exsearch train":
                 words += SMALL
@@ -96,15 +94,3 @@ def test_every_command_of_the_tutorial_does_what_is_said(home: Path) -> None:
     assert (
         choice["message"]["content"] == said["exsearch ask"].splitlines()[-1].removeprefix(" answer ").strip()
     )
-
-
-def address(server: subprocess.Popen[bytes], said: Path) -> str:
-    """Where it listens, when it is ready."""
-    deadline, url = time.monotonic() + READY_S, ""
-    while not url or httpx.get(f"{url}/readyz").status_code != 200:
-        text = said.read_text(encoding="utf-8")
-        assert server.poll() is None and time.monotonic() < deadline, text[-4000:]
-        if found := re.search(r"serving .* at (http://\S+)", text):
-            url = found[1]
-        time.sleep(0.5)
-    return url

@@ -56,6 +56,11 @@ EXSEARCH = "exsearch"
 """The recipe whose sections are `em`, `weighting` and `cold_start`."""
 
 
+def section_of(recipe: str) -> str:
+    """The name of a recipe's own section."""
+    return "em" if recipe == EXSEARCH else recipe
+
+
 class Config(Section):
     recipe: str = EXSEARCH
     """Training method: `exsearch`, or a module of `pipeline/recipes` (docs/recipes.md). Another recipe than ExSearch
@@ -79,7 +84,7 @@ class Config(Section):
     @property
     def section(self) -> str:
         """The name of the recipe's own section."""
-        return "em" if self.recipe == EXSEARCH else self.recipe
+        return section_of(self.recipe)
 
     @property
     def of_recipe(self) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pipeline.core.experiments.results import ArmResult, Results
 from pipeline.core.experiments.spec import PlotName
 from pipeline.core.experiments.tables import NAMES, CurvePoint, curve, score_estimate
-from pipeline.core.figures import LINES, figure_file
+from pipeline.core.figures import draw_curve, figure_file
 from pipeline.core.scoring.comparisons import Estimate
 
 if TYPE_CHECKING:
@@ -95,15 +95,8 @@ def _draw_curves(
     with figure_file(path, 7.0, 4.4) as figure:
         axes: Axes = figure.subplots()
         for number, (name, points) in enumerate(curves.items()):
-            marker, style = LINES[number % len(LINES)]
-            axes.plot(
-                [place(point) for point in points],
-                [100 * point.dev for point in points],
-                color="black",
-                marker=marker,
-                linestyle=style,
-                markerfacecolor="black" if number < len(LINES) else "white",
-                label=name,
+            draw_curve(
+                axes, number, name, [place(point) for point in points], [100 * point.dev for point in points]
             )
         if whole:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
