@@ -1,4 +1,4 @@
-"""Real servers of a real index, each in a process of its own on the loopback address."""
+"""Real servers of an index or an agent, each in a process of its own on the loopback address."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ def index_server(index: Path, token: str) -> Iterator[tuple[str, subprocess.Pope
     """`exsearch index serve`. It listens when the address is given, and may still be loading."""
     command = ["-m", "pipeline.cli", "index", "serve", "--index", str(index), "--port", "0"]
     with _listening(command, os.environ | {"EXSEARCH_TOKEN": token}) as found:
+        yield found
+
+
+@contextmanager
+def agent_server(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """`exsearch serve` with these arguments. It listens when the address is given, and may still be loading."""
+    with _listening(["-m", "pipeline.cli", "serve", "--port", "0", *arguments], dict(os.environ)) as found:
         yield found
 
 

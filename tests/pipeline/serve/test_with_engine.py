@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
+import openai
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -27,7 +29,7 @@ from retriever_service.building.build import build_index
 from retriever_service.encoding.encoder import EncoderSpec
 from retriever_service.service.lifecycle import State
 from tests.pipeline.serve_support import Running, serving, until
-from tests.retriever_service.server_process import index_server
+from tests.retriever_service.server_process import agent_server, index_server
 
 pytestmark = [pytest.mark.component, pytest.mark.timeout(1200)]
 
@@ -178,9 +180,9 @@ def test_a_newer_iteration_is_taken_up_without_a_dropped_answer(
     assert server.ask(messages=messages("Who?")).json()["exsearch"]["version"] == 3
 
 
-def engine_process() -> psutil.Process:
-    """The server's: of this process, and the last that it started; other tests may have left theirs up."""
-    alive = [c for c in psutil.Process().children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
+def engine_process(server: int | None = None) -> psutil.Process:
+    """A server's, by default this process': the last that it started; other tests may have left theirs up."""
+    alive = [c for c in psutil.Process(server).children(recursive=True) if c.status() != psutil.STATUS_ZOMBIE]
     engines = [child for child in alive if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
     return max(engines, key=psutil.Process.create_time)
 
@@ -264,3 +266,28 @@ def test_a_client_of_tools_starts_it_and_calls_both_while_the_retriever_lives(
 
     with index_server(world / "index", "secret") as (url, retriever):
         asyncio.run(talk(url, retriever))
+
+
+@pytest.mark.chaos
+def test_a_server_that_is_killed_in_mid_answer_fails_its_clients_and_leaves_no_engine(
+    world: Path, questions: dict[str, str]
+) -> None:
+    arguments = ["--model", MODEL, "--index", str(world / "index"), *SMALL]
+    with agent_server(*arguments) as (url, process), httpx.Client(base_url=url) as http:
+        until(lambda: http.get("/readyz").status_code == 200, WAIT_S)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
+        body = {"model": "exsearch", "messages": messages(next(iter(questions.values())))}
+        engine = engine_process(process.pid)
+        engine.suspend()  # the answers are certainly not there yet
+        stream = client.chat.completions.create(**body, stream=True)
+        next(stream)
+        with ThreadPoolExecutor(1) as pool:
+            whole = pool.submit(client.chat.completions.create, **body)
+            until(lambda: "exsearch_answers_in_flight 2.0" in http.get("/metrics").text, WAIT_S)
+            process.kill()
+            with pytest.raises(openai.APIConnectionError):
+                whole.result(WAIT_S)
+        with pytest.raises((openai.APIConnectionError, httpx.RemoteProtocolError)):
+            list(stream)
+        engine.resume()
+        assert engine.wait(WAIT_S) is None or not engine.is_running()
