@@ -21,7 +21,7 @@ SERVE = ("serve", "--model", "model")
         ((*SERVE, "--follow", "run"), "not both"),
         (("serve", "--follow", "nowhere"), "nowhere is not a run directory"),
         (("serve", "--model", "modle"), "there is model"),
-        (SERVE, "give --index DIR, or retriever.url=ADDRESS"),
+        (SERVE, "give --index DIR, or --url ADDRESS"),
         ((*SERVE, "--url", "http://127.0.0.1:1"), "no answer from http://127.0.0.1:1"),
         ((*SERVE, "--url", "http://127.0.0.1:1", "--index", "index"), "leave one out"),
         ((*SERVE, "--index", "nowhere"), "nowhere"),
