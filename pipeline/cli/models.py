@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import AsJson, ConfigFile, Overrides, app, new_display
+from pipeline.cli.options import AllowedHosts, AsJson, ConfigFile, Overrides, app, new_display
 from retriever_service.imports import quick_imports
 
 Index = Annotated[
@@ -97,7 +97,23 @@ def serve(
     token_file: Annotated[
         Path | None, typer.Option(help="File with the bearer token that clients must send (default: none).")
     ] = None,
+    allowed_host: AllowedHosts = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Pages of this origin, as https://chat.example.org, may ask from a browser (CORS); may be repeated.",
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(help="What the model is called in requests.")] = "exsearch",
+    lenient: Annotated[
+        bool,
+        typer.Option(
+            "--lenient",
+            help="Pass over system messages and parameters that cannot be heeded (max_tokens, stop, tools, ...) "
+            "instead of refusing them; replies name them.",
+        ),
+    ] = False,
     max_conversations: Annotated[
         int | None, typer.Option(help="Answers made at once (default: as many as the KV cache holds).")
     ] = None,
@@ -128,7 +144,10 @@ def serve(
         host=host,
         port=port,
         token=None if token_file is None else read_token(token_file),
+        allowed_hosts=tuple(allowed_host or ()),
+        allow_origins=tuple(allow_origin or ()),
         name=name,
+        lenient=lenient,
         max_conversations=max_conversations,
         max_waiting=max_waiting,
         deadline_s=deadline,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class ResponseReply:
 
     model: str
     metadata: dict[str, str]
+    ignored: Sequence[str] = ()
     with_token_ids: bool = False
     id: str = field(default_factory=lambda: _new_id("resp"))
     created: int = field(default_factory=lambda: int(time.time()))
@@ -164,7 +165,7 @@ class ResponseReply:
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning},
                 "total_tokens": usage.total,
             },
-            "exsearch": extension_of(trajectory, with_token_ids=self.with_token_ids),
+            "exsearch": extension_of(trajectory, self.ignored, with_token_ids=self.with_token_ids),
         }
 
     def _added(self, item: Json) -> bytes:

@@ -25,6 +25,7 @@ from pipeline.serve.service import Agent, Newer, Service
 from pipeline.serve.settings import ServeSettings
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
+from retriever_service.service.hosts import own_names
 from retriever_service.service.lifecycle import State
 from retriever_service.service.listening import listen, url_of
 
@@ -185,8 +186,9 @@ def serving(
     agent = agent or StandIn()
     service = Service(ServeSettings(**{"grace_s": 0.05, "follow_s": 0.01} | settings), agent, newer)
     with contextlib.closing(listen("127.0.0.1", 0, backlog=64)) as listener:
+        hosts = own_names("127.0.0.1", url_of(listener), service.settings.allowed_hosts)
         config = uvicorn.Config(
-            create_app(service, frozenset({"127.0.0.1"})),
+            create_app(service, hosts),
             log_config=None,
             ws="none",
             lifespan="on",

@@ -31,6 +31,11 @@ SERVE = ("serve", "--model", "model")
         ((*SERVE, "--deadline", "nan"), "deadline_s must be a number above 0"),
         ((*SERVE, "--grace", "inf"), "grace_s must be a number, and not below 0"),
         ((*SERVE, "--name", "two words"), "name"),
+        ((*SERVE, "--allow-origin", "*"), "'*' is no origin"),
+        ((*SERVE, "--allow-origin", "https://chat.example.org/"), "is no origin"),
+        ((*SERVE, "--allow-origin", "chat.example.org"), "is no origin"),
+        ((*SERVE, "--allowed-host", "https://chat.example.org"), "is no name of a host"),
+        ((*SERVE, "--allowed-host", "chat.example.org:443"), "is no name of a host"),
         ((*SERVE, "agent.documants=3"), "agent.documents"),
     ],
 )

@@ -71,13 +71,27 @@ def test_a_response_can_be_sent_back_with_the_next_question(server: Running) -> 
         {"previous_response_id": "resp_1"},
         {"instructions": "Rhyme."},
         {"max_output_tokens": 9},
-        {"store": True},
+        {"background": True},
     ],
 )
 def test_what_cannot_be_heeded_is_refused_by_name(server: Running, refused: dict[str, object]) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         server.openai.responses.create(model="exsearch", input=QUESTION, **refused)  # type: ignore[call-overload]
     assert (raised.value.code, raised.value.param) == ("unsupported_parameter", next(iter(refused)))
+
+
+def test_what_a_lenient_server_passes_over_is_named_in_the_reply() -> None:
+    said = [{"role": "developer", "content": "Rhyme."}, {"role": "user", "content": QUESTION}]
+    with serving(lenient=True) as server:
+        reply = server.openai.responses.create(
+            model="exsearch",
+            input=said,  # type: ignore[arg-type]
+            instructions="Rhyme.",
+            max_output_tokens=9,
+            store=True,
+        )
+    assert sorted(reply.exsearch["ignored"]) == ["input.0", "instructions", "max_output_tokens", "store"]  # type: ignore[attr-defined]
+    assert server.agent.asked[-1][0] == QUESTION
 
 
 def test_an_answer_that_ran_out_of_room_is_incomplete(server: Running) -> None:
