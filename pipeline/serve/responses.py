@@ -114,7 +114,7 @@ class ResponseReply:
                 "type": "file_citation",
                 "file_id": citation.passage_id,
                 "filename": citation.title,
-                "index": len(text),
+                "index": len(text),  # the whole answer is what is cited
             }
             for citation in cited(trajectory)
         ]
@@ -160,6 +160,8 @@ class ResponseReply:
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "usage": {
                 "input_tokens": usage.prompt,
+                # The form demands both numbers. They are not known: what the engine had in its cache is another number
+                # in every turn, while `input_tokens` counts each token once.
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens": usage.completion,
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning},

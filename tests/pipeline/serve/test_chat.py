@@ -32,6 +32,7 @@ def test_an_answer_with_its_reasoning_its_tokens_and_where_it_comes_from(server:
     assert "Who founded Orvane?" in choice.message.reasoning_content  # type: ignore[attr-defined]
     assert reply.usage is not None
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (4, 6, 10)
+    assert reply.usage.prompt_tokens_details is None, "nobody has counted what was cached"
     extension = reply.exsearch  # type: ignore[attr-defined]
     assert (extension["version"], extension["stop_reason"], len(extension["steps"])) == (1, "answered", 2)
     first = extension["citations"][0]

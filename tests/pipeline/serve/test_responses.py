@@ -32,10 +32,12 @@ def test_searches_are_tool_calls_with_their_passages_and_the_answer_cites_them(s
     message = reply.output[-1]
     assert message.type == "message" and message.content[0].type == "output_text"
     notes = message.content[0].annotations
-    assert [(note.file_id, note.filename) for note in notes if note.type == "file_citation"] == [
-        ("p2", "Orvane"),
-        ("p1", "Silver Harp"),
+    assert [(note.file_id, note.filename, note.index) for note in notes if note.type == "file_citation"] == [
+        ("p2", "Orvane", len("Mara Velin")),
+        ("p1", "Silver Harp", len("Mara Velin")),
     ]
+    spans = reply.exsearch["citations"]  # type: ignore[attr-defined]
+    assert [span["passage_id"] for span in spans] == ["p2", "p1"]
     assert reply.usage is not None
     assert (reply.usage.input_tokens, reply.usage.output_tokens) == (4, 6)
     assert reply.usage.output_tokens_details.reasoning_tokens == 4
