@@ -33,6 +33,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _POLL_S = 0.1
+_NOT_READY = {
+    State.LOADING: "the model is being loaded",
+    State.DRAINING: "it is being shut down",
+    State.FAILED: "it ends, for it has failed",
+}
 
 Newer = Callable[[int], Snapshot | None]
 """The newest version of the model, if it is newer than this one; may read files."""
@@ -202,7 +207,7 @@ class Service:
             raise ApiError(
                 503,
                 "not_ready",
-                f"the server is not ready: {self.state}",
+                f"the server is not ready: {_NOT_READY[self.state]}",
                 headers={"Retry-After": str(RETRY_S)},
             )
 
