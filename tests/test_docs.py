@@ -213,12 +213,16 @@ def anchor(title: str) -> str:
 
 
 def shown_commands(page: Path) -> Iterator[list[str]]:
-    """Words behind `exsearch` or `python -m pipeline.cli`, in shell blocks and inline."""
+    """Words behind `exsearch` or `python -m pipeline.cli`, in shell blocks, inline, and as servers of tools in JSON."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     inline = re.findall(r"`exsearch ([^`\n]+)`", text)
     shell = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
     for words in [*inline, *re.findall(r"(?:exsearch|python -m pipeline\.cli) (.*)", shell)]:
         yield shlex.split(words, comments=True)
+    for block in re.findall(r"```json\n(\{\"mcpServers\".*?)```", text, re.DOTALL):
+        for server in json.loads(block)["mcpServers"].values():
+            assert server["command"] == "exsearch", f"{page.name}: {server}"
+            yield server["args"]
 
 
 def check_command(words: list[str], where: str) -> None:
