@@ -30,7 +30,11 @@ def ask(
 ) -> None:
     """Ask questions; of one at a time, watch the agent think, search and record.
 
-    The engine is started once, however many there are. Example: exsearch ask --model MODEL --index INDEX < lines.txt
+    The engine is started once, however many there are.
+
+    Example: exsearch ask --model models/searcher --index runs/demo/index "Who founded Orvane?"
+
+    Example, of a question in each line: exsearch ask --model models/searcher --index runs/demo/index < lines.txt
     """
     with quick_imports(without=()):
         from pipeline.commands.ask import ask as run_ask
