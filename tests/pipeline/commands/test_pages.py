@@ -284,3 +284,37 @@ def test_our_server_is_searched_by_the_client_of_its_page() -> None:
         assert found["hits"][0].passage.title == "Lion"
     finally:
         server.close()
+
+
+# ---------------------------------------------------------------- what would be noticed
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("exsearch train --no-such-option", "No such option"),
+        ("exsearch index search --index small", "Missing argument"),
+        ("exsearch plan --gpus many", "valid integer"),
+        ("exsearch train em.iteration=2", "did you mean em.iterations"),
+        ("exsearch train em.iterations=some", "em.iterations"),
+        ("exsearch config --config nowhere.yaml", "no configuration file nowhere.yaml"),
+        ("exsearch experiment nothing", "nothing"),
+        ("kubectl exec POD -- exsearch stat runs/mine", "No such command"),
+        ("sbatch deploy/slurm/exsearch.sbatch trian", "No such command"),
+        ("make demonstration", "No rule"),
+        ("make demo SPEED=2", "does not look at SPEED"),
+        ("make bench ARGS=--no-such-option", "2"),
+        ("python -m bench.estep --questions few", "2"),
+        ("python -m bench.encode now", "takes no arguments"),
+        ("python scripts/mutate_theory.py --every", "2"),
+        ("python nowhere.py", "no page saves nowhere.py"),
+        ("serach", "what is serach"),
+    ],
+)
+@pytest.mark.usefixtures("place")
+def test_a_wrong_command_would_be_noticed(command: str, why: str) -> None:
+    *_, words = commands_in(command)
+    with pytest.raises((Exception, SystemExit)) as raised:
+        check(words)
+    error: Any = raised.value
+    assert why in (error.format_message() if hasattr(error, "format_message") else str(error))
