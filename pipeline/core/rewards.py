@@ -18,7 +18,7 @@ from pipeline.core.scoring.answers import AnswerScore
 
 
 class Reward(Protocol):
-    """Computed once or more often of every trajectory; the same ones have the same reward."""
+    """May be computed again of a trajectory, with the same result."""
 
     def __call__(self, question: Question, trajectory: Trajectory) -> float: ...
 

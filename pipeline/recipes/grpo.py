@@ -8,7 +8,7 @@
         theta_t <- some steps of the clipped-ratio policy gradient from theta_{t-1}, on the tokens that the model wrote
 
 Ratios are to the log-probabilities with which the engines sampled. Where ExSearch weighs a trajectory by how likely it
-makes the gold answer, here nothing counts but the answer that it came to.
+makes the gold answer, here nothing counts but what it came to.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class GroupAdvantages:
         return reward_of(REWARD, self.reward, task, turn, score)
 
     def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Groups that differ and that do not, and among those the ones with the highest reward throughout."""
+        """Groups that differ and that do not, and among those the ones whose rewards are all 1, a metric's highest."""
         stops: Counter[str] = Counter()
         for row in statistics:
             stops.update(row["stop_reasons"])
