@@ -1,8 +1,9 @@
 """What runs first in every vLLM process: the entry point of the group `vllm.general_plugins`.
 
 It makes our weight receivers known, and has vLLM's lines also go to the log of the worker that the engine belongs to.
-And it ties the engine's processes to the process that started them: vLLM's own engine process would outlive a killed
-rollout actor and keep its memory (on a GPU: all of it) from the actor's replacement.
+And it ties the engine's processes to the process that started them, and to nothing else: vLLM's own engine process
+would outlive a killed rollout actor and keep its memory (on a GPU: all of it) from the actor's replacement, and end at
+a Ctrl-C in the terminal, while its parent still has answers to finish.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def load() -> None:
 
 
 def end_with_parent() -> None:
-    """Lets the kernel kill this process when its parent ends. Does nothing in one that is no `multiprocessing` child.
+    """Lets the kernel kill this process when its parent ends, and no terminal interrupt it. Does nothing in one that is
+    no `multiprocessing` child.
 
     By the kernel, because it must also happen to a process that hangs or is stopped. The parent is, to be exact, the
     thread that started this process; with vLLM these last as long as their process.
@@ -40,3 +42,5 @@ def end_with_parent() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if not parent.is_alive():
         os._exit(1)
+    # A terminal interrupts its foreground group.
+    os.setpgid(0, 0)

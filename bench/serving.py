@@ -20,13 +20,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import openai
+import psutil
 
 from actors.answering import engine_options_of
 from actors.engine import VllmEngine
@@ -59,12 +60,37 @@ class Round:
     tokens: int
     seconds: float
     first: list[float]
+    processor: dict[str, float]
+    """Seconds of processor time, by what used it."""
+
+
+class Account:
+    """Processor time of the processes of one side, from now on."""
+
+    def __init__(self, processes: Mapping[str, psutil.Process]) -> None:
+        self._processes = processes
+        self._before = self._used()
+
+    def since(self) -> dict[str, float]:
+        return {name: seconds - self._before[name] for name, seconds in self._used().items()}
+
+    def _used(self) -> dict[str, float]:
+        times = {name: process.cpu_times() for name, process in self._processes.items()}
+        return {name: used.user + used.system for name, used in times.items()}
+
+
+def engine_of(owner: psutil.Process) -> psutil.Process:
+    (engine,) = (
+        child for child in owner.children() if "EngineCore" in " ".join([child.name(), *child.cmdline()])
+    )
+    return engine
 
 
 class Server:
     """`exsearch serve`, as a client meets it."""
 
-    def __init__(self, url: str, conversations: int) -> None:
+    def __init__(self, url: str, process: psutil.Process, conversations: int) -> None:
+        self._processes = {"client": psutil.Process(), "server": process, "engine": engine_of(process)}
         self._client = openai.AsyncOpenAI(
             base_url=f"{url}/v1", api_key="none", timeout=READY_S, max_retries=0
         )
@@ -72,10 +98,12 @@ class Server:
 
     async def round(self, questions: Sequence[str]) -> Round:
         """Any error of any answer is raised."""
-        began = time.perf_counter()
+        began, account = time.perf_counter(), Account(self._processes)
         answers = await asyncio.gather(*map(self._ask, questions))
         seconds = time.perf_counter() - began
-        return Round(sum(tokens for tokens, _ in answers), seconds, [first for _, first in answers])
+        return Round(
+            sum(tokens for tokens, _ in answers), seconds, [first for _, first in answers], account.since()
+        )
 
     async def _ask(self, question: str) -> tuple[int, float]:
         async with self._slots:
@@ -105,6 +133,8 @@ class Alone:
 
     async def start(self) -> None:
         await self._engine.start(0)
+        own = psutil.Process()
+        self._processes = {"who asks": own, "engine": engine_of(own)}
 
     async def round(self, questions: Sequence[str]) -> Round:
         ASKED.clear()
@@ -120,11 +150,11 @@ class Alone:
 
         tokens = sum(await asyncio.gather(*map(answer, questions)))
         await self._engine.reload(self._config.model.path, 0, READY_S)
-        began = time.perf_counter()
+        began, account = time.perf_counter(), Account(self._processes)
         await Again(self._conversations)(
             Question("all", "", ("",)), roles, self._search, sampling=GREEDY, sample=0
         )
-        return Round(tokens, time.perf_counter() - began, [])
+        return Round(tokens, time.perf_counter() - began, [], account.since())
 
     async def _search(self, query: str, k: int) -> list[Hit]:
         (hits,) = await asyncio.to_thread(self._index.search, [query], k)
@@ -135,8 +165,8 @@ class Alone:
 
 
 @contextmanager
-def served(config: Config, index: Path, conversations: int) -> Iterator[str]:
-    """Its address, when it is ready; ended by SIGTERM behind the block."""
+def served(config: Config, index: Path, conversations: int) -> Iterator[tuple[str, psutil.Process]]:
+    """Its address and its process, when it is ready; ended by SIGTERM behind the block."""
     agent = config.model_dump()["agent"]
     command = [
         sys.executable,
@@ -158,7 +188,7 @@ def served(config: Config, index: Path, conversations: int) -> Iterator[str]:
         with said.open("w", encoding="utf-8") as file:
             process = subprocess.Popen([*command, *settings], stderr=file)
         try:
-            yield address_of(process, said)
+            yield address_of(process, said), psutil.Process(process.pid)
         finally:
             process.terminate()
             process.wait()
@@ -191,8 +221,8 @@ async def rounds(
     alone = Alone(config, index, conversations)
     await alone.start()
     try:
-        with served(config, index, conversations) as url:
-            server = Server(url, conversations)
+        with served(config, index, conversations) as (url, process):
+            server = Server(url, process, conversations)
             pairs = [(await server.round(part), await alone.round(part)) for part in parts]
     finally:
         alone.close()
@@ -243,6 +273,12 @@ def main() -> None:
     print_table(HEADER, [found.cells()])
     if arguments.json is not None:
         write_ratios(arguments.json, [found], when)
+    for side, sides in zip(("serve", "engine alone"), zip(*pairs, strict=True), strict=True):
+        used = {name: statistics.median(one.processor[name] for one in sides) for name in sides[0].processor}
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in used.items())
+        print(
+            f"{side}: a round takes {statistics.median(one.seconds for one in sides):.1f} s; processor time: {parts}"
+        )
     first = sorted(seconds for ours, _ in pairs for seconds in ours.first)
     print(
         f"{len(first)} answers without an error; seconds to the first step: median {statistics.median(first):.2f}, "

@@ -19,7 +19,9 @@ from actors.background import Ongoing
 from actors.cluster import Cluster, SampleReport
 from actors.observer import Observer
 from actors.policy import Policy
+from pipeline.core.agent_settings import AGENT_FILE, agent_settings
 from pipeline.core.agents.program import GREEDY, Further, Program, Sampling
+from pipeline.core.agents.search import SEARCHER
 from pipeline.core.config import Config, Iterations
 from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
@@ -252,6 +254,8 @@ class Run(Steps):
                     on_progress=advance.to,
                 )
             policy.save(t, state=self.at(f"{t}/{name}/learner"), model=self.at(f"{t}/{name}/model"))
+            if name == SEARCHER:
+                write_json(self.at(f"{t}/{name}/model/{AGENT_FILE}"), agent_settings(self.config))
             self._whole.add(self.at(f"{t}/{name}/model"))
             for number, step in enumerate(report.history, start=1):
                 self.tracker.log(step, iteration=t, phase=f"{name}/train", step=number)

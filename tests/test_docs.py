@@ -210,9 +210,14 @@ def anchor(title: str) -> str:
 
 
 def named_commands(page: Path) -> Iterator[list[str]]:
-    """Words behind `exsearch` in a line of text."""
-    for words in re.findall(r"`exsearch ([^`\n]+)`", page.read_text(encoding="utf-8")):
+    """Words behind `exsearch` in a line of text, and as servers of tools in JSON."""
+    text = page.read_text(encoding="utf-8")
+    for words in re.findall(r"`exsearch ([^`\n]+)`", text):
         yield shlex.split(words, comments=True)
+    for block in re.findall(r"```json\n(\{\"mcpServers\".*?)```", text, re.DOTALL):
+        for server in json.loads(block)["mcpServers"].values():
+            assert server["command"] == "exsearch", f"{page.name}: {server}"
+            yield server["args"]
 
 
 def check_command(words: list[str], where: str) -> None:

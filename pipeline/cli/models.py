@@ -7,19 +7,37 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import AsJson, ConfigFile, Overrides, app, new_display
+from pipeline.cli.options import AllowedHosts, AsJson, ConfigFile, Overrides, app, new_display
 from retriever_service.imports import quick_imports
+
+Index = Annotated[
+    Path | None,
+    typer.Option(
+        "--index", help="Index directory (default: the configuration's retriever, or the run's own)."
+    ),
+]
+Url = Annotated[
+    str | None, typer.Option("--url", help="Retrieval server instead, short for retriever.url=URL.")
+]
+
+
+def retriever_keys(url: str | None) -> list[str]:
+    return [] if url is None else [f"retriever.url={url}"]
 
 
 @app.command()
 def ask(
-    model: Annotated[str, typer.Option("--model", help="Model directory.")],
     question: Annotated[
         str | None, typer.Argument(help="What you want to know (default: each line of standard input).")
     ] = None,
-    index: Annotated[
-        Path | None, typer.Option("--index", help="Index directory (default: the configuration's retriever).")
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model directory, or a name of the hub.")
     ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run directory instead: the model of its best iteration.")
+    ] = None,
+    index: Index = None,
+    url: Url = None,
     questions: Annotated[
         Path | None,
         typer.Option("--questions", help='File of questions instead, {"id", "question"} a line.'),
@@ -32,13 +50,15 @@ def ask(
 
     The engine is started once, however many there are.
 
-    Example: exsearch ask --model models/searcher --index runs/demo/index "Who founded Orvane?"
+    Example: exsearch ask --run runs/demo "Who founded the maker of the Silver Harp?"
+
+    Example: exsearch ask --model MODEL --index INDEX --questions questions.jsonl --json > answers.jsonl
 
     Example, of a question in each line: exsearch ask --model models/searcher --index runs/demo/index < lines.txt
     """
     with quick_imports(without=()):
+        from pipeline.commands.answerer import best_model, settings_line, settings_of
         from pipeline.commands.ask import ask as run_ask
-        from pipeline.commands.ask import settings_of
     from pipeline.core.config.loading import is_override
     from pipeline.methods import load
 
@@ -47,8 +67,13 @@ def ask(
         # What stands first where no question does.
         overrides = [question, *overrides]
         question = None
-    loaded = load(config or settings_of(model), overrides)
-    run_ask(question, questions, model, index, loaded, new_display(), typer.echo, json_lines=as_json)
+    own = settings_of(model, run)
+    loaded, display = load(config or own, [*overrides, *retriever_keys(url)]), new_display()
+    if model is None:
+        assert run is not None  # else its settings would have been missed
+        model = best_model(run, loaded)
+    display.line(settings_line(model, config or own))
+    run_ask(question, questions, model, index, loaded, display, typer.echo, json_lines=as_json)
 
 
 @app.command()
@@ -61,12 +86,8 @@ def serve(
             help="Run directory instead: its newest model, and each newer one as soon as it is there.",
         ),
     ] = None,
-    index: Annotated[
-        Path | None, typer.Option("--index", help="Index directory (default: the configuration's retriever).")
-    ] = None,
-    url: Annotated[
-        str | None, typer.Option("--url", help="Retrieval server instead, short for retriever.url=URL.")
-    ] = None,
+    index: Index = None,
+    url: Url = None,
     mcp: Annotated[
         bool,
         typer.Option(
@@ -78,7 +99,23 @@ def serve(
     token_file: Annotated[
         Path | None, typer.Option(help="File with the bearer token that clients must send (default: none).")
     ] = None,
+    allowed_host: AllowedHosts = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Pages of this origin, as https://chat.example.org, may ask from a browser (CORS); may be repeated.",
+        ),
+    ] = None,
     name: Annotated[str, typer.Option(help="What the model is called in requests.")] = "exsearch",
+    lenient: Annotated[
+        bool,
+        typer.Option(
+            "--lenient",
+            help="Pass over system messages and parameters that cannot be heeded (max_tokens, stop, tools, ...) "
+            "instead of refusing them; replies name them.",
+        ),
+    ] = False,
     max_conversations: Annotated[
         int | None, typer.Option(help="Answers made at once (default: as many as the KV cache holds).")
     ] = None,
@@ -100,7 +137,7 @@ def serve(
     Example: exsearch serve --mcp --model MODEL --url http://127.0.0.1:8000
     """
     with quick_imports(without=()):
-        from pipeline.commands.serve import config_of
+        from pipeline.commands.answerer import settings_line, settings_of
         from pipeline.commands.serve import serve as run_serve
     from pipeline.methods import load
     from pipeline.serve.settings import ServeSettings, read_token
@@ -109,16 +146,20 @@ def serve(
         host=host,
         port=port,
         token=None if token_file is None else read_token(token_file),
+        allowed_hosts=tuple(allowed_host or ()),
+        allow_origins=tuple(allow_origin or ()),
         name=name,
+        lenient=lenient,
         max_conversations=max_conversations,
         max_waiting=max_waiting,
         deadline_s=deadline,
         grace_s=grace,
         follow_s=follow_every,
     )
-    keys = [*(overrides or []), *([] if url is None else [f"retriever.url={url}"])]
-    loaded = load(config or config_of(model, follow), keys)
-    run_serve(model, follow, index, loaded, settings, as_tools=mcp, display=new_display())
+    own = settings_of(model, follow, "--follow")
+    loaded, display = load(config or own, [*(overrides or []), *retriever_keys(url)]), new_display()
+    display.line(settings_line(model or str(follow), config or own))
+    run_serve(model, follow, index, loaded, settings, as_tools=mcp, display=display)
 
 
 @app.command()

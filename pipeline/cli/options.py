@@ -57,6 +57,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys.", autocompletion=_keys),
 ]
+AllowedHosts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Name that it answers to beside its own, as behind a proxy; may be repeated.",
+    ),
+]
 RunOption = Annotated[Path | None, typer.Option("--run", help="Run directory. Resumes what it holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, for programs.")]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import AsJson, ConfigFile, Overrides, app, new_display
+from pipeline.cli.options import AllowedHosts, AsJson, ConfigFile, Overrides, app, new_display
 from retriever_service.imports import quick_imports
 
 
@@ -39,6 +39,7 @@ def view(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65_535, help="Port; 0: any that is free.")] = 8765,
+    allowed_host: AllowedHosts = None,
 ) -> None:
     """Look at runs in a browser: scores by iteration, questions, every trajectory. Also while they go on. Only reads.
 
@@ -51,7 +52,7 @@ def view(
     if out is not None:
         export_view(runs, out, new_display())
     else:
-        serve_view(runs, host, port, new_display())
+        serve_view(runs, host, port, allowed_host or [], new_display())
 
 
 @app.command()

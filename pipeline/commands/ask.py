@@ -1,36 +1,46 @@
-"""Questions to a trained searcher: one that is watched step by step, or a file of them."""
+"""Questions to a trained searcher: one that is watched step by step, a person's one after the other, a file of them."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager
+from itertools import islice
 from pathlib import Path
+from typing import Protocol
 
-from ray.util.queue import Empty, Queue
-
-from actors.cluster import Cluster
-from actors.session import ray_session
-from pipeline.core.agent_settings import settings_beside
-from pipeline.core.agents.search import SEARCHER, Event, OnEvent
-from pipeline.core.agents.search_program import SearchProgram
+from actors.answering import AnsweringAgent
+from pipeline.commands.answerer import agent_of, run_of
+from pipeline.core.agents.program import GREEDY, EngineError, Sampling
+from pipeline.core.agents.search import Event, OnEvent
 from pipeline.core.config import Config
 from pipeline.core.display import Display
-from pipeline.core.errors import UserError
-from pipeline.core.policies import PolicySpec
-from pipeline.core.preflight import check_models
-from pipeline.core.records import Question, Trajectory, step_as_json
-from pipeline.core.retrieval import Searched, Servers, await_servers, searchable
-from pipeline.core.run import Json, RunFiles
-from pipeline.core.turns import TurnGrammar
+from pipeline.core.errors import RunError, UserError
+from pipeline.core.policies import Snapshot
+from pipeline.core.records import StopReason, Trajectory, step_as_json
+from pipeline.core.run import Json
+from retriever_service.interrupts import run
 from retriever_service.passages.evaluation import read_queries
 
-PART = 256
-"""Questions that are answered before the first of them is shown."""
-POLL_S = 0.2
-"""Longest that the last event is waited for, in seconds."""
+AHEAD = 4
+"""So many times the questions that the engine answers at once are begun before the first of them is shown."""
+FEW = 10
+"""So many may fail, whatever share of all that is."""
+
+Say = Callable[[str], None]
+
+
+class Answerer(Protocol):
+    """Of `actors.answering.AnsweringAgent`, what answers; there it says what they raise."""
+
+    def check(self, question: str) -> None: ...
+
+    async def answer(self, question: str, sampling: Sampling, on_event: OnEvent) -> Trajectory: ...
 
 
 def ask(
@@ -40,7 +50,7 @@ def ask(
     index: Path | None,
     config: Config,
     display: Display,
-    say: Callable[[str], None],
+    say: Say,
     *,
     json_lines: bool = False,
 ) -> None:
@@ -48,202 +58,216 @@ def ask(
 
     Args:
         questions: a file (`read_queries`), in place of `question`.
+        index: None for the retriever of the configuration, or the index of the run that the model belongs to.
+        config: its `agent` section says how to search; the model should have been trained with the same.
         say: told lines for a person to read; with `json_lines` an object per question.
 
     Raises:
-        UserError, RetrieverError: no such model, index or file, or no server that answers.
+        UserError, RetrieverError: no such model, index or file, no server that answers, or a question is too long.
+        RunError: the engine does not start or was lost; or questions have no answer for reasons outside of the model.
     """
     if question is not None and not question.strip():
         raise UserError("the question is empty; say what you want to know")
-    if questions is not None:
-        texts = read_queries(questions)
-        with (
-            open_searcher(model, index, config, display, at_once=None) as searcher,
-            display.progress("answering", len(texts), "questions") as advance,
-        ):
-            answers = searcher.answers(texts, lambda done: advance.to(done, len(texts)))
-            for id_, answer in zip(texts, answers, strict=True):
-                say(
-                    _in_json({"id": id_, **answer})
-                    if json_lines
-                    else f"{answer['question']}\n    {answer['answer']}"
-                )
-        return
-    with open_searcher(model, index, config, display) as searcher:
-        for text in [question] if question is not None else _lines(display):
-            if json_lines:
-                say(_in_json(searcher.watched(text)))
+    texts = None if questions is None else read_queries(questions)
+    # A person's questions are not worth the graphs that a GPU's engine may compile.
+    rollout = config.rollout if texts is not None else config.rollout.with_one(enforce_eager=True)
+    config = config.model_copy(update={"rollout": rollout})
+    agent = agent_of(Snapshot(0, model), run_of(model), index, config, display)
+
+    async def main() -> None:
+        async with started(agent, display) as at_once:
+            if texts is not None:
+                with display.progress("answering", len(texts), "questions") as advance:
+                    await answer_all(
+                        agent,
+                        texts,
+                        at_once,
+                        lambda id_, answer: say(
+                            _in_json({"id": id_, **answer}) if json_lines else in_words(answer)
+                        ),
+                        lambda done: advance.to(done, len(texts)),
+                        max_failure_share=config.rollout.max_failure_share,
+                    )
+            elif question is not None:
+                await _watch(agent, question, say, json_lines)
             else:
-                searcher.watched(text, say)
+                await _converse(agent, display, say, json_lines)
+
+    run(main())
 
 
-def _lines(display: Display) -> Iterator[str]:
-    """Of standard input, those that say something. A person is asked for each of them, and ends with Ctrl-D."""
-    while True:
-        if sys.stdin.isatty():
-            display.line("Your question (Ctrl-D ends):")
-        if not (line := sys.stdin.readline()):
-            return
-        if line.strip():
-            yield line.strip()
+@asynccontextmanager
+async def started(agent: AnsweringAgent, display: Display) -> AsyncIterator[int]:
+    """The agent's engine and retriever are up until the block ends; gives how many questions it answers at once.
+
+    Raises:
+        RetrieverError: the index cannot be opened.
+        RunError: the engine does not start.
+    """
+    try:
+        with display.status("starting the retriever and vLLM"):
+            try:
+                at_once = await agent.start()
+            except EngineError as error:
+                raise RunError(str(error)) from error
+            except asyncio.CancelledError:
+                # An engine that is starting cannot be ended, but with the process.
+                display.error("interrupted")
+                os._exit(128 + signal.SIGINT)
+        yield at_once
+    finally:
+        await agent.close()
 
 
-@contextmanager
-def open_searcher(
-    model: str, index: Path | None, config: Config, display: Display, *, at_once: int | None = 1
-) -> Iterator[OpenSearcher]:
-    """A trained searcher, up until the block ends: its engine and retriever are started once for all questions.
+class EngineLost(RunError):
+    """The engine died or hung; there are no further answers."""
+
+
+async def answer_one(agent: Answerer, question: str, on_event: OnEvent = lambda event: None) -> Json:
+    """One greedy answer; `on_event` is told of each step as it happens. Cancelled, it ends generation and search.
+
+    Returns:
+        `{"question", "answer", "stop_reason", "steps": [{"query", "hits": [{"id", "title", "text", "score"}], "record",
+        "selected", "action", "result"}]}`, as in `Step`; `failure` says what infrastructure did, if it did.
+
+    Raises:
+        UserError: the question is too long.
+        EngineLost: the engine was.
+    """
+    agent.check(question)
+    trajectory = await agent.answer(question, GREEDY, on_event)
+    if trajectory.stop_reason is StopReason.ENGINE_ERROR:
+        raise EngineLost(f"the engine was lost: {trajectory.detail}")
+    return as_json(question, trajectory)
+
+
+async def answer_all(
+    agent: Answerer,
+    questions: Mapping[str, str],
+    at_once: int,
+    on_answer: Callable[[str, Json], None],
+    on_progress: Callable[[int], None],
+    *,
+    max_failure_share: float,
+) -> None:
+    """Answers to many questions.
 
     Args:
-        index: None for the retriever of the configuration.
-        config: its `agent` section says how to search; the model should have been trained with the same.
-        at_once: questions in flight. None: as many as fit.
+        questions: text by id.
+        at_once: answers that are made at a time.
+        on_answer: told id and answer, in the order of the questions, as soon as all before are there.
+        on_progress: told how many have been answered.
+        max_failure_share: of those that are there. With more failures than that it ends at once.
 
     Raises:
-        UserError, RetrieverError: no such model, action or index, or no server that answers.
+        UserError: a question is too long.
+        EngineLost: the engine was.
+        RunError: questions have no answer for reasons outside of the model.
     """
-    check_models([model])
-    TurnGrammar(config.agent)  # whether its actions are there
-    searched = what_to_search(index, config, display)
-    spec = PolicySpec(
-        SEARCHER,
-        config.model.at(model),
-        config.rollout.with_one(concurrency=at_once, enforce_eager=True),
-    )
-    # Nobody asks beside a single question: its searches need not wait for others.
-    alone = {"batch_wait_s": 0.0} if at_once == 1 else {}
-    retriever = config.retriever.model_copy(update={"replicas": 1, **alone})
-    with ray_session(config.cluster, display.line):
-        with display.status("starting the retriever and vLLM"):
-            cluster = Cluster([spec], config.cluster, retriever, searched)
-        with cluster:
-            yield OpenSearcher(cluster, config)
+    done, failures, last = 0, 0, ""
+    async with aclosing(_in_order(agent, questions, at_once, on_progress)) as answers:
+        async for id_, answer in answers:
+            on_answer(id_, answer)
+            done += 1
+            if "failure" in answer:
+                failures, last = failures + 1, answer["failure"]
+                if failures > max(FEW, max_failure_share * done):
+                    break
+    if failures:
+        raise RunError(
+            f"{failures} of {done} questions have no answer for reasons outside of the model; last: {last}"
+        )
 
 
-class OpenSearcher:
-    """What `open_searcher` gives: answers greedily, question after question.
+async def _in_order(
+    agent: Answerer, questions: Mapping[str, str], at_once: int, on_progress: Callable[[int], None]
+) -> AsyncGenerator[tuple[str, Json], None]:
+    slots, done = asyncio.Semaphore(at_once), 0
 
-    An answer is `{"question", "answer", "stop_reason", "steps": [{"query", "hits": [{"id", "title", "text", "score"}],
-    "record", "selected", "action", "result"}]}`, as in `Step`.
-    """
-
-    def __init__(self, cluster: Cluster, config: Config) -> None:
-        self._cluster, self._config = cluster, config
-
-    def watched(self, question: str, on_text: Callable[[str], None] = lambda text: None) -> Json:
-        """One answer. `on_text` is told the trajectory while it unfolds, for people to read."""
-        with _watching(lambda event: show(event, on_text)) as on_event:
-            (answer,) = self._greedy(SearchProgram(self._config.agent, on_event=on_event), {"ask": question})
+    async def one(text: str) -> Json:
+        nonlocal done
+        async with slots:
+            answer = await answer_one(agent, text)
+        done += 1
+        on_progress(done)
         return answer
 
-    def answers(
-        self, questions: Mapping[str, str], on_progress: Callable[[int], None] = lambda done: None
-    ) -> Iterator[Json]:
-        """One answer per question, in their order, as they come, in parts that keep the engine busy.
-
-        Args:
-            questions: text by id.
-            on_progress: told how many have been answered.
-        """
-        items = list(questions.items())
-        for first in range(0, len(items), PART):
-            part = dict(items[first : first + PART])
-            yield from self._greedy(SearchProgram(self._config.agent), part)
-            on_progress(first + len(part))
-
-    def _greedy(self, program: SearchProgram, questions: Mapping[str, str]) -> list[Json]:
-        tasks = [Question(id_, text, ("",)) for id_, text in questions.items()]
-        episodes = self._cluster.greedy(program, tasks, {SEARCHER: self._cluster.policy(SEARCHER)})
-        return [
-            as_json(task.text, episode.turn(SEARCHER)) for task, episode in zip(tasks, episodes, strict=True)
-        ]
-
-
-class _Relay:
-    """Sends events from the worker where the program runs; picklable."""
-
-    def __init__(self, queue: Queue) -> None:
-        self._queue = queue
-
-    def __call__(self, event: Event) -> None:
-        # It waits until the event is there: calls in flight have no order, and the driver would not wait for the last.
-        self._queue.put_nowait(event)
-
-
-@contextmanager
-def _watching(on_event: OnEvent) -> Iterator[OnEvent]:
-    """Has `on_event` called here for what is told to the relay, until the block has ended and nothing is left to
-    tell."""
-    queue, ended = Queue(actor_options={"num_cpus": 0}), threading.Event()
-
-    def tell() -> None:
-        while True:
-            try:
-                on_event(queue.get(timeout=POLL_S))
-            except Empty:
-                if ended.is_set():
-                    return
-
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    waiting = iter(questions.items())
+    begun: deque[tuple[str, asyncio.Task[Json]]] = deque()
     try:
-        yield _Relay(queue)
+        while True:
+            for id_, text in islice(waiting, AHEAD * at_once - len(begun)):
+                begun.append((id_, asyncio.create_task(one(text))))
+            if not begun:
+                return
+            first, answering = begun[0]
+            yield first, await answering
+            begun.popleft()
     finally:
-        ended.set()
-        teller.join()
-        queue.shutdown()
+        rest = [answering for _, answering in begun]
+        for answering in rest:
+            answering.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
 
 
-def what_to_search(index: Path | None, config: Config, display: Display) -> Searched:
-    """An index, or the retriever of the configuration, once it is known to answer.
-
-    Raises:
-        UserError, RetrieverError: both are named, or neither is; no such index, or no server that answers.
-    """
-    retriever = config.retriever
-    if index is not None and retriever.url is not None:
-        raise UserError(
-            f"there are --index {index} and retriever.url ({', '.join(retriever.url)}); leave one out "
-            "(retriever.url=null)"
-        )
-    servers = await_servers(
-        retriever, display, documents=config.agent.documents, timeout_s=config.cluster.start_timeout_s
-    )
-    searched = servers or index or retriever.index
-    if searched is None:
-        raise UserError("there is nothing to search: give --index DIR, or retriever.url=ADDRESS of a server")
-    if isinstance(searched, Servers):
-        return searched
-    searchable(retriever, Path(searched))
-    return Path(searched)
-
-
-def settings_of(model: str) -> Path | None:
-    """How a model was trained to search: the configuration of the run that its directory
-    (RUN/iterations/N/POLICY/model) belongs to, or else `agent.json` beside it; None if neither is there.
+async def _watch(agent: Answerer, question: str, say: Say, json_lines: bool) -> None:
+    """One answer, shown while it is made.
 
     Raises:
-        UserError: the run is of an earlier version, or `settings_beside`.
+        RunError: there is none, for reasons outside of the model.
     """
-    run = next(
-        (parent.parent for parent in Path(model).resolve().parents if parent.name == "iterations"), None
-    )
-    if run is None or not (run / "config.yaml").is_file():
-        return settings_beside(model)
-    RunFiles(run).check_layout()
-    return run / "config.yaml"
+    answer = await answer_one(agent, question, lambda event: None if json_lines else show(event, say))
+    if json_lines:
+        say(_in_json(answer))
+    if "failure" in answer:
+        raise RunError(f"no answer: {answer['failure']}")
 
 
-def show(event: Event, on_text: Callable[[str], None]) -> None:
+async def _converse(agent: Answerer, display: Display, say: Say, json_lines: bool) -> None:
+    """An answer for each line of standard input. A person may ask on behind a question that has none."""
+    for text in _lines():
+        try:
+            await _watch(agent, text, say, json_lines)
+        except (RunError, UserError) as error:
+            if isinstance(error, EngineLost) or not sys.stdin.isatty():
+                raise
+            display.error(str(error))
+
+
+def _lines() -> Iterator[str]:
+    """Of standard input, those that say something. A person is asked for each of them, and ends with Ctrl-D."""
+    if not sys.stdin.isatty():
+        yield from filter(None, map(str.strip, sys.stdin))
+        return
+    import readline  # noqa: F401  `input` then knows the arrow keys and what was asked before
+
+    while True:
+        try:
+            line = input("Your question (Ctrl-D ends): ").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def show(event: Event, say: Say) -> None:
     """One event of a trajectory in words."""
     if event.kind == "search":
         for rank, hit in enumerate(event.hits, start=1):
-            on_text(f"    [{rank}] {hit.score:.2f}  {hit.passage.title}: {hit.passage.text}")
+            say(f"    [{rank}] {hit.score:.2f}  {hit.passage.title}: {hit.passage.text}")
+        if not event.hits:
+            say("    (nothing was found)")
     elif event.kind == "stop":
-        if event.text != "answered":
-            on_text(f"stopped: {event.text}")
+        if event.text != StopReason.ANSWERED:
+            say(f"stopped: {event.text}")
     else:
-        on_text(f"{event.kind:>7}  {event.text}")
+        say(f"{event.kind:>7}  {event.text}")
+
+
+def in_words(answer: Json) -> str:
+    """A question and its answer, or why there is none."""
+    none = f"(no answer: {answer.get('failure', answer['stop_reason'])})"
+    return f"{answer['question']}\n    {answer['answer'] or none}"
 
 
 def _in_json(answer: Json) -> str:
@@ -252,9 +276,11 @@ def _in_json(answer: Json) -> str:
 
 def as_json(question: str, trajectory: Trajectory) -> Json:
     """A trajectory for programs."""
+    failure = trajectory.stop_reason.is_infrastructure
     return {
         "question": question,
         "answer": trajectory.answer,
         "stop_reason": trajectory.stop_reason.value,
         "steps": [step_as_json(step) for step in trajectory.steps],
+        **({"failure": f"{trajectory.stop_reason.value}: {trajectory.detail}"} if failure else {}),
     }

@@ -54,10 +54,8 @@ def evaluate_model(
     if run is not None:
         if config_files:
             raise UserError("give --run or --config, not both: a run has its own configuration")
+        RunFiles(run).check_is_run()
         config_files = run / "config.yaml"
-        if not config_files.is_file():
-            raise UserError(f"{run} is not a run directory: it has no config.yaml")
-        RunFiles(run).check_layout()
     config = load(config_files, overrides)
     agent = answering(config) if model is None else searching(config.agent, model)
     models = dict(agent.models)

@@ -70,7 +70,7 @@ def run_experiment(
     wanted = [run for run in runs if not seeds or run.seed in seeds]
     kept = kept_numbers(folder)
     if dry_run:
-        print_plan(experiment, wanted, kept.keys())
+        print_plan(experiment, wanted, kept)
         return
     if experiment.spec.plots:
         require_matplotlib(f"have `plots: []` in {experiment.file}")

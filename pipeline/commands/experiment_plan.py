@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from pipeline.commands.plan import make_plan
 from pipeline.core.config import Config
 from pipeline.core.data.world.spec import Size, WorldSpec
 from pipeline.core.data.world.writer import write_world
-from pipeline.core.experiments.numbers import settings_of
+from pipeline.core.experiments.numbers import RunNumbers, settings_of
 from pipeline.core.experiments.planned import PlannedRun
 from pipeline.core.experiments.spec import Experiment
 from pipeline.core.plan.assumptions import Assumptions
@@ -27,11 +27,11 @@ from pipeline.core.plan.shape import UnknownShape
 from pipeline.core.status import seconds_of
 
 
-def print_plan(experiment: Experiment, runs: Sequence[PlannedRun], kept: Collection[str]) -> None:
+def print_plan(experiment: Experiment, runs: Sequence[PlannedRun], kept: Mapping[str, RunNumbers]) -> None:
     """A line per arm on standard output.
 
     Args:
-        kept: settings of runs whose numbers are kept.
+        kept: numbers of runs, also of other experiments, by their settings.
 
     Raises:
         UserError: a run does not fit this machine.
@@ -41,12 +41,13 @@ def print_plan(experiment: Experiment, runs: Sequence[PlannedRun], kept: Collect
     table.add_column("arm", overflow="fold")
     for column in ("runs", "kept", "finished", "elsewhere", "begun", "time of one", "left"):
         table.add_column(column, justify="right", no_wrap=True)
-    measured = [_seconds(run) for run in runs if run.is_finished()]
+    took = {settings: numbers.points[-1].seconds for settings, numbers in kept.items() if numbers.points}
+    took |= {settings_of(run): _seconds(run) for run in runs if run.is_finished()}
     left, unknown = 0.0, 0
     of_arms = {arm.name: [run for run in runs if run.arm is arm] for arm in experiment.with_runs}
     with tempfile.TemporaryDirectory() as scratch:
         times = {
-            name: _seconds_of_one(own, measured, experiment.spec.world, Path(scratch) / "world")
+            name: _seconds_of_one(own, took, experiment.spec.world, Path(scratch) / "world")
             for name, own in of_arms.items()
         }
     for name, own in of_arms.items():
@@ -78,14 +79,14 @@ def print_plan(experiment: Experiment, runs: Sequence[PlannedRun], kept: Collect
 
 
 def _seconds_of_one(
-    runs: Sequence[PlannedRun], others: Sequence[float], world: Size | None, stand_in: Path
+    runs: Sequence[PlannedRun], took: Mapping[str, float], world: Size | None, stand_in: Path
 ) -> tuple[float | None, str]:
-    """Of one of the runs of an arm, and where that is from: as long as finished ones took, else as those of `others`,
-    else as `exsearch plan` says."""
-    if finished := [run for run in runs if run.is_finished()]:
-        return statistics.mean(map(_seconds, finished)), "measured"
-    if others:
-        return statistics.mean(others), "as others"
+    """Of one of the runs of an arm, and where that is from: as long as those took that are known, by their settings;
+    else as others took, else as `exsearch plan` says."""
+    if own := [took[settings] for run in runs if (settings := settings_of(run)) in took]:
+        return statistics.mean(own), "measured"
+    if took:
+        return statistics.mean(took.values()), "as others"
     try:
         plan = _plan(runs[0].config, world, stand_in)
     except UnknownShape:

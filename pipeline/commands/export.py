@@ -36,10 +36,8 @@ def export_model(
         UserError: no such run or model, it is damaged, or `out` holds something.
         RunError: the hub does not take it; what was written stays.
     """
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run directory: it has no config.yaml")
     files = RunFiles(run)
-    files.check_layout()
+    files.check_is_run()
     config = load(run / "config.yaml")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} is not empty; name a new folder")

@@ -34,10 +34,8 @@ def other_weights(path: Path, t: int | None, methods: Sequence[str], *, by_quest
     Raises:
         UserError: no run, no such E-step, or no such weights.
     """
-    if not (path / "config.yaml").is_file():
-        raise UserError(f"{path} is not a run directory: it has no config.yaml")
     run = RunFiles(path)
-    run.check_layout()
+    run.check_is_run()
     config = load(path / "config.yaml")
     sampled = sorted(int(at.parent.name) for at in run.path.glob("iterations/*/sample.json"))
     if t is None and not sampled:

@@ -167,6 +167,15 @@ class RunFiles:
             if (gone := [v for v in self.versions(policy) if not self.at(f"{v}/{policy}/model").is_dir()])
         }
 
+    def check_is_run(self) -> None:
+        """
+        Raises:
+            UserError: no run is there, or one of an earlier version.
+        """
+        if not (self.path / "config.yaml").is_file():
+            raise UserError(f"{self.path} is not a run directory: it has no config.yaml")
+        self.check_layout()
+
     def check_layout(self) -> None:
         """Refuse a directory that an earlier version laid out, without folders for policies.
 

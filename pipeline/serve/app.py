@@ -26,6 +26,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from mcp.server.transport_security import TransportSecuritySettings
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import FileResponse
 from starlette.types import ASGIApp
 
@@ -34,7 +35,7 @@ from pipeline.serve import STATIC
 from pipeline.serve.chat import ChatReply
 from pipeline.serve.conversation import question_of
 from pipeline.serve.failures import ApiError, as_api_error, as_refusal
-from pipeline.serve.requests import Asked, ChatRequest, ResponsesRequest
+from pipeline.serve.requests import Asked, ChatRequest, PassedOver, ResponsesRequest
 from pipeline.serve.responses import ResponseReply
 from pipeline.serve.service import Service
 from pipeline.serve.streams import EventStream
@@ -93,13 +94,14 @@ _FAILURES: dict[int | str, dict[str, Any]] = {
 router = APIRouter(route_class=_Route)
 
 
-def _question_of(service: Service, body: ChatRequest | ResponsesRequest) -> str:
-    """The question, once all that can be refused before it is answered has been."""
-    body.check(service.settings.name)
-    question = question_of(body.said)
+def _question_of(service: Service, body: ChatRequest | ResponsesRequest) -> tuple[str, list[str]]:
+    """The question, and what of the request is passed over; all that can be refused before it is answered has been."""
+    passed_over = PassedOver(service.settings.lenient)
+    body.check(service.settings.name, passed_over)
+    question = question_of(body.said(passed_over))
     service.check_ready()
     service.agent.check(question)
-    return question
+    return question, passed_over.params
 
 
 async def _reply(
@@ -116,10 +118,11 @@ async def _reply(
 @router.post("/v1/chat/completions", summary="Answer a question", responses=_FAILURES)
 async def chat(request: Request, body: ChatRequest) -> Response:
     service: Service = request.app.state.service
-    question = _question_of(service, body)
+    question, ignored = _question_of(service, body)
     options = body.stream_options
     reply = ChatReply(
         service.settings.name,
+        ignored,
         with_token_ids=bool(body.return_token_ids),
         with_usage=options is not None and bool(options.include_usage),
     )
@@ -129,9 +132,9 @@ async def chat(request: Request, body: ChatRequest) -> Response:
 @router.post("/v1/responses", summary="Answer a question, an item per step", responses=_FAILURES)
 async def responses(request: Request, body: ResponsesRequest) -> Response:
     service: Service = request.app.state.service
-    question = _question_of(service, body)
+    question, ignored = _question_of(service, body)
     reply = ResponseReply(
-        service.settings.name, body.metadata or {}, with_token_ids=bool(body.return_token_ids)
+        service.settings.name, body.metadata or {}, ignored, with_token_ids=bool(body.return_token_ids)
     )
     return await _reply(request, service, body, question, reply)
 
@@ -224,6 +227,16 @@ def create_app(service: Service, hosts: frozenset[str] | None = None) -> ASGIApp
         open_paths=OPEN_PATHS | PAGE.keys(),
         refuse=as_refusal,
     )
+    if service.settings.allow_origins:
+        # In front of `Guard`: a browser asks without the token whether a page may ask with it.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.allow_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+            allow_private_network=True,
+        )
     return HostCheck(app, hosts)
 
 
@@ -241,4 +254,5 @@ def serve(service: Service, on_listening: Callable[[str], None] = lambda url: No
     with contextlib.closing(listen(settings.host, settings.port, backlog=BACKLOG)) as listener:
         url = url_of(listener)
         on_listening(url)
-        run(create_app(service, own_names(settings.host, url)), service, listener, service.look_now)
+        hosts = own_names(settings.host, url, settings.allowed_hosts)
+        run(create_app(service, hosts), service, listener, service.look_now)

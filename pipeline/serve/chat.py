@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ class ChatReply:
     """One reply in the making: the same head on all of its parts."""
 
     model: str
+    ignored: Sequence[str] = ()
     with_token_ids: bool = False
     with_usage: bool = False
     id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
@@ -49,7 +50,7 @@ class ChatReply:
             **self._head("chat.completion", trajectory.policy_version),
             "choices": [choice],
             "usage": _usage(trajectory),
-            "exsearch": extension_of(trajectory, with_token_ids=self.with_token_ids),
+            "exsearch": extension_of(trajectory, self.ignored, with_token_ids=self.with_token_ids),
         }
 
     async def pieces(self, service: Service, question: str, sampling: Any) -> AsyncGenerator[bytes, None]:
@@ -76,7 +77,7 @@ class ChatReply:
         yield line("[DONE]")
 
     def _last(self, trajectory: Trajectory) -> bytes:
-        extension = extension_of(trajectory, with_token_ids=self.with_token_ids)
+        extension = extension_of(trajectory, self.ignored, with_token_ids=self.with_token_ids)
         return self._chunk(trajectory.policy_version, {}, _finish_reason(trajectory), extension)
 
     def _chunk(

@@ -58,11 +58,6 @@ class ApiError(HttpError):
         return json_response(self.body(), self.status, self.headers)
 
 
-def unsupported(param: str, why: str) -> ApiError:
-    """Of a parameter that this server knows, and cannot heed."""
-    return ApiError(400, "unsupported_parameter", f"{param}: {why}", param)
-
-
 def not_answered(trajectory: Trajectory) -> ApiError | None:
     """The failure of an answer that infrastructure ended; None if it was not that."""
     reason = trajectory.stop_reason

@@ -1,66 +1,80 @@
 """What clients may ask for, in both of OpenAI's forms, and how it is checked.
 
-A parameter that would change the answer and is not heeded is refused, never ignored. Those that say "as usual" (`n: 1`,
-`presence_penalty: 0`, ...) are fine, for many clients send them, and so is null.
+What would change the answer and is not heeded is refused, unless the server is lenient: then it is passed over, and the
+reply names it. Values that say "as usual" (`n: 1`, `presence_penalty: 0`, ...) are fine, for many clients send them; so
+is null.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.core.agents.program import Sampling
 from pipeline.serve.conversation import Said
-from pipeline.serve.failures import ApiError, unsupported
+from pipeline.serve.failures import ApiError
 
 _TURNS = "the length of an answer is set when the server starts (agent.max_turn_tokens, agent.max_searches)"
 _TOOLS = "the agent uses its own search, and no tools of the client"
 _FORM = "the agent answers in text"
 _SCORES = "log-probabilities are not given"
-_ONE = "there is one answer to a request"
 _PENALTIES = "the agent's words are not changed on their way"
 _STORED = "nothing is stored; send the whole conversation"
 
-_UNSUPPORTED = {
+_UNHEEDED = {
     "max_tokens": _TURNS,
     "max_completion_tokens": _TURNS,
     "max_output_tokens": _TURNS,
     "max_tool_calls": _TURNS,
     "stop": _TURNS,
+    "reasoning_effort": _TURNS,
+    "reasoning": _TURNS,
     "tools": _TOOLS,
-    "tool_choice": _TOOLS,
     "functions": _TOOLS,
-    "function_call": _TOOLS,
     "parallel_tool_calls": _TOOLS,
     "web_search_options": _TOOLS,
+    "verbosity": "the agent answers as it was trained to",
+    "presence_penalty": _PENALTIES,
+    "frequency_penalty": _PENALTIES,
+    "logit_bias": _PENALTIES,
+    "instructions": "the agent has the instructions that it was trained with (agent.instructions)",
+}
+"""Parameters of OpenAI's that are not heeded, and why. With them the answer might be another one."""
+_INDISPENSABLE = {
+    "tool_choice": _TOOLS,
+    "function_call": _TOOLS,
     "response_format": _FORM,
     "text": _FORM,
     "modalities": _FORM,
     "audio": _FORM,
-    "prediction": _FORM,
-    "verbosity": _FORM,
     "logprobs": _SCORES,
     "top_logprobs": _SCORES,
-    "n": _ONE,
-    "presence_penalty": _PENALTIES,
-    "frequency_penalty": _PENALTIES,
-    "logit_bias": _PENALTIES,
-    "reasoning_effort": _TURNS,
-    "reasoning": _TURNS,
-    "store": _STORED,
+    "n": "there is one answer to a request",
     "previous_response_id": _STORED,
     "conversation": _STORED,
     "background": _STORED,
-    "instructions": "the agent has the instructions that it was trained with (agent.instructions)",
     "prompt": "there are no stored prompts",
-    "service_tier": "there is one",
-    "truncation": "a conversation that is too long is refused",
-    "include": "replies always hold all of their parts",
+    "moderation": "nothing is moderated",
+    "stream_options": "nothing is obfuscated",
 }
-"""Parameters of OpenAI's that are not heeded, and why."""
+"""Others, without which the client could not read the reply, the question were not whole, or a protection were missing:
+no server passes them over."""
+_SAME_ANSWER = frozenset(
+    {
+        "store",
+        "truncation",
+        "include",
+        "service_tier",
+        "prediction",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+    }
+)
+"""Others, without which the answer is the same: every server passes them over."""
 _AS_USUAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "presence_penalty": (0,),
@@ -68,21 +82,53 @@ _AS_USUAL: Mapping[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "logprobs": (False,),
     "top_logprobs": (0,),
+    "stop": ([], ""),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
-    "text": ({"format": {"type": "text"}},),
+    "text": ({}, {"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
+    "verbosity": ("medium",),
     "store": (False,),
     "background": (False,),
     "service_tier": ("auto", "default"),
     "truncation": ("disabled",),
     "include": ([], ["file_search_call.results"]),
+    "stream_options": ({}, {"include_obfuscation": False}),
+    "tool_calls": ([],),
 }
 """Values of these that ask for nothing else than what is done."""
 _SENT_BACK = ("reasoning_content", "refusal", "annotations", "exsearch")
-"""Of an assistant's message: what a reply of ours held, and clients send back with it. It is passed over."""
+"""Of an assistant's message: what a reply of ours held, and clients send back with it. It is nothing to be heeded."""
+
+
+def _is_as_usual(key: str, value: Any) -> bool:
+    return value is None or any(value == usual for usual in _AS_USUAL.get(key, ()))
+
+
+@dataclass(slots=True)
+class PassedOver:
+    """What a request asks for and does not get.
+
+    Attributes:
+        lenient: whether more is passed over than what leaves the answer as it is.
+        params: what was, as error messages name it.
+    """
+
+    lenient: bool
+    params: list[str] = field(default_factory=list)
+
+    def add(self, param: str, why: str, code: str = "unsupported_parameter") -> None:
+        """
+        Raises:
+            ApiError: the server is not lenient.
+        """
+        if not self.lenient:
+            raise ApiError(400, code, f"{param}: {why} (`exsearch serve --lenient` passes it over)", param)
+        self.params.append(param)
 
 
 class TextPart(BaseModel):
@@ -102,23 +148,24 @@ class Message(BaseModel):
     role: Literal["user", "assistant", "system", "developer", "tool", "function"]
     content: str | list[TextPart] | None = None
 
-    def said(self, param: str) -> Said:
-        """
+    def said(self, param: str, passed_over: PassedOver) -> Said | None:
+        """None if it is passed over.
+
         Raises:
             ApiError: it is not the user's or the assistant's, or has something else than text.
         """
+        not_taken = f"messages of the role {self.role} are not taken"
+        if self.role in ("system", "developer"):
+            why = f"{not_taken}: the agent has its instructions from training"
+            passed_over.add(param, why, "unsupported_value")
+            return None
         if self.role not in ("user", "assistant"):
-            why = "the agent has its instructions from training, and uses its own search"
-            raise ApiError(
-                400,
-                "unsupported_value",
-                f"{param}: messages of the role {self.role} are not taken: {why}",
-                param,
-            )
+            why = "the agent uses its own search"
+            raise ApiError(400, "unsupported_value", f"{param}: {not_taken}: {why}", param)
         for key, value in (self.model_extra or {}).items():
             known = key in ("type", "id", "status") or (self.role == "assistant" and key in _SENT_BACK)
-            if value is not None and not known:
-                raise unsupported(f"{param}.{key}", "messages are text")
+            if not known and not _is_as_usual(key, value):
+                passed_over.add(f"{param}.{key[:80]}", "messages are text")
         parts = [self.content or ""] if not isinstance(self.content, list) else [p.text for p in self.content]
         return Said("assistant" if self.role == "assistant" else "user", "\n".join(parts), param)
 
@@ -146,10 +193,10 @@ class Asked(BaseModel):
         description="An extension: `exsearch.token_ids` of the reply has the ids of the whole trajectory.",
     )
 
-    def check(self, name: str) -> None:
+    def check(self, name: str, passed_over: PassedOver) -> None:
         """
         Raises:
-            ApiError: another model, or a parameter that is not heeded.
+            ApiError: another model, or a parameter that is not heeded and not passed over.
         """
         if self.model != name:
             raise ApiError(
@@ -159,13 +206,18 @@ class Asked(BaseModel):
                 "model",
             )
         for key, value in (self.model_extra or {}).items():
-            if value is None or any(value == usual for usual in _AS_USUAL.get(key, ())):
+            if _is_as_usual(key, value):
                 continue
-            if key in _UNSUPPORTED:
-                raise unsupported(key, _UNSUPPORTED[key])
-            raise ApiError(400, "unknown_parameter", f"there is no parameter {key[:80]!r}", key[:80])
+            if key in _SAME_ANSWER:
+                passed_over.params.append(key)
+            elif key in _INDISPENSABLE:
+                raise ApiError(400, "unsupported_parameter", f"{key}: {_INDISPENSABLE[key]}", key)
+            elif key in _UNHEEDED:
+                passed_over.add(key, _UNHEEDED[key])
+            else:
+                passed_over.add(key[:80], "there is no such parameter", "unknown_parameter")
         if self.top_p not in (None, 1.0) and not self.temperature:
-            raise ApiError(400, "invalid_value", "top_p: without a temperature the answer is greedy", "top_p")
+            passed_over.add("top_p", "without a temperature the answer is greedy", "invalid_value")
 
     @property
     def sampling(self) -> Sampling:
@@ -187,9 +239,15 @@ class ChatRequest(Asked):
     messages: list[Message] = Field(description="The conversation; the last message is the question.")
     stream_options: StreamOptions | None = None
 
-    @property
-    def said(self) -> list[Said]:
-        return [message.said(f"messages.{number}") for number, message in enumerate(self.messages)]
+    def said(self, passed_over: PassedOver) -> list[Said]:
+        """
+        Raises:
+            ApiError: as `Message.said`.
+        """
+        said = (
+            message.said(f"messages.{number}", passed_over) for number, message in enumerate(self.messages)
+        )
+        return [one for one in said if one is not None]
 
 
 class SentBackItem(BaseModel):
@@ -207,12 +265,16 @@ class ResponsesRequest(Asked):
         description="The question, or the conversation; the last message is the question."
     )
 
-    @property
-    def said(self) -> list[Said]:
+    def said(self, passed_over: PassedOver) -> list[Said]:
+        """
+        Raises:
+            ApiError: as `Message.said`.
+        """
         if isinstance(self.input, str):
             return [Said("user", self.input, "input")]
-        return [
-            item.said(f"input.{number}")
+        said = (
+            item.said(f"input.{number}", passed_over)
             for number, item in enumerate(self.input)
             if isinstance(item, Message)
-        ]
+        )
+        return [one for one in said if one is not None]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class ResponseReply:
 
     model: str
     metadata: dict[str, str]
+    ignored: Sequence[str] = ()
     with_token_ids: bool = False
     id: str = field(default_factory=lambda: _new_id("resp"))
     created: int = field(default_factory=lambda: int(time.time()))
@@ -113,7 +114,7 @@ class ResponseReply:
                 "type": "file_citation",
                 "file_id": citation.passage_id,
                 "filename": citation.title,
-                "index": len(text),
+                "index": len(text),  # the whole answer is what is cited
             }
             for citation in cited(trajectory)
         ]
@@ -159,12 +160,14 @@ class ResponseReply:
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "usage": {
                 "input_tokens": usage.prompt,
+                # The form demands both numbers. They are not known: what the engine had in its cache is another number
+                # in every turn, while `input_tokens` counts each token once.
                 "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens": usage.completion,
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning},
                 "total_tokens": usage.total,
             },
-            "exsearch": extension_of(trajectory, with_token_ids=self.with_token_ids),
+            "exsearch": extension_of(trajectory, self.ignored, with_token_ids=self.with_token_ids),
         }
 
     def _added(self, item: Json) -> bytes:

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Protocol, TypeVar
 
-from actors.weight_transfer import WeightTransferError
 from pipeline.core.agents.program import EngineError, Sampling
 from pipeline.core.agents.search import Event, OnEvent
 from pipeline.core.errors import RunError
@@ -34,6 +33,11 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _POLL_S = 0.1
+_NOT_READY = {
+    State.LOADING: "the model is being loaded",
+    State.DRAINING: "it is being shut down",
+    State.FAILED: "it ends, for it has failed",
+}
 
 Newer = Callable[[int], Snapshot | None]
 """The newest version of the model, if it is newer than this one; may read files."""
@@ -203,7 +207,7 @@ class Service:
             raise ApiError(
                 503,
                 "not_ready",
-                f"the server is not ready: {self.state}",
+                f"the server is not ready: {_NOT_READY[self.state]}",
                 headers={"Retry-After": str(RETRY_S)},
             )
 
@@ -240,7 +244,7 @@ class Service:
 
     def start(self) -> None:
         """Load the model, in the background."""
-        self._background = [asyncio.create_task(self._become_ready())]
+        self._in_background(self._become_ready())
 
     def look_now(self) -> None:
         """See at once whether there is a newer version."""
@@ -273,6 +277,17 @@ class Service:
         if at_rest:
             await self.agent.close()
 
+    def _in_background(self, work: Coroutine[object, object, None]) -> None:
+        """What ends it unforeseen ends the server, with the reason: nobody else would hear of it."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._note_end)
+        self._background.append(task)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("the server cannot go on", exc_info=error)
+            self._give_up(RunError(f"the server cannot go on: {type(error).__name__}: {error}"))
+
     async def _become_ready(self) -> None:
         try:
             room = await self.agent.start()
@@ -281,9 +296,9 @@ class Service:
             return
         self._room, self._slots = room, asyncio.Semaphore(room)
         self._say_ready()
-        self._background.append(asyncio.create_task(self._watch()))
+        self._in_background(self._watch())
         if self._newer is not None:
-            self._background.append(asyncio.create_task(self._follow(self._newer)))
+            self._in_background(self._follow(self._newer))
 
     def _say_ready(self) -> None:
         self.metrics.version.set(self.agent.version)
@@ -312,14 +327,17 @@ class Service:
             await self._bring_back()
 
     async def _bring_back(self) -> None:
+        if self.state is State.DRAINING:
+            return
         self.state = State.LOADING
         self.metrics.ready.set(0)
         for attempt in range(self.settings.max_restarts + 1):
             self.metrics.restarts.inc()
             try:
                 await self.agent.restart()
-            except EngineError as error:
-                logger.error(f"start {attempt + 1} of another engine failed: {error}")
+            # Whatever it was, the next start may succeed.
+            except Exception as error:
+                logger.error(f"start {attempt + 1} of another engine failed", exc_info=error)
                 last = str(error)
             else:
                 self._say_ready()
@@ -332,10 +350,17 @@ class Service:
         while True:
             await _within(self._look.wait(), self.settings.follow_s)
             self._look.clear()
-            if self.state is State.READY:
+            if self.state is not State.READY:
+                continue
+            try:
                 found = await asyncio.to_thread(newer, self.agent.version)
-                if found is not None and found.version not in self._refused:
-                    await self._load(found)
+            # The version that answers stays good, and the next look may succeed.
+            except Exception as error:
+                self.metrics.note_error("follow")
+                logger.error("a newer version cannot be looked for", exc_info=error)
+                continue
+            if found is not None and found.version not in self._refused:
+                await self._load(found)
 
     async def _load(self, snapshot: Snapshot) -> None:
         """Answer with another version from now on; if it cannot be loaded, with the one before."""
@@ -343,10 +368,13 @@ class Service:
             self._is_loading = True
             try:
                 await self.agent.load(snapshot)
-            except WeightTransferError as error:
+            # Whatever it was, another engine answers with the version before.
+            except Exception as error:
                 self._refused.add(snapshot.version)
                 self.metrics.note_error("reload")
-                logger.error(f"version {snapshot.version} ({snapshot.model}) cannot be loaded: {error}")
+                logger.error(
+                    f"version {snapshot.version} ({snapshot.model}) cannot be loaded", exc_info=error
+                )
                 await self._bring_back()
                 return
             finally:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from pipeline.core.errors import UserError
+from retriever_service.service.hosts import check_names
 from retriever_service.service.settings import warn_if_open
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:-]+")
+"""As browsers send it: in small letters, and with nothing behind the port."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +26,7 @@ class ServeSettings:
     """The settings of a server.
 
     Raises:
-        UserError: one makes no sense.
+        UserError, RetrieverError: one makes no sense.
     """
 
     host: str = "127.0.0.1"
@@ -30,8 +35,14 @@ class ServeSettings:
     """0 takes a free one."""
     token: str | None = field(default=None, repr=False)
     """If set, clients must send it as a bearer token, except to /healthz, /readyz and for the page."""
+    allow_origins: tuple[str, ...] = ()
+    """Origins, as `https://chat.example.org`, whose pages may ask from a browser (CORS)."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names that it answers to beside its own, as behind a proxy."""
     name: str = "exsearch"
     """What the model is called in `/v1/models` and in requests."""
+    lenient: bool = False
+    """What cannot be heeded, and system messages, are passed over where they would be refused; replies name them."""
     max_conversations: int | None = None
     """Answers that are made at once. None: as many as the engine's KV cache holds."""
     max_waiting: int = 256
@@ -62,6 +73,13 @@ class ServeSettings:
         for field_ in fields(self):
             if field_.name in ("token", "name") and (text := getattr(self, field_.name)) is not None:
                 _check_word(field_.name, text)
+        check_names(self.allowed_hosts)
+        for origin in self.allow_origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise UserError(
+                    f"{origin!r} is no origin: give scheme and host, and the port where there is one, as in "
+                    "https://chat.example.org"
+                )
         warn_if_open(self.host, self.token, "ask")
 
 

@@ -46,13 +46,18 @@ def cited(trajectory: Trajectory) -> list[Citation]:
     return citations_of(trajectory.answer, trajectory.steps)
 
 
-def extension_of(trajectory: Trajectory, *, with_token_ids: bool) -> dict[str, Any]:
-    """The field `exsearch` of a reply: what OpenAI's form has no place for."""
+def extension_of(trajectory: Trajectory, ignored: Sequence[str], *, with_token_ids: bool) -> dict[str, Any]:
+    """The field `exsearch` of a reply: what OpenAI's form has no place for.
+
+    Args:
+        ignored: what the request asked for and did not get.
+    """
     said: dict[str, Any] = {
         "version": trajectory.policy_version,
         "stop_reason": trajectory.stop_reason.value,
         "citations": [citation.as_json() for citation in cited(trajectory)],
         "steps": [step_as_json(step) for step in trajectory.steps],
+        "ignored": list(ignored),
     }
     return said | ({"token_ids": trajectory.token_ids.tolist()} if with_token_ids else {})
 

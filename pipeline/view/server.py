@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import uvicorn
 from starlette.applications import Starlette
@@ -61,8 +61,17 @@ def create_app(pages: Pages, hosts: frozenset[str] | None) -> ASGIApp:
     return HostCheck(app, hosts)
 
 
-def serve(pages: Pages, host: str, port: int, on_listening: Callable[[str], None]) -> None:
+def serve(
+    pages: Pages,
+    host: str,
+    port: int,
+    allowed_hosts: Sequence[str],
+    on_listening: Callable[[str], None],
+) -> None:
     """Serve until it is interrupted.
+
+    Args:
+        allowed_hosts: names that it answers to beside its own.
 
     Raises:
         RetrieverError: the address cannot be listened on.
@@ -72,7 +81,7 @@ def serve(pages: Pages, host: str, port: int, on_listening: Callable[[str], None
         url = url_of(listener)
         on_listening(url)
         config = uvicorn.Config(
-            create_app(pages, own_names(host, url)),
+            create_app(pages, own_names(host, url, allowed_hosts)),
             ws="none",
             log_config=None,
             access_log=False,

@@ -238,7 +238,11 @@ class BatchingSearcher(Generic[S]):
         await asyncio.sleep(0)
         while batch := await self._next_batch():
             self._searching = batch
-            outcomes = await asyncio.wrap_future(self._owner.submit(self._search_batch, batch))
+            try:
+                outcomes = await asyncio.wrap_future(self._owner.submit(self._search_batch, batch))
+            # Whatever ended the search of a whole batch is its callers' to know, and the next ones must be answered.
+            except Exception as error:
+                outcomes = [error] * len(batch)
             self._searching = []
             for request, outcome in zip(batch, outcomes, strict=True):
                 if request.reply.done():

@@ -6,14 +6,18 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from urllib.parse import urlsplit
 
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from retriever_service.errors import RetrieverError
+
 _EVERYWHERE = ("0.0.0.0", "::")
 """Addresses that listen on all of a machine: whoever chooses one has names for it that are not known here."""
+_NAME = re.compile(r"[\w.-]+|\[[\da-f:.]+\]", re.ASCII | re.IGNORECASE)
 _OWN_FILES_ONLY = "; ".join(
     [
         "default-src 'self'",
@@ -33,11 +37,28 @@ SAFE_HEADERS = {
 """For answers that a browser may show: nothing but the server's own files is loaded or run."""
 
 
-def own_names(host: str, url: str) -> frozenset[str] | None:
-    """Names of a server, as they stand in URLs, that listens on `host` and is reached at `url`; None if all are its."""
-    if host in _EVERYWHERE:
+def own_names(host: str, url: str, given: Collection[str] = ()) -> frozenset[str] | None:
+    """Names of a server, as they stand in URLs, that listens on `host` and is reached at `url`; None if all are its.
+
+    Args:
+        given: names that it has elsewhere, as by a proxy in front of it; see `check_names`.
+    """
+    if host in _EVERYWHERE and not given:
         return None
-    return frozenset({"localhost", "127.0.0.1", "[::1]", host, _name_in(urlsplit(url).netloc)})
+    own = ("localhost", "127.0.0.1", "[::1]", host, _name_in(urlsplit(url).netloc))
+    return frozenset(name.lower() for name in (*own, *given))
+
+
+def check_names(given: Collection[str]) -> None:
+    """
+    Raises:
+        RetrieverError: one cannot be the name of a host.
+    """
+    for name in given:
+        if not _NAME.fullmatch(name):
+            raise RetrieverError(
+                f"{name!r} is no name of a host: give it as in its addresses, without scheme, port and path"
+            )
 
 
 class HostCheck:

@@ -187,4 +187,4 @@ class Service:
             # The state that is being served stays good, and the next one may be.
             except Exception as error:
                 self.metrics.note_error("refresh")
-                logger.error(f"the index has changed and cannot be opened anew: {error}")
+                logger.error("the index has changed and cannot be opened anew", exc_info=error)

@@ -51,6 +51,7 @@ def test_even_a_stopped_process_ends_when_its_parent_was_killed() -> None:
     pid = pids.recv()
     wait_for(lambda: state(pid) == "T")
     assert process.pid is not None
+    assert os.getpgid(pid) != os.getpgid(process.pid), "a Ctrl-C in the terminal is for the parent alone"
     os.kill(process.pid, signal.SIGKILL)
     process.join(30)
     wait_for(lambda: state(pid) in ("", "Z"))

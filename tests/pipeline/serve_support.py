@@ -14,8 +14,7 @@ import numpy as np
 import openai
 import uvicorn
 
-from actors.weight_transfer import WeightTransferError
-from pipeline.core.agents.program import EngineError, Sampling
+from pipeline.core.agents.program import Sampling
 from pipeline.core.agents.search import Event, OnEvent
 from pipeline.core.errors import UserError
 from pipeline.core.policies import Snapshot
@@ -25,6 +24,7 @@ from pipeline.serve.service import Agent, Newer, Service
 from pipeline.serve.settings import ServeSettings
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
+from retriever_service.service.hosts import own_names
 from retriever_service.service.lifecycle import State
 from retriever_service.service.listening import listen, url_of
 
@@ -79,14 +79,16 @@ class StandIn:
         self.in_flight = self.most_in_flight = self.cancelled = self.starts = 0
         self.loaded: list[Snapshot] = []
         self.lost = threading.Event()
-        self.fails_to_start = self.fails_to_load = False
+        self.fails_to_start: Exception | None = None
+        self.fails_to_load: Exception | None = None
+        self.fails_to_watch: Exception | None = None
         self.failure: Exception | None = None
         self.is_closed = False
 
     async def start(self) -> int:
         self.starts += 1
-        if self.fails_to_start:
-            raise EngineError("no such luck")
+        if self.fails_to_start is not None:
+            raise self.fails_to_start
         return self.room
 
     def check(self, question: str) -> None:
@@ -124,20 +126,22 @@ class StandIn:
 
     async def load(self, snapshot: Snapshot) -> None:
         assert self.in_flight == 0, "an answer would be made by two versions"
-        if self.fails_to_load:
-            raise WeightTransferError("half a file")
+        if self.fails_to_load is not None:
+            raise self.fails_to_load
         self.loaded.append(snapshot)
         self.version = snapshot.version
 
     async def until_lost(self) -> str:
         while not self.lost.is_set():
+            if self.fails_to_watch is not None:
+                raise self.fails_to_watch
             await asyncio.sleep(0.005)
         return "its process died"
 
     async def restart(self) -> None:
         self.starts += 1
-        if self.fails_to_start:
-            raise EngineError("no such luck")
+        if self.fails_to_start is not None:
+            raise self.fails_to_start
         self.lost.clear()
 
     async def close(self) -> None:
@@ -185,8 +189,9 @@ def serving(
     agent = agent or StandIn()
     service = Service(ServeSettings(**{"grace_s": 0.05, "follow_s": 0.01} | settings), agent, newer)
     with contextlib.closing(listen("127.0.0.1", 0, backlog=64)) as listener:
+        hosts = own_names("127.0.0.1", url_of(listener), service.settings.allowed_hosts)
         config = uvicorn.Config(
-            create_app(service, frozenset({"127.0.0.1"})),
+            create_app(service, hosts),
             log_config=None,
             ws="none",
             lifespan="on",

@@ -261,7 +261,7 @@ def test_a_question_for_a_server_and_an_index(refused: Any) -> None:
 
 
 def test_a_question_with_nothing_to_search(refused: Any) -> None:
-    assert "give --index DIR, or retriever.url=ADDRESS" in refused(*ASK)
+    assert "give --index DIR, or --url ADDRESS" in refused(*ASK)
 
 
 @pytest.mark.parametrize("dialect", ["native", "search-r1"])

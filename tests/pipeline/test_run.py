@@ -30,10 +30,11 @@ from pipeline.core.run import Json, RunDirectory, write_json
 from pipeline.core.shards import Shards
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import Weighted
+from pipeline.methods import load
 from pipeline.run import Run
 from pipeline.steps import Begun
 
-NAMES = ("selector", "generator")
+NAMES = ("selector", "generator", "searcher")
 
 
 class Killed(BaseException):
@@ -347,6 +348,14 @@ def test_training_starts_from_the_version_before_on_the_shards_of_the_iteration(
             train(run, t, "selector")
         assert trained(run, "selector") == [(0, ["1.parquet"], 1), (1, ["2.parquet"], 2)]
         assert trained(run, "generator") == []
+
+
+def test_a_trained_searcher_has_with_it_how_it_is_asked(tmp_path: Path) -> None:
+    with opened(tmp_path) as run:
+        for name in NAMES:
+            train(run, 1, name)
+        assert load(run.at("1/searcher/model/agent.json")).agent == run.config.agent
+        assert not run.at("1/selector/model/agent.json").exists()
 
 
 def test_a_policy_that_an_iteration_does_not_train_stays_what_it_was(tmp_path: Path) -> None:

@@ -3,10 +3,13 @@
 // A conversation with the server that this page came from. What is said stays in this page; only the token is kept,
 // until the tab is closed.
 
+const LOOK_AGAIN_MS = 2000;
+
 const at = (id) => document.getElementById(id);
 const said = [];
-let model = "";
+let model = ""; // empty while nothing is answered
 let asking = null;
+let lookAgain = 0;
 
 function make(name, text, className) {
   const made = document.createElement(name);
@@ -20,24 +23,46 @@ function headers() {
   return token ? { authorization: `Bearer ${token}` } : {};
 }
 
-async function refusal(reply) {
-  if (reply.status === 401) at("access").hidden = false;
+async function request(path, options = {}) {
+  let reply;
+  try {
+    reply = await fetch(path, { ...options, headers: { ...options.headers, ...headers() } });
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Error("The server cannot be reached.");
+  }
+  if (reply.ok) return reply;
   const body = await reply.json().catch(() => null);
-  return new Error(body && body.error ? body.error.message : `the server answered ${reply.status}`);
+  const error = new Error(body && body.error ? body.error.message : `the server answered ${reply.status}`);
+  error.wantsToken = reply.status === 401;
+  throw error;
 }
 
+// What is said twice would be read out twice.
+function say(text) {
+  if (at("state").textContent !== text) at("state").textContent = text;
+}
+
+function showModel(version) {
+  at("model").textContent = `${model}, version ${version}`;
+}
+
+// Looks until questions are answered, and says meanwhile why they are not.
 async function begin() {
+  clearTimeout(lookAgain);
   try {
-    const reply = await fetch("v1/models", { headers: headers() });
-    if (!reply.ok) throw await refusal(reply);
-    const [first] = (await reply.json()).data;
+    await request("readyz");
+    const [first] = (await (await request("v1/models")).json()).data;
     model = first.id;
-    at("model").textContent = `${first.id}, version ${first.exsearch.version}`;
+    showModel(first.exsearch.version);
     at("access").hidden = true;
-    at("state").textContent = "";
+    if (!asking) say("");
   } catch (error) {
-    at("state").textContent = error.message;
+    model = "";
+    say(error.message);
+    if (error.wantsToken) at("access").hidden = false;
+    else lookAgain = setTimeout(begin, LOOK_AGAIN_MS);
   }
+  at("send").disabled = !model || Boolean(asking);
 }
 
 // Server-sent events come in pieces of any length.
@@ -92,6 +117,7 @@ function showCitation(card, citation, steps) {
 }
 
 function showEnd(card, end) {
+  showModel(end.version);
   if (end.stop_reason !== "answered") card.append(make("p", `stopped: ${end.stop_reason}`, "dim"));
   if (!end.citations.length) return;
   const details = make("details");
@@ -100,15 +126,14 @@ function showEnd(card, end) {
   card.append(details);
 }
 
+// Empty if the agent found none.
 async function answer(card) {
-  const body = { model, messages: said, stream: true };
-  const reply = await fetch("v1/chat/completions", {
+  const reply = await request("v1/chat/completions", {
     method: "POST",
-    headers: { "content-type": "application/json", ...headers() },
-    body: JSON.stringify(body),
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({ model, messages: said, stream: true }),
     signal: asking.signal,
   });
-  if (!reply.ok) throw await refusal(reply);
   const way = make("details");
   way.open = true;
   const steps = make("ol");
@@ -124,19 +149,19 @@ async function answer(card) {
     else if (chunk.exsearch.event.type !== "answer") showStep(steps, chunk.exsearch.event);
   }
   way.open = false;
-  if (!answered.textContent) answered.textContent = "(no answer)";
-  return answered.textContent;
+  const found = answered.textContent;
+  if (!found) answered.textContent = "(no answer)";
+  return found;
 }
 
 function setAsking(now) {
   asking = now;
   at("send").disabled = now !== null;
   at("stop").disabled = now === null;
-  at("state").textContent = now === null ? "" : "The agent is at work.";
+  say(now === null ? "" : "The agent is at work.");
 }
 
 async function ask(question) {
-  if (!model) await begin();
   if (!model || asking) return;
   said.push({ role: "user", content: question });
   at("question").value = "";
@@ -144,17 +169,21 @@ async function ask(question) {
   const card = make("article");
   card.append(make("h2", question));
   at("talk").append(card);
+  let failed = false;
   try {
-    said.push({ role: "assistant", content: await answer(card) });
+    const found = await answer(card);
+    // A question without an answer is nothing that later ones could build on.
+    if (found) said.push({ role: "assistant", content: found });
+    else said.pop();
   } catch (error) {
     said.pop();
-    const stopped = error.name === "AbortError";
-    card.append(make("p", stopped ? "stopped" : error.message, stopped ? "dim" : "bad"));
-    if (!stopped) at("question").value = question;
-  } finally {
-    setAsking(null);
-    at("question").focus();
+    failed = error.name !== "AbortError";
+    card.append(make("p", failed ? error.message : "stopped", failed ? "bad" : "dim"));
+    if (failed) at("question").value = question;
   }
+  setAsking(null);
+  at("question").focus();
+  if (failed) begin();
 }
 
 at("ask").addEventListener("submit", (event) => {

@@ -312,7 +312,7 @@ def test_runs_whose_numbers_are_kept_are_not_made_again(
     table = run_command("experiment", study(), "--out", "there", "--results", "docs", "--table")
     assert table.exit_code == 0, table.output
     dry = run_command("experiment", study(), "--out", "there", "--results", "docs", "--dry-run")
-    assert "likelihood 2 1 0 0 0" in re.sub(r"[ │]+", " ", dry.stdout)
+    assert "likelihood 2 1 0 0 0 0:00:22 measured" in re.sub(r"[ │]+", " ", dry.stdout)
     again = run_command("experiment", study(), "--out", "there", "--results", "docs")
     assert again.exit_code == 0, again.output
     assert "2 of 4 runs have their numbers in the results already" in again.output

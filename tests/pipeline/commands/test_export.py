@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub.errors import HfHubHTTPError
 
-from pipeline.commands.ask import settings_of
+from pipeline.commands.answerer import settings_of
 from pipeline.core.agent_settings import agent_settings
 from pipeline.core.models import check_export, write_checksums
 from pipeline.core.run import RunDirectory, write_json
@@ -76,12 +76,12 @@ def test_the_best_model_is_copied_with_settings_and_card(run_command: Any, run: 
 def test_what_is_exported_is_asked_as_it_was_trained(run_command: Any, run: Path, folder: Path) -> None:
     run_command("export", run, "--out", "mine")
 
-    trained, asked = load(run / "config.yaml"), load(settings_of(str(folder / "mine")))
+    trained, asked = load(run / "config.yaml"), load(settings_of(str(folder / "mine"), None))
 
     assert asked.agent == trained.agent and asked.agent.tags.think == tuple(TAGS["think"])
     assert asked.model.max_length == 777
     assert asked.retriever.method == trained.retriever.method
-    assert settings_of(str(run / "iterations/0002/searcher/model")) == run / "config.yaml"
+    assert settings_of(str(run / "iterations/0002/searcher/model"), None) == run / "config.yaml"
 
 
 def test_a_model_of_the_hub_brings_its_settings(
@@ -89,7 +89,7 @@ def test_a_model_of_the_hub_brings_its_settings(
 ) -> None:
     run_command("export", run, "--out", "snapshot")
     monkeypatch.setattr("pipeline.core.agent_settings.local_snapshot", lambda name: folder / "snapshot")
-    assert settings_of("somebody/searcher") == folder / "snapshot" / "agent.json"
+    assert settings_of("somebody/searcher", None) == folder / "snapshot" / "agent.json"
 
 
 def test_settings_are_of_the_agent_alone(run: Path) -> None:

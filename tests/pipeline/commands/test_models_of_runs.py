@@ -1,4 +1,4 @@
-"""Which model `evaluate` takes of a run, and which configuration `ask` finds for a model."""
+"""Which model of a run is evaluated or asked, and which configuration and index are found for a model."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from pipeline.commands.ask import settings_of
+from pipeline.commands import answerer
+from pipeline.commands.answerer import agent_of, best_model, settings_line, settings_of
 from pipeline.commands.evaluate import evaluate_model
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
+from pipeline.core.policies import Snapshot
 from pipeline.core.run import RunDirectory
 from pipeline.methods import load
 
@@ -72,13 +74,42 @@ def test_a_model_is_asked_with_the_configuration_of_its_run(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     run = run_of(tmp_path / "run", steps=SEARCHER)
-    assert settings_of(str(run / "iterations/0001/searcher/model")) == run / "config.yaml"
+    assert settings_of(str(run / "iterations/0001/searcher/model"), None) == run / "config.yaml"
     (run / "index").mkdir()
-    assert settings_of(str(run / "index")) is None
-    assert settings_of("somebody/model") is None
+    assert settings_of(str(run / "index"), None) is None
+    assert settings_of("somebody/model", None) is None
+    assert settings_of(None, run) == run / "config.yaml"
+    assert "default settings" in settings_line("somebody/model", None)
 
 
-@pytest.mark.parametrize("command", [lambda run: settings_of(str(run / "iterations/0001/model")),
+def test_the_best_searcher_of_a_run_is_asked(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", "model.path=a/base", steps=SEARCHER, scores=(10, 30, 20))
+    assert best_model(run, load(run / "config.yaml")) == str(run / "iterations/0001/searcher/model")
+    start = run_of(tmp_path / "start", "model.path=a/base", steps=SEARCHER[1:], scores=(30, 20, 10))
+    assert best_model(start, load(start / "config.yaml")) == "a/base"
+    other = run_of(
+        tmp_path / "other", "recipe=dro", "dro.generator=g", steps=("1/selector/train",), scores=(1, 2)
+    )
+    with pytest.raises(UserError, match="has trained selector, and no searcher that could be asked"):
+        best_model(other, load(other / "config.yaml"))
+
+
+def test_where_nothing_else_is_named_the_index_of_the_models_run_is_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+    monkeypatch.setattr(answerer, "searchable", lambda retriever, path: opened.append(path))
+    monkeypatch.setattr(answerer, "check_models", lambda models: None)
+    run = run_of(tmp_path / "run")
+    (run / "index").mkdir()
+    model = run / "iterations/0001/searcher/model"
+    model.mkdir(parents=True)
+    for config in (load(None, []), load(None, ["retriever.index=named"])):
+        agent_of(Snapshot(0, str(model)), answerer.run_of(str(model)), None, config, Display())
+    assert opened == [run / "index", Path("named")]
+
+
+@pytest.mark.parametrize("command", [lambda run: settings_of(str(run / "iterations/0001/model"), None),
                                      lambda run: evaluate_model(None, [], run=run, model=None, split="dev", out=None,
                                                                 display=Display())])  # fmt: skip
 def test_a_run_of_an_earlier_version_is_refused(tmp_path: Path, command: Any) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from retriever_service.service.hosts import own_names
 from tests.pipeline.serve_support import Running, serving
 
 
@@ -42,6 +43,54 @@ def test_a_name_that_somebody_else_has_made_point_here_is_refused(server: Runnin
     with server.http as client:
         for path in ("/", "/v1/models", "/mcp"):
             assert client.get(path, headers={"host": "attacker.example"}).status_code == 400, path
+
+
+def test_names_that_a_proxy_in_front_gives_it_are_answered() -> None:
+    with serving(allowed_hosts=("Chat.example.org", "[::2]")) as server, server.http as client:
+        for host in ("chat.example.org", "chat.example.org:443", "[::2]:443", "127.0.0.1", "localhost:8080"):
+            assert client.get("/", headers={"host": host}).status_code == 200, host
+        for host in ("attacker.example", "chat.example.org.attacker.example"):
+            assert client.get("/", headers={"host": host}).status_code == 400, host
+
+
+def test_on_all_addresses_any_name_is_answered_unless_some_are_given() -> None:
+    assert own_names("0.0.0.0", "http://0.0.0.0:1") is None
+    assert own_names("0.0.0.0", "http://0.0.0.0:1", ["here"]) == {
+        "localhost", "127.0.0.1", "[::1]", "0.0.0.0", "here",
+    }  # fmt: skip
+
+
+ORIGIN = "https://chat.example.org"
+PREFLIGHT = {
+    "origin": ORIGIN,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type,x-stainless-os",
+}
+
+
+def test_pages_of_an_origin_that_is_allowed_may_ask_with_the_token() -> None:
+    with serving(token="secret", allow_origins=(ORIGIN,)) as server, server.http as client:
+        before = client.options("/v1/chat/completions", headers=PREFLIGHT)
+        assert before.status_code == 200
+        assert before.headers["access-control-allow-origin"] == ORIGIN
+        assert before.headers["access-control-allow-headers"] == PREFLIGHT["access-control-request-headers"]
+        asked = {"authorization": "Bearer secret", "origin": ORIGIN}
+        for headers, status in ((asked, 200), ({"origin": ORIGIN}, 401)):
+            reply = client.get("/v1/models", headers=headers)
+            assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (status, ORIGIN)
+
+
+def test_pages_of_other_origins_are_told_nothing() -> None:
+    other = {**PREFLIGHT, "origin": "https://attacker.example"}
+    with serving(allow_origins=(ORIGIN,)) as server, server.http as client:
+        refused = client.options("/v1/chat/completions", headers=other)
+        assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
+        assert "access-control-allow-origin" not in client.get("/v1/models", headers=other).headers
+        named = {**PREFLIGHT, "host": "attacker.example"}
+        assert client.options("/v1/chat/completions", headers=named).status_code == 400
+    with serving() as server, server.http as client:
+        assert client.options("/v1/chat/completions", headers=PREFLIGHT).status_code == 405
+        assert "access-control-allow-origin" not in client.get("/v1/models", headers=PREFLIGHT).headers
 
 
 def test_the_page_loads_and_runs_nothing_but_its_own_files(server: Running) -> None:

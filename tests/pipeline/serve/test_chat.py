@@ -32,6 +32,7 @@ def test_an_answer_with_its_reasoning_its_tokens_and_where_it_comes_from(server:
     assert "Who founded Orvane?" in choice.message.reasoning_content  # type: ignore[attr-defined]
     assert reply.usage is not None
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (4, 6, 10)
+    assert reply.usage.prompt_tokens_details is None, "nobody has counted what was cached"
     extension = reply.exsearch  # type: ignore[attr-defined]
     assert (extension["version"], extension["stop_reason"], len(extension["steps"])) == (1, "answered", 2)
     first = extension["citations"][0]
@@ -123,6 +124,7 @@ def test_text_may_come_in_parts_and_unicode_goes_through(server: Running) -> Non
         ({"messages": messages("  ")}, "invalid_value", "messages.0"),
         ({"messages": messages("x" * 20_000)}, "invalid_value", None),
         ({"messages": [{"role": "system", "content": "Rhyme."}]}, "unsupported_value", "messages.0"),
+        ({"messages": [{"role": "tool", "content": "42"}]}, "unsupported_value", "messages.0"),
         ({"messages": [{"role": "user"}]}, "invalid_value", "messages.0"),
         (
             {"messages": [{"role": "user", "content": "a", "name": "b"}]},
@@ -145,12 +147,84 @@ def test_what_cannot_be_heeded_is_refused_by_name(
     assert not server.agent.asked
 
 
+SYSTEM = {"role": "system", "content": "Rhyme."}
+WITH_A_NAME = {"role": "user", "content": QUESTION, "name": "Ann"}
+UNHEEDED: list[tuple[dict[str, Any], str]] = [
+    ({"messages": [SYSTEM, *messages(QUESTION)]}, "messages.0"),
+    ({"messages": [{**SYSTEM, "role": "developer"}, *messages(QUESTION)]}, "messages.0"),
+    ({"messages": [WITH_A_NAME]}, "messages.0.name"),
+    ({"max_tokens": 5}, "max_tokens"),
+    ({"max_completion_tokens": 5}, "max_completion_tokens"),
+    ({"stop": ["."]}, "stop"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "auto"}, "tools"),
+    ({"frequency_penalty": 0.5}, "frequency_penalty"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"top_p": 0.5}, "top_p"),
+    ({"top_k": 40}, "top_k"),
+]
+
+
+@pytest.fixture(scope="module")
+def lenient() -> Iterator[Running]:
+    with serving(lenient=True) as running:
+        yield running
+
+
+@pytest.mark.parametrize(("changes", "name"), UNHEEDED)
+def test_what_a_lenient_server_passes_over_is_named_in_the_reply(
+    lenient: Running, changes: dict[str, Any], name: str
+) -> None:
+    reply = lenient.ask(**changes)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["exsearch"]["ignored"] == [name]
+    question, sampling = lenient.agent.asked[-1]
+    assert (question, sampling.temperature) == (QUESTION, 0.0)
+
+
+@pytest.mark.parametrize(("changes", "name"), UNHEEDED)
+def test_a_strict_server_names_the_switch(server: Running, changes: dict[str, Any], name: str) -> None:
+    error = server.ask(**changes).json()["error"]
+    assert error["param"] == name and "--lenient" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n": 2},
+        {"logprobs": True},
+        {"response_format": {"type": "json_object"}},
+        {"tool_choice": "required"},
+        {"messages": [*messages(QUESTION), {"role": "tool", "content": "42"}, *messages("And?")]},
+        {"messages": [SYSTEM]},
+        {"model": "gpt-4o"},
+    ],
+)
+def test_what_its_client_cannot_do_without_is_refused_by_a_lenient_server_too(
+    lenient: Running, changes: dict[str, Any]
+) -> None:
+    reply = lenient.ask(**changes)
+    assert reply.status_code in (400, 404) and "--lenient" not in reply.text
+
+
+def test_a_stream_names_what_was_passed_over_at_its_end(lenient: Running) -> None:
+    stream = lenient.openai.chat.completions.create(
+        model="exsearch", messages=[SYSTEM, *messages(QUESTION)], max_tokens=5, stream=True
+    )
+    assert list(stream)[-1].exsearch["ignored"] == ["max_tokens", "messages.0"]  # type: ignore[attr-defined]
+
+
 def test_values_that_say_as_usual_are_fine(server: Running) -> None:
     reply = server.ask(
         n=1, presence_penalty=0, frequency_penalty=0.0, tools=[], tool_choice="auto", logit_bias=None, user="me",
         response_format={"type": "text"}, store=False, stop=None, temperature=0, top_p=1,
     )  # fmt: skip
+    assert reply.status_code == 200 and reply.json()["exsearch"]["ignored"] == []
+
+
+def test_what_leaves_the_answer_as_it_is_is_passed_over_and_named(server: Running) -> None:
+    reply = server.ask(store=True, service_tier="flex", prompt_cache_retention="24h")
     assert reply.status_code == 200
+    assert reply.json()["exsearch"]["ignored"] == ["store", "service_tier", "prompt_cache_retention"]
 
 
 def test_an_answer_that_ran_out_of_room_says_so(server: Running) -> None:

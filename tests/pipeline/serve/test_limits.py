@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+from actors.weight_transfer import WeightTransferError
+from pipeline.core.agents.program import EngineError
 from pipeline.core.errors import RunError
 from pipeline.core.policies import Snapshot
 from tests.pipeline.serve_support import QUESTION, WAIT_S, Running, StandIn, serving, until
@@ -144,10 +146,14 @@ def test_a_lost_engine_fails_what_it_had_in_hand_and_is_started_again() -> None:
         assert server.ask().status_code == 200
 
 
-def test_an_engine_that_cannot_be_brought_back_ends_the_server_with_the_reason() -> None:
+FAILURES = [EngineError("no such luck"), OSError("no such luck"), KeyError("no such luck")]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+def test_an_engine_that_cannot_be_brought_back_ends_the_server_with_the_reason(failure: Exception) -> None:
     agent = StandIn()
     with serving(agent, max_restarts=1) as server:
-        agent.fails_to_start = True
+        agent.fails_to_start = failure
         agent.lost.set()
         until(server.service.failed.is_set)
         assert isinstance(server.service.failure, RunError) and "no such luck" in str(server.service.failure)
@@ -155,12 +161,21 @@ def test_an_engine_that_cannot_be_brought_back_ends_the_server_with_the_reason()
         assert server.ask().status_code == 503
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:
+@pytest.mark.parametrize("failure", FAILURES, ids=repr)
+def test_a_model_that_cannot_be_loaded_ends_the_server_with_the_reason(failure: Exception) -> None:
     agent = StandIn()
-    agent.fails_to_start = True
+    agent.fails_to_start = failure
     with serving(agent, ready=False) as server:
         until(server.service.failed.is_set)
-        assert "no such luck" in str(server.service.failure)
+        assert isinstance(server.service.failure, RunError) and "no such luck" in str(server.service.failure)
+
+
+def test_an_engine_that_cannot_be_watched_any_more_ends_the_server_with_the_reason() -> None:
+    agent = StandIn()
+    with serving(agent) as server:
+        agent.fails_to_watch = OSError("no such luck")
+        until(server.service.failed.is_set)
+        assert "OSError: no such luck" in str(server.service.failure)
 
 
 class Iterations:
@@ -168,8 +183,13 @@ class Iterations:
 
     def __init__(self) -> None:
         self.newest = 1
+        self.is_gone = False
+        self.looks = 0
 
     def __call__(self, version: int) -> Snapshot | None:
+        self.looks += 1
+        if self.is_gone:
+            raise OSError("stale file handle")
         return Snapshot(self.newest, f"model-{self.newest}") if self.newest > version else None
 
 
@@ -194,18 +214,31 @@ def test_a_newer_model_waits_for_answers_in_flight_and_drops_none() -> None:
             assert client.get("/v1/models").json()["data"][0]["exsearch"]["version"] == 2
 
 
-def test_a_newer_model_that_is_spoilt_is_left_alone() -> None:
+@pytest.mark.parametrize("failure", [WeightTransferError("half a file"), OSError("half a file")], ids=repr)
+def test_a_newer_model_that_is_spoilt_is_left_alone(failure: Exception) -> None:
     agent, run = StandIn(), Iterations()
     with serving(agent, run) as server:
-        agent.fails_to_load = True
+        agent.fails_to_load = failure
         run.newest = 2
         until(lambda: agent.starts == 2)
         assert versions(server)() == 1
-        agent.fails_to_load = False
+        agent.fails_to_load = None
         run.newest = 3
         until(lambda: agent.version == 3)
         assert versions(server)() == 3
         assert [snapshot.version for snapshot in agent.loaded] == [3]
+
+
+def test_a_run_that_cannot_be_read_for_a_while_is_followed_all_the_same() -> None:
+    agent, run = StandIn(), Iterations()
+    run.is_gone = True
+    with serving(agent, run) as server:
+        until(lambda: run.looks >= 2)
+        assert versions(server)() == 1
+        run.newest, run.is_gone = 2, False
+        until(lambda: agent.version == 2)
+        with server.http as client:
+            assert 'exsearch_errors_total{kind="follow"}' in client.get("/metrics").text
 
 
 def test_it_can_be_told_to_look_at_once() -> None:

@@ -32,10 +32,12 @@ def test_searches_are_tool_calls_with_their_passages_and_the_answer_cites_them(s
     message = reply.output[-1]
     assert message.type == "message" and message.content[0].type == "output_text"
     notes = message.content[0].annotations
-    assert [(note.file_id, note.filename) for note in notes if note.type == "file_citation"] == [
-        ("p2", "Orvane"),
-        ("p1", "Silver Harp"),
+    assert [(note.file_id, note.filename, note.index) for note in notes if note.type == "file_citation"] == [
+        ("p2", "Orvane", len("Mara Velin")),
+        ("p1", "Silver Harp", len("Mara Velin")),
     ]
+    spans = reply.exsearch["citations"]  # type: ignore[attr-defined]
+    assert [span["passage_id"] for span in spans] == ["p2", "p1"]
     assert reply.usage is not None
     assert (reply.usage.input_tokens, reply.usage.output_tokens) == (4, 6)
     assert reply.usage.output_tokens_details.reasoning_tokens == 4
@@ -71,13 +73,27 @@ def test_a_response_can_be_sent_back_with_the_next_question(server: Running) -> 
         {"previous_response_id": "resp_1"},
         {"instructions": "Rhyme."},
         {"max_output_tokens": 9},
-        {"store": True},
+        {"background": True},
     ],
 )
 def test_what_cannot_be_heeded_is_refused_by_name(server: Running, refused: dict[str, object]) -> None:
     with pytest.raises(openai.BadRequestError) as raised:
         server.openai.responses.create(model="exsearch", input=QUESTION, **refused)  # type: ignore[call-overload]
     assert (raised.value.code, raised.value.param) == ("unsupported_parameter", next(iter(refused)))
+
+
+def test_what_a_lenient_server_passes_over_is_named_in_the_reply() -> None:
+    said = [{"role": "developer", "content": "Rhyme."}, {"role": "user", "content": QUESTION}]
+    with serving(lenient=True) as server:
+        reply = server.openai.responses.create(
+            model="exsearch",
+            input=said,  # type: ignore[arg-type]
+            instructions="Rhyme.",
+            max_output_tokens=9,
+            store=True,
+        )
+    assert sorted(reply.exsearch["ignored"]) == ["input.0", "instructions", "max_output_tokens", "store"]  # type: ignore[attr-defined]
+    assert server.agent.asked[-1][0] == QUESTION
 
 
 def test_an_answer_that_ran_out_of_room_is_incomplete(server: Running) -> None:

@@ -217,20 +217,20 @@ def after(server: Running, served: dict[str, list[int]]) -> dict[str, list[int]]
 def test_asked_and_evaluated_the_same_questions_have_the_same_token_ids(
     after: dict[str, list[int]], world: Path, questions: dict[str, str], config: Config, tmp_path: Path
 ) -> None:
-    from pipeline.commands.ask import open_searcher
+    from pipeline.commands.ask import ask
     from pipeline.commands.evaluate import evaluate_model
-    from pipeline.core.agents.program import GREEDY
-    from pipeline.core.agents.search import SEARCHER
-    from pipeline.core.agents.search_program import SearchProgram
     from pipeline.core.display import Display
-    from pipeline.core.records import Question
 
-    assert GREEDY.temperature == 0
-    tasks = [Question(id_, text, ("",)) for id_, text in questions.items()]
-    with open_searcher(MODEL, world / "index", config, Display(), at_once=None) as searcher:
-        cluster = searcher._cluster
-        episodes = cluster.greedy(SearchProgram(config.agent), tasks, {SEARCHER: cluster.policy(SEARCHER)})
-    asked = {episode.task_id: episode.turn(SEARCHER).token_ids.tolist() for episode in episodes}
+    file, said = tmp_path / "questions.jsonl", []
+    file.write_text("".join(json.dumps({"id": i, "question": q}) + "\n" for i, q in questions.items()))
+    with pytest.MonkeyPatch.context() as patch:
+        # What is printed has no token ids.
+        patch.setattr(
+            "pipeline.commands.ask.as_json",
+            lambda question, trajectory: {"ids": trajectory.token_ids.tolist()},
+        )
+        ask(None, file, MODEL, world / "index", config, Display(), said.append, json_lines=True)
+    asked = {answer["id"]: answer["ids"] for answer in map(json.loads, said)}
     assert asked == after
 
     out = tmp_path / "scores.json"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import html
-import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from urllib.parse import quote
@@ -14,15 +12,10 @@ import pytest
 
 from pipeline.view.export import export
 from pipeline.view.pages import Pages
+from tests.pipeline.browser import CHROMIUM, FLAGS, needs_chromium
 from tests.pipeline.view_support import HOSTILE, Writer, asked
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--headless", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--no-first-run", "--virtual-time-budget=10000"]  # fmt: skip
-pytestmark = [
-    pytest.mark.component,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: install the package chromium"),
-]
+pytestmark = [pytest.mark.component, needs_chromium]
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +32,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(exported: Path, address: str, profile: Path) -> str:
     """The words of the page, behind its scripts."""
     assert CHROMIUM is not None
-    sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
     url = f"file://{exported}/index.html#{address}"
-    command = [CHROMIUM, *FLAGS, *sandbox, f"--user-data-dir={profile}", "--dump-dom", url]
+    options = ["--virtual-time-budget=10000", f"--user-data-dir={profile}", "--dump-dom"]
+    command = [CHROMIUM, *FLAGS, *options, url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     (main,) = re.findall(r"<main.*?</main>", done.stdout, re.DOTALL)
     text: str = html.unescape(re.sub(r"<[^>]*>", " ", main))

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,12 @@ def test_what_is_no_run_is_refused(run_command: Any, folder: Path) -> None:
     assert (result.exit_code, "is not a run directory" in result.stderr) == (2, True)
 
 
+def test_a_name_that_is_none_is_refused(run_command: Any, run: Path) -> None:
+    result = run_command("view", run, "--allowed-host", "https://runs.example.org")
+
+    assert (result.exit_code, "is no name of a host" in result.stderr) == (2, True)
+
+
 def has_ipv6() -> bool:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
@@ -94,12 +101,15 @@ def test_it_serves_until_it_is_interrupted(run: Path, host: str) -> None:
     if host == "::1" and not has_ipv6():
         pytest.skip("no IPv6 on loopback here")
     command = [sys.executable, "-m", "pipeline.cli", "view", str(run), "--host", host, "--port", "0"]
+    command += ["--allowed-host", "runs.example.org"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
         try:
             assert process.stderr is not None
             url = process.stderr.readline().split()[1]
-            with urllib.request.urlopen(f"{url}/api/rows/0/test-best/table", timeout=60) as answer:
-                assert json.load(answer)["em"] == [1, 0, 1]
+            for name in (urllib.parse.urlsplit(url).netloc, "runs.example.org"):
+                asked = urllib.request.Request(f"{url}/api/rows/0/test-best/table", headers={"Host": name})
+                with urllib.request.urlopen(asked, timeout=60) as answer:
+                    assert json.load(answer)["em"] == [1, 0, 1]
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 0
         finally:

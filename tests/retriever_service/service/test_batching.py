@@ -159,6 +159,22 @@ def test_failed_batch_is_reported_and_the_next_one_answered(engine: FakeEngine) 
     assert asyncio.run(scenario()) == plain("lion", 1)
 
 
+def test_a_fault_around_a_batch_is_told_to_its_callers_and_the_next_one_answered(engine: FakeEngine) -> None:
+    faults = [ZeroDivisionError("a counter")]
+
+    def on_batch(queries: int, seconds: float) -> None:
+        if faults:
+            raise faults.pop()
+
+    async def scenario() -> Any:
+        batcher = batching(engine, on_batch=on_batch)
+        with pytest.raises(ZeroDivisionError):
+            await batcher.search(["lion"], 1, deadline_s=60)
+        return await batcher.search(["lion"], 1, deadline_s=60)
+
+    assert asyncio.run(scenario()) == plain("lion", 1)
+
+
 def test_caller_that_has_gone_is_not_searched_for(engine: FakeEngine) -> None:
     async def scenario() -> None:
         batcher = batching(engine)
