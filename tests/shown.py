@@ -121,13 +121,11 @@ def check(words: Sequence[str]) -> None:
             check_arguments(module, rest)
         case ["python", script, *rest] if script.startswith("scripts/"):
             check_arguments(script, rest)
-        case ["python", script]:
+        case ["python", script, *_]:
             assert script in saved_files(), f"no page saves {script}"
         case [program, *_]:
-            name = Path(program).name
-            assert program in OF_OTHERS or program.startswith("deploy/") or name == "python", (
-                f"what is {program}?"
-            )
+            known = program in OF_OTHERS or program.startswith(("deploy/", ".venv/bin/"))
+            assert known, f"what is {program}?"
 
 
 def parsed(words: Sequence[str]) -> Parsed:

@@ -51,7 +51,7 @@ ONLY_PARSED = {
     r"python my_retriever\.py\b": "serves until it is ended: the test of servers below",
     r"exsearch data fetch (?!.*--from)|exsearch export .*--push": "the network",
     r"exsearch status s3:": "a store: tests/system/test_storage.py",
-    r"exsearch .*(\bDIR/|/data\b|/data/)|exsearch index evaluate --index scifact": "data sets that are not here",
+    r"exsearch .*(\bDIR/|/data\b)|exsearch index evaluate --index scifact": "data sets that are not here",
     r"make ": "sets up, or takes minutes to hours; the command of its recipe is parsed as well",
     r"python -m bench|python scripts/": "measures or trains for minutes to hours: tests/bench, tests/scripts",
     r"python -m pytest ": "a test",
@@ -69,7 +69,7 @@ PYTHON_ELSEWHERE = {
 }
 """Blocks of the other pages are run here."""
 
-TAKE_LONG = ("experiments.md", "tutorial.md")
+TAKE_LONG = ("experiments.md", "retriever.md")
 """Pages whose commands take more than a few seconds."""
 
 SMALLER = {"IVF4096,SQ8": "IVF4,SQ8", "nprobe=64": "nprobe=2", "21000000": "21000", "cuda": "cpu"}
@@ -230,10 +230,10 @@ def test_python_that_is_shown_can_be_run(page: Path, place: Path, monkeypatch: p
         return
     PREPARE.get(page.name, lambda: None)()
     finished_run(Path("runs/demo"), Path("model"))
-    layouts_of_world = Path("tutorial/world")
-    layouts_of_world.mkdir(parents=True)
+    world = Path("tutorial/world")
+    world.mkdir()
     for name in ("corpus", "train", "dev", "test"):
-        shutil.copy(f"{name}.jsonl", layouts_of_world)
+        shutil.copy(f"{name}.jsonl", world)
     for number, block in enumerate(found):
         file = Path(f"block-{number}.py")
         file.write_text(block, encoding="utf-8")
@@ -307,7 +307,7 @@ def test_our_server_is_searched_by_the_client_of_its_page() -> None:
         ("python -m bench.estep --questions few", "2"),
         ("python -m bench.encode now", "takes no arguments"),
         ("python scripts/mutate_theory.py --every", "2"),
-        ("python nowhere.py", "no page saves nowhere.py"),
+        ("python nowhere.py corpus.jsonl", "no page saves nowhere.py"),
         ("serach", "what is serach"),
     ],
 )
