@@ -16,6 +16,7 @@ from typing import Literal
 from actors.weight_transfer import Transport
 from pipeline.core.config import ClusterConfig, RetrieverConfig
 from pipeline.core.errors import UserError
+from pipeline.core.packages import how_to_install
 from pipeline.core.policies import PolicySpec
 
 GPU_MEMORY_UTILIZATION = 0.9
@@ -76,8 +77,8 @@ def plan_placement(
     if gpu_packages != (device == "gpu"):
         raise UserError(
             f"this run would use {device.upper()}s (cluster.devices: {cluster.devices}; the cluster has {gpus} GPUs), "
-            f"but the packages are those for {'GPUs' if gpu_packages else 'CPUs'}; install the others with "
-            f"`make setup DEVICE={device}`"
+            f"but the packages are those for {'GPUs' if gpu_packages else 'CPUs'}; the others are installed by: "
+            f"{how_to_install(device)}"
         )
     if device == "gpu":
         return _on_gpus(policies, cluster, retriever, gpus)

@@ -132,7 +132,7 @@ def compare(here: Node, nodes: Sequence[tuple[str, Node]]) -> None:
         raise UserError(
             "nodes of the cluster have other packages than this one:\n"
             + "\n".join(problems)
-            + "\nInstall the same set on all (make setup), or start all from one image."
+            + "\nInstall the same set on all (in checkouts: make setup), or start all from one image."
         )
     for name, theirs in nodes:
         if theirs["VLLM_PORT"]:

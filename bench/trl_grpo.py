@@ -49,7 +49,6 @@ from pipeline.core.renderer import Renderer
 from pipeline.core.report import best_iteration, step_outcome, step_report
 from pipeline.core.retrieval import prepare_index
 from pipeline.core.run import Json, RunFiles, write_json
-from pipeline.core.scoring.answers import score_answer
 from pipeline.recipes.grpo import COLUMNS, LEGEND, GroupAdvantages, Settings, check
 from retriever_service.search.engine import SearchEngine
 
@@ -146,9 +145,7 @@ class Peer:
     def _reward(self, trajectory: Trajectory) -> float | None:
         if trajectory.stop_reason.is_infrastructure:
             return None
-        golds = self._by_id[trajectory.question_id].answers
-        score = score_answer(trajectory.answer, golds, self.config.evaluation.protocol)
-        return float(getattr(score, self.settings.reward))
+        return self._weigh.reward_of(self._by_id[trajectory.question_id], trajectory)
 
     def _note_sampling(self, trajectories: Sequence[Trajectory], seconds: float) -> None:
         """The figures that a run notes, by the same code."""

@@ -38,15 +38,22 @@ from pipeline.core.losses.likelihood import WeightedNll, average_log_weight
 from pipeline.core.policies import PolicySpec
 from pipeline.core.record_tables import examples_to_table
 from pipeline.core.report import Outcome, best_iteration
+from pipeline.core.rewards import check_reward
 from pipeline.core.run import Json, write_json, write_table
-from pipeline.core.weighing import SearchWeights
+from pipeline.core.weighing import WEIGHTING_REWARD, SearchWeights
 from pipeline.em_report import em_report, outcome_of
 from pipeline.iterations import iterate
 from pipeline.opening import open_run
 from pipeline.run import Run
 from pipeline.steps import Begun, together
 
-PLAIN = {"method": "likelihood", "self_normalised": False, "credit": "trajectory", "subtract_baseline": False}
+PLAIN = {
+    "method": "likelihood",
+    "self_normalised": False,
+    "reward": "f1",
+    "credit": "trajectory",
+    "subtract_baseline": False,
+}
 """Weights of which the bound is all that is looked at."""
 
 
@@ -56,6 +63,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
     Raises:
         UserError: bad input, before anything expensive.
     """
+    check_reward(WEIGHTING_REWARD, config.weighting.reward)
     splits = load_splits(
         config.data,
         config.seed,

@@ -1,11 +1,13 @@
-"""Progress bars on a terminal; where there is none, as in the log of a job, a line of each now and then."""
+"""Progress bars on a terminal; where none can be drawn, as in the log of a job, a line of each now and then."""
 
 from __future__ import annotations
 
 import threading
 from datetime import timedelta
+from importlib.util import find_spec
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress, ProgressColumn, Task
 
 EVERY_S = 60.0
@@ -20,12 +22,13 @@ class Bars(Progress):
 
     def __init__(self, *columns: str | ProgressColumn, **options: Any) -> None:
         super().__init__(*columns, transient=True, **options)
+        self.disable = not _can_draw(self.console)
         self._ended = threading.Event()
         self._lines = threading.Thread(target=self._say_now_and_then, name="progress in lines", daemon=True)
 
     def start(self) -> None:
         super().start()
-        if not (self.console.is_terminal or self.console.is_jupyter) or self.console.is_dumb_terminal:
+        if self.disable:
             self._lines.start()
 
     def stop(self) -> None:
@@ -38,6 +41,13 @@ class Bars(Progress):
         while not self._ended.wait(EVERY_S):
             for task in self.tasks:
                 self.console.print(in_words(task), highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def _can_draw(console: Console) -> bool:
+    """Whether what is drawn can be drawn over: on terminals that are not dumb, and in notebooks that have widgets."""
+    if console.is_jupyter:
+        return find_spec("ipywidgets") is not None
+    return console.is_interactive
 
 
 def in_words(task: Task) -> str:

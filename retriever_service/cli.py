@@ -83,6 +83,8 @@ def encode(
     """Encode a corpus into a directory of vectors, from which any number of indexes can be built.
 
     Killed or interrupted, the same command goes on.
+
+    Example: exsearch index encode --corpus wiki.jsonl --encoder intfloat/e5-base-v2 --out wiki-vectors
     """
     from retriever_service.encoding.encode import encode_corpus
 
@@ -123,7 +125,12 @@ def build(
     memory: Memory = None,
     seed: Annotated[int, typer.Option(help="Of the sample that an index is trained on.")] = 0,
 ) -> None:
-    """Build an index of a corpus, or of encoded passages. Killed or interrupted, the same command goes on."""
+    """Build an index of a corpus, or of encoded passages. Killed or interrupted, the same command goes on.
+
+    Example: exsearch index build --corpus corpus.jsonl --bm25 --out index
+
+    Example: exsearch index build --vectors wiki-vectors --factory IVF4096,SQ8 --memory 32GiB --out wiki-index
+    """
     from retriever_service.building.build import build_from_vectors, build_index
     from retriever_service.encoding.vectors import VectorStore
 
@@ -220,7 +227,10 @@ def plan(
     out: Annotated[Path, typer.Option("--out", help="Where it would be built.")] = Path(),
     as_json: AsJson = False,
 ) -> None:
-    """Predict disk, memory and time of an index, and whether it fits here. Measures this machine for seconds."""
+    """Predict disk, memory and time of an index, and whether it fits here. Measures this machine for seconds.
+
+    Example: exsearch index plan --passages 21000000 --factory IVF4096,SQ8 --dimension 768 --memory 32GiB
+    """
     from retriever_service.building.calibration import calibrate
     from retriever_service.building.planner import PASSAGE_BYTES, check_fits, plan_index
     from retriever_service.encoding.encoder import Encoder, EncoderSpec
@@ -270,7 +280,10 @@ def search(
     search_parameters: SearchParameters = "",
     as_json: AsJson = False,
 ) -> None:
-    """Search an index."""
+    """Search an index.
+
+    Example: exsearch index search --index index -k 3 "maker of the Silver Harp"
+    """
     from retriever_service.passages.hits import SearchOptions
     from retriever_service.search.engine import SearchEngine
 
@@ -302,7 +315,10 @@ def evaluate(
     run_out: Annotated[Path | None, typer.Option("--save-run", help="Write the TREC run here.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score searches against judgements: nDCG, recall, MRR, and all gold passages found; as fractions."""
+    """Score searches against judgements: nDCG, recall, MRR, and all gold passages found; as fractions.
+
+    Example: exsearch index evaluate --index index --queries queries.jsonl --qrels qrels.tsv
+    """
     from retriever_service.passages.evaluation import (
         evaluate_run,
         read_qrels,
@@ -379,6 +395,8 @@ def serve(
     """Serve an index over HTTP, also in the forms of Search-R1 and of the original EXSEARCH.
 
     A bearer token is asked for if the environment variable EXSEARCH_TOKEN is set.
+
+    Example: exsearch index serve --index index --port 8000
     """
     from retriever_service.index.read_ahead import read_ahead
     from retriever_service.index.store import verify_checksums
@@ -425,6 +443,8 @@ def add(
     """Add passages to an index without building it again; servers of it take them up.
 
     Reads the whole index first, and leaves a damaged one alone.
+
+    Example: exsearch index add --index index --corpus new.jsonl
     """
     from retriever_service.encoding.encoder import Encoder
     from retriever_service.index.store import read_manifest
@@ -446,6 +466,8 @@ def delete(
     """Delete passages from an index without building it again; servers of it leave them out.
 
     Reads the whole index first, and leaves a damaged one alone.
+
+    Example: exsearch index delete --index index p17 p18
     """
     from retriever_service.index.updates import delete_passages
 
@@ -458,7 +480,10 @@ def info(
     index: IndexDir,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare checksums.")] = False,
 ) -> None:
-    """Print the manifest of an index, without its list of files."""
+    """Print the manifest of an index, without its list of files.
+
+    Example: exsearch index info --index index --verify
+    """
     from retriever_service.index.store import read_manifest, verify_checksums
 
     manifest = read_manifest(index)

@@ -32,13 +32,10 @@ from pipeline.em_report import em_report
 from pipeline.methods import load
 from retriever_service.index.store import Manifest
 from scripts.generate_configuration_docs import PAGE, render
+from tests.shown import ROOT, each_page, parsed
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 GPU_CONFIGS = sorted((ROOT / "configs").glob("*gpu.yaml"))
-
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
 def test_the_configuration_page_is_up_to_date() -> None:
@@ -54,10 +51,9 @@ def test_every_shipped_configuration_loads(path: Path) -> None:
 def test_a_configuration_for_gpus_names_its_index_and_the_command_that_builds_it(path: Path) -> None:
     text = re.sub(r"\\\n *#", "", path.read_text(encoding="utf-8"))
     (command,) = re.findall(r"# +exsearch (index build .*)", text)
-    check_command(words := shlex.split(command), where=path.name)
-    given, config = dict(zip(words[2::2], words[3::2], strict=True)), load(path)
-    assert (given["--out"], given["--encoder"]) == (config.retriever.index, config.retriever.encoder)
-    assert (given["--corpus"],) == config.data.corpus
+    given, config = parsed(shlex.split(command)).parameters, load(path)
+    assert (str(given["out"]), given["encoder"]) == (config.retriever.index, config.retriever.encoder)
+    assert tuple(given["corpus"]) == config.data.corpus
     assert config.retriever.factory == RetrieverConfig().factory  # that of the index is in the command
 
 
@@ -118,8 +114,9 @@ def test_configurations_that_are_shown_load(page: Path, tmp_path: Path) -> None:
 
 
 @each_page
-def test_commands_that_are_shown_exist_with_their_options(page: Path) -> None:
-    for words in shown_commands(page):
+def test_commands_that_are_named_exist_with_their_options(page: Path) -> None:
+    """Those of a line of text may be a part only; those of blocks are parsed, and run: commands/test_pages.py."""
+    for words in named_commands(page):
         check_command(words, where=page.name)
 
 
@@ -212,12 +209,10 @@ def anchor(title: str) -> str:
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
 
 
-def shown_commands(page: Path) -> Iterator[list[str]]:
-    """Words behind `exsearch` or `python -m pipeline.cli`, in shell blocks, inline, and as servers of tools in JSON."""
-    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    inline = re.findall(r"`exsearch ([^`\n]+)`", text)
-    shell = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL))
-    for words in [*inline, *re.findall(r"(?:exsearch|python -m pipeline\.cli) (.*)", shell)]:
+def named_commands(page: Path) -> Iterator[list[str]]:
+    """Words behind `exsearch` in a line of text, and as servers of tools in JSON."""
+    text = page.read_text(encoding="utf-8")
+    for words in re.findall(r"`exsearch ([^`\n]+)`", text):
         yield shlex.split(words, comments=True)
     for block in re.findall(r"```json\n(\{\"mcpServers\".*?)```", text, re.DOTALL):
         for server in json.loads(block)["mcpServers"].values():

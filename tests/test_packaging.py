@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,8 +12,10 @@ import tomllib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, entry_points, requires
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.metadata import parse_email
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -66,9 +69,52 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: str | Path, cwd: Path) -> str:
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    """Standard output. What puts a checkout on the path of this process is not handed on."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
+
+
+WHERE = """
+import json, sys
+import actors, pipeline, retriever_service
+from pipeline.core.packages import how_to_install
+
+print(json.dumps({
+    "files": [module.__file__ for module in (actors, pipeline, retriever_service)],
+    "path": sys.path,
+    "mend": how_to_install("gpu"),
+}))
+"""
+
+
+@pytest.mark.component
+def test_a_wheel_stands_alone(installed: Path, tmp_path: Path) -> None:
+    found = json.loads(run(installed / "python", "-c", WHERE, cwd=tmp_path))
+    assert [file for file in found["files"] if not Path(file).is_relative_to(installed.parent)] == []
+    assert not any(Path(path).is_relative_to(ROOT) for path in found["path"] if "site-packages" not in path)
+    assert found["mend"].startswith("pip install 'exsearch[gpu]'")
+
+
+@pytest.mark.component
+def test_a_wheel_says_what_an_index_of_packages_shows(installed: Path) -> None:
+    (file,) = installed.parent.glob("lib/*/site-packages/exsearch-*.dist-info/METADATA")
+    told = metadata_of(file.read_text(encoding="utf-8"))
+    assert (told["name"], told["author"]) == ("exsearch", "The ExSearch authors")
+    assert set(PROJECT["optional-dependencies"]) == set(told["provides_extra"])
+    assert (told["license_expression"], told["requires_python"]) == ("Apache-2.0", ">=3.11")
+    assert told["classifiers"] == PROJECT["classifiers"] and told["keywords"] == PROJECT["keywords"]
+    assert told["description_content_type"] == "text/markdown"
+    assert told["description"].startswith("# ExSearch") and told["summary"] == PROJECT["description"]
+
+
+def metadata_of(text: str) -> dict[str, Any]:
+    known, unknown = parse_email(text)
+    assert unknown == {}
+    return {**known}
 
 
 @pytest.mark.component

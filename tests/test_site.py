@@ -8,16 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer.main
-from typer.core import TyperGroup
 
-from pipeline.cli import app
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.shown import ROOT, all_commands
 
 
 def build(config: Path, out: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -42,18 +37,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_page_of_commands_has_all_of_them(site: Path) -> None:
     text = html.unescape(re.sub(r"<[^>]*>", "", (site / "commands.html").read_text(encoding="utf-8")))
-    group = typer.main.get_command(app)
-    assert isinstance(group, TyperGroup)
-    names = list(commands(group))
+    names = [name for name, _ in all_commands()]
     assert "data check" in names
     assert [name for name in names if f"exsearch {name}" not in text] == []
-
-
-def commands(group: TyperGroup, before: str = "") -> Iterator[str]:
-    for name, command in group.commands.items():
-        yield f"{before}{name}"
-        if isinstance(command, TyperGroup):
-            yield from commands(command, f"{before}{name} ")
 
 
 def test_a_page_that_opens_needs_nothing_from_elsewhere(site: Path) -> None:

@@ -60,6 +60,8 @@ def fetch_data(
     """A data set in our files, with its passages where it brings some. Killed or interrupted, the same command goes on.
 
     A copy may be the authors' own files, the hub's Parquet files, a saved data set, or FlashRAG's layout.
+
+    Example: exsearch data fetch hotpotqa --out data/hotpotqa
     """
     from pipeline.commands.data import fetch
 
@@ -84,6 +86,8 @@ def encode_with_ray(
     """As `encode`, on the devices of a Ray cluster; the directory must be on a path that all its nodes see.
 
     Killed or interrupted, the same command goes on. RAY_ADDRESS names the cluster.
+
+    Example: exsearch index encode-with-ray --corpus wiki.jsonl --encoder intfloat/e5-base-v2 --out wiki-vectors
     """
     from pipeline.commands.encode import encode_on_cluster
 

@@ -53,6 +53,8 @@ def ask(
     Example: exsearch ask --run runs/demo "Who founded the maker of the Silver Harp?"
 
     Example: exsearch ask --model MODEL --index INDEX --questions questions.jsonl --json > answers.jsonl
+
+    Example, of a question in each line: exsearch ask --model models/searcher --index runs/demo/index < lines.txt
     """
     with quick_imports(without=()):
         from pipeline.commands.answerer import best_model, settings_line, settings_of

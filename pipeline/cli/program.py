@@ -31,7 +31,10 @@ def of_the_program(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """What is installed here, what the machine has, and what of it will not do (then the exit code is 1)."""
+    """What is installed here, what the machine has, and what of it will not do (then the exit code is 1).
+
+    Example: exsearch doctor --json
+    """
     with quick_imports(without=()):
         from pipeline.commands.doctor import doctor as look
         from pipeline.commands.doctor import in_words
@@ -45,7 +48,10 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command("config")
 def show_config(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Print the resolved configuration."""
+    """Print the resolved configuration.
+
+    Example: exsearch config --config configs/demo.yaml em.iterations=2
+    """
     import yaml
 
     from pipeline.methods import load

@@ -17,7 +17,10 @@ def status(
     run: Annotated[str, typer.Argument(help="Run directory, or the URL of its copy (storage.url).")],
     as_json: AsJson = False,
 ) -> None:
-    """How a run stands, live or ended: phase, progress, time left, failures. Reads files only."""
+    """How a run stands, live or ended: phase, progress, time left, failures. Reads files only.
+
+    Example: exsearch status runs/demo
+    """
     from pipeline.commands.status import in_words
     from pipeline.core.status import status_of
 
@@ -61,7 +64,9 @@ def plot(
 ) -> None:
     """The figures of a paper: dev and test scores with intervals, by hops, searches, the E-step, time. Only reads.
 
-    Several runs are drawn into the same figures. Example: exsearch plot runs/demo runs/demo-uniform --format pdf
+    Several runs are drawn into the same figures.
+
+    Example: exsearch plot runs/demo runs/demo-uniform --format pdf
     """
     with quick_imports():
         from pipeline.commands.plot import plot as write_plots
@@ -98,7 +103,9 @@ def evaluate(
 ) -> None:
     """Score a model on a split: EM, F1, accuracy, retrieval recall, per hop and type; one row per question file.
 
-    Or the predictions of any program: exsearch evaluate --protocol hotpotqa --predictions FILE --gold FILE
+    Example: exsearch evaluate --run runs/demo --split test
+
+    Example, of the predictions of any program: exsearch evaluate --protocol hotpotqa --predictions FILE --gold FILE
     """
     display = new_display()
     keys = [*(overrides or []), *([] if protocol is None else [f"evaluation.protocol={protocol}"])]
@@ -146,7 +153,7 @@ def compare(
 
     Example: exsearch compare runs/uniform runs/likelihood
 
-    One run by itself: exsearch compare runs/real runs/real --model-a cold_start
+    Example, of one run by itself: exsearch compare runs/real runs/real --model-a cold_start
     """
     from rich.console import Console
 

@@ -83,7 +83,10 @@ def demo(
     ),
     overrides: Overrides = None,
 ) -> None:
-    """The whole EM loop on a generated encyclopedia: a tiny model teaches itself to search."""
+    """The whole EM loop on a generated encyclopedia: a tiny model teaches itself to search.
+
+    Example: exsearch demo --run runs/demo-uniform weighting=uniform
+    """
     with quick_imports(without=()):
         from pipeline.commands.demo import run_demo
 
@@ -132,7 +135,9 @@ def experiment(
 ) -> None:
     """Many runs that differ in named settings, under several seeds; tables with intervals, and plots.
 
-    Finished runs are kept; the same command goes on. Example: exsearch experiment weightings --dry-run
+    Finished runs are kept; the same command goes on.
+
+    Example: exsearch experiment weightings --dry-run
     """
     with quick_imports(without=()):
         from pipeline.commands.experiment import run_experiment
@@ -157,7 +162,10 @@ def world(
         str, typer.Option("--size", help="small, medium or large: 2e3, 1e5 or 2e6 passages.")
     ] = "small",
 ) -> None:
-    """Generate an encyclopedia with multi-hop questions."""
+    """Generate an encyclopedia with multi-hop questions.
+
+    Example: exsearch world --out runs/world --seed 1
+    """
     from pipeline.commands.demo import make_world
 
     summary = make_world(out, seed, size, new_display())
@@ -170,7 +178,10 @@ def cold_start(
     config: ConfigFile = None,
     overrides: Overrides = None,
 ) -> None:
-    """Synthesise cold-start trajectories from gold supervision, for `cold_start.trajectories`."""
+    """Synthesise cold-start trajectories from gold supervision, for `cold_start.trajectories`.
+
+    Example: exsearch cold-start --config configs/demo.yaml --out cold_start.parquet data.root=runs/world
+    """
     from pipeline.commands.cold_start import write_cold_start
     from pipeline.methods import load
 

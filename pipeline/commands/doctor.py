@@ -10,13 +10,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from pipeline.core import shipped
 from pipeline.core.errors import UserError
-from pipeline.core.packages import has_gpu_packages
+from pipeline.core.packages import has_gpu_packages, how_to_install
 from pipeline.core.plan.machine import core_tflops, this_machine
 from pipeline.core.plan.memory import Dtype, gib
 from pipeline.core.preflight import check_machine
@@ -24,7 +25,7 @@ from pipeline.core.run import Json
 from retriever_service.imports import quick_imports
 
 PROGRAM = "exsearch"
-DEVICES = ("cpu", "gpu")
+DEVICES: tuple[Literal["cpu", "gpu"], ...] = ("cpu", "gpu")
 """Extras of which exactly one is to be installed."""
 _FOR_DEVELOPERS = "dev"
 
@@ -71,8 +72,8 @@ def doctor() -> Json:
         machine["core_gflops"] = {name: round(1000 * speed, 1) for name, speed in speeds.items()}
         if has_gpu_packages() and not here.gpus:
             problems.append(
-                "the packages are those for GPUs, and no GPU is seen (nvidia-smi, CUDA_VISIBLE_DEVICES); make setup "
-                "DEVICE=cpu installs the others"
+                "the packages are those for GPUs, and no GPU is seen (nvidia-smi, CUDA_VISIBLE_DEVICES); the others "
+                f"are installed by: {how_to_install('cpu')}"
             )
         try:
             check_machine(starts_ray=True, on_gpus=has_gpu_packages())
@@ -103,9 +104,12 @@ def missing(packages: Sequence[Package]) -> Iterator[str]:
     """In words, what of the packages will not do."""
     for package in packages:
         if package.found is None and not package.extra:
-            yield f"{package.name} is not installed ({package.name}{package.wanted}); make setup installs it"
+            yield f"{package.name} is not installed ({package.name}{package.wanted}); {_mend(package)}"
         elif package.found is not None and not package.fits:
-            yield f"{package.name} {package.found} is installed, and {package.name}{package.wanted} is needed"
+            yield (
+                f"{package.name} {package.found} is installed, and {package.name}{package.wanted} is needed; "
+                f"{_mend(package)}"
+            )
     whole = [
         device
         for device in DEVICES
@@ -113,7 +117,14 @@ def missing(packages: Sequence[Package]) -> Iterator[str]:
     ]
     if len(whole) != 1:
         both = " and ".join(f"{PROGRAM}[{device}]" for device in DEVICES)
-        yield f"of {both} {'both are' if whole else 'neither is whole'} installed; make setup installs one of them"
+        ways = "; or ".join(how_to_install(device) for device in DEVICES)
+        yield f"of {both} {'both are' if whole else 'neither is whole'} installed; install one of them: {ways}"
+
+
+def _mend(package: Package) -> str:
+    if shipped.IS_CHECKOUT:
+        return "make --always-make setup installs it"
+    return f"pip install '{package.name}{package.wanted}' installs it"
 
 
 def in_words(found: Json) -> Iterator[str]:

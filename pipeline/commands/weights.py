@@ -10,8 +10,9 @@ from rich.console import Console
 
 from pipeline.core.config import Config, WeightingConfig
 from pipeline.core.config.loading import load_config
-from pipeline.core.config.method import Weighting
+from pipeline.core.config.method import METRICS, Weighting
 from pipeline.core.errors import UserError
+from pipeline.core.rewards import is_own
 from pipeline.core.reweighing import as_json, figures_of, is_from_the_model, read_stored, reweigh
 from pipeline.core.run import Json, RunFiles, finite
 from pipeline.core.tables import narrow_table, number
@@ -64,7 +65,12 @@ def _weighting(text: str, config: Config) -> WeightingConfig:
     given = [part if "=" in part else f"method={part}" for part in text.split(",")]
     own = config.weighting
     defaults = [f"weighting.{key}={getattr(own, key)}" for key in ("correct_proposal", "max_ratio")]
-    return load_config(None, [*defaults, *(f"weighting.{key}" for key in given)]).weighting
+    found = load_config(None, [*defaults, *(f"weighting.{key}" for key in given)]).weighting
+    if is_own(found.reward) and found.reward != own.reward:
+        raise UserError(
+            f"{text}: no rewards of a run's trajectories are known but {', '.join(METRICS)} and its own, {own.reward}"
+        )
+    return found
 
 
 def print_weights(found: Mapping[str, Any], console: Console) -> None:

@@ -12,13 +12,13 @@ tags of its own, and the model's next turn begins. A call is trained like everyt
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import ClassVar
 
 from pipeline.core.errors import UserError
+from pipeline.core.own_modules import of_own_module
 from pipeline.core.records import Question, Step
 
 
@@ -78,16 +78,7 @@ def load_actions(names: tuple[str, ...]) -> tuple[Action, ...]:
 
 def _load(name: str) -> Action:
     where = f"agent.actions: {name}"
-    module_name, colon, class_name = name.partition(":")
-    if not (module_name and colon and class_name):
-        raise UserError(f"{where} must be a module and a class, as in calculator:Calculator")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises
-        raise UserError(
-            f"{where} cannot be imported ({error!r}); put the folder of its file on PYTHONPATH, on every node"
-        ) from error
-    kind = getattr(module, class_name, None)
+    kind = of_own_module(where, name, "class", "calculator:Calculator")
     if not (isinstance(kind, type) and issubclass(kind, Action)):
         raise UserError(f"{where} is no subclass of pipeline.core.actions.Action")
     if missing := [part for part in _PARTS if not hasattr(kind, part)]:

@@ -182,8 +182,8 @@ def lacks_to_compile(environment: Mapping[str, str], include: Path | None = None
         version = sysconfig.get_python_version()
         return (
             f"{include} has no Python.h, with which Triton compiles vLLM's kernels for GPUs; install the header files "
-            f"of Python {version} (Debian, Ubuntu: apt install python{version}-dev), or make .venv from a Python that "
-            "has them (make setup PYTHON=...)"
+            f"of Python {version} (Debian, Ubuntu: apt install python{version}-dev), or take a Python that has "
+            "them (in a checkout: make setup PYTHON=...)"
         )
     return ""
 

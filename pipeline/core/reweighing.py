@@ -16,6 +16,7 @@ import numpy as np
 from pipeline.core.agents.program import Sampling
 from pipeline.core.config import Config, WeightingConfig
 from pipeline.core.errors import UserError
+from pipeline.core.rewards import is_own
 from pipeline.core.run import Json, RunFiles
 from pipeline.core.shards import side_cars, statistics_by_task
 from pipeline.core.weighing import Facts, logs_from_json, scored_from_json, weights_of
@@ -76,7 +77,8 @@ def scored_under(stored: Stored, weighting: WeightingConfig, *, from_the_model: 
     return [
         replace(
             scored,
-            reward=getattr(facts, weighting.reward),
+            # One of the user's own is the run's: no other is known of its trajectories.
+            reward=scored.reward if is_own(weighting.reward) else getattr(facts, weighting.reward),
             log_ratio=_log_ratio(facts, weighting, from_the_model) if weighting.correct_proposal else 0.0,
         )
         for scored, facts in zip(stored.scored, stored.facts, strict=True)

@@ -19,6 +19,7 @@ from pipeline.core.errors import RunError
 from pipeline.core.models import load_tokenizer
 from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory, count_stop_reasons
 from pipeline.core.renderer import Renderer
+from pipeline.core.rewards import reward_of
 from pipeline.core.scoring.answers import ProtocolName, score_answer
 from pipeline.core.turn_credit import with_turn_weights
 from pipeline.core.weighting import (
@@ -32,6 +33,7 @@ from pipeline.core.weighting import (
     turn_log_weights,
 )
 
+WEIGHTING_REWARD = "weighting.reward"
 TaskT = TypeVar("TaskT", bound=Task, contravariant=True)
 
 
@@ -185,7 +187,7 @@ class SearchWeights:
         return Scored.of(
             list(golds.values()),
             correct=own.em == 1.0 and trajectory.sample >= self.hinted,
-            reward=getattr(own, self.weighting.reward),
+            reward=reward_of(WEIGHTING_REWARD, self.weighting.reward, question, trajectory, own, least=0.0),
             log_ratio=log_ratio(trajectory, with_answer=self._trains_own_answer)
             if self.weighting.correct_proposal
             else 0.0,

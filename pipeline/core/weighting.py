@@ -10,8 +10,9 @@ Algorithm 1):
     likelihood         log w_k = l_k / tau
     posterior          log w_k = l_k / tau - log(epsilon + sum_j exp(l_j / tau))
     length_normalised  log w_k = max_y log p(y | x, z_k) / (tau |y|), optionally less log of the sum over the question
-    reward             log w_k = log of the metric r_k of the trajectory's own answer, which is in [0, 1], optionally
-                       less log of the sum over the question
+    reward             log w_k = log of the metric r_k of the trajectory's own answer, which is in [0, 1], or of what a
+                       function of the user's gives it, which is at least 0; optionally less log of the sum over the
+                       question
     uniform            log w_k = -log K
 
 With `subtract_baseline` exp(l_k / tau) of the first two becomes max(0, exp(l_k / tau) - exp(b / tau)), where b is
@@ -87,8 +88,8 @@ class Scored:
     """One trajectory's likelihood of the gold answers.
 
     `log_likelihood` is that of their set; `per_token` the mean over the tokens of the one that has the highest;
-    `correct` says whether the trajectory's own answer matches a gold one exactly, `reward` is the configured metric of
-    it in [0, 1]; `log_ratio` is sum log p - log q over the tokens that were sampled (module docstring); `before` is the
+    `correct` says whether the trajectory's own answer matches a gold one exactly, `reward` is the configured reward,
+    at least 0; `log_ratio` is sum log p - log q over the tokens that were sampled (module docstring); `before` is the
     likelihood of the same set in front of each turn, of as many of these as were scored; `further` says that it was
     sampled because of what others came to (`em.further_samples`).
     """

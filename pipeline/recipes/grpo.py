@@ -3,11 +3,12 @@
     theta_0 <- cold start, as in ExSearch
     for t = 1 .. N:
         sample z_1..z_K ~ p(z | x; theta_{t-1}) for some training questions x, with a real retriever
-        A_k <- (r_k - mean r) / std r, over the K trajectories of x; r_k is a metric of the trajectory's own answer
+        A_k <- (r_k - mean r) / std r, over the K trajectories of x; r_k is a metric of the trajectory's own answer, or
+               what a function of the user's gives it
         theta_t <- some steps of the clipped-ratio policy gradient from theta_{t-1}, on the tokens that the model wrote
 
 Ratios are to the log-probabilities with which the engines sampled. Where ExSearch weighs a trajectory by how likely it
-makes the gold answer, here nothing counts but the answer that it came to.
+makes the gold answer, here nothing counts but what it came to.
 """
 
 from __future__ import annotations
@@ -27,20 +28,30 @@ from pipeline.core.agents.program import Sampling, derive_seed
 from pipeline.core.agents.search import SEARCHER
 from pipeline.core.agents.search_program import SearchProgram
 from pipeline.core.config import Config, Iterations
+from pipeline.core.config.method import RewardName
 from pipeline.core.data.splits import load_splits
 from pipeline.core.display import Display
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.losses.policy_gradient import ClippedRatio, MeanOver
 from pipeline.core.policies import PolicySpec
-from pipeline.core.records import Episode, Example, Numbers, Question, StopReason, count_stop_reasons
+from pipeline.core.records import (
+    Episode,
+    Example,
+    Numbers,
+    Question,
+    StopReason,
+    Trajectory,
+    count_stop_reasons,
+)
 from pipeline.core.report import STEPS_OF_A_SEARCHER, Column, Outcome, best_iteration, step_outcome
+from pipeline.core.rewards import check_reward, reward_of
 from pipeline.core.scoring.answers import ProtocolName, score_answer
 from pipeline.core.weighing import Weighted
 from pipeline.iterations import iterate
 from pipeline.opening import open_run
 from pipeline.steps import Begun
 
-Reward = Literal["em", "f1", "accuracy"]
+REWARD = "grpo.reward"
 Scale = Literal["std", "none"]
 
 
@@ -56,8 +67,9 @@ class Settings(Iterations):
     as many iterations as that takes. Null: all in every iteration."""
     evaluate_every: int = Field(1, ge=1)
     """Score the dev questions after every so many iterations, and after the last one."""
-    reward: Reward = "f1"
-    """Metric of the trajectory's own answer, by `evaluation.protocol`."""
+    reward: RewardName = "f1"
+    """em, f1 or accuracy of the trajectory's own answer, by `evaluation.protocol`, or a function of your own, as
+    module:function (docs/rewards.md)."""
     scale: Scale = "std"
     """An advantage is the reward less the mean of the question's K. std: divided by their standard deviation (GRPO).
     none: not divided (Dr. GRPO)."""
@@ -117,7 +129,7 @@ def advantages_of(rewards: Sequence[float], scale: Scale) -> Numbers:
 class GroupAdvantages:
     """A question's usable trajectories as they are, each with its advantage over the others."""
 
-    reward: Reward
+    reward: str
     scale: Scale
     protocol: ProtocolName
 
@@ -126,8 +138,7 @@ class GroupAdvantages:
     def __call__(self, task: Question, episodes: Sequence[Episode]) -> Weighted:
         turns = [episode.turn(SEARCHER) for episode in episodes]
         usable = [turn for turn in turns if not turn.stop_reason.is_infrastructure]
-        scores = [score_answer(turn.answer, task.answers, self.protocol) for turn in usable]
-        rewards = [float(getattr(score, self.reward)) for score in scores]
+        rewards = [self.reward_of(task, turn) for turn in usable]
         examples = []
         if len(rewards) > 1:
             examples = [
@@ -139,8 +150,16 @@ class GroupAdvantages:
             ]
         return Weighted({SEARCHER: examples}, {"rewards": rewards, "stop_reasons": count_stop_reasons(turns)})
 
+    def reward_of(self, task: Question, turn: Trajectory) -> float:
+        """
+        Raises:
+            UserError: a function of the user's gives none.
+        """
+        score = score_answer(turn.answer, task.answers, self.protocol)
+        return reward_of(REWARD, self.reward, task, turn, score)
+
     def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """Groups that differ and that do not, and among those the ones with the highest reward throughout."""
+        """Groups that differ and that do not, and among those the ones whose rewards are all 1, a metric's highest."""
         stops: Counter[str] = Counter()
         for row in statistics:
             stops.update(row["stop_reasons"])
@@ -165,6 +184,7 @@ def check(config: Config) -> None:
     Raises:
         UserError: settings of other sections with which the method is not what it says.
     """
+    check_reward(REWARD, config.of_recipe.reward)
     rollout = config.rollout
     if rollout.samples < 2:
         raise UserError(

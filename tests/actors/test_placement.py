@@ -117,7 +117,7 @@ def test_a_cluster_with_gpus_is_used_as_cpus_by_the_packages_for_cpus() -> None:
 def test_packages_for_other_devices_are_refused(
     gpus: int, devices: str, gpu_packages: bool, mend: str
 ) -> None:
-    with pytest.raises(UserError, match=f"make setup DEVICE={mend}"):
+    with pytest.raises(UserError, match=f"make --always-make setup DEVICE={mend}"):
         plan(gpus=gpus, devices=devices, gpu_packages=gpu_packages)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from tests.test_docs import PAGES, each_page
+from tests.shown import PAGES, each_page
 
 # Ray's own, when its parser is imported.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.core import TyperGroup
 
 from pipeline.core.config import Config
 from pipeline.core.config.loading import load_config
@@ -18,6 +20,7 @@ from pipeline.core.errors import RunError
 from pipeline.core.run import RunDirectory
 from pipeline.em_report import outcome_of
 from tests.pipeline.commands_support import ROOT, TRAIN
+from tests.shown import all_commands, check, commands_in
 
 # ---------------------------------------------------------------- the other commands
 
@@ -130,25 +133,28 @@ def test_the_resolved_configuration_is_printed(run_command: Any, folder: Path) -
     assert Config.model_validate(json.loads(run_command(*arguments, "--json").stdout)) == expected
 
 
-COMMANDS = [
-    [],
-    ["train"],
-    ["demo"],
-    ["world"],
-    ["index"],
-    ["index", "build"],
-    ["index", "search"],
-    ["cold-start"],
-    ["compare"],
-    ["weights"],
-]
+COMMANDS = dict(all_commands())
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, ["evaluate"], ["ask"], ["status"], ["config"]], ids=" ".join)
-def test_every_command_explains_itself(run_command: Any, command: list[str]) -> None:
-    result = run_command(*command, "--help")
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_every_command_explains_itself(run_command: Any, name: str) -> None:
+    result = run_command(*name.split(), "--help")
     assert result.exit_code == 0
     assert "Usage" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, command in COMMANDS.items() if not isinstance(command, TyperGroup)]
+)
+def test_every_command_gives_an_example_of_itself_that_can_be_called(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(ROOT)  # its configs/
+    examples = re.findall(r"^Example(?:, [^:]*)?: (.*)$", COMMANDS[name].help, re.MULTILINE)
+    shown = [words for example in examples for words in commands_in(example)]
+    assert f"exsearch {name}" in [shlex.join(words[: 1 + len(name.split())]) for words in shown]
+    for words in shown:
+        check(words)
 
 
 # ---------------------------------------------------------------- how a command ends

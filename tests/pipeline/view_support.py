@@ -17,7 +17,7 @@ from pipeline.core.question_scores import scored_table
 from pipeline.core.records import Episode, Example, Question, Step, StopReason, Trajectory
 from pipeline.core.run import write_json, write_table
 from pipeline.core.shards import Shards
-from pipeline.core.weighing import Weighted
+from pipeline.core.weighing import Facts, Weighted
 from pipeline.core.weighting import Scored
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
@@ -129,7 +129,10 @@ class Writer:
                 asdict(Scored(value, value / 3)) if value is not None else NOTHING for value in likelihoods
             ],
             "log_weights": likelihoods,
-            "facts": [{"sample": k, "log_ratio": None} for k in range(samples)],
+            "facts": [
+                asdict(Facts(k, 1, float(k == 0), float(k == 0), float(k == 0), None, None))
+                for k in range(samples)
+            ],
             "hinted": [False] * samples,
         }
         episodes = [Episode(question.id, turn.sample, (turn,)) for turn in turns]

