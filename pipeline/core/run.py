@@ -78,6 +78,9 @@ DATA_FILE = "data.json"
 """Of `core.data.run_check`: what was found in questions and corpus before the first step."""
 MIRROR_FILE = "mirror.json"
 """Of `core.mirror`: where the copy of the directory is, and how it stands."""
+ROWS_PER_GROUP = 256
+"""Of trajectories and examples: what is read at least, where one of them is looked at. Shards that are read whole take
+as long as in one group; fewer rows make them larger."""
 _LOCK_FILE = "lock"
 _LOCK_WAIT_S = 1.0
 """A look at the lock (`is_worked_on`) holds it for an instant."""
@@ -105,10 +108,20 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_table(path: Path, table: pa.Table, compression: Literal["snappy", "zstd"] = "snappy") -> None:
+def write_table(
+    path: Path,
+    table: pa.Table,
+    compression: Literal["snappy", "zstd"] = "snappy",
+    rows_per_group: int | None = None,
+) -> None:
     """Write a Parquet file whole or not at all."""
     with _whole_or_absent(path) as file:
-        pq.write_table(table, file, compression=compression)
+        pq.write_table(table, file, compression=compression, row_group_size=rows_per_group)
+
+
+def write_records(path: Path, table: pa.Table) -> None:
+    """Write a table of trajectories or examples, of which some can be read without the others."""
+    write_table(path, table, rows_per_group=ROWS_PER_GROUP)
 
 
 @contextmanager

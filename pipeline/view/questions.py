@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import logging
 import threading
+import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 
 from pipeline.core.config import EXSEARCH, WeightingConfig
@@ -24,6 +27,7 @@ from pipeline.core.models import read_tokenizer
 from pipeline.core.records import Question
 from pipeline.core.run import RunFiles
 from pipeline.core.scoring.answers import ProtocolName
+from pipeline.view.stored import checksum
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ class Asked:
     def __init__(self, run: RunFiles) -> None:
         self._run = run
         self._splits: dict[str, dict[str, Question]] = {}
+        self._words: dict[str, npt.NDArray[np.int64]] = {}
         self._tokenizers: dict[str, Any] = {}
         # Two, so that nobody who asks for questions waits for a tokenizer.
         self._of_splits, self._of_tokenizers = threading.Lock(), threading.Lock()
@@ -67,6 +72,18 @@ class Asked:
             if split not in self._splits and (found := self._read(split)):
                 self._splits[split] = found
             return self._splits.get(split, {})
+
+    def words_of(self, split: str, marks: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+        """Of the questions with these checksums (CRC-32) of their ids those of their words; -1 where they are not
+        known."""
+        if (questions := self.of(split)) and split not in self._words:
+            pairs = [(zlib.crc32(id_.encode()), checksum(q.text)) for id_, q in questions.items()]
+            self._words[split] = np.array(sorted(pairs), np.int64)
+        if (known := self._words.get(split)) is None:
+            return np.full(len(marks), -1, np.int64)
+        places = np.searchsorted(known[:, 0], marks).clip(max=len(known) - 1)
+        found: npt.NDArray[np.int64] = np.where(known[places, 0] == marks, known[places, 1], -1)
+        return found
 
     def tokenizer(self, role: str) -> Any:
         """That of the newest exported model of the role's policy, else of any policy, else of the model that the run

@@ -29,7 +29,10 @@
     if (place !== "run" || !/^\d+$/.test(number ?? "")) throw new Error("there is no such page");
     if (!kind) return ExSearch.runs.page(at);
     if (kind === "questions" && key) return ExSearch.questions.page(at, key, new URLSearchParams(query));
-    if (kind === "question" && id) return ExSearch.question.page(at, key, decodeURIComponent(id));
+    if (kind === "question" && id) {
+      const where = new URLSearchParams(query).get("in") ?? "";
+      return ExSearch.question.page(at, key, decodeURIComponent(id), /^[\w-]+\/\d+$/.test(where) ? where : null);
+    }
     throw new Error("there is no such page");
   }
 

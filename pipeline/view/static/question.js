@@ -6,14 +6,26 @@ ExSearch.question = (() => {
   const { number, whole, share, words } = format;
   const LONGEST_TITLE = 300;
 
-  const idsOf = (run, source) => data.load(`ids/${run.at}/${source.key}`, source.finished);
+  /* Where questions are whose id may be this one, {where, words} of each: its checksum is the same. */
+  async function placesIn(run, source, id) {
+    const mark = data.checksum(id);
+    const { parts } = await data.load(`ids/${run.at}/${source.key}/${source.spread}/${mark % source.spread}`, source.finished);
+    return Object.entries(parts).flatMap(([part, found]) => found.ids.flatMap((other, at) =>
+      (other === mark ? [{ where: `${part}/${Math.floor(found.places[at] / run.perPage)}`, words: found.words[at] }] : [])));
+  }
 
-  /* Where a question is: {part, place, words}; null if it is not there. */
-  async function findIn(run, source, id) {
-    const { parts } = await idsOf(run, source);
-    for (const [part, found] of Object.entries(parts)) {
-      const place = found.ids.indexOf(id);
-      if (place >= 0) return { part, place, words: found.words[place] };
+  /* {question, before, after, where}, the ids before it and after it; null if it is not there. `where` is tried first. */
+  async function read(run, source, id, where) {
+    async function look(at) {
+      const page = await data.load(`details/${run.at}/${source.key}/${at}`, source.finished);
+      const place = page.questions.findIndex((one) => one.id === id), question = page.questions[place];
+      return question && { question, where: at, before: page.questions[place - 1]?.id ?? page.before, after: page.questions[place + 1]?.id ?? page.after };
+    }
+    const found = where ? await look(where).catch(() => null) : null;
+    if (found) return found;
+    for (const place of await placesIn(run, source, id)) {
+      const other = await look(place.where);
+      if (other) return other;
     }
     return null;
   }
@@ -116,37 +128,35 @@ ExSearch.question = (() => {
     const links = await Promise.all(runs.flatMap((run) => run.sources.filter((one) => one.split === source.split).map(async (one) => {
       const title = (runs.length > 1 ? `${run.name}: ` : "") + ExSearch.runs.titleOf(one);
       if (run.at === at && one.key === source.key) return h("li", {}, h("strong", { "aria-current": "page" }, title));
-      const where = await findIn(run, one, id).catch(() => null);
-      const same = where && (where.words === null || said === null || where.words === said);
-      return same ? h("li", {}, h("a", { href: ExSearch.questions.link(run.at, one.key, id) }, title)) : null;
+      const places = await placesIn(run, one, id).catch(() => []);
+      const same = places.find(({ words }) => words < 0 || said < 0 || words === said);
+      return same ? h("li", {}, h("a", { href: ExSearch.questions.link(run.at, one.key, id, same.where) }, title)) : null;
     })));
     const there = links.filter(Boolean);
     return there.length > 1 ? [h("h2", {}, "The same question"), h("ul", { class: "elsewhere" }, there)] : [];
   }
 
-  function neighbours(at, key, id, ids) {
+  /* The ones around it in the list that it was chosen from, else in the source. */
+  function neighbours(at, key, { question, before, after }) {
     const shown = ExSearch.questions.shown;
-    const order = shown?.at === at && shown.key === key && shown.ids.includes(id) ? shown.ids : ids;
-    const place = order.indexOf(id);
-    const to = (other, title) => (other === undefined ? null : h("a", { href: ExSearch.questions.link(at, key, other) }, title));
-    return h("nav", { class: "paging", "aria-label": "Questions beside this one" }, to(order[place - 1], "previous question"),
-      `${whole(place + 1)} of ${whole(order.length)}`, to(order[place + 1], "next question"));
+    const listed = shown?.at === at && shown.key === key ? shown.beside(question.id) : null;
+    const to = (id, title, where) => (id === null || id === undefined ? null : h("a", { href: ExSearch.questions.link(at, key, id, where) }, title));
+    return h("nav", { class: "paging", "aria-label": "Questions beside this one" },
+      listed ? [to(listed.before?.id, "previous question", listed.before?.where), `${whole(listed.place + 1)} of ${whole(listed.of)}`,
+        to(listed.after?.id, "next question", listed.after?.where)]
+        : [to(before, "previous question"), to(after, "next question")]);
   }
 
-  async function page(at, key, id) {
+  async function page(at, key, id, where) {
     const run = await data.run(at);
     const source = run.sources.find((one) => one.key === key);
-    const where = source && (await findIn(run, source, id));
-    if (!where) throw new Error(`there is no question ${id} among these`);
-    const number = Math.floor(where.place / run.perPage);
-    const details = await data.load(`details/${at}/${key}/${where.part}/${number}`, source.finished);
-    const question = details.questions.find((one) => one.id === id);
-    if (!question) throw new Error("this question was written elsewhere just now; load the page again");
+    const found = source && (await read(run, source, id, where));
+    if (!found) throw new Error(`there is no question ${id} among these`);
+    const { question } = found;
     const several = {
       samples: new Set(question.turns.map((turn) => turn.sample)).size > 1,
       roles: new Set(question.turns.map((turn) => turn.role)).size > 1,
     };
-    const ids = Object.values((await idsOf(run, source)).parts).flatMap((part) => part.ids);
     const links = h("div", {});
     const title = ExSearch.runs.titleOf(source);
     const asked = question.question || question.prompt || id;
@@ -157,7 +167,7 @@ ExSearch.question = (() => {
       trail: [[run.name, `#/run/${at}`], [title, list], [id, null]],
       title: asked.slice(0, LONGEST_TITLE),
       content: [
-        neighbours(at, key, id, ids),
+        neighbours(at, key, found),
         h("h1", {}, asked.length > LONGEST_TITLE ? `${asked.slice(0, LONGEST_TITLE)}…` : asked),
         asked.length > LONGEST_TITLE ? h("details", {}, h("summary", {}, "the whole question"), h("div", { class: "said" }, asked)) : null,
         facts([["gold answer", question.answers.join(" / ") || "not known"], ["hops", question.hops], ["type", question.type],
@@ -170,7 +180,7 @@ ExSearch.question = (() => {
         examples(question),
         h("div", { class: "trajectories", tabindex: "0", role: "region", "aria-label": "Trajectories" }, question.turns.map((turn) => card(turn, several))),
       ],
-      begin: () => elsewhere(at, source, id, where.words).then(
+      begin: () => elsewhere(at, source, id, question.words).then(
         (children) => { if (!closed) links.replaceChildren(...children); },
         (error) => { if (!closed) links.replaceChildren(h("p", { role: "alert" }, error.message)); }),
       close: () => { closed = true; },

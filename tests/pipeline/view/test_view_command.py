@@ -98,8 +98,8 @@ def test_it_serves_until_it_is_interrupted(run: Path, host: str) -> None:
         try:
             assert process.stderr is not None
             url = process.stderr.readline().split()[1]
-            with urllib.request.urlopen(f"{url}/api/rows/0/test-best/table", timeout=60) as answer:
-                assert json.load(answer)["em"] == [1, 0, 1]
+            with urllib.request.urlopen(f"{url}/api/rows/0/test-best/table/0", timeout=60) as answer:
+                assert json.load(answer)["columns"]["em"] == [1, 0, 1]
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 0
         finally:
