@@ -354,9 +354,13 @@ def _is_in(key: str, sections: Sequence[str]) -> bool:
 def what_it_computes(config: Config) -> Json:
     """What the results of a run follow from, under dotted keys, alike on every machine: without the keys that are free
     to change, but with the number of iterations; of what lies on a disk the last part of its path."""
-    iterations = f"{config.section}.iterations"
-    settings = flatten(_with_paths(config, lambda path: Path(path).name))
-    return {k: v for k, v in settings.items() if k == iterations or not _is_in(k, FREE_TO_CHANGE)}
+    return what_computes(_with_paths(config, lambda path: Path(path).name), config.section)
+
+
+def what_computes(tree: Mapping[str, Any], section: str) -> Json:
+    """The same of a configuration as it is stored, paths included: also of another version. `section`: its recipe's."""
+    iterations = f"{section}.iterations"
+    return {k: v for k, v in flatten(tree).items() if k == iterations or not _is_in(k, FREE_TO_CHANGE)}
 
 
 def _with_absolute_paths(section: BaseModel) -> Json:
