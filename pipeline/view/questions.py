@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from pipeline.core.config import EXSEARCH, WeightingConfig
+from pipeline.core.config import EXSEARCH, WeightingConfig, section_of
 from pipeline.core.config.loading import read_tree
 from pipeline.core.data.questions import read_questions
 from pipeline.core.errors import UserError
-from pipeline.core.models import read_tokenizer
+from pipeline.core.models import cached_files, read_tokenizer
 from pipeline.core.records import Question
 from pipeline.core.run import RunFiles
 from pipeline.core.scoring.answers import ProtocolName
@@ -86,20 +86,25 @@ class Asked:
         return found
 
     def tokenizer(self, role: str) -> Any:
-        """That of the newest exported model of the role's policy, else of any policy, else of the model that the run
-        began with; None, and a word in the log, if none of them is there."""
+        """That of the newest exported model of the role's policy, else of the model that it began with, which may be in
+        the cache of the hub, else of any policy; None, and a word in the log, if none of them is there."""
         with self._of_tokenizers:
             if role not in self._tokenizers and (found := self._load_tokenizer(role)) is not None:
                 self._tokenizers[role] = found
             return self._tokenizers.get(role)
 
     def _load_tokenizer(self, role: str) -> Any:
-        for pattern in (f"iterations/*/{role}/model", "iterations/*/*/model"):
-            for model in sorted(self._run.path.glob(pattern), reverse=True):
-                if (found := _tokenizer(model)) is not None:
-                    return found
-        path = self._section("model").get("path")
-        return _tokenizer(Path(path)) if path else None
+        started = self._section(section_of(self.recipe)).get(role) or self._section("model").get("path")
+        models = [
+            *self._exported(role),
+            *([] if (found := cached_files(str(started))) is None else [found]),
+            *self._exported("*"),
+        ]
+        return next((found for model in models if (found := _tokenizer(model)) is not None), None)
+
+    def _exported(self, policy: str) -> list[Path]:
+        """The models of a policy, the newest first."""
+        return sorted(self._run.path.glob(f"iterations/*/{policy}/model"), reverse=True)
 
     def _section(self, name: str) -> dict[str, Any]:
         found = self.config.get(name)

@@ -21,7 +21,7 @@ from pipeline.core.weighting import effective_sample_size
 from pipeline.view.details import PER_PAGE
 from pipeline.view.pages import Pages
 from pipeline.view.stored import NoSuchPage
-from tests.pipeline.view_support import HOSTILE, Writer, asked
+from tests.pipeline.view_support import HOSTILE, TINY, Writer, asked
 
 
 @pytest.fixture
@@ -191,6 +191,21 @@ def test_without_a_tokenizer_there_are_no_words_of_the_model_but_all_else(
 
     assert first["turns"][0]["segments"][1]["text"].endswith(" tokens")
     assert first["turns"][0]["steps"][0]["query"] == "Who founded it?"
+
+
+def test_a_model_of_the_hub_has_its_words_from_the_cache(
+    writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = writer.path / "config.yaml"
+    config.write_text(config.read_text().replace(str(TINY), "somebody/tiny"))
+    cached = tmp_path / "hub" / "models--somebody--tiny"
+    shutil.copytree(TINY, cached / "snapshots" / "1234", ignore=shutil.ignore_patterns("*.safetensors"))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1234")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (first, _) = Pages([writer.path], live=True).page("details/0/0001-rollouts/000000/0")["questions"]
+
+    assert first["turns"][0]["segments"][1]["text"].strip() == "<think> Who founded it? </think>"
 
 
 @pytest.mark.parametrize(
