@@ -5,7 +5,8 @@
 The samples of the first iteration of a finished run are written as often as it takes, under other ids, as shards of a
 run of their own, with a file of their questions; and its answers to dev questions as a test of as many questions. A
 server of it is started and asked, as a browser asks: for the run, then for the first lines of questions, for
-trajectories here and there, and for all further lines. Prints a Markdown table; memory is the most anonymous memory
+trajectories here and there, and for all further lines. Prints a Markdown table: seconds until the answer, those of the
+server's processor time, which say more on a machine that does other work as well, and the most anonymous memory
 (`bench.memory`) up to then.
 """
 
@@ -25,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -35,14 +37,14 @@ from bench.measure import print_table
 from bench.memory import anonymous, tree
 from pipeline.core.data.questions import read_questions
 from pipeline.core.records import Question
-from pipeline.core.run import read_json, write_json, write_records
+from pipeline.core.run import ROWS_PER_GROUP, read_json, write_json
 from pipeline.core.shards import side_car_of, written_parts
 
 SAMPLES, TEST = "0001-rollouts", "test-best"
 LOOKS = 50
 """At trajectories."""
 SAMPLE_S = 0.02
-TIMEOUT_S = 120.0
+TIMEOUT_S = 600.0
 
 
 def main() -> None:
@@ -59,7 +61,7 @@ def main() -> None:
         if not large.exists():
             with Console(stderr=True).status("writing the large run"):
                 multiply(arguments.run, large, arguments.trajectories)
-        print_table("what; seconds; most memory (MiB)", list(measure(large)))
+        print_table("what; seconds; processor time (s); most memory (MiB)", list(measure(large)))
 
 
 def multiply(run: Path, out: Path, trajectories: int) -> None:
@@ -78,12 +80,12 @@ def multiply(run: Path, out: Path, trajectories: int) -> None:
             table, told = pq.read_table(path), read_json(side_car)
             assert told is not None
             shard = folder / f"{number:06d}.parquet"
-            write_records(shard, _renamed(table, round_, "question_id"))
+            _write(shard, _renamed(table, round_, "question_id"))
             for examples in path.parent.parent.glob(f"*/examples/{path.name}"):
                 copy = _renamed(pq.read_table(examples), round_, "id", "unit")
-                write_records(folder.parent / examples.parts[-3] / "examples" / shard.name, copy)
+                _write(folder.parent / examples.parts[-3] / "examples" / shard.name, copy)
             tasks = [{**task, "id": round_ + task["id"]} for task in told["tasks"]]
-            write_json(side_car_of(shard), {**told, "tasks": tasks})
+            side_car_of(shard).write_text(json.dumps({**told, "tasks": tasks}), encoding="utf-8")
             for task in told["tasks"]:
                 lines.write(_line(asked[task["id"]], round_))
             questions += len(tasks)
@@ -91,8 +93,14 @@ def multiply(run: Path, out: Path, trajectories: int) -> None:
     write_json(out / "iterations" / "0001" / "sample.json", {"stop_reasons": {}, "seconds": 1.0})
     answered = pq.read_table(run / "iterations" / "0001" / "evaluation.parquet")
     copies = (_renamed(answered, f"{n}-", "question_id") for n in range(questions // len(answered) + 1))
-    write_records(out / "test" / "best.parquet", pa.concat_tables(copies).slice(0, questions))
+    _write(out / "test" / "best.parquet", pa.concat_tables(copies).slice(0, questions))
     write_json(out / "test" / "best.json", {"n": questions, "seconds": 1.0})
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    """As `write_records` does, but for seeing to it that it is on the disk: there are thousands."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path, row_group_size=ROWS_PER_GROUP)
 
 
 def _with_own_questions(run: Path, out: Path) -> dict[str, Any]:
@@ -126,50 +134,56 @@ def _renamed(table: pa.Table, prefix: str, *columns: str) -> pa.Table:
 def measure(run: Path) -> Iterator[list[str]]:
     """A row for each thing that a browser asks for."""
     begun = time.perf_counter()
-    with served(run) as (url, memory):
+    with served(run) as (url, server, memory):
 
-        def ask(name: str) -> Any:
-            with urllib.request.urlopen(f"{url}/api/{name}", timeout=TIMEOUT_S) as answer:
-                return json.load(answer)
+        def ask(*names: str) -> Any:
+            for name in names:
+                with urllib.request.urlopen(f"{url}/api/{name}", timeout=TIMEOUT_S) as answer:
+                    found = json.load(answer)
+            return found
 
-        def row(what: str, seconds: float) -> list[str]:
-            return [what, f"{seconds:.2f}", f"{memory[0] / 2**20:,.0f}"]
+        def used() -> float:
+            times = server.cpu_times()
+            return float(times.user + times.system)
 
-        def timed(what: str, name: str) -> list[str]:
-            begun = time.perf_counter()
-            ask(name)
-            return row(what, time.perf_counter() - begun)
+        def row(what: str, seconds: float, processor: float) -> list[str]:
+            return [what, f"{seconds:.2f}", f"{processor:.2f}", f"{memory[0] / 2**20:,.0f}"]
+
+        def timed(what: str, *names: str) -> list[str]:
+            begun, before = time.perf_counter(), used()
+            ask(*names)
+            seconds, processor = (time.perf_counter() - begun) / len(names), (used() - before) / len(names)
+            return row(what, seconds, processor)
 
         sources = {source["key"]: source for source in ask("run/0")["sources"]}
+        yield row("start, until the page of the run is there", time.perf_counter() - begun, used())
+        ask(f"details/0/{SAMPLES}/000000/0")  # tokenizer and file of questions
+        yield row("and all is read that is read once", time.perf_counter() - begun, used())
         parts = [part["name"] for part in sources[SAMPLES]["parts"]]
         rows = sum(part["rows"] for part in sources[SAMPLES]["parts"])
-        questions = sources[TEST]["parts"][0]["rows"]
-        yield row("start, until the page of the run is there", time.perf_counter() - begun)
+        questions, spread = sources[TEST]["parts"][0]["rows"], sources[SAMPLES]["spread"]
+        some = random.Random(0).choices(parts, k=LOOKS)
         yield timed("the page of the run again", "run/0")
         yield timed(f"first lines of {questions:,} test questions", f"rows/0/{TEST}/table/0")
-        yield timed("lines of further test questions", f"rows/0/{TEST}/table/{questions // 2048}")
-        yield timed("answers to 16 test questions", f"details/0/{TEST}/table/{questions // 32}")
+        yield timed("further lines of them", f"rows/0/{TEST}/table/{questions // 2048}")
+        yield timed("answers to 16 of them", f"details/0/{TEST}/table/{questions // 32}")
         yield timed(
-            "first lines of training questions, and their file is read", f"rows/0/{SAMPLES}/{parts[0]}/0"
+            "lines of the training questions of a shard, mean",
+            *(f"rows/0/{SAMPLES}/{part}/0" for part in some),
         )
-        yield timed("lines of further training questions", f"rows/0/{SAMPLES}/{parts[-1]}/0")
-        ask(f"details/0/{SAMPLES}/{parts[0]}/0")  # the tokenizer
-        begun = time.perf_counter()
-        for part in random.Random(0).choices(parts, k=LOOKS):
-            ask(f"details/0/{SAMPLES}/{part}/0")
-        yield row("trajectories of 16 training questions, mean", (time.perf_counter() - begun) / LOOKS)
-        spread = sources[SAMPLES]["spread"]
-        yield timed("where a training question is", f"ids/0/{SAMPLES}/{spread}/0")
+        yield timed("trajectories of 16 of them, mean", *(f"details/0/{SAMPLES}/{part}/0" for part in some))
+        yield timed("where a training question is, at first", f"ids/0/{SAMPLES}/{spread}/0")
         yield timed("where another one is", f"ids/0/{SAMPLES}/{spread}/{spread - 1}")
-        begun = time.perf_counter()
-        for part in parts:
-            ask(f"rows/0/{SAMPLES}/{part}/0")
-        yield row(f"all lines of {rows:,} trajectories in {len(parts):,} shards", time.perf_counter() - begun)
+        begun, before = time.perf_counter(), used()
+        ask(*(f"rows/0/{SAMPLES}/{part}/0" for part in parts))
+        what = f"all lines of {rows:,} trajectories in {len(parts):,} shards"
+        yield row(what, time.perf_counter() - begun, used() - before)
 
 
 @contextmanager
-def served(run: Path) -> Iterator[tuple[str, list[int]]]:
-    """The address of a server of the run, and its most memory in bytes, which grows as long as the server lives."""
+def served(run: Path) -> Iterator[tuple[str, psutil.Process, list[int]]]:
+    """The address of a server of the run, its process, and its most memory in bytes, which grows as long as the server
+    lives."""
     command = [sys.executable, "-m", "pipeline.cli", "view", str(run), "--port", "0"]
     memory, ended = [0], threading.Event()
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -182,7 +196,7 @@ def served(run: Path) -> Iterator[tuple[str, list[int]]]:
         watcher.start()
         try:
             assert process.stderr is not None
-            yield process.stderr.readline().split()[1], memory
+            yield process.stderr.readline().split()[1], psutil.Process(process.pid), memory
         finally:
             ended.set()
             watcher.join()

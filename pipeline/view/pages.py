@@ -117,6 +117,8 @@ class Pages:
         """Load what takes a while, before it is asked for."""
         for viewed in self._runs:
             viewed.asked.tokenizer("searcher")
+            for split in {source.split for source in sources_of(viewed.run)}:
+                viewed.asked.of(split)
 
     def names(self) -> Iterator[str]:
         """Of all pages that there are now.

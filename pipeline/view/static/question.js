@@ -14,12 +14,14 @@ ExSearch.question = (() => {
       (other === mark ? [{ where: `${part}/${Math.floor(found.places[at] / run.perPage)}`, words: found.words[at] }] : [])));
   }
 
-  /* {question, before, after, where}, the ids before it and after it; null if it is not there. `where` is tried first. */
+  /* {question, before, after}, the ids before it and after it; null if it is not there. `where` is tried first. */
   async function read(run, source, id, where) {
     async function look(at) {
       const page = await data.load(`details/${run.at}/${source.key}/${at}`, source.finished);
       const place = page.questions.findIndex((one) => one.id === id), question = page.questions[place];
-      return question && { question, where: at, before: page.questions[place - 1]?.id ?? page.before, after: page.questions[place + 1]?.id ?? page.after };
+      if (!question) return null;
+      const [before, after] = [page.questions[place - 1], page.questions[place + 1]].map((one) => one?.id);
+      return { question, before: before ?? page.before, after: after ?? page.after };
     }
     const found = where ? await look(where).catch(() => null) : null;
     if (found) return found;
@@ -89,19 +91,25 @@ ExSearch.question = (() => {
     return h("div", { class: "share", "aria-hidden": "true" }, inner);
   }
 
+  function verdictOn(turn) {
+    if (turn.em === null) return null;
+    return h("span", { class: `badge ${turn.em ? "good" : "bad"}` }, turn.em ? "right" : turn.f1 ? `F1 ${share(turn.f1)}` : "wrong");
+  }
+
+  const known = (value) => value !== undefined && value !== null;
+  const logOf = (value) => (value === undefined ? null : value === null ? "minus infinity" : number(value, 2));
+
   function card(turn, several) {
-    const known = (value) => value !== undefined && value !== null;
-    const verdict = turn.em === null ? null
-      : h("span", { class: `badge ${turn.em ? "good" : "bad"}` }, turn.em ? "right" : turn.f1 ? `F1 ${share(turn.f1)}` : "wrong");
-    return h("article", {},
+    const title = (several.samples ? `Sample ${turn.sample + 1}` : "Trajectory") + (several.roles ? `, ${turn.role}` : "");
+    return h("article", { "aria-label": title },
       h("header", {},
-        h("h3", {}, several.samples ? `Sample ${turn.sample + 1}` : "Trajectory", several.roles ? `, ${turn.role}` : "", " ", verdict,
+        h("h3", {}, title, " ", verdictOn(turn),
           turn.hinted ? h("span", { class: "badge dim" }, "hinted") : null),
         turn.em === null && !turn.answer ? null : h("p", {}, "Answer: ", h("strong", {}, turn.answer || "none")),
         known(turn.weight_share) ? [bar(turn.weight_share), h("p", { class: "dim" }, `${share(turn.weight_share)} of the question's weight`)] : null,
         facts([
           ["stopped", words(turn.stop_reason)],
-          ["log p(y | x, z)", turn.log_likelihood === undefined ? null : turn.log_likelihood === null ? "minus infinity" : number(turn.log_likelihood, 2)],
+          ["log p(y | x, z)", logOf(turn.log_likelihood)],
           ["weight", known(turn.weight) ? turn.weight.toPrecision(3) : null],
           ["log p/q", known(turn.log_ratio) ? number(turn.log_ratio, 2) : null],
           ["tokens", `${whole(turn.tokens)}, ${whole(turn.generated_tokens)} written`],
@@ -111,29 +119,86 @@ ExSearch.question = (() => {
       body(turn));
   }
 
-  /* What training is told of each example, beside its tokens. */
+  /* What is made when it is first opened. */
+  function later(title, make) {
+    const element = h("details", {}, h("summary", {}, title));
+    element.addEventListener("toggle", () => element.append(...[make()].flat()), { once: true });
+    return element;
+  }
+
+  /* What training is told of each example, and of each of its tokens. */
   function examples(question) {
+    if (!question.examples.length) return null;
     const names = [...new Set(question.examples.flatMap((one) => Object.keys(one.numbers)))];
-    if (!names.length) return null;
     return h("details", {}, h("summary", {}, `${question.examples.length} training examples`), ExSearch.table("What the loss is told of each", [
       ["example", (one) => one.id, "text"], ["trains", (one) => one.policy, "text"], ["role", (one) => one.role, "text"],
       ["in one step with", (one) => (one.unit === one.id ? "" : one.unit), "text"],
       ...names.map((name) => [words(name), (one) => number(one.numbers[name], 3)]),
-    ], question.examples));
+    ], question.examples),
+    question.examples.filter((one) => one.tokens.length).map((one) => later(`${one.id}, token by token`, () => byToken(one))));
   }
 
-  /* Links to the same question in the other phases of its split, and in other runs. */
+  function byToken(example) {
+    const shown = (value) => (Array.isArray(value) ? value.map((one) => number(one, 3)).join(" ") : number(value, 3));
+    const title = (name, values) => {
+      const width = example.widths[name];
+      return width > values[0].length ? `${words(name)}, the first ${values[0].length} of ${whole(width)}` : words(name);
+    };
+    return ExSearch.table(`What the loss is told of the trained tokens of ${example.id}`, [
+      ["token", (place) => JSON.stringify(example.tokens[place]), "text"],
+      ...Object.entries(example.by_token).map(([name, values]) => [title(name, values), (place) => shown(values[place])]),
+    ], example.tokens.map((_, place) => place));
+  }
+
+  /* Links to the same question in the other phases of its split, and in other runs; and all of it beneath each other. */
   async function elsewhere(at, source, id, said) {
     const runs = await data.runs();
-    const links = await Promise.all(runs.flatMap((run) => run.sources.filter((one) => one.split === source.split).map(async (one) => {
-      const title = (runs.length > 1 ? `${run.name}: ` : "") + ExSearch.runs.titleOf(one);
-      if (run.at === at && one.key === source.key) return h("li", {}, h("strong", { "aria-current": "page" }, title));
-      const places = await placesIn(run, one, id).catch(() => []);
-      const same = places.find(({ words }) => words < 0 || said < 0 || words === said);
-      return same ? h("li", {}, h("a", { href: ExSearch.questions.link(run.at, one.key, id, same.where) }, title)) : null;
+    const every = runs.flatMap((run) => run.sources.filter((one) => one.split === source.split).map((one) => ({
+      run,
+      source: one,
+      title: (runs.length > 1 ? `${run.name}: ` : "") + ExSearch.runs.titleOf(one),
+      here: run.at === at && one.key === source.key,
     })));
-    const there = links.filter(Boolean);
-    return there.length > 1 ? [h("h2", {}, "The same question"), h("ul", { class: "elsewhere" }, there)] : [];
+    const looked = await Promise.all(every.map(async (one) => {
+      const places = await placesIn(one.run, one.source, id).catch(() => []);
+      return { ...one, place: places.find(({ words }) => words < 0 || said < 0 || words === said) };
+    }));
+    const there = looked.filter((one) => one.place);
+    if (there.length < 2) return [];
+    return [h("h2", {}, "The same question"),
+      h("ul", { class: "elsewhere" }, there.map((one) => h("li", {}, one.here
+        ? h("strong", { "aria-current": "page" }, one.title)
+        : h("a", { href: ExSearch.questions.link(one.run.at, one.source.key, id, one.place.where) }, one.title)))),
+      later("side by side", () => {
+        const compared = h("div", {}, h("p", { class: "dim" }, "reading"));
+        sideBySide(there, id).then((content) => compared.replaceChildren(...content),
+          (error) => compared.replaceChildren(h("p", { role: "alert" }, error.message)));
+        return compared;
+      })];
+  }
+
+  /* A line for each trajectory of the question, wherever it is. */
+  async function sideBySide(there, id) {
+    const lines = (await Promise.all(there.map(async ({ run, source, title, place }) => {
+      const found = await read(run, source, id, place.where);
+      return (found?.question.turns ?? []).map((turn) => ({ title, turn }));
+    }))).flat();
+    return [ExSearch.table("Every trajectory of this question", [
+      ["trajectories of", (line) => line.title, "text"],
+      ["sample", ({ turn }) => `${turn.sample + 1}, ${turn.role}`, "text"],
+      ["answer", ({ turn }) => turn.answer || "none", "text"],
+      ["verdict", ({ turn }) => verdictOn(turn)],
+      ["searches", ({ turn }) => whole(turn.steps.filter((step) => step.hits.length).length)],
+      ["weight", ({ turn }) => (known(turn.weight) ? turn.weight.toPrecision(3) : "–")],
+      ["share", ({ turn }) => share(turn.weight_share)],
+      ["log p(y | x, z)", ({ turn }) => logOf(turn.log_likelihood) ?? "–"],
+      ["stopped", ({ turn }) => words(turn.stop_reason), "text"],
+    ], lines),
+    later("with their steps", () => lines.map((line) => h("section", {},
+      h("h3", {}, `${line.title}, sample ${line.turn.sample + 1} `, verdictOn(line.turn)),
+      h("ol", {}, line.turn.steps.map((step) => h("li", {}, step.query, " ", toldOf(step) ? found(step, "") : null,
+        step.record ? h("div", { class: "said" }, step.record) : null))),
+      h("p", {}, "Answer: ", h("strong", {}, line.turn.answer || "none")))))];
   }
 
   /* The ones around it in the list that it was chosen from, else in the source. */
@@ -184,8 +249,12 @@ ExSearch.question = (() => {
         (children) => { if (!closed) links.replaceChildren(...children); },
         (error) => { if (!closed) links.replaceChildren(h("p", { role: "alert" }, error.message)); }),
       close: () => { closed = true; },
+      isOld: !ExSearch.runs.goesOn(run) ? null : async () => keysOf(await data.run(at), source) !== keysOf(run, source),
     };
   }
+
+  /* Where the same question may be. */
+  const keysOf = (run, source) => run.sources.filter((one) => one.split === source.split).map((one) => one.key).join();
 
   return { page };
 })();

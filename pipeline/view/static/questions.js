@@ -110,7 +110,8 @@ ExSearch.questions = (() => {
   function columnsFor(run, source, many, against) {
     const verdict = (em) => (em === null ? "–" : em ? "right" : "wrong");
     return [
-      { title: "question", key: "question", kind: "question", cell: (line) => h("a", { href: link(run.at, source.key, line.id, line.where), "data-focus": `question-${line.id}` }, line.question || line.id) },
+      { title: "question", key: "question", kind: "question",
+        cell: (line) => h("a", { href: link(run.at, source.key, line.id, line.where), "data-focus": `question-${line.id}` }, line.question || line.id) },
       { title: "gold answer", key: "gold_answer", kind: "text", cell: (line) => line.gold_answer },
       many ? null : { title: "answer", key: "answer", kind: "text", cell: (line) => line.answer },
       { title: many ? "right" : "EM", key: "em", cell: (line) => (many ? share : verdict)(line.em) },
@@ -157,7 +158,7 @@ ExSearch.questions = (() => {
     const hops = h("select", { name: "hops" }), type = h("select", { name: "type" });
     const against = h("select", { name: "against" },
       options([["", "nothing"], ...others.map((other) => [other.name, other.title])], settings.against));
-    const form = h("form", { class: "filters", role: "search", onsubmit: (event) => event.preventDefault() },
+    const form = h("form", { class: "filters", role: "search", "aria-label": "Which questions", onsubmit: (event) => event.preventDefault() },
       field("part of question, answer or id", text), field("show", kind),
       field("hops", hops), field("type", type), field("compare with", against));
 
@@ -304,7 +305,7 @@ ExSearch.questions = (() => {
       drawn = 0;
       const reading = lines.read(() => {
         if (closed) return;
-        const more = source.finished ? "" : ExSearch.runs.goesOn(run) ? "(the sampling goes on; load again to see more)" : "(it was not finished)";
+        const more = source.finished ? "" : ExSearch.runs.goesOn(run) ? "(the sampling goes on)" : "(it was not finished)";
         const part = lines.done / lines.parts;
         progress.textContent = part < 1 - 1e-9 ? `(${share(part)} read)` : more;
         const redraw = () => { fillChoices(); draw(); };
@@ -330,6 +331,10 @@ ExSearch.questions = (() => {
       title,
       content: [h("h1", {}, title), form, results],
       begin,
+      isOld: source.finished || !ExSearch.runs.goesOn(run) ? null : async () => {
+        const now = (await data.run(at)).sources.find((one) => one.key === key);
+        return now && (now.finished || ExSearch.runs.rowsIn(now) !== ExSearch.runs.rowsIn(source));
+      },
       close: () => { closed = true; clearTimeout(timer); },
     };
   }
