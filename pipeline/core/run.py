@@ -79,8 +79,8 @@ DATA_FILE = "data.json"
 MIRROR_FILE = "mirror.json"
 """Of `core.mirror`: where the copy of the directory is, and how it stands."""
 ROWS_PER_GROUP = 256
-"""Of trajectories and examples: what is read at least, where one of them is looked at. Shards that are read whole take
-as long as in one group; fewer rows make them larger."""
+"""Of trajectories and examples: what is read at least, where one of them is looked at. Smaller groups make shards
+larger, and slower to read whole (docs/performance.md)."""
 _LOCK_FILE = "lock"
 _LOCK_WAIT_S = 1.0
 """A look at the lock (`is_worked_on`) holds it for an instant."""

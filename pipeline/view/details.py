@@ -43,10 +43,8 @@ def details_of(source: Source, part: Part, page: int, asked: Asked) -> Json:
     start, end = page * PER_PAGE, min((page + 1) * PER_PAGE, len(every))
     if start >= end:
         raise NoSuchPage(f"{source.key}/{part.name} has no page {page}")
-    ids, starts = (
-        every.ids[start:end].to_pylist(),
-        (every.starts[start : end + 1] - every.starts[start]).tolist(),
-    )
+    ids = every.ids[start:end].to_pylist()
+    starts = (every.starts[start : end + 1] - every.starts[start]).tolist()
     stored = footer(part.path).columns
     columns = [name for name in (*TRAJECTORY_SCHEMA.names, *_OF_EVALUATION) if name in stored]
     table = read_rows(part.path, int(every.starts[start]), int(every.starts[end]), columns)
@@ -186,13 +184,11 @@ def _examples(part: Part, ids: Sequence[str], asked: Asked) -> dict[str, list[Js
         for example in examples:
             question = example.unit if example.unit in ids else example.id.rpartition("/")[0]
             about = {"policy": policy, "id": example.id, "unit": example.unit, "role": example.role}
-            found.setdefault(question, []).append(
-                {**about, **_streams(example, asked.tokenizer(example.role))}
-            )
+            found.setdefault(question, []).append({**about, **_streams(example, asked)})
     return found
 
 
-def _streams(example: Example, tokenizer: Any) -> Json:
+def _streams(example: Example, asked: Asked) -> Json:
     """Those of one number (`numbers`), and of those with more what is said of each token that is trained (`by_token`):
     a number, or the first of a row of so many (`widths`)."""
     targets = np.flatnonzero(example.loss_mask)
@@ -205,10 +201,8 @@ def _streams(example: Example, tokenizer: Any) -> Json:
         elif len(values) > 1:
             by_token[name] = values[targets].tolist()
     numbers = {name: float(values[0]) for name, values in example.streams.items() if values.shape == (1,)}
-    ids = example.token_ids[targets].tolist() if by_token else []
-    return {
-        "numbers": numbers,
-        "tokens": [str(id_) if tokenizer is None else tokenizer.decode([id_]) for id_ in ids],
-        "by_token": by_token,
-        "widths": widths,
-    }
+    tokens = []
+    if by_token:
+        tokenizer, ids = asked.tokenizer(example.role), example.token_ids[targets].tolist()
+        tokens = [str(id_) if tokenizer is None else tokenizer.decode([id_]) for id_ in ids]
+    return {"numbers": numbers, "tokens": tokens, "by_token": by_token, "widths": widths}

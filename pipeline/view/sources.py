@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,8 @@ def source_of(run: RunFiles, key: str) -> Source:
     at = run.iteration(int(number))
     if kind == "dev":
         return _answered(at / folder, key, kind, int(number))
-    return Source(key, kind, int(number), _parts(at / folder), (at / step).exists())
+    finished = (at / step).exists()
+    return Source(key, kind, int(number), _parts(at / folder, finished=finished), finished)
 
 
 def _answered(stem: Path, key: str, kind: Kind, number: int | None) -> Source:
@@ -132,11 +134,19 @@ def _answered(stem: Path, key: str, kind: Kind, number: int | None) -> Source:
     folders = sorted(
         stem.with_name(f"{stem.name}.parts").glob("*"), key=lambda folder: folder.stat().st_mtime
     )
-    return Source(key, kind, number, _parts(folders[-1]) if folders else (), finished)
+    return Source(key, kind, number, _parts(folders[-1], finished=finished) if folders else (), finished)
 
 
-def _parts(folder: Path) -> tuple[Part, ...]:
+def _parts(folder: Path, *, finished: bool) -> tuple[Part, ...]:
+    """Of what is finished the folder is listed once, as long as nothing is written into it."""
+    if finished and folder.exists():
+        return _listed(folder, folder.stat().st_mtime_ns)
     return tuple(Part(name, *files) for name, files in written_parts(folder).items())
+
+
+@lru_cache(256)
+def _listed(folder: Path, written: int) -> tuple[Part, ...]:
+    return _parts(folder, finished=False)
 
 
 def statistics_in(tasks: dict[str, Json], question: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,16 @@ class Footer:
     metadata: pq.FileMetaData
     columns: frozenset[str]
     starts: npt.NDArray[np.int64]
+    _bounds: dict[str, tuple[str, str] | None] = field(default_factory=dict)
 
     def bounds(self, leaf: str) -> tuple[str, str] | None:
         """Between which texts all of a leaf ("steps.list.element.action") are; None if the file does not say, or there
         are none."""
+        if leaf not in self._bounds:
+            self._bounds[leaf] = self._between(leaf)
+        return self._bounds[leaf]
+
+    def _between(self, leaf: str) -> tuple[str, str] | None:
         found = []
         schema = self.metadata.schema
         (column,) = [number for number in range(len(schema)) if schema.column(number).path == leaf]

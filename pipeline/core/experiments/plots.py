@@ -40,7 +40,7 @@ def _draw_test(results: Results, path: Path) -> bool:
         )
         for arm, estimate in found
     }
-    baseline = results.baseline and rows.get(results.baseline.arm.name)
+    baseline = None if results.baseline is None else rows.get(results.baseline.arm.name)
     with figure_file(path, 8.0, 1.0 + INCH_PER_ROW * len(found)) as figure:
         label = f"test {_metric(results)}, percent; line = 95 % interval"
         draw_rows(figure.subplots(), list(rows.values()), label, reference=baseline)
