@@ -10,6 +10,7 @@ details/N/SOURCE/PART/PAGE        trajectories
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -90,6 +91,7 @@ class Pages:
     def __init__(self, runs: Sequence[Path], *, live: bool) -> None:
         self._runs = [Viewed(path) for path in runs]
         self._live = live
+        self._shown = threading.Event()
 
     @property
     def paths(self) -> list[Path]:
@@ -114,7 +116,8 @@ class Pages:
         return found
 
     def prepare(self) -> None:
-        """Load what takes a while, before it is asked for."""
+        """Load what takes a while before it is asked for, behind the first page of a run: that is to come at once."""
+        self._shown.wait()
         for viewed in self._runs:
             viewed.asked.tokenizer("searcher")
             for split in {source.split for source in sources_of(viewed.run)}:
@@ -144,6 +147,7 @@ class Pages:
                 return self._list()
             case ["run", number]:
                 found = self._run(number).overview()
+                self._shown.set()
                 if not self._live:
                     found["status"] = {k: v for k, v in found["status"].items() if k not in OF_THE_MACHINE}
                 return found
