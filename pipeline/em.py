@@ -39,7 +39,7 @@ from pipeline.core.policies import PolicySpec
 from pipeline.core.record_tables import examples_to_table
 from pipeline.core.report import Outcome, best_iteration
 from pipeline.core.rewards import check_reward
-from pipeline.core.run import Json, write_json, write_table
+from pipeline.core.run import Json, write_json, write_records
 from pipeline.core.weighing import WEIGHTING_REWARD, SearchWeights
 from pipeline.em_report import em_report, outcome_of
 from pipeline.iterations import iterate
@@ -168,7 +168,7 @@ class ExpectationMaximisation:
             for n, example in enumerate(chosen)
         ]
         path = self.run.fresh(f"{t}/{SEARCHER}/cold_start") / "000000.parquet"
-        write_table(path, examples_to_table(mixed))
+        write_records(path, examples_to_table(mixed))
         return path
 
     def begin_dev(self, t: int) -> Begun:

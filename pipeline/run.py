@@ -35,7 +35,7 @@ from pipeline.core.records import Example, Question
 from pipeline.core.report import DEV_BOUND, DEV_SAMPLES, step_report
 from pipeline.core.retention import remove_what_need_not_stay
 from pipeline.core.retrieval import Searched
-from pipeline.core.run import Json, RunDirectory, write_json, write_table
+from pipeline.core.run import Json, RunDirectory, write_json, write_records
 from pipeline.core.shards import Shards, generated_tokens, has_examples, write_examples
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import NothingToTrainOn, OnlyFigures, Weigh
@@ -452,7 +452,7 @@ class Run(Steps):
 
         def scores(report: SampleReport) -> tuple[Json, float]:
             trajectories = [episode.turn(answers) for episode in shards.episodes()]
-            write_table(
+            write_records(
                 self.at(f"{step}.parquet"), scored_table(questions, trajectories, evaluation.protocol)
             )
             found = evaluate(

@@ -62,9 +62,9 @@ def plot(
     form: Annotated[str, typer.Option("--format", help="svg, pdf or png.")] = "svg",
     metric: Annotated[str, typer.Option("--metric", help="em, f1 or accuracy.")] = "em",
 ) -> None:
-    """The figures of a paper: dev and test scores with intervals, by hops, searches, the E-step, time. Only reads.
+    """The figures of a paper: dev and test scores, means over seeds, by hops, searches, the E-step, time.
 
-    Several runs are drawn into the same figures.
+    Only reads. Several runs are drawn into the same figures.
 
     Example: exsearch plot runs/demo runs/demo-uniform --format pdf
     """

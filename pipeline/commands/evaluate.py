@@ -23,7 +23,7 @@ from pipeline.core.question_scores import scored_table
 from pipeline.core.records import Question, Trajectory
 from pipeline.core.report import best_iteration, models_of
 from pipeline.core.retrieval import Searched, what_is_searched
-from pipeline.core.run import Json, RunFiles, write_json, write_table
+from pipeline.core.run import Json, RunFiles, write_json, write_records
 from pipeline.core.scoring.files import suffix_of, write_predictions
 from pipeline.core.scoring.support import predict
 from pipeline.core.turns import TurnGrammar
@@ -145,7 +145,7 @@ def scored(
     }
     if out is not None:
         write_json(out, result)
-        write_table(out.with_suffix(".parquet"), scored_table(questions, trajectories, rules.protocol))
+        write_records(out.with_suffix(".parquet"), scored_table(questions, trajectories, rules.protocol))
         own_format = out.with_name(f"{out.stem}.predictions{suffix_of(rules.protocol)}")
         write_predictions(rules.protocol, own_format, questions, predictions)
     return result

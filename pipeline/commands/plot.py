@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.experiments.tables import NAMES
 from pipeline.core.figures import OF_NO_DATE, require_matplotlib
-from pipeline.core.run import read_json
+from pipeline.core.question_scores import read_scores
+from pipeline.core.run import read_json, what_computes
 from pipeline.core.run_plots import PLOTS, Reported, draw
 from pipeline.core.status import distinct_names, run_status
 
@@ -31,11 +33,21 @@ def plot(runs: Sequence[Path], out: Path, form: str, metric: str, display: Displ
     reported = []
     for run, name in zip(runs, distinct_names([run.resolve() for run in runs]), strict=True):
         recipe = run_status(run)["recipe"]  # refuses what is no run
-        settings = read_tree(run / "config.yaml")[section_of(recipe)]
+        tree = read_tree(run / "config.yaml")
         if (report := read_json(run / "report.json")) is None:
             raise UserError(f"{run} has no report yet; it is there after the first evaluation")
-        reported.append(Reported(name, report, behind=2 if settings.get("asynchronous") else 1))
+        section = section_of(recipe)
+        settings = json.dumps({**what_computes(tree, section), "seed": None}, sort_keys=True)
+        behind = 2 if tree[section].get("asynchronous") else 1
+        reported.append(Reported(name, report, behind, settings, _scores(run / "test" / "best.parquet")))
     for name in PLOTS:
         path = out / f"{name}.{form}"
         drawn = draw(name, reported, metric, path)
         display.line(str(path) if drawn else f"{name}: nothing to draw, for no run has these figures")
+
+
+def _scores(path: Path) -> dict[str, dict[str, float]]:
+    """By metric the score of each question of an evaluation; none where they are not recorded."""
+    if (found := read_scores(path)) is None:
+        return {}
+    return {metric: dict(zip(found.ids, found.values[metric].tolist(), strict=True)) for metric in NAMES}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from pipeline.core.run import Json
+from pipeline.core.tables import METRIC_NAMES, number, span
 
 
 def in_words(status: Json) -> Iterator[str]:
@@ -22,6 +23,11 @@ def in_words(status: Json) -> Iterator[str]:
     yield f"iterations: {iterations['finished']} of {iterations['of']}{left}"
     for name, seconds in status["steps"].items():
         yield f"  {name}" + (f": {_time(seconds)}" if seconds is not None else "")
+    if status["dev"]:
+        yield "dev scores in percent, and 95 % intervals:"
+    for row in status["dev"]:
+        scores = ", ".join(_score(row, metric) for metric in ("em", "f1"))
+        yield f"  {row['iteration']}: {scores}" + (", the best" if row["is_best"] else "")
     for name, rate in status["rates"].items():
         if rate is not None:
             yield f"{name.removesuffix('_per_s').replace('_', ' ')}: {rate:,.0f}/s"
@@ -39,6 +45,11 @@ def in_words(status: Json) -> Iterator[str]:
         yield f"models of {policy} that did not stay: {', '.join(map(str, versions))}"
     yield f"warnings: {status['warnings']}" + (", the last:" if status["warnings"] else "")
     yield from (f"  {line}" for line in status["last_warnings"])
+
+
+def _score(row: Json, metric: str) -> str:
+    interval = span(row[f"{metric}_interval"])
+    return f"{METRIC_NAMES[metric]} {number(row[metric])}" + (f" ({interval})" if interval else "")
 
 
 def _phase(phase: Json) -> str:

@@ -78,21 +78,18 @@ def local_snapshot(path: str) -> Path | None:
     Raises:
         UserError: it is not whole and the hub is out of reach (HF_HUB_OFFLINE).
     """
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import constants
 
     if Path(path).is_dir():
         return Path(path)
     fetch = f"fetch it where there is a network (hf download {path}), with the same HF_HOME"
-    try:
-        # The listing of a snapshot is not in the cache: what there is of it counts as all of it.
-        snapshot = Path(snapshot_download(path, local_files_only=True))
-    except LocalEntryNotFoundError as error:
+    # The listing of a snapshot is not in the cache: what there is of it counts as all of it.
+    if (snapshot := cached_files(path)) is None:
         if constants.is_offline_mode():
             raise UserError(
                 f"model.path: {path} is not in the cache ({constants.HF_HUB_CACHE}), and the hub is out of reach "
                 f"(HF_HUB_OFFLINE); {fetch}"
-            ) from error
+            )
         return None
     try:
         check_model(str(snapshot))
@@ -101,6 +98,19 @@ def local_snapshot(path: str) -> Path | None:
             raise UserError(f"{error}. The hub is out of reach (HF_HUB_OFFLINE): {fetch}") from error
         return None
     return snapshot
+
+
+def cached_files(path: str) -> Path | None:
+    """The directory, or what is in the cache of a hub name, whole or not. The hub is never asked."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)

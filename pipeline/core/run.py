@@ -78,6 +78,9 @@ DATA_FILE = "data.json"
 """Of `core.data.run_check`: what was found in questions and corpus before the first step."""
 MIRROR_FILE = "mirror.json"
 """Of `core.mirror`: where the copy of the directory is, and how it stands."""
+ROWS_PER_GROUP = 256
+"""Of trajectories and examples: what is read at least, where one of them is looked at. Smaller groups make shards
+larger, and slower to read whole (docs/performance.md)."""
 _LOCK_FILE = "lock"
 _LOCK_WAIT_S = 1.0
 """A look at the lock (`is_worked_on`) holds it for an instant."""
@@ -105,10 +108,20 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_table(path: Path, table: pa.Table, compression: Literal["snappy", "zstd"] = "snappy") -> None:
+def write_table(
+    path: Path,
+    table: pa.Table,
+    compression: Literal["snappy", "zstd"] = "snappy",
+    rows_per_group: int | None = None,
+) -> None:
     """Write a Parquet file whole or not at all."""
     with _whole_or_absent(path) as file:
-        pq.write_table(table, file, compression=compression)
+        pq.write_table(table, file, compression=compression, row_group_size=rows_per_group)
+
+
+def write_records(path: Path, table: pa.Table) -> None:
+    """Write a table of trajectories or examples, of which some can be read without the others."""
+    write_table(path, table, rows_per_group=ROWS_PER_GROUP)
 
 
 @contextmanager
@@ -350,9 +363,13 @@ def _is_in(key: str, sections: Sequence[str]) -> bool:
 def what_it_computes(config: Config) -> Json:
     """What the results of a run follow from, under dotted keys, alike on every machine: without the keys that are free
     to change, but with the number of iterations; of what lies on a disk the last part of its path."""
-    iterations = f"{config.section}.iterations"
-    settings = flatten(_with_paths(config, lambda path: Path(path).name))
-    return {k: v for k, v in settings.items() if k == iterations or not _is_in(k, FREE_TO_CHANGE)}
+    return what_computes(_with_paths(config, lambda path: Path(path).name), config.section)
+
+
+def what_computes(tree: Mapping[str, Any], section: str) -> Json:
+    """The same of a configuration as it is stored, paths included: also of another version. `section`: its recipe's."""
+    iterations = f"{section}.iterations"
+    return {k: v for k, v in flatten(tree).items() if k == iterations or not _is_in(k, FREE_TO_CHANGE)}
 
 
 def _with_absolute_paths(section: BaseModel) -> Json:

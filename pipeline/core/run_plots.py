@@ -7,13 +7,17 @@ are those of the reports: bootstrap over questions for scores, 1.96 standard err
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.core.experiments.tables import NAMES
-from pipeline.core.figures import draw_curve, figure_file
+import numpy as np
+
+from pipeline.core.experiments.results import common_scores
+from pipeline.core.experiments.tables import NAMES, score_estimate
+from pipeline.core.figures import Row, draw_curve, draw_rows, figure_file
 from pipeline.core.report import in_order
 from pipeline.core.run import Json
 
@@ -36,11 +40,16 @@ class Reported:
 
     Attributes:
         behind: how many iterations before its own the model was made that an E-step samples; 2 with `asynchronous`.
+        settings: the same of runs that differ in their seed alone; empty where that is not known.
+        best: of the test of the best iteration, by metric the score in [0, 1] of each question; empty where these are
+            not recorded.
     """
 
     name: str
     report: Json
     behind: int = 1
+    settings: str = ""
+    best: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def rows(self) -> list[Json]:
         """The iterations, with what the run began with as iteration 0."""
@@ -101,24 +110,53 @@ def _searches(runs: Sequence[Reported], metric: str, path: Path) -> bool:
 def _test(runs: Sequence[Reported], metric: str, path: Path) -> bool:
     """A row per run and model, the first one on top."""
     rows = [
-        (f"{run.name}: {name}" if len(runs) > 1 else name, scores)
+        Row(
+            f"{run.name}: {_words(name)}" if len(runs) > 1 else _words(name),
+            scores[metric],
+            scores.get(f"{metric}_interval"),
+        )
         for run in runs
         for name, scores in _tests(run)
         if scores.get(metric) is not None
     ]
+    return _rows(path, rows, f"test {NAMES[metric]}, percent; line = 95 % interval")
+
+
+def _ablation(runs: Sequence[Reported], metric: str, path: Path) -> bool:
+    """A row per set of runs that differ in their seed alone: the test score of their best iterations, the mean over
+    seeds and over the questions that all of them answered."""
+    groups: dict[str, list[Reported]] = {}
+    for run in runs:
+        groups.setdefault(run.settings or run.name, []).append(run)
+    rows = [row for group in groups.values() if (row := _mean_of(group, metric)) is not None]
+    label = f"test {NAMES[metric]} of the best iteration, percent; line = 95 % interval"
+    return _rows(path, rows, label + ("; hollow = a seed" if any(row.parts for row in rows) else ""))
+
+
+def _mean_of(runs: Sequence[Reported], metric: str) -> Row | None:
+    """None where none of them is tested, or they share no question."""
+    tested = [run for run in runs if metric in run.best]
+    table = common_scores([run.best[metric] for run in tested])[1] if tested else np.empty((0, 0))
+    if not table.size:
+        return None
+    found, seeds = score_estimate(table), 100 * table.mean(axis=1)
+    # What their names have in common is a folder, "weighted" of "weighted/seed-1".
+    common = os.path.commonpath([run.name for run in tested]) or ", ".join(run.name for run in tested)
+    name = common if len(tested) == 1 else f"{common} ({len(tested)} seeds)"
+    parts = seeds.tolist() if len(tested) > 1 else ()
+    return Row(name, 100 * found.mean, (100 * found.low, 100 * found.high), parts)
+
+
+def _rows(path: Path, rows: Sequence[Row], label: str) -> bool:
     if not rows:
         return False
-    places = range(len(rows), 0, -1)
     with figure_file(path, 6.0, 0.9 + INCH_PER_ROW * len(rows)) as figure:
-        axes = figure.subplots()
-        for place, (_, scores) in zip(places, rows, strict=True):
-            if interval := scores.get(f"{metric}_interval"):
-                axes.plot(interval, [place, place], color="black", linewidth=1.0)
-            axes.plot(scores[metric], place, marker="o", color="black", linestyle="none")
-        axes.set_yticks(list(places), [name.replace("_", " ") for name, _ in rows])
-        axes.set_ylim(0.4, len(rows) + 0.6)
-        axes.set_xlabel(f"test {NAMES[metric]}, percent; line = 95 % interval")
+        draw_rows(figure.subplots(), rows, label)
     return True
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
 
 
 def _tests(run: Reported) -> Iterator[tuple[str, Json]]:
@@ -183,6 +221,7 @@ def _time(runs: Sequence[Reported], metric: str, path: Path) -> bool:
 PLOTS: dict[str, Callable[[Sequence[Reported], str, Path], bool]] = {
     "dev": _dev,
     "test": _test,
+    "ablation": _ablation,
     "hops": _hops,
     "searches": _searches,
     "e-step": _e_step,

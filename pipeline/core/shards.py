@@ -41,7 +41,7 @@ from pipeline.core.record_tables import (
     trajectories_to_table,
 )
 from pipeline.core.records import Episode, Example, Trajectory
-from pipeline.core.run import write_json, write_table
+from pipeline.core.run import write_json, write_records
 from pipeline.core.weighing import Weighted
 from retriever_service import files
 from retriever_service.errors import RetrieverError
@@ -351,7 +351,7 @@ def side_cars(rollouts: Path) -> list[Path]:
 
 def write_examples(shard: Path, examples: Iterable[Example]) -> None:
     """Write a shard of examples that no sampling made, and its side-car."""
-    write_table(shard, examples_to_table(examples))
+    write_records(shard, examples_to_table(examples))
     write_json(side_car_of(shard), files.records_as_json({shard.name: files.record_file(shard)}))
 
 
@@ -405,9 +405,9 @@ def written_parts(rollouts: Path) -> dict[str, tuple[Path, Path]]:
 def _write(at: _Files, tasks: Sequence[Task], done: Sequence[Done]) -> None:
     for output, path in at.examples.items():
         examples = (example for _, weighted in done for example in weighted.examples[output])
-        write_table(path, examples_to_table(examples))
+        write_records(path, examples_to_table(examples))
     turns = (turn for episodes, _ in done for episode in episodes for turn in episode.turns)
-    write_table(at.rollouts, trajectories_to_table(turns))
+    write_records(at.rollouts, trajectories_to_table(turns))
     rows = [
         _name(task)
         | asdict(Counts.of(episodes))

@@ -15,6 +15,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.mirror.restore import fetch_small_files
 from pipeline.core.progress import PROGRESS_FILE, restarts_of
 from pipeline.core.records import StopReason
+from pipeline.core.report import EVALUATION
 from pipeline.core.run import MIRROR_FILE, Json, RunFiles, is_worked_on, read_json
 
 SHOWN_WARNINGS = 5
@@ -67,9 +68,8 @@ def run_status(path: Path, *, alive: bool | None = None) -> Json:
 
 def _status(path: Path, alive: bool | None) -> Json:
     run = RunFiles(path)
-    if not (stored := run.path / "config.yaml").exists():
-        raise UserError(f"{path} is not a run directory: it has no config.yaml")
-    run.check_layout()
+    run.check_is_run()
+    stored = run.path / "config.yaml"
     config = read_tree(stored)
     recipe = str(config.get("recipe", EXSEARCH))
     settings = config.get(section_of(recipe))
@@ -95,6 +95,7 @@ def _status(path: Path, alive: bool | None) -> Json:
         "steps": {
             f"{t}/{name}": step.get("seconds") for t in iterations for name, step in iterations[t].items()
         },
+        "dev": _dev(iterations, settings.get("select_by", "em")),
         "rates": _rates(iterations),
         "failures": _failures(run, iterations),
         "restarts": restarts_of(process),
@@ -118,6 +119,21 @@ def _iterations(run: RunFiles) -> dict[int, dict[str, Json]]:
         number: dict(sorted(steps.items(), key=lambda item: finished_at(number, item[0])))
         for number, steps in found.items()
     }
+
+
+def _dev(iterations: dict[int, dict[str, Json]], select_by: str) -> list[Json]:
+    """The dev scores of each iteration that has them; the best one is that which the run would choose now."""
+    scored = {
+        t: steps[EVALUATION]["scores"]
+        for t, steps in iterations.items()
+        if "scores" in steps.get(EVALUATION, {})
+    }
+    best = max(scored, key=lambda t: (scored[t][select_by], -t), default=None)
+    names = ("n", "em", "em_interval", "f1", "f1_interval", "accuracy")
+    return [
+        {"iteration": t, **{name: scores.get(name) for name in names}, "is_best": t == best}
+        for t, scores in scored.items()
+    ]
 
 
 def _state(process: Json, alive: bool | None, *, begun: bool) -> str:

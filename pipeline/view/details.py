@@ -9,49 +9,68 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from pipeline.core.record_tables import TRAJECTORY_SCHEMA, trajectories_from_table
-from pipeline.core.records import Question, Step, StopReason, Trajectory, step_as_json
+from pipeline.core.record_tables import (
+    EXAMPLE_SCHEMA,
+    TRAJECTORY_SCHEMA,
+    examples_from_table,
+    trajectories_from_table,
+)
+from pipeline.core.records import Example, Question, Step, StopReason, Trajectory, step_as_json
 from pipeline.core.run import Json
 from pipeline.core.scoring.answers import score_answer
 from pipeline.core.weighing import logs_from_json
 from pipeline.core.weighting import log_sum
 from pipeline.view.questions import Asked, question_of
-from pipeline.view.sources import NoSuchPage, Part, Source, reading, statistics_in
+from pipeline.view.sources import Part, Source, statistics_in
+from pipeline.view.stored import NoSuchPage, checksum, footer, num_rows, read_rows, reading
 
 PER_PAGE = 16
 """Questions whose trajectories are on a page together."""
+WIDEST = 8
+"""Numbers of a row that a loss is told of a token which are shown."""
 _OF_EVALUATION = ("question", "gold_answers", "hops", "type")
 
 
 def details_of(source: Source, part: Part, page: int, asked: Asked) -> Json:
-    """Of the questions `page * PER_PAGE` to the next, in the order of the part.
+    """Of the questions `page * PER_PAGE` to the next, in the order of the part; and which stand `before` and `after`
+    them in the source.
 
     Raises:
         NoSuchPage, UserError: there is no such page, or a file is damaged.
     """
     every = part.questions()
-    groups = every[page * PER_PAGE : (page + 1) * PER_PAGE]
-    if not groups:
+    start, end = page * PER_PAGE, min((page + 1) * PER_PAGE, len(every))
+    if start >= end:
         raise NoSuchPage(f"{source.key}/{part.name} has no page {page}")
-    first = sum(length for _, length in every[: page * PER_PAGE])
-    stored = part.schema()
+    ids = every.ids[start:end].to_pylist()
+    starts = (every.starts[start : end + 1] - every.starts[start]).tolist()
+    stored = footer(part.path).columns
+    columns = [name for name in (*TRAJECTORY_SCHEMA.names, *_OF_EVALUATION) if name in stored]
+    table = read_rows(part.path, int(every.starts[start]), int(every.starts[end]), columns)
     with reading(part.path):
-        columns = [name for name in (*TRAJECTORY_SCHEMA.names, *_OF_EVALUATION) if name in stored]
-        table = pq.read_table(part.path, columns=columns).slice(first, sum(length for _, length in groups))
         turns = trajectories_from_table(table)
-    asked_in_table = table.select([name for name in _OF_EVALUATION if name in stored]).to_pylist()
+    rows = table.select([name for name in _OF_EVALUATION if name in stored]).to_pylist()
     tasks, questions = part.tasks(), asked.of(source.split)
-    examples = _examples(part, [id_ for id_, _ in groups])
-    found, place = [], 0
-    for id_, length in groups:
-        row = asked_in_table[place] if asked_in_table else {}
-        own, statistics = turns[place : place + length], statistics_in(tasks, id_)
-        about = _question(question_of(id_, row, questions), own, statistics, asked)
+    examples = _examples(part, ids, asked)
+    found = []
+    for id_, (first, last) in zip(ids, itertools.pairwise(starts), strict=True):
+        question = question_of(id_, rows[first] if rows else {}, questions)
+        about = _question(question, turns[first:last], statistics_in(tasks, id_), asked)
         found.append({**about, "examples": examples.get(id_, [])})
-        place += length
-    return {"questions": found}
+    return {"questions": found, **_beside(source, part, start, end)}
+
+
+def _beside(source: Source, part: Part, start: int, end: int) -> Json:
+    """The ids of the questions before those from `start` to `end` of a part, and after them; null of none."""
+    place, here = source.parts.index(part), part.questions().ids
+    earlier = source.parts[place - 1].questions().ids if start == 0 and place else []
+    later = (
+        source.parts[place + 1].questions().ids if end == len(here) and place + 1 < len(source.parts) else []
+    )
+    before = here[start - 1] if start else earlier[-1] if len(earlier) else None
+    after = here[end] if end < len(here) else later[0] if len(later) else None
+    return {"before": before and before.as_py(), "after": after and after.as_py()}
 
 
 def _question(
@@ -63,6 +82,7 @@ def _question(
     return {
         "id": question.id,
         "question": question.text,
+        "words": checksum(question.text),
         "prompt": "" if question.text else prompt,
         "answers": list(question.answers),
         "type": question.type,
@@ -143,21 +163,46 @@ def _segments(turn: Trajectory, tokenizer: Any) -> Iterator[Json]:
         }
 
 
-def _examples(part: Part, ids: Sequence[str]) -> dict[str, list[Json]]:
-    """By question its training examples: whom they train, and of their streams those of one number.
+def _examples(part: Part, ids: Sequence[str], asked: Asked) -> dict[str, list[Json]]:
+    """By question its training examples: whom they train, and what the loss is told of each.
 
     An example is of the question that its unit is, or that its id begins with ("QUESTION/SAMPLE").
     """
     found: dict[str, list[Json]] = {}
+    wanted = pa.array(ids)
     for policy, path in part.examples().items():
+        if not (rows := num_rows(path)):
+            continue
+        names = read_rows(path, 0, rows, ["id", "unit"])
+        begins = pc.replace_substring_regex(names.column("id"), "/[^/]*$", "")
+        is_own = pc.or_(pc.is_in(names.column("unit"), wanted), pc.is_in(begins, wanted))
+        if not len(own := np.flatnonzero(is_own)):
+            continue
+        table = read_rows(path, int(own[0]), int(own[-1]) + 1, EXAMPLE_SCHEMA.names).take(own - own[0])
         with reading(path):
-            table = pq.read_table(path, columns=["id", "unit", "role", "streams"])
-            begins = pc.replace_substring_regex(table.column("id"), "/[^/]*$", "")
-            wanted = pa.array(ids)
-            table = table.filter(pc.or_(pc.is_in(table.column("unit"), wanted), pc.is_in(begins, wanted)))
-        for row in table.to_pylist():
-            question = row["unit"] if row["unit"] in ids else row["id"].rpartition("/")[0]
-            numbers = {name: s["values"][0] for name, s in row["streams"] if len(s["values"]) == 1}
-            about = {"policy": policy, "id": row["id"], "unit": row["unit"], "role": row["role"]}
-            found.setdefault(question, []).append({**about, "numbers": numbers})
+            examples = examples_from_table(table)
+        for example in examples:
+            question = example.unit if example.unit in ids else example.id.rpartition("/")[0]
+            about = {"policy": policy, "id": example.id, "unit": example.unit, "role": example.role}
+            found.setdefault(question, []).append({**about, **_streams(example, asked)})
     return found
+
+
+def _streams(example: Example, asked: Asked) -> Json:
+    """Those of one number (`numbers`), and of those with more what is said of each token that is trained (`by_token`):
+    a number, or the first of a row of so many (`widths`)."""
+    targets = np.flatnonzero(example.loss_mask)
+    targets = targets[targets > 0]
+    by_token, widths = {}, {}
+    for name, values in example.streams.items():
+        if values.ndim > 1:
+            by_token[name] = values[:, :WIDEST].tolist()
+            widths[name] = values.shape[1]
+        elif len(values) > 1:
+            by_token[name] = values[targets].tolist()
+    numbers = {name: float(values[0]) for name, values in example.streams.items() if values.shape == (1,)}
+    tokens = []
+    if by_token:
+        tokenizer, ids = asked.tokenizer(example.role), example.token_ids[targets].tolist()
+        tokens = [str(id_) if tokenizer is None else tokenizer.decode([id_]) for id_ in ids]
+    return {"numbers": numbers, "tokens": tokens, "by_token": by_token, "widths": widths}

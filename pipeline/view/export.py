@@ -14,7 +14,7 @@ from pathlib import Path
 from pipeline.core.errors import UserError
 from pipeline.view import STATIC
 from pipeline.view.pages import Pages
-from pipeline.view.sources import NoSuchPage
+from pipeline.view.stored import NoSuchPage
 from retriever_service.files import telling_of_full_disk
 
 _SERVED, _EXPORTED = 'content="served"', 'content="files"'

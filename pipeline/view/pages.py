@@ -2,14 +2,15 @@
 
 runs                              which runs there are
 run/N                             run N: how it stands, its report, configuration and sources
-ids/N/SOURCE                      ids of the questions of a source, part by part
-rows/N/SOURCE/PART                a line per question
+ids/N/SOURCE/COUNT/PLACE          where the questions of a source are
+rows/N/SOURCE/PART/PAGE           a line per question
 details/N/SOURCE/PART/PAGE        trajectories
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,9 +22,12 @@ from pipeline.core.errors import UserError
 from pipeline.core.run import Json, RunFiles, finite, read_json
 from pipeline.core.status import distinct_names, run_status
 from pipeline.view.details import PER_PAGE, details_of
+from pipeline.view.places import places_of, spread_of
 from pipeline.view.questions import Asked
-from pipeline.view.rows import ids_of, rows_of
-from pipeline.view.sources import NoSuchPage, Part, Source, source_of, sources_of
+from pipeline.view.rows import PER_PAGE as LINES_PER_PAGE
+from pipeline.view.rows import rows_of
+from pipeline.view.sources import Part, Source, source_of, sources_of
+from pipeline.view.stored import NoSuchPage
 
 OF_THE_MACHINE = ("run", "process", "last_warnings", "mirror")
 """Of how a run stands: what says where it is and who made it. Left out of exported pages."""
@@ -62,6 +66,7 @@ def _about(source: Source) -> Json:
         "name": source.name,
         "iteration": source.iteration,
         "finished": source.finished,
+        "spread": spread_of(source),
         "parts": [{"name": part.name, "rows": _rows_in(part)} for part in source.parts],
     }
 
@@ -86,6 +91,7 @@ class Pages:
     def __init__(self, runs: Sequence[Path], *, live: bool) -> None:
         self._runs = [Viewed(path) for path in runs]
         self._live = live
+        self._shown = threading.Event()
 
     @property
     def paths(self) -> list[Path]:
@@ -110,9 +116,12 @@ class Pages:
         return found
 
     def prepare(self) -> None:
-        """Load what takes a while, before it is asked for."""
+        """Load what takes a while before it is asked for, behind the first page of a run: that is to come at once."""
+        self._shown.wait()
         for viewed in self._runs:
             viewed.asked.tokenizer("searcher")
+            for split in {source.split for source in sources_of(viewed.run)}:
+                viewed.asked.of(split)
 
     def names(self) -> Iterator[str]:
         """Of all pages that there are now.
@@ -124,11 +133,13 @@ class Pages:
         for number, viewed in enumerate(self._runs):
             yield f"run/{number}"
             for source in sources_of(viewed.run):
-                yield f"ids/{number}/{source.key}"
+                count = spread_of(source)
+                yield from (f"ids/{number}/{source.key}/{count}/{place}" for place in range(count))
                 for part in source.parts:
-                    yield f"rows/{number}/{source.key}/{part.name}"
-                    for page in range(math.ceil(len(part.questions()) / PER_PAGE)):
-                        yield f"details/{number}/{source.key}/{part.name}/{page}"
+                    questions = len(part.questions())
+                    for kind, per_page in (("rows", LINES_PER_PAGE), ("details", PER_PAGE)):
+                        for page in range(math.ceil(questions / per_page)):
+                            yield f"{kind}/{number}/{source.key}/{part.name}/{page}"
 
     def _page(self, kind: str, *rest: str) -> Json:
         match kind, *rest:
@@ -136,17 +147,17 @@ class Pages:
                 return self._list()
             case ["run", number]:
                 found = self._run(number).overview()
+                self._shown.set()
                 if not self._live:
                     found["status"] = {k: v for k, v in found["status"].items() if k not in OF_THE_MACHINE}
                 return found
-            case ["ids", number, key]:
+            case ["ids", number, key, count, place]:
+                viewed = self._run(number)
+                return places_of(viewed.source(key), _number(count), _number(place), viewed.asked)
+            case ["rows", number, key, name, page]:
                 viewed = self._run(number)
                 source = viewed.source(key)
-                return {"parts": {part.name: ids_of(source, part, viewed.asked) for part in source.parts}}
-            case ["rows", number, key, name]:
-                viewed = self._run(number)
-                source = viewed.source(key)
-                return rows_of(source, source.part(name), viewed.asked)
+                return rows_of(source, source.part(name), _number(page), viewed.asked)
             case ["details", number, key, name, page]:
                 viewed = self._run(number)
                 source = viewed.source(key)
@@ -167,7 +178,12 @@ class Pages:
             }
             for name, viewed in zip(self._names, self._runs, strict=True)
         ]
-        return {"runs": runs, "live": self._live, "per_page": PER_PAGE}
+        return {
+            "runs": runs,
+            "live": self._live,
+            "per_page": PER_PAGE,
+            "lines_per_page": LINES_PER_PAGE,
+        }
 
 
 def _number(text: str) -> int:

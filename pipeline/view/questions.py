@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import logging
 import threading
+import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import ValidationError
 
-from pipeline.core.config import EXSEARCH, WeightingConfig
+from pipeline.core.config import EXSEARCH, WeightingConfig, section_of
 from pipeline.core.config.loading import read_tree
 from pipeline.core.data.questions import read_questions
 from pipeline.core.errors import UserError
-from pipeline.core.models import read_tokenizer
+from pipeline.core.models import cached_files, read_tokenizer
 from pipeline.core.records import Question
 from pipeline.core.run import RunFiles
 from pipeline.core.scoring.answers import ProtocolName
+from pipeline.view.stored import checksum
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,7 @@ class Asked:
     def __init__(self, run: RunFiles) -> None:
         self._run = run
         self._splits: dict[str, dict[str, Question]] = {}
+        self._words: dict[str, npt.NDArray[np.int64]] = {}
         self._tokenizers: dict[str, Any] = {}
         # Two, so that nobody who asks for questions waits for a tokenizer.
         self._of_splits, self._of_tokenizers = threading.Lock(), threading.Lock()
@@ -68,21 +73,38 @@ class Asked:
                 self._splits[split] = found
             return self._splits.get(split, {})
 
+    def words_of(self, split: str, marks: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+        """Of the questions with these checksums (CRC-32) of their ids those of their words; -1 where they are not
+        known."""
+        if (questions := self.of(split)) and split not in self._words:
+            pairs = [(zlib.crc32(id_.encode()), checksum(q.text)) for id_, q in questions.items()]
+            self._words[split] = np.array(sorted(pairs), np.int64)
+        if (known := self._words.get(split)) is None:
+            return np.full(len(marks), -1, np.int64)
+        places = np.searchsorted(known[:, 0], marks).clip(max=len(known) - 1)
+        found: npt.NDArray[np.int64] = np.where(known[places, 0] == marks, known[places, 1], -1)
+        return found
+
     def tokenizer(self, role: str) -> Any:
-        """That of the newest exported model of the role's policy, else of any policy, else of the model that the run
-        began with; None, and a word in the log, if none of them is there."""
+        """That of the newest exported model of the role's policy, else of the model that it began with, which may be in
+        the cache of the hub, else of any policy; None, and a word in the log, if none of them is there."""
         with self._of_tokenizers:
             if role not in self._tokenizers and (found := self._load_tokenizer(role)) is not None:
                 self._tokenizers[role] = found
             return self._tokenizers.get(role)
 
     def _load_tokenizer(self, role: str) -> Any:
-        for pattern in (f"iterations/*/{role}/model", "iterations/*/*/model"):
-            for model in sorted(self._run.path.glob(pattern), reverse=True):
-                if (found := _tokenizer(model)) is not None:
-                    return found
-        path = self._section("model").get("path")
-        return _tokenizer(Path(path)) if path else None
+        started = self._section(section_of(self.recipe)).get(role) or self._section("model").get("path")
+        models = [
+            *self._exported(role),
+            *([] if (found := cached_files(str(started))) is None else [found]),
+            *self._exported("*"),
+        ]
+        return next((found for model in models if (found := _tokenizer(model)) is not None), None)
+
+    def _exported(self, policy: str) -> list[Path]:
+        """The models of a policy, the newest first."""
+        return sorted(self._run.path.glob(f"iterations/*/{policy}/model"), reverse=True)
 
     def _section(self, name: str) -> dict[str, Any]:
         found = self.config.get(name)

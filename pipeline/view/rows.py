@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import zlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
+from pipeline.core.arrow_lists import elements_of, lengths_of
 from pipeline.core.config import WeightingConfig
 from pipeline.core.records import Question, StopReason
 from pipeline.core.run import Json
@@ -18,61 +19,67 @@ from pipeline.core.scoring.answers import score_answer
 from pipeline.core.weighing import logs_from_json, scored_from_json
 from pipeline.core.weighting import bound_of, effective_sample_size
 from pipeline.view.questions import Asked, question_of
-from pipeline.view.sources import Part, Source, reading, statistics_in
+from pipeline.view.sources import Part, Source, statistics_in
+from pipeline.view.stored import NoSuchPage, footer, read_rows, reading
 
+PER_PAGE = 1024
+"""Questions whose lines are on a page together."""
 LONGEST_ANSWER, LONGEST_QUESTION = 120, 400
 """Characters that the table shows."""
-_COLUMNS = ("question_id", "sample", "stop_reason", "answer", "question", "gold_answers", "hops", "type")
-_OF_STEPS = ("steps.list.element.action", "steps.list.element.hits.list.element.id")
+_COLUMNS = ("sample", "stop_reason", "answer", "question", "gold_answers", "hops", "type")
+_HIT_IDS = "steps.list.element.hits.list.element.id"
 _FAILURES = {reason.value for reason in StopReason if reason.is_infrastructure}
 Row = Mapping[str, Any]
 
 
-def rows_of(source: Source, part: Part, asked: Asked) -> Json:
-    """Columns by name, with an element per question; docs/viewer.md has what each means. Of a part without questions
-    there are none.
+def rows_of(source: Source, part: Part, page: int, asked: Asked) -> Json:
+    """Of the questions `page * PER_PAGE` to the next: columns by name, with an element per question; docs/viewer.md has
+    what each means. Of a part without questions there are none. `pages`: how many the part has.
 
     Raises:
-        NoSuchPage, UserError: a file is not there any more, or damaged.
+        NoSuchPage, UserError: there is no such page, or a file is not there any more, or damaged.
     """
-    stored = part.schema()
+    every, known = part.questions(), footer(part.path)
+    pages = max(1, math.ceil(len(every) / PER_PAGE))
+    start, end = page * PER_PAGE, min((page + 1) * PER_PAGE, len(every))
+    if page >= pages:
+        raise NoSuchPage(f"{source.key}/{part.name} has no page {page} of lines")
+    if start == end:
+        return {"pages": pages, "columns": {}}
+    starts = every.starts[start : end + 1]
+    columns = [*(name for name in _COLUMNS if name in known.columns), _HIT_IDS]
+    table = read_rows(part.path, int(starts[0]), int(starts[-1]), columns)
     with reading(part.path):
-        columns = [*(name for name in _COLUMNS if name in stored), *_OF_STEPS]
-        rows = pq.ParquetFile(part.path).read(columns=columns).to_pylist()
-    tasks, questions = part.tasks(), asked.of(source.split)
+        answers, ids = known.bounds("answer"), known.bounds(_HIT_IDS)
+        found = _hit_ids(table.column("steps"))
+        rows = [
+            {**row, "hits": hits}
+            for row, hits in zip(table.drop_columns("steps").to_pylist(), found, strict=True)
+        ]
     about = _About(
         asked,
         # Where nothing was answered in all of the part nobody was asked to: other recipes sample without.
-        is_answered=any(row["answer"] for row in rows),
-        has_ids=all(hit["id"] for row in rows for step in row["steps"] for hit in step["hits"]),
+        is_answered=answers is None or bool(answers[1]),
+        has_ids=ids is None or bool(ids[0]),
     )
+    tasks, questions = part.tasks(), asked.of(source.split)
     lines = []
-    for id_, group in itertools.groupby(rows, key=lambda row: row["question_id"]):
-        own = list(group)
-        line = about.line(question_of(id_, own[0], questions), own)
-        task = tasks.get(id_, {})
+    borders = itertools.pairwise((starts - starts[0]).tolist())
+    for id_, (first, last) in zip(every.ids[start:end].to_pylist(), borders, strict=True):
+        line = about.line(question_of(id_, rows[first], questions), rows[first:last])
         with reading(part.side_car or part.path):
             weights = weights_of(statistics_in(tasks, id_), asked.weighting)
-        lines.append({**line, "generated_tokens": task.get("generated_tokens"), **weights})
-    names = lines[0] if lines else ()
-    return {name: [line[name] for line in lines] for name in names}
+        lines.append({**line, "generated_tokens": tasks.get(id_, {}).get("generated_tokens"), **weights})
+    return {"pages": pages, "columns": {name: [line[name] for line in lines] for name in lines[0]}}
 
 
-def ids_of(source: Source, part: Part, asked: Asked) -> Json:
-    """`ids` of the questions of a part, in their order, and a checksum of each one's words, by which the same question
-    is told from another one of that id; null where they are not known.
-
-    Raises:
-        NoSuchPage, UserError: a file is not there any more, or damaged.
-    """
-    words = {}
-    if "question" in part.schema():
-        with reading(part.path):
-            table = pq.read_table(part.path, columns=["question_id", "question"]).to_pydict()
-        words = dict(zip(table["question_id"], table["question"], strict=True))
-    questions, ids = asked.of(source.split), [id_ for id_, _ in part.questions()]
-    texts = [questions[id_].text if id_ in questions else words.get(id_) for id_ in ids]
-    return {"ids": ids, "words": [text and zlib.crc32(text.encode()) for text in texts]}
+def _hit_ids(steps: pa.ChunkedArray) -> list[list[list[str]]]:
+    """Of each row, of each of its steps, the ids of what was found."""
+    of_rows = steps.combine_chunks()
+    of_steps = elements_of(of_rows).field("hits")
+    ids = iter(elements_of(of_steps).field("id").to_pylist())
+    found = iter([list(itertools.islice(ids, count)) for count in lengths_of(of_steps).tolist()])
+    return [list(itertools.islice(found, count)) for count in lengths_of(of_rows).tolist()]
 
 
 class _About:
@@ -84,23 +91,25 @@ class _About:
     def line(self, question: Question, rows: Sequence[Row]) -> Json:
         """Of a question's episodes: each may have a turn of several roles, and the last one answers."""
         samples = [list(own) for _, own in itertools.groupby(rows, key=lambda row: row["sample"])]
-        scores = [score_answer(own[-1]["answer"], question.answers, self._protocol) for own in samples]
-        steps = [[step for row in own for step in row["steps"]] for own in samples]
+        answers = [own[-1]["answer"] for own in samples]
+        known = {answer: score_answer(answer, question.answers, self._protocol) for answer in set(answers)}
+        scores = [known[answer] for answer in answers]
+        steps = [[hits for row in own for hits in row["hits"]] for own in samples]
         gold = set(question.supporting_ids) if self._has_ids else set()
-        found = [{hit["id"] for step in own for hit in step["hits"]} for own in steps]
+        found = [set(itertools.chain.from_iterable(own)) for own in steps]
         is_scored = bool(question.answers) and self._is_answered
         return {
             "id": question.id,
             "question": question.text[:LONGEST_QUESTION],
             "gold_answer": question.answers[0][:LONGEST_ANSWER] if question.answers else "",
-            "answer": samples[0][-1]["answer"][:LONGEST_ANSWER],
+            "answer": answers[0][:LONGEST_ANSWER],
             "hops": question.hops,
             "type": question.type,
             "gold_passages": len(gold) or None,
             "trajectories": len(samples),
             "em": _mean([score.em for score in scores]) if is_scored else None,
             "f1": _mean([score.f1 for score in scores]) if is_scored else None,
-            "searches": _mean([sum(bool(step["hits"]) for step in own) for own in steps]),
+            "searches": _mean([sum(map(bool, own)) for own in steps]),
             "gold_recall": _mean([len(own & gold) / len(gold) for own in found]) if gold else None,
             "stops": dict(Counter(_stop_reason(own) for own in samples)),
         }

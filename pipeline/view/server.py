@@ -28,7 +28,7 @@ from starlette.types import ASGIApp
 from pipeline.core.errors import UserError
 from pipeline.view import STATIC
 from pipeline.view.pages import Pages
-from pipeline.view.sources import NoSuchPage
+from pipeline.view.stored import NoSuchPage
 from retriever_service.service.hosts import HostCheck, own_names
 from retriever_service.service.listening import listen, url_of
 

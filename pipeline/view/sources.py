@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline.core.errors import UserError
-from pipeline.core.run import Json, RunFiles, read_json
+from pipeline.core.run import Json, RunFiles
 from pipeline.core.shards import written_parts
+from pipeline.view.stored import NoSuchPage, Questions, num_rows, questions_in, tasks_in
 
 Kind = Literal["samples", "dev samples", "dev", "test"]
 _FOLDERS: dict[str, tuple[Kind, str]] = {
@@ -27,26 +22,6 @@ _FOLDERS: dict[str, tuple[Kind, str]] = {
 _KEY = re.compile(rf"(\d{{4,}})-({'|'.join(_FOLDERS)})|test-([^/]+)")
 
 
-class NoSuchPage(LookupError):
-    """There is no page of that name, or not any more."""
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file comes out with its name.
-
-    Raises:
-        NoSuchPage: it is not there, or not any more.
-        UserError: it is damaged, or of another version.
-    """
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise NoSuchPage(f"{path} is not there (any more)") from error
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged, or of another version ({error!s:.200})") from error
-
-
 @dataclass(frozen=True, slots=True)
 class Part:
     """A Parquet file of trajectories, by its name in the source. `side_car` is None of evaluations."""
@@ -55,20 +30,19 @@ class Part:
     path: Path
     side_car: Path | None = None
 
-    def schema(self) -> set[str]:
-        """The columns that it has."""
-        with reading(self.path):
-            return set(pq.read_schema(self.path).names)
-
     def num_rows(self) -> int:
-        with reading(self.path):
-            return int(pq.read_metadata(self.path).num_rows)
+        """
+        Raises:
+            NoSuchPage, UserError: the file is not there any more, or damaged.
+        """
+        return num_rows(self.path)
 
-    def questions(self) -> list[tuple[str, int]]:
-        """Id and number of rows of each question, in their order; a question's rows are beside each other."""
-        with reading(self.path):
-            ids = pq.read_table(self.path, columns=["question_id"]).column("question_id").to_pylist()
-        return [(id_, len(list(own))) for id_, own in itertools.groupby(ids)]
+    def questions(self) -> Questions:
+        """
+        Raises:
+            NoSuchPage, UserError: the file is not there any more, or damaged.
+        """
+        return questions_in(self.path)
 
     def tasks(self) -> dict[str, Json]:
         """By question what the side-car says; empty without one.
@@ -76,8 +50,7 @@ class Part:
         Raises:
             UserError: it is damaged.
         """
-        found = None if self.side_car is None else read_json(self.side_car)
-        return {task["id"]: task for task in (found or {}).get("tasks", [])}
+        return {} if self.side_car is None else tasks_in(self.side_car)
 
     def examples(self) -> dict[str, Path]:
         """By policy, the files of the training examples that were made of it."""
@@ -148,7 +121,8 @@ def source_of(run: RunFiles, key: str) -> Source:
     at = run.iteration(int(number))
     if kind == "dev":
         return _answered(at / folder, key, kind, int(number))
-    return Source(key, kind, int(number), _parts(at / folder), (at / step).exists())
+    finished = (at / step).exists()
+    return Source(key, kind, int(number), _parts(at / folder, finished=finished), finished)
 
 
 def _answered(stem: Path, key: str, kind: Kind, number: int | None) -> Source:
@@ -160,11 +134,19 @@ def _answered(stem: Path, key: str, kind: Kind, number: int | None) -> Source:
     folders = sorted(
         stem.with_name(f"{stem.name}.parts").glob("*"), key=lambda folder: folder.stat().st_mtime
     )
-    return Source(key, kind, number, _parts(folders[-1]) if folders else (), finished)
+    return Source(key, kind, number, _parts(folders[-1], finished=finished) if folders else (), finished)
 
 
-def _parts(folder: Path) -> tuple[Part, ...]:
+def _parts(folder: Path, *, finished: bool) -> tuple[Part, ...]:
+    """Of what is finished the folder is listed once, as long as nothing is written into it."""
+    if finished and folder.exists():
+        return _listed(folder, folder.stat().st_mtime_ns)
     return tuple(Part(name, *files) for name, files in written_parts(folder).items())
+
+
+@lru_cache(256)
+def _listed(folder: Path, written: int) -> tuple[Part, ...]:
+    return _parts(folder, finished=False)
 
 
 def statistics_in(tasks: dict[str, Json], question: str) -> dict[str, Any]:

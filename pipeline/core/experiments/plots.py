@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pipeline.core.experiments.results import ArmResult, Results
 from pipeline.core.experiments.spec import PlotName
 from pipeline.core.experiments.tables import NAMES, CurvePoint, curve, score_estimate
-from pipeline.core.figures import draw_curve, figure_file
+from pipeline.core.figures import Row, draw_curve, draw_rows, figure_file
 from pipeline.core.scoring.comparisons import Estimate
 
 if TYPE_CHECKING:
@@ -34,17 +34,16 @@ def _draw_test(results: Results, path: Path) -> bool:
     found = _estimates(results.arms)
     if not found:
         return False
-    places = range(len(found), 0, -1)
+    rows = {
+        arm.arm.name: Row(
+            fill(arm.arm.name, LABEL_COLUMNS), 100 * estimate.mean, (100 * estimate.low, 100 * estimate.high)
+        )
+        for arm, estimate in found
+    }
+    baseline = None if results.baseline is None else rows.get(results.baseline.arm.name)
     with figure_file(path, 8.0, 1.0 + INCH_PER_ROW * len(found)) as figure:
-        axes = figure.subplots()
-        for place, (arm, estimate) in zip(places, found, strict=True):
-            axes.plot([100 * estimate.low, 100 * estimate.high], [place, place], color="black", linewidth=1.0)
-            axes.plot(100 * estimate.mean, place, marker="o", color="black", linestyle="none")
-            if arm is results.baseline:
-                axes.axvline(100 * estimate.mean, color="0.6", linewidth=0.8, linestyle=":")
-        axes.set_yticks(list(places), [fill(arm.arm.name, LABEL_COLUMNS) for arm, _ in found])
-        axes.set_ylim(0.4, len(found) + 0.6)
-        axes.set_xlabel(f"test {_metric(results)}, percent; line = 95 % interval")
+        label = f"test {_metric(results)}, percent; line = 95 % interval"
+        draw_rows(figure.subplots(), list(rows.values()), label, reference=baseline)
     return True
 
 

@@ -59,7 +59,7 @@ ExSearch.data = (() => {
     const list = await load("runs");
     return Promise.all(list.runs.map(async (run, at) => {
       try {
-        return { ...run, at, live: list.live, ...(await load(`run/${at}`)), error: null };
+        return { ...run, at, live: list.live, perPage: list.per_page, linesPerPage: list.lines_per_page, ...(await load(`run/${at}`)), error: null };
       } catch (error) {
         return { ...run, at, live: list.live, sources: [], report: null, status: null, error: error.message };
       }
@@ -70,8 +70,18 @@ ExSearch.data = (() => {
   async function run(at) {
     const list = await load("runs");
     if (!list.runs[at]) throw new Error("there is no such run");
-    return { ...list.runs[at], at, live: list.live, perPage: list.per_page, ...(await load(`run/${at}`)) };
+    return { ...list.runs[at], at, live: list.live, perPage: list.per_page, linesPerPage: list.lines_per_page, ...(await load(`run/${at}`)) };
   }
 
-  return { load, put, runs, run, exported };
+  /* CRC-32 of a text: by that of its id a question is found. */
+  function checksum(text) {
+    let value = ~0;
+    for (const byte of new TextEncoder().encode(text)) {
+      value ^= byte;
+      for (let bit = 0; bit < 8; bit += 1) value = (value >>> 1) ^ (value & 1 ? 0xedb88320 : 0);
+    }
+    return ~value >>> 0;
+  }
+
+  return { load, put, runs, run, checksum, exported };
 })();

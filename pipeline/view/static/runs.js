@@ -52,21 +52,52 @@ ExSearch.runs = (() => {
     ["gold recall", (row) => number(row.gold_recall)], ["searches", (row) => number(row.searches, 2)],
   ];
 
+  const testsOf = (report) => Object.entries(report?.test ?? {}).sort(([a], [b]) => ORDER.indexOf(a) - ORDER.indexOf(b));
+
   function tests(run, prefix = "") {
-    const found = Object.entries(run.report?.test ?? {}).sort(([a], [b]) => ORDER.indexOf(a) - ORDER.indexOf(b));
-    return found.map(([name, row]) => ({
+    return testsOf(run.report).map(([name, row]) => ({
       name: `${prefix}${words(name)}${row.iteration > 0 ? ` (iteration ${row.iteration})` : ""}`, ...row,
     }));
   }
 
-  function groups(title, scores, key) {
-    const found = scores?.[key] ?? {};
-    if (Object.keys(found).length < 2) return null;
+  function groups(title, found, head) {
     return ExSearch.table(title, [
-      [key === "by_hops" ? "hops" : "type", ([name]) => name, "text"], ["questions", ([, row]) => whole(row.n)],
+      [head, ([name]) => name, "text"], ["questions", ([, row]) => whole(row.n)],
       ["EM", ([, row]) => number(row.em)], ["95 % interval", ([, row]) => span(row.em_interval)],
       ["F1", ([, row]) => number(row.f1)], ["gold recall", ([, row]) => number(row.gold_recall)],
     ], Object.entries(found));
+  }
+
+  /* [name, title, scores] of all that was evaluated: tests, then dev after each iteration, the newest first. */
+  function evaluations(report) {
+    const dev = rowsOf(report).filter(scoresOf).reverse();
+    return [
+      ...testsOf(report).map(([name, row]) => [`test/${name}`, `test: ${words(name)}`, row]),
+      ...dev.map((row) => [`dev/${row.iteration}`, titleOf({ kind: "dev", iteration: row.iteration }), scoresOf(row)]),
+    ];
+  }
+
+  /* By run the evaluation that was chosen: the page is made anew while a run goes on. */
+  const chosen = new Map();
+
+  function grouped(run) {
+    const every = evaluations(run.report);
+    if (!every.length) return null;
+    const first = every.find(([name]) => name === "test/best") ?? every[0];
+    const tables = h("div", { role: "region", "aria-live": "polite", "aria-label": "Scores by hops and type" });
+    const select = h("select", { name: "evaluation", onchange: () => { chosen.set(run.at, select.value); draw(); } },
+      every.map(([name, title]) => h("option", { value: name }, title)));
+    function draw() {
+      const [, title, scores] = every.find(([name]) => name === select.value);
+      const kinds = [["hops", scores.by_hops ?? {}], ["type", scores.by_type ?? {}]];
+      tables.replaceChildren(...kinds.map(([head, found]) => (Object.keys(found).length
+        ? groups(`${title}, by ${head}, percent`, found, head)
+        : h("p", { class: "dim" }, `These questions carry no ${head === "hops" ? "numbers of hops" : "types"}.`))));
+    }
+    select.value = every.some(([name]) => name === chosen.get(run.at)) ? chosen.get(run.at) : first[0];
+    draw();
+    return [h("h2", {}, "By hops and type"),
+      h("form", { class: "filters", "aria-label": "Which evaluation", onsubmit: (event) => event.preventDefault() }, h("label", {}, "evaluation", select)), tables];
   }
 
   /* Seconds by phase: of other recipes by step. */
@@ -106,9 +137,10 @@ ExSearch.runs = (() => {
     ]), going, warnings.length ? h("details", {}, h("summary", {}, "last warnings"), h("ul", {}, warnings.map((line) => h("li", {}, line)))) : null];
   }
 
+  const rowsIn = (source) => source.parts.reduce((sum, part) => sum + (part.rows ?? 0), 0);
+
   function sources(run) {
     if (!run.sources.length) return h("p", { class: "dim" }, "There are no trajectories yet.");
-    const rowsIn = (one) => one.parts.reduce((sum, part) => sum + (part.rows ?? 0), 0);
     const unread = (one) => one.parts.filter((part) => part.rows === null).length;
     return ExSearch.table("Trajectories to look at", [
       ["questions of", (one) => h("a", { href: `#/run/${run.at}/questions/${one.key}` }, titleOf(one)), "text"],
@@ -119,7 +151,6 @@ ExSearch.runs = (() => {
 
   async function page(at) {
     const run = await data.run(at);
-    const best = run.report?.test?.best ?? null;
     return {
       trail: [[run.name, `#/run/${at}`]],
       title: run.name,
@@ -131,8 +162,8 @@ ExSearch.runs = (() => {
         h("h2", {}, "Scores"),
         curves([run]),
         iterations(run),
-        Object.keys(run.report?.test ?? {}).length ? [h("h2", {}, "Test questions"), ExSearch.table("Percent", tested, tests(run)),
-          groups("The best iteration by hops", best, "by_hops"), groups("The best iteration by type", best, "by_type")] : null,
+        Object.keys(run.report?.test ?? {}).length ? [h("h2", {}, "Test questions"), ExSearch.table("Percent", tested, tests(run))] : null,
+        grouped(run),
         h("h2", {}, "Questions"),
         sources(run),
         h("h2", {}, "Configuration"),
@@ -167,5 +198,5 @@ ExSearch.runs = (() => {
     };
   }
 
-  return { page, overview, titleOf, goesOn };
+  return { page, overview, titleOf, goesOn, rowsIn };
 })();

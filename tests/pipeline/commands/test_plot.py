@@ -11,6 +11,7 @@ import pytest
 from pipeline.core.config.loading import load_config
 from pipeline.core.run import RunDirectory
 from tests.pipeline.core.test_run_plots import OF_A_RECIPE, REPORT
+from tests.pipeline.scores_support import questions, write_evaluation
 
 BEGINS = {"svg": b"<?xml", "pdf": b"%PDF", "png": b"\x89PNG"}
 
@@ -46,6 +47,25 @@ def test_runs_of_one_name_are_told_apart_and_what_is_not_drawn_is_said(runs: Pat
     assert all(f">{name}<" in (runs / "figures/dev.svg").read_text() for name in ("x/a", "y/a"))
     result = run_command("plot", "y/a", "--out", "less")
     assert "time: nothing to draw" in result.output and not (runs / "less/time.svg").exists()
+
+
+def test_runs_under_several_seeds_have_a_mean(runs: Path, run_command: Any) -> None:
+    for arm, weighting in (("mine", "posterior"), ("other", "uniform")):
+        for seed, right in ((1, "1100"), (2, "1101")):
+            settings = [f"seed={seed}", f"weighting.method={weighting}", f"em.patience={seed}"]
+            with RunDirectory(
+                runs / arm / f"seed-{seed}", load_config(runs / "config.yaml", settings)
+            ) as run:
+                (run.path / "report.json").write_text(json.dumps(REPORT), encoding="utf-8")
+            write_evaluation(run.path / "test" / "best.parquet", questions(4), right)
+    result = run_command(
+        "plot", *(f"{arm}/seed-{seed}" for arm in ("mine", "other") for seed in (1, 2)), "--out", "out"
+    )
+
+    assert result.exit_code == 0, result.output
+    drawn = (runs / "out/ablation.svg").read_text()
+    assert all(f">{arm} (2 seeds)<" in drawn for arm in ("mine", "other"))
+    assert "ablation: nothing to draw" in run_command("plot", "x/a", "--out", "less").output
 
 
 @pytest.mark.parametrize(

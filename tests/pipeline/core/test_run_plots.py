@@ -132,6 +132,32 @@ def test_models_of_a_test_are_in_their_order_from_the_top(drawn: dict[Path, Figu
     assert {name: means[place] for name, place in rows.items()} == {"base": 10, "one search": 20, "best": 51}
 
 
+def of_seed(name: str, settings: str, *right: float, first: int = 0) -> Reported:
+    scores = {f"q{first + n}": value for n, value in enumerate(right)}
+    return Reported(name, REPORT, settings=settings, best={"em": scores})
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_row_with_their_mean(drawn: dict[Path, Figure]) -> None:
+    first, second = of_seed("a/seed-1", "a", 1, 0, 1, 0), of_seed("a/seed-2", "a", 1, 1, 1, 1)
+    (axes,) = panels(drawn, "ablation", first, of_seed("b", "b", 0, 0, 0, 1), second)
+
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a (2 seeds)", "b"]
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1]  # type: ignore[arg-type,index]
+    assert points == [(50, 2), (100, 2), (75, 2), (25, 1)]
+    of_a, of_b = (list(map(float, line.get_xdata())) for line in axes.lines if len(line.get_xdata()) == 2)  # type: ignore[arg-type]
+    assert of_a[0] < 75 < of_a[1] and of_b[0] < 25 < of_b[1]
+
+
+def test_a_mean_over_seeds_is_of_the_questions_that_all_have(drawn: dict[Path, Figure]) -> None:
+    runs = [of_seed("seed-1", "a", 0, 1, 1), of_seed("seed-2", "a", 1, 1, 0, first=1)]
+    (axes,) = panels(drawn, "ablation", *runs)
+
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["seed-1, seed-2 (2 seeds)"]
+    assert [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1][-1] == 100  # type: ignore[arg-type,index]
+    apart = [of_seed("seed-1", "a", 0), of_seed("seed-2", "a", 1, first=1)]
+    assert not draw("ablation", apart, "em", Path("none"))
+
+
 def test_phases_have_a_bar_each(drawn: dict[Path, Figure]) -> None:
     (axes,) = panels(drawn, "time", ONE, OTHER)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["one: 0", "one: 1", "one: 2"]

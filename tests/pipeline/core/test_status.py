@@ -170,6 +170,22 @@ def test_steps_rates_failures_and_time_left_come_from_the_steps(run: RunDirector
     assert (found["iterations"], found["seconds_left"]) == ({"finished": 1, "of": 3}, 40.0)
 
 
+def test_dev_scores_are_told_as_they_come_with_the_best(run: RunDirectory) -> None:
+    for t, (em, f1) in enumerate([(20.0, 31.0), (40.0, 50.0), (40.0, 55.0)]):
+        scores = {"n": 10, "em": em, "em_interval": [em - 5, em + 5], "f1": f1, "accuracy": em}
+        finish(run, f"{t}/evaluation", 1.0, scores=scores)
+    finish(run, "3/sample", 10.0, **SAMPLED)
+    run.__exit__()
+
+    found = status(run)
+    assert [(row["iteration"], row["em"], row["is_best"]) for row in found["dev"]] == [
+        (0, 20, False), (1, 40, True), (2, 40, False)
+    ]  # fmt: skip
+    lines = list(in_words(found))
+    assert "  0: EM 20.0 (15.0-25.0), F1 31.0" in lines
+    assert "  1: EM 40.0 (35.0-45.0), F1 50.0, the best" in lines
+
+
 def test_what_the_complete_shards_of_a_sampling_have_lost_is_counted_before_it_is_finished(
     run: RunDirectory,
 ) -> None:

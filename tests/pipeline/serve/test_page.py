@@ -11,10 +11,10 @@ import pytest
 from pipeline.core.records import Step, StopReason
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
-from tests.pipeline.browser import Browser, Page, browsing, needs_chromium
+from tests.pipeline.browser_support import NEEDS_CHROMIUM, Browser, Page, running
 from tests.pipeline.serve_support import QUESTION, Running, StandIn, serving, trajectory_of
 
-pytestmark = [pytest.mark.component, needs_chromium]
+pytestmark = [pytest.mark.component, NEEDS_CHROMIUM]
 
 READY = "!document.getElementById('send').disabled"
 IDLE = "document.getElementById('stop').disabled"
@@ -22,8 +22,8 @@ IDLE = "document.getElementById('stop').disabled"
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with browsing(tmp_path_factory.mktemp("profile")) as running:
-        yield running
+    with running(tmp_path_factory.mktemp("profile")) as found:
+        yield found
 
 
 @pytest.fixture
@@ -35,40 +35,40 @@ def server() -> Iterator[Running]:
 @pytest.fixture
 def page(browser: Browser, server: Running) -> Iterator[Page]:
     opened = browser.open(server.url)
-    opened.until(READY)
+    opened.wait_for(READY)
     yield opened
-    assert opened.faults == []
+    assert opened.errors == []
 
 
 def ask(page: Page, question: str, times: int = 1) -> None:
     """By the keyboard; the answer is the page's `times`-th when this returns."""
-    page.value("document.getElementById('question').focus()")
+    page.evaluate("document.getElementById('question').focus()")
     page.type(question)
-    page.press_enter()
-    page.until(f"document.querySelectorAll('article').length === {times} && {IDLE}")
+    page.press("Enter")
+    page.wait_for(f"document.querySelectorAll('article').length === {times} && {IDLE}")
 
 
 def test_a_question_shows_its_steps_its_answer_and_what_it_comes_from(page: Page, server: Running) -> None:
     server.agent.go_on.clear()
-    page.value("document.getElementById('question').focus()")
+    page.evaluate("document.getElementById('question').focus()")
     page.type(QUESTION)
-    page.press_enter()
-    page.until("document.querySelectorAll('article ol > li').length >= 6")
+    page.press("Enter")
+    page.wait_for("document.querySelectorAll('article ol > li').length >= 6")
     steps = page.text("article details")
     for words in ("Thinks: Who makes the Silver Harp?", "Silver Harp", "Writes down: Mara Velin"):
         assert words in steps, words
-    assert (page.text("#state"), page.value(IDLE)) == ("The agent is at work.", False)
+    assert (page.text("#state"), page.evaluate(IDLE)) == ("The agent is at work.", False)
 
     server.agent.go_on.set()
-    page.until(f"{READY} && {IDLE}")
+    page.wait_for(f"{READY} && {IDLE}")
     assert (page.text("article h2"), page.text("article .answer")) == (QUESTION, "Mara Velin")
     assert page.text("#model") == "exsearch, version 1"
-    assert page.value("document.activeElement.id") == "question"
-    assert page.value("[...document.querySelectorAll('mark')].map((mark) => mark.textContent)") == [
+    assert page.evaluate("document.activeElement.id") == "question"
+    assert page.evaluate("[...document.querySelectorAll('mark')].map((mark) => mark.textContent)") == [
         "Mara  Velin",
         "The Silver Harp is made by Orvane",
     ]
-    assert page.value("document.querySelector('blockquote').textContent") == (
+    assert page.evaluate("document.querySelector('blockquote').textContent") == (
         "Orvane was founded by Mara  Velin in 1984."
     )
 
@@ -93,12 +93,12 @@ def test_a_failure_is_shown_and_the_question_can_be_put_again(page: Page, server
     server.agent.outcome = trajectory_of("", StopReason.ENGINE_ERROR)
     ask(page, QUESTION)
     assert "the engine failed" in page.text("article .bad")
-    assert page.value("document.getElementById('question').value") == QUESTION
+    assert page.evaluate("document.getElementById('question').value") == QUESTION
 
     server.agent.outcome = trajectory_of()
-    page.until(READY)
-    page.press_enter()
-    page.until(f"document.querySelectorAll('article').length === 2 && {IDLE}")
+    page.wait_for(READY)
+    page.press("Enter")
+    page.wait_for(f"document.querySelectorAll('article').length === 2 && {IDLE}")
     assert page.text("article:last-child .answer") == "Mara Velin"
     assert server.agent.asked[-1][0] == QUESTION
 
@@ -118,10 +118,10 @@ def test_while_the_model_is_loaded_the_page_says_so_and_then_asks(browser: Brows
     agent = SlowToStart()
     with serving(agent, ready=False) as server:
         page = browser.open(server.url)
-        page.until("document.getElementById('state').textContent.includes('the model is being loaded')")
-        assert not page.value(READY)
+        page.wait_for("document.getElementById('state').textContent.includes('the model is being loaded')")
+        assert not page.evaluate(READY)
         agent.may_start.set()
-        page.until(READY)
+        page.wait_for(READY)
         assert (page.text("#state"), page.text("#model")) == ("", "exsearch, version 1")
         ask(page, QUESTION)
         assert page.text("article .answer") == "Mara Velin"
@@ -130,11 +130,11 @@ def test_while_the_model_is_loaded_the_page_says_so_and_then_asks(browser: Brows
 def test_a_server_that_wants_a_token_is_given_it(browser: Browser) -> None:
     with serving(token="secret") as server:
         page = browser.open(server.url)
-        page.until("!document.getElementById('access').hidden")
-        page.value("document.getElementById('token').focus()")
+        page.wait_for("!document.getElementById('access').hidden")
+        page.evaluate("document.getElementById('token').focus()")
         page.type("secret")
-        page.press_enter()
-        page.until(f"{READY} && document.getElementById('access').hidden")
+        page.press("Enter")
+        page.wait_for(f"{READY} && document.getElementById('access').hidden")
         ask(page, QUESTION)
         assert page.text("article .answer") == "Mara Velin"
 
@@ -144,12 +144,12 @@ def test_nothing_is_wider_than_the_screen_in_light_and_dark(page: Page, server: 
     hit = Hit(Passage("p1", long, f"{long} {long}"), 0.9)
     server.agent.outcome = trajectory_of(long, steps=(Step(long, (hit,), record=long),))
     ask(page, long)
-    page.value("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     backgrounds = set()
     for width in (320, 390, 1280):
-        for scheme in ("light", "dark"):
-            page.look(width, scheme)
-            assert page.value("innerWidth") == width
-            assert page.value("document.documentElement.scrollWidth <= innerWidth"), (width, scheme)
-            backgrounds.add(page.value("getComputedStyle(document.body).backgroundColor"))
+        for dark in (False, True):
+            page.look_like(width, 800, dark=dark)
+            assert page.evaluate("innerWidth") == width
+            assert page.overflow() <= 0, (width, dark)
+            backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
     assert len(backgrounds) == 2

@@ -7,6 +7,7 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -19,8 +20,8 @@ from pipeline.core.run import write_table
 from pipeline.core.weighting import effective_sample_size
 from pipeline.view.details import PER_PAGE
 from pipeline.view.pages import Pages
-from pipeline.view.sources import NoSuchPage
-from tests.pipeline.view_support import HOSTILE, Writer, asked
+from pipeline.view.stored import NoSuchPage
+from tests.pipeline.view_support import HOSTILE, TINY, Writer, asked
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_a_run_tells_how_it_stands_and_what_can_be_looked_at(pages: Pages) -> No
 
 
 def test_a_line_per_question_has_the_figures_of_its_samples(pages: Pages) -> None:
-    rows = pages.page("rows/0/0001-rollouts/000000")
+    rows = pages.page("rows/0/0001-rollouts/000000/0")["columns"]
 
     assert rows["id"] == ["q0/ä?#", "q1/ä?#"]
     assert rows["question"] == ["Who founded 0?", "Who founded 1?"]
@@ -73,7 +74,7 @@ def test_weights_of_zero_are_no_weights_and_nothing_fails(tmp_path: Path) -> Non
     writer.sampled(2, likelihoods=(-400.0, -400.0))
     pages = Pages([writer.path], live=True)
 
-    nothing, little = (pages.page(f"rows/0/000{n}-rollouts/000000") for n in (1, 2))
+    nothing, little = (pages.page(f"rows/0/000{n}-rollouts/000000/0")["columns"] for n in (1, 2))
     assert (nothing["log_likelihood"], nothing["effective_samples"]) == ([None] * 2, [0] * 2)
     assert (little["log_likelihood"], little["effective_samples"]) == (
         pytest.approx([-400] * 2),
@@ -86,7 +87,7 @@ def test_weights_of_zero_are_no_weights_and_nothing_fails(tmp_path: Path) -> Non
 
 
 def test_an_evaluation_has_a_line_per_question_without_weights(pages: Pages) -> None:
-    rows = pages.page("rows/0/test-best/table")
+    rows = pages.page("rows/0/test-best/table/0")["columns"]
 
     assert (rows["em"], rows["gold_recall"]) == ([1, 0, 0, 0, 0], [0.5, 0, 0, 0, 0])
     assert rows["effective_samples"] == [None] * 5
@@ -132,9 +133,13 @@ def test_every_page_that_is_named_is_there_and_holds_every_question_once(tmp_pat
     details = [page for name, page in found.items() if name.startswith("details/")]
     assert [len(page["questions"]) for page in details] == [PER_PAGE, PER_PAGE, 1]
     ids = [question["id"] for page in details for question in page["questions"]]
-    part = found["ids/0/test-best"]["parts"]["table"]
-    assert ids == [question.id for question in writer.questions] == part["ids"]
+    assert ids == [question.id for question in writer.questions]
+    part = found["ids/0/test-best/1/0"]["parts"]["table"]
+    assert (part["ids"], part["places"]) == ([crc32(id_.encode()) for id_ in ids], list(range(number)))
     assert len(set(part["words"])) == number
+    assert [(page["before"], page["after"]) for page in details] == [
+        (None, ids[PER_PAGE]), (ids[PER_PAGE - 1], ids[2 * PER_PAGE]), (ids[2 * PER_PAGE - 1], None)
+    ]  # fmt: skip
     json.dumps(found, allow_nan=False)
 
 
@@ -148,12 +153,13 @@ def test_a_sampling_that_goes_on_shows_what_is_written(tmp_path: Path) -> None:
         False,
         ["000000", "loose-000000"],
     )
-    assert pages.page("ids/0/0001-rollouts")["parts"]["loose-000000"]["ids"] == ["q4/ä?#", "q2/ä?#"]
-    assert pages.page("rows/0/0001-rollouts/loose-000000")["em"] == [0.5, 0.5]
+    found = pages.page("ids/0/0001-rollouts/1/0")["parts"]["loose-000000"]
+    assert (found["ids"], found["places"]) == ([crc32(b"q4/\xc3\xa4?#"), crc32(b"q2/\xc3\xa4?#")], [0, 1])
+    assert pages.page("rows/0/0001-rollouts/loose-000000/0")["columns"]["em"] == [0.5, 0.5]
 
     shutil.rmtree(tmp_path / "run/iterations/0001/rollouts/_loose")  # their shards are complete
     with pytest.raises(NoSuchPage, match="loose-000000"):
-        pages.page("rows/0/0001-rollouts/loose-000000")
+        pages.page("rows/0/0001-rollouts/loose-000000/0")
 
 
 def test_a_shard_without_its_side_car_is_not_there_yet(writer: Writer, pages: Pages) -> None:
@@ -168,11 +174,11 @@ def test_without_its_files_of_questions_a_run_is_shown_all_the_same(
 ) -> None:
     shutil.rmtree(writer.path.parent / "run-data")
 
-    assert pages.page("rows/0/0001-rollouts/000000")["em"] == [None, None]
+    assert pages.page("rows/0/0001-rollouts/000000/0")["columns"]["em"] == [None, None]
     assert "are shown without gold passages" in caplog.text
     (first, _) = pages.page("details/0/0001-rollouts/000000/0")["questions"]
     assert (first["question"], first["prompt"]) == ("", "Question: Who founded 0?")
-    rows = pages.page("rows/0/test-best/table")  # evaluations hold their questions
+    rows = pages.page("rows/0/test-best/table/0")["columns"]  # evaluations hold their questions
     assert (rows["question"][0], rows["em"]) == ("Who founded 0?", [1, 0, 0, 0, 0])
 
 
@@ -187,8 +193,24 @@ def test_without_a_tokenizer_there_are_no_words_of_the_model_but_all_else(
     assert first["turns"][0]["steps"][0]["query"] == "Who founded it?"
 
 
+def test_a_model_of_the_hub_has_its_words_from_the_cache(
+    writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = writer.path / "config.yaml"
+    config.write_text(config.read_text().replace(str(TINY), "somebody/tiny"))
+    cached = tmp_path / "hub" / "models--somebody--tiny"
+    shutil.copytree(TINY, cached / "snapshots" / "1234", ignore=shutil.ignore_patterns("*.safetensors"))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("1234")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (first, _) = Pages([writer.path], live=True).page("details/0/0001-rollouts/000000/0")["questions"]
+
+    assert first["turns"][0]["segments"][1]["text"].strip() == "<think> Who founded it? </think>"
+
+
 @pytest.mark.parametrize(
-    "name", ["", "run", "run/1", "run/-1", "run/x", "rows/0/none/0", "rows/0/test-best/x", "ids/0",
+    "name", ["", "run", "run/1", "run/-1", "run/x", "rows/0/none/0", "rows/0/test-best/x/0", "rows/0/test-best/table/1",
+             "ids/0", "ids/0/test-best/0/0", "ids/0/test-best/2/2",
              "details/0/test-best/table/1", "details/0/test-best/table/-1", "../run/0", "runs/0"]
 )  # fmt: skip
 def test_a_page_that_is_none_is_told_by_name(pages: Pages, name: str) -> None:
@@ -204,20 +226,20 @@ def test_a_damaged_table_is_named_and_hides_nothing_else(
 
     parts = {one["key"]: one["parts"] for one in pages.page("run/0")["sources"]}
     assert parts["test-best"] == [{"name": "table", "rows": None}]
-    for page in ("rows/0/test-best/table", "ids/0/test-best", "details/0/test-best/table/0"):
+    for page in ("rows/0/test-best/table/0", "ids/0/test-best/1/0", "details/0/test-best/table/0"):
         with pytest.raises(UserError, match=r"test/best\.parquet is damaged"):
             pages.page(page)
-    assert pages.page("rows/0/0001-rollouts/000000")["em"] == [0.5, 0.5]
+    assert pages.page("rows/0/0001-rollouts/000000/0")["columns"]["em"] == [0.5, 0.5]
 
 
 def test_a_damaged_side_car_is_named(writer: Writer, pages: Pages) -> None:
     side_car = writer.path / "iterations/0001/rollouts/_000000.json"
     side_car.write_text(side_car.read_text().replace("per_token", "per_tok"))
     with pytest.raises(UserError, match=r"rollouts/_000000\.json is damaged, or of another version"):
-        pages.page("rows/0/0001-rollouts/000000")
+        pages.page("rows/0/0001-rollouts/000000/0")
 
     side_car.write_text("{")
-    for page in ("rows/0/0001-rollouts/000000", "details/0/0001-rollouts/000000/0"):
+    for page in ("rows/0/0001-rollouts/000000/0", "details/0/0001-rollouts/000000/0"):
         with pytest.raises(UserError, match=r"rollouts/_000000\.json is damaged"):
             pages.page(page)
 
@@ -247,7 +269,7 @@ def test_an_episode_of_several_roles_has_the_answer_of_its_last_turn(tmp_path: P
     write_table(writer.path / "test/best.parquet", table)
     pages = Pages([writer.path], live=True)
 
-    rows = pages.page("rows/0/test-best/table")
+    rows = pages.page("rows/0/test-best/table/0")["columns"]
     assert (rows["trajectories"], rows["em"], rows["searches"]) == ([2], [0.5], [1])
     assert rows["stops"] == [{"answered": 1, "malformed": 1}]
     (found,) = pages.page("details/0/test-best/table/0")["questions"]
@@ -257,7 +279,7 @@ def test_an_episode_of_several_roles_has_the_answer_of_its_last_turn(tmp_path: P
 
     unanswered = [replace(turn, answer="") for turn in (selects, answers)]
     write_table(writer.path / "test/best.parquet", trajectories_to_table(unanswered))
-    assert pages.page("rows/0/test-best/table")["em"] == [None]
+    assert pages.page("rows/0/test-best/table/0")["columns"]["em"] == [None]
 
 
 def test_passages_without_ids_have_no_recall(writer: Writer, pages: Pages) -> None:
@@ -265,7 +287,7 @@ def test_passages_without_ids_have_no_recall(writer: Writer, pages: Pages) -> No
     turns = [writer.trajectory(bare, 0, right=True)]
     write_table(writer.path / "test/best.parquet", trajectories_to_table(turns))
 
-    assert pages.page("rows/0/test-best/table")["gold_recall"] == [None]
+    assert pages.page("rows/0/test-best/table/0")["columns"]["gold_recall"] == [None]
 
 
 def test_runs_are_told_apart_by_as_much_of_their_paths_as_it_takes(tmp_path: Path) -> None:

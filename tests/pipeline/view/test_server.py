@@ -32,7 +32,7 @@ def test_the_page_and_its_data(client: TestClient) -> None:
     assert (page.status_code, len(scripts)) == (200, 7)
     for name in (*scripts, "style.css"):
         assert client.get(f"/{name}").status_code == 200, name
-    assert client.get("/api/rows/0/test-best/table").json()["em"] == [1, 0]
+    assert client.get("/api/rows/0/test-best/table/0").json()["columns"]["em"] == [1, 0]
 
 
 @pytest.mark.parametrize("name", ["rows/0/x/y", "nothing", "..%2f..%2fetc%2fpasswd"])
@@ -45,7 +45,7 @@ def test_what_is_not_there_is_a_404_with_a_reason(client: TestClient, name: str)
 def test_a_damaged_run_is_an_error_that_names_the_file(client: TestClient, run: Path) -> None:
     (run / "test/best.parquet").write_bytes(b"no")
 
-    answer = client.get("/api/rows/0/test-best/table")
+    answer = client.get("/api/rows/0/test-best/table/0")
     assert (answer.status_code, "test/best.parquet is damaged" in answer.json()["error"]) == (500, True)
 
 

@@ -107,9 +107,9 @@ def test_it_serves_until_it_is_interrupted(run: Path, host: str) -> None:
             assert process.stderr is not None
             url = process.stderr.readline().split()[1]
             for name in (urllib.parse.urlsplit(url).netloc, "runs.example.org"):
-                asked = urllib.request.Request(f"{url}/api/rows/0/test-best/table", headers={"Host": name})
+                asked = urllib.request.Request(f"{url}/api/rows/0/test-best/table/0", headers={"Host": name})
                 with urllib.request.urlopen(asked, timeout=60) as answer:
-                    assert json.load(answer)["em"] == [1, 0, 1]
+                    assert json.load(answer)["columns"]["em"] == [1, 0, 1]
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 0
         finally:
