@@ -242,9 +242,9 @@ ASK = ("ask", "Who?", "--model", "model")
 
 @pytest.mark.parametrize("command", [TRAIN, COLD_START, EVALUATE, ASK], ids=lambda command: command[0])
 def test_a_server_that_is_not_there(refused: Any, command: tuple[str, ...]) -> None:
-    message = refused(*command, NOBODY)
+    *told, message = refused(*command, NOBODY).strip().splitlines()
     assert "retriever.url: no answer from http://127.0.0.1:1" in message
-    assert message.strip().count("\n") == 0
+    assert told == [] or (command is ASK and "has no agent.json" in "".join(told))
 
 
 @pytest.mark.parametrize("command", [TRAIN, COLD_START, EVALUATE, ASK], ids=lambda command: command[0])
