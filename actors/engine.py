@@ -118,6 +118,14 @@ class VllmEngine:
         """Ends the engine process. Requests under way fail."""
         self._refusal = "the engine was shut down"
         if self._llm is not None:
+            from vllm.utils.async_utils import cancel_task_threadsafe
+
+            if (
+                self._llm.output_handler is not None
+                and not self._llm.output_processor.has_unfinished_requests()
+            ):
+                # It would report the end of the process as an error, of which nobody has to hear.
+                cancel_task_threadsafe(self._llm.output_handler)
             # On CPUs its process never ends by itself: it is waited for that long, and killed.
             self._llm.shutdown(timeout=_SHUTDOWN_S)
             # Its destructor calls this again, and fails if that is at the end of the interpreter.

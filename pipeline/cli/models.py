@@ -62,11 +62,14 @@ def ask(
     from pipeline.core.config.loading import is_override
     from pipeline.methods import load
 
-    overrides = overrides or []
-    if question is not None and (questions is not None or is_override(question)):
-        # What stands first where no question does.
-        overrides = [question, *overrides]
-        question = None
+    # The question may stand before or behind the keys.
+    words = [word for word in (question, *(overrides or [])) if word is not None]
+    texts = [word for word in words if not is_override(word)]
+    if questions is None and len(texts) == 1:
+        (question,) = texts
+        overrides = [word for word in words if word != question]
+    else:
+        question, overrides = None, words
     own = settings_of(model, run)
     loaded, display = load(config or own, [*overrides, *retriever_keys(url)]), new_display()
     if model is None:

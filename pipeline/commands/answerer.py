@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 from actors.answering import AnsweringAgent
@@ -35,9 +36,13 @@ def agent_of(
     check_models([snapshot.model])
     TurnGrammar(config.agent)  # whether its actions are there
     check_machine(starts_ray=True, on_gpus=has_gpu_packages())
-    # Read by vLLM when it is imported. Its own lines are many, and go to standard output.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    # Read by vLLM when it is imported. Its own lines are many, its warnings of our settings, and go to standard output.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    # Nothing to those who ask: what its libraries will change one day, here and in the engine's process, and that this
+    # one is killed in the end, with a semaphore that is then cleared away.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore:resource_tracker:UserWarning")
     return AnsweringAgent(config, snapshot, _what_to_search(run, index, config, display))
 
 

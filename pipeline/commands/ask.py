@@ -224,8 +224,11 @@ async def _watch(agent: Answerer, question: str, say: Say, json_lines: bool) -> 
 
 
 async def _converse(agent: Answerer, display: Display, say: Say, json_lines: bool) -> None:
-    """An answer for each line of standard input. A person may ask on behind a question that has none."""
+    """An answer for each line of standard input, told behind it where nobody has typed it here. A person may ask on
+    behind a question that has none."""
     for text in _lines():
+        if not (json_lines or sys.stdin.isatty()):
+            say(text)
         try:
             await _watch(agent, text, say, json_lines)
         except (RunError, UserError) as error:

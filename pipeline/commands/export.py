@@ -77,13 +77,17 @@ def _number(iteration: str) -> int:
 def _chosen(files: RunFiles, config: Config, number: int, policy: str | None) -> tuple[str, Path]:
     """The policy and its model directory after an iteration."""
     trained = files.trained()
+    if not trained:
+        raise UserError(
+            f"{files.path} has trained no model yet; go on with it, or use what it started from ({config.model.path})"
+        )
     if policy is None:
         if len(trained) > 1:
             raise UserError(f"{files.path} trains {' and '.join(trained)}; say which one with --policy")
     elif policy not in trained:
-        known = f"there {'are' if len(trained) > 1 else 'is'} {', '.join(trained)}" if trained else "none"
+        known = f"there {'are' if len(trained) > 1 else 'is'} {', '.join(trained)}"
         raise UserError(f"--policy {policy}: the run has trained no such policy; {known}")
-    name = policy or next(iter(trained), SEARCHER)
+    name = policy or next(iter(trained))
     made = [t for t in files.versions(name) if files.at(f"{t}/{name}/model").is_dir()]
     models = models_of(files, number)
     if (model := models.get(name)) is None:

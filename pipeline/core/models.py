@@ -87,8 +87,8 @@ def local_snapshot(path: str) -> Path | None:
     if (snapshot := cached_files(path)) is None:
         if constants.is_offline_mode():
             raise UserError(
-                f"model.path: {path} is not in the cache ({constants.HF_HUB_CACHE}), and the hub is out of reach "
-                f"(HF_HUB_OFFLINE); {fetch}"
+                f"model.path: {path} is no directory here, nor in the cache ({constants.HF_HUB_CACHE}) of the hub, "
+                f"which is out of reach (HF_HUB_OFFLINE); {fetch}"
             )
         return None
     try:

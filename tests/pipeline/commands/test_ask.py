@@ -137,7 +137,7 @@ def file_of(path: Path, *questions: str) -> Path:
 def test_each_line_of_standard_input_is_a_question_to_one_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n\n  Where? \n"))
     agent = Agent()
-    assert asked(agent) == [" answer  Who?", " answer  Where?"]
+    assert asked(agent) == ["Who?", " answer  Who?", "Where?", " answer  Where?"]
     assert agent.starts == 1
 
 
