@@ -80,7 +80,7 @@ def print_plan(plan: RunPlan, console: Console) -> None:
 
 def _placement(plan: RunPlan, console: Console) -> None:
     layout = plan.layout
-    turns = " and take turns with its memory" if layout.take_turns else ""
+    turns = " and take turns with their memory" if layout.take_turns else ""
     how = f"share {layout.device.upper()}s{turns}" if layout.shared else "have GPUs of their own"
     table = _table(f"placement: engines and learner ranks {how}", ("node", "has", "engines", "ranks"))
     for number, (node, tenants) in enumerate(zip(plan.nodes, layout.nodes, strict=True)):
