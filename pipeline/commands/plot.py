@@ -10,11 +10,11 @@ from pipeline.core.config import section_of
 from pipeline.core.config.loading import read_tree
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
-from pipeline.core.experiments.tables import NAMES
 from pipeline.core.figures import OF_NO_DATE, require_matplotlib
 from pipeline.core.question_scores import read_scores
 from pipeline.core.run import read_json, what_computes
 from pipeline.core.run_plots import PLOTS, Reported, draw
+from pipeline.core.scoring.answers import METRICS
 from pipeline.core.status import distinct_names, run_status
 
 FORMS = tuple(suffix[1:] for suffix in OF_NO_DATE)
@@ -26,7 +26,7 @@ def plot(runs: Sequence[Path], out: Path, form: str, metric: str, display: Displ
     Raises:
         UserError: a directory holds no run, or none with a report; form or metric are unknown; matplotlib is missing.
     """
-    for what, value, known in (("--format", form, FORMS), ("--metric", metric, tuple(NAMES))):
+    for what, value, known in (("--format", form, FORMS), ("--metric", metric, tuple(METRICS))):
         if value not in known:
             raise UserError(f"{what} {value}: there are {', '.join(known)}")
     require_matplotlib("look at the runs with exsearch view")
@@ -50,4 +50,4 @@ def _scores(path: Path) -> dict[str, dict[str, float]]:
     """By metric the score of each question of an evaluation; none where they are not recorded."""
     if (found := read_scores(path)) is None:
         return {}
-    return {metric: dict(zip(found.ids, found.values[metric].tolist(), strict=True)) for metric in NAMES}
+    return {metric: dict(zip(found.ids, found.values[metric].tolist(), strict=True)) for metric in METRICS}

@@ -10,11 +10,12 @@ from rich.console import Console
 
 from pipeline.core.config import Config, WeightingConfig
 from pipeline.core.config.loading import load_config
-from pipeline.core.config.method import METRICS, Weighting
+from pipeline.core.config.method import Weighting
 from pipeline.core.errors import UserError
 from pipeline.core.rewards import is_own
 from pipeline.core.reweighing import as_json, figures_of, is_from_the_model, read_stored, reweigh
 from pipeline.core.run import Json, RunFiles, finite
+from pipeline.core.scoring.answers import METRICS
 from pipeline.core.tables import narrow_table, number
 from pipeline.methods import load
 

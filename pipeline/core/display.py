@@ -26,7 +26,8 @@ from rich.progress import (
 )
 
 from pipeline.core.progress import PROGRESS_FILE, ActorKind, Move, ProgressFile
-from pipeline.core.report import SCORES, Column, Outcome, in_order
+from pipeline.core.report import Column, Outcome, in_order
+from pipeline.core.scoring.answers import METRICS
 from pipeline.core.tables import narrow_table, number, selection_table, span, tests_table
 from retriever_service.bars import Bars
 
@@ -266,7 +267,7 @@ class Display:
 
     def _protocol_scores(self, found: Mapping[str, Any]) -> None:
         """What the data set's own script prints, where that is more than the other tables have."""
-        if found["scores"].keys() <= set(SCORES):
+        if found["scores"].keys() <= METRICS.keys():
             return
         table = narrow_table(
             f"as {found['protocol']} scores them, in percent", "metric", ("n", "score", "95 %")

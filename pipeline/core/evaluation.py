@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.core.records import Question, StopReason, Trajectory
-from pipeline.core.scoring.answers import WRONG, AnswerScore, ProtocolName, score_answer
+from pipeline.core.scoring.answers import METRICS, WRONG, AnswerScore, ProtocolName, score_answer
 from pipeline.core.scoring.intervals import Interval, bootstrap, wilson
 
 
@@ -184,7 +184,7 @@ def _summary(rows: Sequence[QuestionScore], bootstrap_samples: int, seed: int) -
     f1 = [row.score.f1 for row in rows]
     return {
         "n": len(rows),
-        **{name: _percent([getattr(row.score, name) for row in rows]) for name in ("em", "f1", "accuracy")},
+        **{name: _percent([getattr(row.score, name) for row in rows]) for name in METRICS},
         "em_interval": _in_percent(wilson(sum(row.score.em == 1.0 for row in rows), len(rows))),
         "f1_interval": _in_percent(bootstrap(f1, bootstrap_samples, seed)) if bootstrap_samples else None,
         "accuracy_interval": _in_percent(wilson(sum(row.score.accuracy == 1.0 for row in rows), len(rows))),

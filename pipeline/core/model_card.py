@@ -12,6 +12,7 @@ import yaml
 
 from pipeline.core.config import EXSEARCH, Config
 from pipeline.core.run import Json, what_it_computes
+from pipeline.core.scoring.answers import METRICS
 
 CARD_FILE = "README.md"
 PACKAGES = (
@@ -25,7 +26,6 @@ PACKAGES = (
     "faiss-gpu",
     "ray",
 )
-METRICS = {"em": "EM", "f1": "F1", "accuracy": "accuracy"}
 TESTED = {
     "base": "base model",
     "start": "start",

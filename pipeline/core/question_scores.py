@@ -21,9 +21,10 @@ from pipeline.core.errors import UserError
 from pipeline.core.evaluation import score_questions
 from pipeline.core.record_tables import trajectories_to_table
 from pipeline.core.records import Question, Trajectory
+from pipeline.core.scoring.answers import METRICS as OF_ANSWERS
 from pipeline.core.scoring.answers import ProtocolName
 
-METRICS = ("em", "f1", "accuracy", "gold_recall")
+METRICS = (*OF_ANSWERS, "gold_recall")
 """Each in [0, 1]. `gold_recall` is null where a question names no gold passages, or passages came without ids."""
 SHARES = ("em", "accuracy")
 """Those that are 0 or 1."""
@@ -100,7 +101,7 @@ def scored_table(
         "gold_answers": [list(row.question.answers) for row in rows],
         "hops": [row.question.hops for row in rows],
         "type": [row.question.type for row in rows],
-        **{name: [getattr(row.score, name) for row in rows] for name in ("em", "f1", "accuracy")},
+        **{name: [getattr(row.score, name) for row in rows] for name in OF_ANSWERS},
         "gold_recall": [None if row.recalls is None else row.final_recall for row in rows],
     }
     for field in SCORE_SCHEMA:

@@ -16,7 +16,6 @@ from pipeline.core.config import EvaluationConfig, Iterations
 from pipeline.core.question_scores import Scores, read_scores
 from pipeline.core.run import DATA_FILE, Json, RunFiles, read_json
 
-SCORES = ("em", "f1", "accuracy")
 EVALUATION = "evaluation"
 """The step of every recipe that scores an iteration on the dev questions."""
 DEV_BOUND = "dev_bound"
@@ -155,8 +154,12 @@ def best_iteration(run: RunFiles, iterations: Iterations) -> int:
 def best_iterations(run: RunFiles, iterations: Iterations) -> list[int]:
     """Those with a dev score, the best first; of equals the earliest."""
     scores = {t: _dev_score(run, t, iterations) for t in range(iterations.iterations + 1)}
-    known = {t: score for t, score in scores.items() if score is not None}
-    return sorted(known, key=lambda t: (-known[t], t))
+    return best_first({t: score for t, score in scores.items() if score is not None})
+
+
+def best_first(scores: Mapping[int, float]) -> list[int]:
+    """Iterations by their scores; of equals the earliest first."""
+    return sorted(scores, key=lambda t: (-scores[t], t))
 
 
 def should_stop(run: RunFiles, t: int, iterations: Iterations) -> bool:

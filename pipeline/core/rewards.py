@@ -10,11 +10,10 @@ import math
 from functools import lru_cache
 from typing import Protocol
 
-from pipeline.core.config.method import METRICS
 from pipeline.core.errors import UserError
 from pipeline.core.own_modules import of_own_module
 from pipeline.core.records import Question, Trajectory
-from pipeline.core.scoring.answers import AnswerScore
+from pipeline.core.scoring.answers import METRICS, AnswerScore
 
 
 class Reward(Protocol):

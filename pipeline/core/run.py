@@ -80,7 +80,7 @@ MIRROR_FILE = "mirror.json"
 """Of `core.mirror`: where the copy of the directory is, and how it stands."""
 ROWS_PER_GROUP = 256
 """Of trajectories and examples: what is read at least, where one of them is looked at. Smaller groups make shards
-larger, and slower to read whole (docs/performance.md)."""
+larger, and slower to read whole."""
 _LOCK_FILE = "lock"
 _LOCK_WAIT_S = 1.0
 """A look at the lock (`is_worked_on`) holds it for an instant."""

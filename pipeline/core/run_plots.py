@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.core.experiments.results import common_scores
-from pipeline.core.experiments.tables import NAMES, score_estimate
+from pipeline.core.experiments.tables import score_estimate
 from pipeline.core.figures import Row, draw_curve, draw_rows, figure_file
 from pipeline.core.report import in_order
 from pipeline.core.run import Json
+from pipeline.core.scoring.answers import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,7 +78,7 @@ def draw(name: str, runs: Sequence[Reported], metric: str, path: Path) -> bool:
 
 def _dev(runs: Sequence[Reported], metric: str, path: Path) -> bool:
     curves = {run.name: list(_scored(run.rows(), metric)) for run in runs}
-    return _panels(path, [(f"dev {NAMES[metric]}, percent", curves)])
+    return _panels(path, [(f"dev {METRICS[metric]}, percent", curves)])
 
 
 def _hops(runs: Sequence[Reported], metric: str, path: Path) -> bool:
@@ -89,7 +90,7 @@ def _hops(runs: Sequence[Reported], metric: str, path: Path) -> bool:
             f"{hops} {'hop' if hops == '1' else 'hops'}": list(_scored(run.rows(), metric, hops=hops))
             for hops in sorted(groups)
         }
-        title = f"dev {NAMES[metric]}, percent" + (f": {run.name}" if len(runs) > 1 else "")
+        title = f"dev {METRICS[metric]}, percent" + (f": {run.name}" if len(runs) > 1 else "")
         panels.append((title, curves))
     return _panels(path, panels)
 
@@ -119,7 +120,7 @@ def _test(runs: Sequence[Reported], metric: str, path: Path) -> bool:
         for name, scores in _tests(run)
         if scores.get(metric) is not None
     ]
-    return _rows(path, rows, f"test {NAMES[metric]}, percent; line = 95 % interval")
+    return _rows(path, rows, f"test {METRICS[metric]}, percent; line = 95 % interval")
 
 
 def _ablation(runs: Sequence[Reported], metric: str, path: Path) -> bool:
@@ -129,7 +130,7 @@ def _ablation(runs: Sequence[Reported], metric: str, path: Path) -> bool:
     for run in runs:
         groups.setdefault(run.settings or run.name, []).append(run)
     rows = [row for group in groups.values() if (row := _mean_of(group, metric)) is not None]
-    label = f"test {NAMES[metric]} of the best iteration, percent; line = 95 % interval"
+    label = f"test {METRICS[metric]} of the best iteration, percent; line = 95 % interval"
     return _rows(path, rows, label + ("; hollow = a seed" if any(row.parts for row in rows) else ""))
 
 

@@ -15,7 +15,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.mirror.restore import fetch_small_files
 from pipeline.core.progress import PROGRESS_FILE, restarts_of
 from pipeline.core.records import StopReason
-from pipeline.core.report import EVALUATION
+from pipeline.core.report import EVALUATION, best_first
 from pipeline.core.run import MIRROR_FILE, Json, RunFiles, is_worked_on, read_json
 
 SHOWN_WARNINGS = 5
@@ -128,7 +128,7 @@ def _dev(iterations: dict[int, dict[str, Json]], select_by: str) -> list[Json]:
         for t, steps in iterations.items()
         if "scores" in steps.get(EVALUATION, {})
     }
-    best = max(scored, key=lambda t: (scored[t][select_by], -t), default=None)
+    best = next(iter(best_first({t: scores[select_by] for t, scores in scored.items()})), None)
     names = ("n", "em", "em_interval", "f1", "f1_interval", "accuracy")
     return [
         {"iteration": t, **{name: scores.get(name) for name in names}, "is_best": t == best}

@@ -9,7 +9,9 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-METRIC_NAMES = {"em": "EM", "f1": "F1", "accuracy": "accuracy", "gold_recall": "recall"}
+from pipeline.core.scoring.answers import METRICS
+
+METRIC_NAMES = {**METRICS, "gold_recall": "recall"}
 _DIFFERENCE = ("difference", "95 %", "p")
 
 

@@ -30,7 +30,6 @@ from pipeline.core.run import Json, RunDirectory, write_json
 from pipeline.core.shards import Shards
 from pipeline.core.tracking import Tracker
 from pipeline.core.weighing import Weighted
-from pipeline.methods import load
 from pipeline.run import Run
 from pipeline.steps import Begun
 
@@ -339,45 +338,6 @@ def test_a_model_that_was_damaged_or_removed_is_refused_where_it_is_to_be_used(
         assert run.test("best", cast(Any, None), {"selector": 2}, answers="selector")["iteration"] == 2
         with pytest.raises(UserError, match=message):
             run.test("start", cast(Any, None), {"selector": 1}, answers="selector")
-
-
-def test_training_starts_from_the_version_before_on_the_shards_of_the_iteration(tmp_path: Path) -> None:
-    with opened(tmp_path) as run:
-        for t in (1, 2):
-            (run.fresh(f"{t}/selector/examples") / f"{t}.parquet").write_bytes(b"")
-            train(run, t, "selector")
-        assert trained(run, "selector") == [(0, ["1.parquet"], 1), (1, ["2.parquet"], 2)]
-        assert trained(run, "generator") == []
-
-
-def test_a_trained_searcher_has_with_it_how_it_is_asked(tmp_path: Path) -> None:
-    with opened(tmp_path) as run:
-        for name in NAMES:
-            train(run, 1, name)
-        assert load(run.at("1/searcher/model/agent.json")).agent == run.config.agent
-        assert not run.at("1/selector/model/agent.json").exists()
-
-
-def test_a_policy_that_an_iteration_does_not_train_stays_what_it_was(tmp_path: Path) -> None:
-    with opened(tmp_path) as run:
-        base = run.config.model.path
-        train(run, 1, "generator")
-        for t in (1, 2, 3):
-            train(run, t, "selector")
-            run.files.close_iteration(t)
-        made = Snapshot(1, str(run.at("1/generator/model")), run.at("1/generator/learner"))
-        assert [run.snapshot("generator", t) for t in (0, 1, 3)] == [Snapshot(0, base), made, made]
-        assert made.state is not None and made.state.is_dir()
-        train(run, 4, "generator")
-        assert trained(run, "generator")[-1][0] == 1
-
-
-def test_a_frozen_policy_is_the_same_version_for_ever(tmp_path: Path) -> None:
-    with opened(tmp_path) as run:
-        train(run, 0, "selector")
-        run.freeze("generator", run.snapshot("selector", 0))
-        train(run, 1, "selector")
-        assert run.snapshot("generator", 1) == run.snapshot("selector", 0)
 
 
 def test_a_test_is_done_again_if_another_version_is_the_best_one_now(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from pipeline.core.config.section import OnDisk, Section, Sources
-from pipeline.core.scoring.answers import ProtocolName
+from pipeline.core.scoring.answers import METRICS, ProtocolName
 
 Attention = Literal["packed", "flash_attention_2", "eager"]
 Dtype = Literal["float32", "bfloat16"]
@@ -76,9 +76,6 @@ class RolloutConfig(Section):
     def with_one(self, **changes: Any) -> RolloutConfig:
         """One engine, now and later, where a phase needs no more; with other changes."""
         return self.model_copy(update={"workers": 1, "min_workers": 1, "max_workers": None, **changes})
-
-
-METRICS = ("em", "f1", "accuracy")
 
 
 def _is_reward(name: str) -> str:

@@ -13,8 +13,9 @@ from pipeline.core.experiments.numbers import write_numbers
 from pipeline.core.experiments.plots import draw
 from pipeline.core.experiments.results import Results
 from pipeline.core.experiments.spec import FIGURES
-from pipeline.core.experiments.tables import NAMES, make_table, prose
+from pipeline.core.experiments.tables import make_table, prose
 from pipeline.core.run import write_atomically
+from pipeline.core.scoring.answers import METRICS
 
 PAGE = "results.md"
 
@@ -75,7 +76,7 @@ def _how_to_read(results: Results) -> str:
     seeds = sorted({run.seed for found in results.arms for run in found.runs})
     over = f"the {len(seeds)} seeds and the questions" if len(seeds) > 1 else "the questions"
     return (
-        f"{NAMES[spec.metric]} in percent; {questions} test questions. 95 %: bootstrap over {over}; differences are "
+        f"{METRICS[spec.metric]} in percent; {questions} test questions. 95 %: bootstrap over {over}; differences are "
         "paired, seed by seed and question by question."
     )
 

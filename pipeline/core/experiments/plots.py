@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from pipeline.core.experiments.results import ArmResult, Results
 from pipeline.core.experiments.spec import PlotName
-from pipeline.core.experiments.tables import NAMES, CurvePoint, curve, score_estimate
+from pipeline.core.experiments.tables import CurvePoint, curve, score_estimate
 from pipeline.core.figures import Row, draw_curve, draw_rows, figure_file
+from pipeline.core.scoring.answers import METRICS
 from pipeline.core.scoring.comparisons import Estimate
 
 if TYPE_CHECKING:
@@ -124,4 +125,4 @@ def _varied(results: Results) -> set[str]:
 
 
 def _metric(results: Results) -> str:
-    return NAMES[results.experiment.spec.metric]
+    return METRICS[results.experiment.spec.metric]

@@ -11,13 +11,13 @@ import numpy as np
 
 from pipeline.core.experiments.results import ArmResult, Asked, Results, Table, differences
 from pipeline.core.experiments.spec import TableName
+from pipeline.core.scoring.answers import METRICS
 from pipeline.core.scoring.comparisons import Estimate, bootstrap_table, difference_table, holm
 from pipeline.core.scoring.intervals import wilson
 
 LEVEL = 0.05
 """Below it a corrected p-value is marked."""
 COLUMNS = 120
-NAMES = {"em": "EM", "f1": "F1", "accuracy": "accuracy"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def make_table(name: TableName, results: Results) -> str:
 
 
 def _test(results: Results) -> str:
-    baseline, metric = results.baseline, NAMES[results.experiment.spec.metric]
+    baseline, metric = results.baseline, METRICS[results.experiment.spec.metric]
     seeds = [seed for seed in results.experiment.spec.seeds if any(_of_seed(a, seed) for a in results.arms)]
     compared = _compared(results)
     head = [f"test {metric}", *(f"seed {seed}" for seed in seeds), "mean (sd)", "95 %"]
@@ -153,7 +153,7 @@ def _by_group(results: Results, what: str, label: Callable[[Asked], str]) -> str
 
     counts = {group: max(_count(found, group, label) for found in results.arms) for group in groups}
     head = [
-        f"test {NAMES[results.experiment.spec.metric]}",
+        f"test {METRICS[results.experiment.spec.metric]}",
         *(f"{group} ({counts[group]})" for group in groups),
     ]
     rows = [[found.arm.name, *(cell(found.arm.name, group) for group in groups)] for found in results.arms]
@@ -203,7 +203,7 @@ def _iterations(results: Results) -> str:
     last = max((found.last_iteration for found in arms), default=-1)
     if last < 0:
         return "No run has scored dev questions."
-    head = [f"dev {NAMES[results.experiment.spec.metric]} after iteration", *map(str, range(last + 1))]
+    head = [f"dev {METRICS[results.experiment.spec.metric]} after iteration", *map(str, range(last + 1))]
     rows = []
     for found in arms:
         estimates = [
@@ -217,7 +217,7 @@ def _iterations(results: Results) -> str:
 
 def _cost(results: Results) -> str:
     """Tokens that were generated for training, and time, against dev scores; means over the seeds."""
-    metric = NAMES[results.experiment.spec.metric]
+    metric = METRICS[results.experiment.spec.metric]
     curves = {found.arm.name: points for found in results.arms if (points := curve(found))}
     if not curves:
         return "No run has scored dev questions."

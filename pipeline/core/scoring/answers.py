@@ -29,6 +29,8 @@ from typing import Literal
 ProtocolName = Literal[
     "exsearch", "kilt", "hotpotqa", "2wikimultihopqa", "musique", "nq", "triviaqa", "bamboogle"
 ]
+METRICS: Mapping[str, str] = {"em": "EM", "f1": "F1", "accuracy": "accuracy"}
+"""Of an answer, as `AnswerScore` has them, and what they are called."""
 
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _TRIVIAQA_PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "\u2018\u2019\u00b4", " "))
