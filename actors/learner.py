@@ -55,7 +55,7 @@ class Learner:
         config: `learner` section of the configuration.
         model_path: Hugging Face model directory or hub name to start from.
         rank, world_size, local_rank: this process among all ranks; the number of its GPU.
-        master_addr, master_port: where rank 0 listens.
+        store_address: of the store where the ranks meet (`learner_setup.open_store`); None: it is the only rank.
         seed: of adapters and dropout.
         head: what the model computes.
     """
@@ -65,10 +65,9 @@ class Learner:
         config: LearnerConfig,
         model_path: str | Path,
         *,
-        rank: int,
-        world_size: int,
-        master_addr: str,
-        master_port: int,
+        rank: int = 0,
+        world_size: int = 1,
+        store_address: tuple[str, int] | None = None,
         local_rank: int = 0,
         seed: int = 0,
         head: Head = "lm",
@@ -77,7 +76,7 @@ class Learner:
         learner_setup.import_deepspeed()
         self.config, self.rank, self.world_size, self.head = config, rank, world_size, head
         self.device = learner_setup.join_process_group(
-            master_addr, master_port, rank=rank, world_size=world_size, local_rank=local_rank
+            store_address, rank=rank, world_size=world_size, local_rank=local_rank
         )
         torch.set_num_threads(config.threads_per_rank or learner_setup.fair_share_of_threads())
         self.dtype = learner_setup.resolve_dtype(config, self.device)

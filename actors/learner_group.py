@@ -99,6 +99,7 @@ class LearnerGroup:
         self._seed = seed
         self._phase: _Phase | None = None  # trained, or being trained, and not saved
         self.ranks: list[Any] = []
+        self._store: Any = None  # where they meet, open as long as they live
         self._holds_state = False  # the ranks have gone to where the group was
         self._backoff = Backoff(RESTART_PAUSE_S)
         self._step = -1.0  # that the ranks were seen to have done of their phase
@@ -149,9 +150,8 @@ class LearnerGroup:
         """Send the weights to all engines as `version`."""
 
         def send() -> PushReport:
-            address, port = ray.get(self.ranks[0].rendezvous.remote(), timeout=60)
             reports: list[PushReport | None] = self._all(
-                "push", engines, transport, version, address, port, deadline_s, timeout_s=2 * deadline_s
+                "push", engines, transport, version, deadline_s, timeout_s=2 * deadline_s
             )
             return next(report for report in reports if report is not None)
 
@@ -161,7 +161,7 @@ class LearnerGroup:
         """End all ranks."""
         for rank in self.ranks:
             ray.kill(rank)
-        self.ranks = []
+        self.ranks, self._store = [], None
 
     # ---------------------------------------------------------------- up, and up again
 
@@ -260,17 +260,15 @@ class LearnerGroup:
 
     def _start_once(self) -> None:
         self._holds_state = False
-        find_address = ray.remote(learner_setup.free_address).options(**self._options[0])
+        self._store, store_address = learner_setup.open_store()
         try:
-            address, port = ray.get(find_address.remote(), timeout=self.config.start_timeout_s)
             self.ranks = [
                 LearnerRank.options(**options).remote(  # type: ignore[attr-defined]
                     self.config,
                     self._model,
                     rank=rank,
                     world_size=len(self._options),
-                    master_addr=address,
-                    master_port=port,
+                    store_address=store_address,
                     seed=self._seed,
                     head=self.head,
                     identity=self._observer.identity("learner", self._name, rank),

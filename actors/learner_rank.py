@@ -12,7 +12,7 @@ from typing import Any
 
 import ray
 
-from actors import learner_setup, metrics
+from actors import metrics
 from actors.actor_log import Identity, introduce, introduce_libraries
 from actors.learner import Learner
 from actors.weight_transfer import (
@@ -88,17 +88,11 @@ class LearnerRank(Learner):
     def progress(self) -> dict[str, float]:
         return super().progress()
 
-    def rendezvous(self) -> tuple[str, int]:
-        """This node's address and a port that is free on it."""
-        return learner_setup.free_address()
-
     def push(
         self,
         engines: Sequence[EngineRef],
         transport: Transport,
         version: int,
-        master_addr: str,
-        master_port: int,
         deadline_s: float,
     ) -> PushReport | None:
         """Send the weights to all engines as `version` (collective); the report comes from rank 0.
@@ -107,7 +101,6 @@ class LearnerRank(Learner):
             engines: whom to send to.
             transport: how.
             version: what the engines will say they serve.
-            master_addr, master_port: rank 0's `rendezvous`, for a transport with a group of its own.
             deadline_s: the longest that the push may take, in seconds.
 
         Raises:
@@ -126,8 +119,6 @@ class LearnerRank(Learner):
                 receivers,
                 self.named_weights,
                 rank=self.rank,
-                master_address=master_addr,
-                master_port=master_port,
                 deadline_s=deadline_s,
                 largest_tensor_bytes=self.largest_tensor_bytes(),
             )

@@ -27,6 +27,8 @@ from retriever_service.machine import available_cores
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest wait of a rank for the others in one collective operation."""
+STORE_TIMEOUT = timedelta(hours=1)
+"""Longest wait for the others to start. Who starts them ends it sooner (`learner.start_timeout_s`)."""
 
 
 def import_deepspeed() -> Any:
@@ -71,32 +73,40 @@ def deepspeed_config(config: LearnerConfig, dtype: torch.dtype) -> dict[str, Any
     }
 
 
+def open_store() -> tuple[Any, tuple[str, int]]:
+    """A store where ranks meet, and its address and port. It is open as long as the store lives.
+
+    Whoever starts the ranks opens it: a port that was found free for rank 0 may be taken before rank 0 is up.
+    """
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    return store, (ray.util.get_node_ip_address(), store.port)
+
+
 def join_process_group(
-    address: str, port: int, *, rank: int, world_size: int, local_rank: int
+    store_address: tuple[str, int] | None, *, rank: int, world_size: int, local_rank: int
 ) -> torch.device:
-    """Meet the other ranks (nccl on GPUs, gloo on CPUs); returns this rank's device."""
+    """Meet the other ranks (nccl on GPUs, gloo on CPUs); returns this rank's device. None: there are no others."""
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed takes its device from here
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
-    choose_interface(address)
+    host, port = store_address or ("127.0.0.1", 0)
+    choose_interface(host)
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]  # not in its __all__
+    if store_address is not None:
+        store = dist.TCPStore(host, port, is_master=False, timeout=STORE_TIMEOUT)  # type: ignore[attr-defined]
+        store.set(f"rank/{rank}", "is here")
+        store.wait([f"rank/{other}" for other in range(world_size)])
     # No device_id: with it, nccl is known to hang under DeepSpeed.
     dist.init_process_group(
         "nccl" if cuda else "gloo",
-        init_method=f"tcp://{address}:{port}",
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=COLLECTIVE_TIMEOUT,
     )
     meet()
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-
-
-def free_address() -> tuple[str, int]:
-    """This node's address and a port that is free on it."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return ray.util.get_node_ip_address(), int(listener.getsockname()[1])
 
 
 def fair_share_of_threads() -> int:

@@ -33,11 +33,13 @@ from __future__ import annotations
 import base64
 import itertools
 import pickle
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+import ray
 import torch
 
 from actors.weight_bucket import Bucket as Bucket
@@ -284,8 +286,6 @@ class VllmSender:
         engines: as in `SharedMemorySender`.
         weights: as in `SharedMemorySender`.
         rank: this learner rank; 0 sends.
-        master_address: address of rank 0's node for the NCCL rendezvous (nccl only).
-        master_port: a free port there (nccl only).
         deadline_s: the longest a push may take, in seconds.
         largest_tensor_bytes: size of the largest tensor that will be sent.
     """
@@ -297,8 +297,6 @@ class VllmSender:
         weights: Callable[[], Iterable[Bucket]],
         *,
         rank: int,
-        master_address: str,
-        master_port: int,
         deadline_s: float,
         largest_tensor_bytes: int,
     ) -> None:
@@ -309,9 +307,7 @@ class VllmSender:
         self.source = _learner_source(weights)
         num_workers = sum(engines.world_sizes) if engines is not None else 0
         self.trainer = WeightTransferTrainerFactory.trainer_init(
-            trainer_init_info(
-                transport, rank, 1 + num_workers, master_address, master_port, largest_tensor_bytes
-            ),
+            trainer_init_info(transport, rank, 1 + num_workers, largest_tensor_bytes),
             client=self.client,
             source=self.source,
         )
@@ -333,20 +329,21 @@ class VllmSender:
 
 
 def trainer_init_info(
-    transport: Literal["nccl", "ipc"],
-    rank: int,
-    world_size: int,
-    master_address: str,
-    master_port: int,
-    largest_tensor_bytes: int,
+    transport: Literal["nccl", "ipc"], rank: int, world_size: int, largest_tensor_bytes: int
 ) -> Any:
-    """vLLM's init info of one learner rank; `world_size` counts the sender and every engine worker."""
+    """vLLM's init info of one learner rank; `world_size` counts the sender and every engine worker.
+
+    For nccl it names a free port of this node, which rank 0 listens on next.
+    """
     if transport == "nccl":
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port = listener.getsockname()[1]
         return NCCLTrainerInitInfo(
-            master_address=master_address,
-            master_port=master_port,
+            master_address=ray.util.get_node_ip_address(),
+            master_port=port,
             world_size=world_size,
             rank=rank,
             packed_buffer_size_bytes=_BUFFER_BYTES,

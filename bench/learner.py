@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -86,11 +85,8 @@ def make_learner(model: Path) -> Learner:
     """One rank in this process."""
     from actors.learner import Learner
 
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     config = LearnerConfig(batch_size=BATCH, dtype="float32", zero_stage=0, tokens_per_microbatch=4096)
-    return Learner(config, model, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
+    return Learner(config, model)
 
 
 def padded(model: Path, examples: Sequence[Example]) -> Callable[[], float]:

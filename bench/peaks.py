@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -96,10 +95,7 @@ def rank(model: str, settings: dict[str, Any]) -> None:
 
     length, trained, rows = settings.pop("length"), settings.pop("trained"), settings.pop("rows")
     config = LearnerConfig(**settings)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    learner = Learner(config, model, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
+    learner = Learner(config, model)
     rng = np.random.default_rng(0)
     mask = np.arange(length) >= length - trained
     examples = [

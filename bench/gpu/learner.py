@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import torch
@@ -22,10 +21,7 @@ GIB = 2**30
 
 def make_learner(config: LearnerConfig, model: Path) -> Learner:
     """A learner of one rank in this process."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    return Learner(config, model, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port)
+    return Learner(config, model)
 
 
 def run_small(device: str, scratch: Path) -> list[Row]:

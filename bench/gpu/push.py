@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from actors import learner_setup
 from actors.weight_transfer import SharedMemorySender, Transport, VllmSender, WeightSender
 from bench.gpu.engine import Reference, distance
 from bench.gpu.hosted import HostedEngine, engine_options, hosted
@@ -109,8 +108,6 @@ def sender(learner, host: HostedEngine, transport: Transport) -> WeightSender:  
         host,
         learner.named_weights,
         rank=0,
-        master_address="127.0.0.1",
-        master_port=learner_setup.free_address()[1] if transport == "nccl" else 0,
         deadline_s=120,
         largest_tensor_bytes=learner.largest_tensor_bytes(),
     )

@@ -6,7 +6,6 @@ import itertools
 import multiprocessing
 import os
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 import transformers
 
+from actors import learner_setup
 from actors.learner import Learner
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
@@ -88,12 +88,10 @@ def run_ranks(
     config: LearnerConfig, model: Path, scenario: Callable[..., Any], *args: Any, head: Head = "lm"
 ) -> Any:
     """Run `scenario(learner, *args)` on `config.num_ranks` ranks; the result of rank 0. Raises what a rank raised."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    store, address = learner_setup.open_store()
     results = PROCESSES.Queue()
     ranks = [
-        PROCESSES.Process(target=_rank, args=(rank, port, config, model, scenario, args, results, head))
+        PROCESSES.Process(target=_rank, args=(rank, address, config, model, scenario, args, results, head))
         for rank in range(config.num_ranks)
     ]
     for process in ranks:
@@ -109,6 +107,7 @@ def run_ranks(
         for process in ranks:
             process.kill()
             process.join()
+        del store  # open until here
 
 
 def _first_result(results: Any, ranks: list[Any]) -> Any:
@@ -124,7 +123,7 @@ def _first_result(results: Any, ranks: list[Any]) -> Any:
 
 def _rank(
     rank: int,
-    port: int,
+    store_address: tuple[str, int],
     config: LearnerConfig,
     model: Path,
     scenario: Any,
@@ -138,8 +137,7 @@ def _rank(
             model,
             rank=rank,
             world_size=config.num_ranks,
-            master_addr="127.0.0.1",
-            master_port=port,
+            store_address=store_address,
             seed=7,
             head=head,
         )

@@ -117,8 +117,3 @@ def retrievers() -> StandIns:
 def weighting() -> StandIns:
     """In place of `actors.weighting.WeightingActor`."""
     return StandIns(_Other)
-
-
-def free_address() -> tuple[str, int]:
-    """In place of `actors.learner_setup.free_address`."""
-    return "127.0.0.1", 1

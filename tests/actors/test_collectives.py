@@ -12,15 +12,16 @@ import psutil
 import pytest
 
 from actors.collectives import interface_to
+from actors.learner_setup import open_store
 
 
-def rank(number: int, port: int, found: Any) -> None:
+def rank(number: int, store_address: tuple[str, int], found: Any) -> None:
     """Collectives of tensors may take a second, and rank 0's disk takes three."""
     from actors import learner_setup
     from actors.collectives import gathered, is_so_anywhere, on_rank_zero, wait_for_all
 
     learner_setup.COLLECTIVE_TIMEOUT = timedelta(seconds=1)
-    learner_setup.join_process_group("127.0.0.1", port, rank=number, world_size=2, local_rank=0)
+    learner_setup.join_process_group(store_address, rank=number, world_size=2, local_rank=0)
 
     def slowly() -> str:
         time.sleep(3)
@@ -39,10 +40,8 @@ def rank(number: int, port: int, found: Any) -> None:
 def test_ranks_wait_for_anothers_disk_for_longer_than_a_collective_of_tensors_may_take() -> None:
     processes = multiprocessing.get_context("spawn")
     found = processes.Queue()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    ranks = [processes.Process(target=rank, args=(number, port, found)) for number in range(2)]
+    _store, store_address = open_store()
+    ranks = [processes.Process(target=rank, args=(number, store_address, found)) for number in range(2)]
     for process in ranks:
         process.start()
     try:
@@ -51,6 +50,13 @@ def test_ranks_wait_for_anothers_disk_for_longer_than_a_collective_of_tensors_ma
         for process in ranks:
             process.kill()
             process.join()
+
+
+def test_nobody_can_take_the_port_where_ranks_will_meet() -> None:
+    store, (_, port) = open_store()
+    with socket.socket() as another, pytest.raises(OSError, match="in use"):
+        another.bind(("", port))
+    del store
 
 
 def test_the_interface_is_the_one_that_leads_to_an_address() -> None:

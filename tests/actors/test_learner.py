@@ -5,7 +5,6 @@ The reference is a bare torch loop over single examples that follows the formula
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -245,12 +244,7 @@ def test_a_ray_actor_trains_from_shards_and_tells_its_progress(
     shards = [tmp_path / f"{part}.parquet" for part in range(2)]
     pq.write_table(examples_to_table(examples[:7]), shards[0])
     pq.write_table(examples_to_table(examples[7:]), shards[1])
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    rank = LearnerRank.remote(
-        CONFIG, model_path, rank=0, world_size=1, master_addr="127.0.0.1", master_port=port
-    )
+    rank = LearnerRank.remote(CONFIG, model_path)
     assert ray_cluster.get(rank.progress.remote(), timeout=PROCESS_TIMEOUT_S)["num_steps"] == 0
     metrics = ray_cluster.get(
         rank.train.remote(shards, WeightedNll(CONFIG.negligible_weight), phase_seed=1),

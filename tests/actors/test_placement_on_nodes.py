@@ -17,7 +17,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster as RayCluster
 
-from actors import learner_group, learner_setup, pool, reservation, weighting
+from actors import learner_group, pool, reservation, weighting
 from actors import retrievers as retrievers_module
 from actors.cluster import Cluster
 from actors.engine_options import EngineOptions
@@ -95,7 +95,6 @@ def training(name: str, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(reservation, "has_gpu_packages", lambda: True)
     monkeypatch.setattr(pool, "RolloutActor", engines)
     monkeypatch.setattr(learner_group, "LearnerRank", ranks)
-    monkeypatch.setattr(learner_setup, "free_address", stand_ins.free_address)
     monkeypatch.setattr(retrievers_module, "RetrieverActor", retrievers)
     monkeypatch.setattr(weighting, "WeightingActor", stand_ins.weighting())
     with Cluster([searcher_of(config)], config.cluster, config.retriever, Path("an-index")) as cluster:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import subprocess
 import sys
 from base64 import b64decode
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -329,8 +331,6 @@ def vllm_sender(monkeypatch: pytest.MonkeyPatch, transport: Any, engines: Any) -
         engines,
         weights,
         rank=0,
-        master_address="10.0.0.1",
-        master_port=29600,
         deadline_s=10,
         largest_tensor_bytes=16,
     )
@@ -365,7 +365,9 @@ def test_each_engine_takes_its_own_ranks_in_the_nccl_group(monkeypatch: pytest.M
     engines = RecordingEngines()
     sender = vllm_sender(monkeypatch, "nccl", engines)
     info = sender.trainer.init_info
-    assert (info.master_address, info.master_port, info.world_size, info.rank) == ("10.0.0.1", 29600, 4, 0)
+    assert (info.master_address, info.world_size, info.rank) == (ray.util.get_node_ip_address(), 4, 0)
+    with socket.create_server((info.master_address, info.master_port)):  # it is free
+        pass
     sender.client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 4})
     method, infos = engines.calls[0]
     assert method == "init_weight_transfer_engine"
@@ -374,7 +376,7 @@ def test_each_engine_takes_its_own_ranks_in_the_nccl_group(monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("largest", "buffer"), [(1 << 20, 256 << 20), (1_089_994_752, 1_089_994_752)])
 def test_the_ipc_buffer_holds_the_largest_tensor(largest: int, buffer: int) -> None:
-    info = trainer_init_info("ipc", 2, 0, "", 0, largest)
+    info = trainer_init_info("ipc", 2, 0, largest)
     assert (info.packed, info.rank, info.is_sender) == (True, 2, False)
     assert info.packed_buffer_size_bytes == buffer
 
