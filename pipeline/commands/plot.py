@@ -21,7 +21,7 @@ FORMS = tuple(suffix[1:] for suffix in OF_NO_DATE)
 
 
 def plot(runs: Sequence[Path], out: Path, form: str, metric: str, display: Display) -> None:
-    """Write every figure for which the runs have something.
+    """Write every figure for which the runs have something, and say which of them took the place of an earlier file.
 
     Raises:
         UserError: a directory holds no run, or none with a report; form or metric are unknown; matplotlib is missing.
@@ -40,10 +40,18 @@ def plot(runs: Sequence[Path], out: Path, form: str, metric: str, display: Displ
         settings = json.dumps({**what_computes(tree, section), "seed": None}, sort_keys=True)
         behind = 2 if tree[section].get("asynchronous") else 1
         reported.append(Reported(name, report, behind, settings, _scores(run / "test" / "best.parquet")))
+    replaced = []
     for name in PLOTS:
         path = out / f"{name}.{form}"
-        drawn = draw(name, reported, metric, path)
-        display.line(str(path) if drawn else f"{name}: nothing to draw, for no run has these figures")
+        was_there = path.exists()
+        if not draw(name, reported, metric, path):
+            display.line(f"{name}: nothing to draw, for no run has these figures")
+            continue
+        display.line(str(path))
+        if was_there:
+            replaced.append(path.name)
+    if replaced:
+        display.line(f"replaced in {out}: {', '.join(replaced)} (--out names another folder)")
 
 
 def _scores(path: Path) -> dict[str, dict[str, float]]:

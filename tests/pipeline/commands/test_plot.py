@@ -49,6 +49,17 @@ def test_runs_of_one_name_are_told_apart_and_what_is_not_drawn_is_said(runs: Pat
     assert "time: nothing to draw" in result.output and not (runs / "less/time.svg").exists()
 
 
+def test_what_takes_the_place_of_earlier_figures_is_named(runs: Path, run_command: Any) -> None:
+    assert "replaced" not in run_command("plot", "x/a").output
+    for name in ("dev", "time"):
+        (runs / f"figures/{name}.svg").write_text("of another run")
+    for other in set((runs / "figures").iterdir()) - {runs / "figures/dev.svg", runs / "figures/time.svg"}:
+        other.unlink()
+    result = run_command("plot", "x/a")
+    assert "replaced in figures: dev.svg, time.svg (--out names another folder)" in result.output.splitlines()
+    assert "of another run" not in (runs / "figures/dev.svg").read_text()
+
+
 def test_runs_under_several_seeds_have_a_mean(runs: Path, run_command: Any) -> None:
     for arm, weighting in (("mine", "posterior"), ("other", "uniform")):
         for seed, right in ((1, "1100"), (2, "1101")):
