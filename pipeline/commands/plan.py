@@ -21,7 +21,7 @@ from pipeline.core.plan.memory import PLACES, Memory, Where, gib, number_format
 from pipeline.core.plan.needs import PolicyNeeds
 from pipeline.core.plan.observed import fill, observe
 from pipeline.core.plan.run_plan import RunPlan
-from pipeline.core.plan.shape import UnknownShape
+from pipeline.core.plan.shape import UnknownShape, read_model_config
 
 
 def make_plan(config: Config, nodes: Nodes | None, assumptions: Assumptions) -> RunPlan:
@@ -33,6 +33,11 @@ def make_plan(config: Config, nodes: Nodes | None, assumptions: Assumptions) -> 
     Raises:
         UserError: too few devices, a model's configuration that cannot be read, or a question file that is wrong.
     """
+    policies = methods.policies(config)
+    # Without it there is no plan. Looked at first: its tokenizer, which questions are counted with, is out of reach for
+    # the same reason, and would be warned of before.
+    for path in dict.fromkeys(spec.model.path for spec in policies if spec.head != "embedding"):
+        read_model_config(path)
     here = nodes is None
     found: dict[str, float] = {}
     if here and not any(node.gpus for node in this_machine()) and assumptions.peak_tflops is None:
@@ -40,7 +45,7 @@ def make_plan(config: Config, nodes: Nodes | None, assumptions: Assumptions) -> 
     try:
         return plan_run(
             config,
-            methods.policies(config),
+            policies,
             nodes or this_machine(),
             fill(observe(config, assumptions), found),
             gpu_packages=has_gpu_packages() if here else True,

@@ -58,18 +58,26 @@ def read_shape(path: str) -> ModelShape:
     Raises:
         UnknownShape: there is no configuration that transformers knows, or it is not of a decoder.
     """
+    return shape_of(read_model_config(path))
+
+
+def read_model_config(path: str) -> Any:
+    """The transformers configuration of a model directory or hub name.
+
+    Raises:
+        UnknownShape: there is none that transformers knows, or it is out of reach.
+    """
     with quick_imports():  # also around the first use, which imports more
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         try:
-            config = AutoConfig.from_pretrained(path)
+            return AutoConfig.from_pretrained(path)
         except (OSError, ValueError, KeyError, TypeError, RecursionError, StrictDataclassError) as error:
             raise UnknownShape(
                 f"model.path: the configuration of {path} cannot be read ({str(error).splitlines()[0]}); give a "
                 "directory with the model's config.json, or fetch the model first"
             ) from error
-    return shape_of(config)
 
 
 def shape_of(config: Any) -> ModelShape:

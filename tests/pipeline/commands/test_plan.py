@@ -102,6 +102,15 @@ def test_questions_that_cannot_be_read_are_assumed_and_it_says_so(
     assert "data.train is not read, and a number of questions assumed" in caplog.text
 
 
+def test_a_model_out_of_reach_is_refused_with_one_reason(
+    refused: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokenizer is out of reach as well."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused("plan", "--config", "config.yaml", "model.path=nobody/nothing", "--gpus", 1)
+    assert message.count("couldn't find them in the cached files") == 1 and not caplog.records
+
+
 def test_an_assumption_that_is_none_is_refused(refused: Any, qwen: list[str]) -> None:
     assert "--assume speed=2: give KEY=VALUE; keys are questions" in refused(*qwen, "--assume", "speed=2")
 
