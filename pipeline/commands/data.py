@@ -18,6 +18,12 @@ from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.run import Json
 
+LEGEND = (
+    "judged: with gold passages, or an answer to look for (not yes or no); gold there: of those with gold passages, "
+    "all are in the corpus; answer there: some passage holds an answer; covered: share of the judged with either"
+)
+"""What the columns of `exsearch data check` count."""
+
 
 def check_data(config: Config, display: Display) -> Json:
     """Leaks, doubles and evidence coverage of the questions and passages that a configuration names.
@@ -67,6 +73,8 @@ def print_check(found: Json, console: Console) -> None:
     for name, number in found["questions"].items():
         table.add_row(name, f"{number:,}", *_cells(found.get("coverage", {}).get(name)))
     console.print(table)
+    if found.get("coverage"):
+        console.print(LEGEND, markup=False, emoji=False, highlight=False, soft_wrap=True)
     lines = warnings_of(found)
     if "passages" not in found:
         lines.append("no passages were looked at: set data.corpus, or retriever.index")

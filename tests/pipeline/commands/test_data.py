@@ -26,6 +26,8 @@ def test_a_check_says_what_leaks_and_what_the_corpus_lacks(run_command: Any, fol
         "one of the two"
     ) in lines
     assert "1 questions of dev name gold passages that the corpus does not have (p9)" in lines
+    (legend,) = [line for line in lines if line.startswith("judged: ")]
+    assert all(f"{column}: " in legend for column in ("covered", "gold there", "answer there"))
 
 
 def test_a_check_is_one_object_for_programs(run_command: Any) -> None:
@@ -45,6 +47,7 @@ def test_the_passages_of_an_index_are_looked_at_where_no_corpus_is_named(
 def test_without_passages_questions_alone_are_checked(run_command: Any) -> None:
     result = run_command(*CHECK, "data.corpus=[]")
     assert "no passages were looked at: set data.corpus, or retriever.index" in result.stdout
+    assert "judged: " not in result.stdout
 
 
 def test_a_question_of_two_splits_by_its_id_is_refused(refused: Any, folder: Path) -> None:
