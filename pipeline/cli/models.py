@@ -115,8 +115,8 @@ def serve(
         bool,
         typer.Option(
             "--lenient",
-            help="Pass over system messages and parameters that cannot be heeded (max_tokens, stop, tools, ...) "
-            "instead of refusing them; replies name them.",
+            help="Pass over system messages, an assistant's greeting and parameters that cannot be heeded (max_tokens, "
+            "stop, tools, ...) instead of refusing them; replies name them.",
         ),
     ] = False,
     max_conversations: Annotated[

@@ -33,6 +33,9 @@ def question_of(messages: Sequence[Said]) -> str:
 
     Messages of one person that follow each other are one, a line each.
 
+    Args:
+        messages: the user begins.
+
     Raises:
         ApiError: there is no question at its end, or it says nothing.
     """
@@ -43,8 +46,6 @@ def question_of(messages: Sequence[Said]) -> str:
         raise ApiError(400, "invalid_value", "the last message must be the user's: the question", last.param)
     if not last.text.strip():
         raise ApiError(400, "invalid_value", "the question is empty; say what you want to know", last.param)
-    if messages[0].role != "user":
-        raise ApiError(400, "invalid_value", "the first message must be the user's", messages[0].param)
     turns: list[tuple[str, list[str]]] = []
     for message in messages:
         if turns and turns[-1][0] == message.role:

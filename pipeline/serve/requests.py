@@ -8,7 +8,7 @@ is null.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -170,6 +170,32 @@ class Message(BaseModel):
         return Said("assistant" if self.role == "assistant" else "user", "\n".join(parts), param)
 
 
+class SentBackItem(BaseModel):
+    """An item of an earlier response that is not a message. The agent searches anew."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["reasoning", "file_search_call"]
+
+
+def conversation(items: Sequence[Message | SentBackItem], param: str, passed_over: PassedOver) -> list[Said]:
+    """What the user and the assistant have said, from the user's first message on.
+
+    What the assistant says before it is a greeting, which chat interfaces send along and the agent never gave.
+
+    Raises:
+        ApiError: as `Message.said`; or there is a greeting, and the server is not lenient.
+    """
+    messages = ((f"{param}.{number}", item) for number, item in enumerate(items) if isinstance(item, Message))
+    said = [one for at, message in messages if (one := message.said(at, passed_over)) is not None]
+    if not said or said[-1].role != "user":
+        return said  # no question at its end: refused all the same
+    begin = next(number for number, one in enumerate(said) if one.role == "user")
+    for greeting in said[:begin]:
+        passed_over.add(greeting.param, "the first message must be the user's", "invalid_value")
+    return said[begin:]
+
+
 class Asked(BaseModel):
     """What both forms have."""
 
@@ -242,20 +268,9 @@ class ChatRequest(Asked):
     def said(self, passed_over: PassedOver) -> list[Said]:
         """
         Raises:
-            ApiError: as `Message.said`.
+            ApiError: as `conversation`.
         """
-        said = (
-            message.said(f"messages.{number}", passed_over) for number, message in enumerate(self.messages)
-        )
-        return [one for one in said if one is not None]
-
-
-class SentBackItem(BaseModel):
-    """An item of an earlier response that is not a message. The agent searches anew."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: Literal["reasoning", "file_search_call"]
+        return conversation(self.messages, "messages", passed_over)
 
 
 class ResponsesRequest(Asked):
@@ -268,13 +283,8 @@ class ResponsesRequest(Asked):
     def said(self, passed_over: PassedOver) -> list[Said]:
         """
         Raises:
-            ApiError: as `Message.said`.
+            ApiError: as `conversation`.
         """
         if isinstance(self.input, str):
             return [Said("user", self.input, "input")]
-        said = (
-            item.said(f"input.{number}", passed_over)
-            for number, item in enumerate(self.input)
-            if isinstance(item, Message)
-        )
-        return [one for one in said if one is not None]
+        return conversation(self.input, "input", passed_over)

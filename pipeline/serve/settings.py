@@ -42,7 +42,8 @@ class ServeSettings:
     name: str = "exsearch"
     """What the model is called in `/v1/models` and in requests."""
     lenient: bool = False
-    """What cannot be heeded, and system messages, are passed over where they would be refused; replies name them."""
+    """What cannot be heeded, system messages and a greeting of the assistant's are passed over where they would be
+    refused; replies name them."""
     max_conversations: int | None = None
     """Answers that are made at once. None: as many as the engine's KV cache holds."""
     max_waiting: int = 256

@@ -148,11 +148,13 @@ def test_what_cannot_be_heeded_is_refused_by_name(
 
 
 SYSTEM = {"role": "system", "content": "Rhyme."}
+GREETING = {"role": "assistant", "content": "What would you like to know?"}
 WITH_A_NAME = {"role": "user", "content": QUESTION, "name": "Ann"}
 UNHEEDED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [SYSTEM, *messages(QUESTION)]}, "messages.0"),
     ({"messages": [{**SYSTEM, "role": "developer"}, *messages(QUESTION)]}, "messages.0"),
     ({"messages": [WITH_A_NAME]}, "messages.0.name"),
+    ({"messages": [GREETING, *messages(QUESTION)]}, "messages.0"),
     ({"max_tokens": 5}, "max_tokens"),
     ({"max_completion_tokens": 5}, "max_completion_tokens"),
     ({"stop": ["."]}, "stop"),
@@ -196,6 +198,7 @@ def test_a_strict_server_names_the_switch(server: Running, changes: dict[str, An
         {"tool_choice": "required"},
         {"messages": [*messages(QUESTION), {"role": "tool", "content": "42"}, *messages("And?")]},
         {"messages": [SYSTEM]},
+        {"messages": [GREETING]},
         {"model": "gpt-4o"},
     ],
 )
