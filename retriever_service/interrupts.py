@@ -56,6 +56,13 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, action)
 
 
+def received() -> Interrupted:
+    """What a block of `interruptible` was told, for where it can end with the process alone."""
+    handler = signal.getsignal(signal.SIGTERM)
+    first = handler.first if isinstance(handler, _Handler) else None
+    return Interrupted(first or signal.SIGINT)
+
+
 def run(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run`, which a signal ends by cancelling `main`.
 

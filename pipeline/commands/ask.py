@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import sys
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
@@ -24,7 +23,7 @@ from pipeline.core.errors import RunError, UserError
 from pipeline.core.policies import Snapshot
 from pipeline.core.records import StopReason, Trajectory, step_as_json
 from pipeline.core.run import Json
-from retriever_service.interrupts import run
+from retriever_service.interrupts import received, run
 from retriever_service.passages.evaluation import read_queries
 
 AHEAD = 4
@@ -112,8 +111,9 @@ async def started(agent: AnsweringAgent, display: Display) -> AsyncIterator[int]
                 raise RunError(str(error)) from error
             except asyncio.CancelledError:
                 # An engine that is starting cannot be ended, but with the process.
-                display.error("interrupted")
-                os._exit(128 + signal.SIGINT)
+                interrupt = received()
+                display.error(f"interrupted by {interrupt.name}")
+                os._exit(interrupt.exit_code)
         yield at_once
     finally:
         await agent.close()

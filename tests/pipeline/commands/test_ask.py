@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
+import signal
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from pipeline.core.display import Display
 from pipeline.core.errors import RunError, UserError
 from pipeline.core.records import Step, StopReason, Trajectory
 from retriever_service.errors import RetrieverError
+from retriever_service.interrupts import interruptible
 from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
 
@@ -215,6 +219,26 @@ def test_nothing_starts_for_an_empty_question_or_a_file_that_is_none(tmp_path: P
     ):
         with pytest.raises((UserError, RetrieverError), match=words):
             module.ask(question, questions, str(MODEL), None, Config(), Display(), print)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_start_that_is_interrupted_ends_with_the_exit_code_of_its_signal(
+    number: signal.Signals,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Starting(Agent):
+        async def start(self) -> int:
+            signal.raise_signal(number)
+            await asyncio.sleep(60)
+            raise AssertionError("the signal did not end the start")
+
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with interruptible(), pytest.raises(SystemExit) as ended:
+        asked(Starting(), "Who?")
+    assert ended.value.code == code
+    assert f"interrupted by {number.name}" in capsys.readouterr().err
 
 
 def test_an_action_that_is_not_there_is_missed_before_anything_starts() -> None:
