@@ -14,6 +14,7 @@ from pipeline.core.config import Config
 from pipeline.core.config.loading import Files
 from pipeline.core.data.questions import read_questions, sample_questions
 from pipeline.core.data.run_check import look_at_corpus
+from pipeline.core.data.split_names import SPLITS
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.evaluation import evaluate
@@ -67,7 +68,7 @@ def evaluate_model(
         raise UserError(
             f"--out is {out}; give a name that ends in .json (trajectories and predictions go beside it)"
         )
-    if split not in ("train", "dev", "test"):
+    if split not in SPLITS:
         raise UserError(f"--split is {split}; choose train, dev or test")
     sets = _read_sets(config, split, display)
     if run is None and config.retriever.index is None and config.retriever.url is None:

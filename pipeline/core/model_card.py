@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from pipeline.core.config import EXSEARCH, Config
+from pipeline.core.data.split_names import SPLITS
 from pipeline.core.run import Json, what_it_computes
 from pipeline.core.scoring.answers import METRICS
 
@@ -146,7 +147,7 @@ def _score(scores: Json, metric: str) -> str:
 def _data(config: Config, report: Json) -> list[str]:
     counts = (report.get("data") or {}).get("questions", {})
     parts = []
-    for split in ("train", "dev", "test"):
+    for split in SPLITS:
         if sources := getattr(config.data, split):
             count = f"{counts[split]:,} questions of " if split in counts else ""
             parts.append(f"- {split}: {count}{', '.join(map(_source, sources))}")

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.core.data.split_names import Split
 from pipeline.core.run import Json, RunFiles
 from pipeline.core.shards import written_parts
 from pipeline.view.stored import NoSuchPage, Questions, num_rows, questions_in, tasks_in
@@ -78,7 +79,7 @@ class Source:
     finished: bool
 
     @property
-    def split(self) -> Literal["train", "dev", "test"]:
+    def split(self) -> Split:
         """Of its questions."""
         return "train" if self.kind == "samples" else "test" if self.kind == "test" else "dev"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pipeline.core.config import Config
 from pipeline.core.data.check import passages_of
 from pipeline.core.data.questions import read_questions
-from pipeline.core.data.world.spec import Split
+from pipeline.core.data.split_names import Split
 from pipeline.core.errors import UserError
 from pipeline.core.models import read_tokenizer
 from pipeline.core.plan.assumptions import Assumptions

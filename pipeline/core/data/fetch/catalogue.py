@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
-Split = Literal["train", "dev", "test"]
+from pipeline.core.data.split_names import Split
 
 
 @dataclass(frozen=True, slots=True)

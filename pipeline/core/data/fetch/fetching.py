@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.core.data.check import STEP, check_corpus, check_questions
-from pipeline.core.data.fetch.catalogue import DATA_SETS, DataSet, Split
+from pipeline.core.data.fetch.catalogue import DATA_SETS, DataSet
 from pipeline.core.data.fetch.origin import Origin, find_origin, settings_of
 from pipeline.core.data.fetch.rows import Converted, Unusable, convert
 from pipeline.core.data.questions import read_questions
+from pipeline.core.data.split_names import Split
 from pipeline.core.errors import UserError
 from retriever_service.files import (
     check_contents,

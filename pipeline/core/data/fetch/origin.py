@@ -6,16 +6,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pipeline.core.data.fetch.catalogue import DataSet, Split
+from pipeline.core.data.fetch.catalogue import DataSet
 from pipeline.core.data.fields import ids_of, text_of
+from pipeline.core.data.split_names import SPLITS, Split
 from pipeline.core.errors import UserError
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.records import Record, open_records
 from retriever_service.passages.sources import HUB_PREFIX, open_source
-
-SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True, slots=True)

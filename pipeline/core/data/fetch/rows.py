@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.core.data.fetch.catalogue import Split
 from pipeline.core.data.fields import Row, fields_of
 from pipeline.core.data.question_rows import to_question
+from pipeline.core.data.split_names import Split
 from pipeline.core.records import Evidence, Paragraph, Question
 from retriever_service.passages.corpus import Passage, words_hash
 

@@ -14,10 +14,11 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from pipeline.core.data.split_names import SPLITS, Split
 from pipeline.core.data.world.entities import World, world_of
 from pipeline.core.data.world.relation import PERSON
 from pipeline.core.data.world.schema import KINDS, Kind
-from pipeline.core.data.world.spec import SPLITS, Split, WorldSpec
+from pipeline.core.data.world.spec import WorldSpec
 from pipeline.core.data.world.walks import Branch, Walker
 from pipeline.core.errors import UserError
 

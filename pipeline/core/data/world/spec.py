@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.core.data.split_names import Split
 from pipeline.core.data.world.names import PARTITIONS
 from pipeline.core.errors import UserError
 
 Size = Literal["small", "medium", "large"]
-Split = Literal["train", "dev", "test"]
-SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
 PASSAGES_PER_UNIT = 100
 """Kinds of entity come in fixed numbers per 100 passages, so a world has a multiple of 100."""

@@ -9,10 +9,10 @@ import random
 from functools import cache
 from typing import NamedTuple
 
+from pipeline.core.data.split_names import Split
 from pipeline.core.data.world.entities import Entity, World
 from pipeline.core.data.world.relation import PERSON, Relation
 from pipeline.core.data.world.schema import KINDS
-from pipeline.core.data.world.spec import Split
 
 Path = tuple[Relation, ...]
 

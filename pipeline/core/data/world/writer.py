@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.core.data.split_names import SPLITS
 from pipeline.core.data.world.passages import generate_passages, passage_of
 from pipeline.core.data.world.questions import generate_questions
-from pipeline.core.data.world.spec import SPLITS, WorldSpec
+from pipeline.core.data.world.spec import WorldSpec
 from pipeline.core.errors import UserError
 from retriever_service.files import json_object
 

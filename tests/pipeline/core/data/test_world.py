@@ -15,11 +15,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.core.data.split_names import SPLITS
 from pipeline.core.data.world.entities import Entity, world_of
 from pipeline.core.data.world.names import PARTITIONS, NameForge, Permutation, partition_of
 from pipeline.core.data.world.relation import Relation
 from pipeline.core.data.world.schema import KINDS
-from pipeline.core.data.world.spec import SPLITS, WorldSpec
+from pipeline.core.data.world.spec import WorldSpec
 from pipeline.core.data.world.writer import generate_passages, generate_questions, passage_of, write_world
 from pipeline.core.errors import UserError
 
