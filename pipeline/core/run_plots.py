@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.core.experiments.results import common_scores
-from pipeline.core.experiments.tables import score_estimate
 from pipeline.core.figures import Row, draw_curve, draw_rows, figure_file
 from pipeline.core.report import in_order
 from pipeline.core.run import Json
 from pipeline.core.scoring.answers import METRICS
+from pipeline.core.scoring.comparisons import common_scores, score_estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from pipeline.core.experiments.results import ArmResult, Results
 from pipeline.core.experiments.spec import PlotName
-from pipeline.core.experiments.tables import CurvePoint, curve, score_estimate
+from pipeline.core.experiments.tables import CurvePoint, curve
 from pipeline.core.figures import Row, draw_curve, draw_rows, figure_file
 from pipeline.core.scoring.answers import METRICS
-from pipeline.core.scoring.comparisons import Estimate
+from pipeline.core.scoring.comparisons import Estimate, score_estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,18 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.core.comparison import check_comparable
 from pipeline.core.errors import UserError
 from pipeline.core.experiments.numbers import Developed, RunNumbers, Tested, read_run, settings_of
 from pipeline.core.experiments.planned import PlannedRun
 from pipeline.core.experiments.spec import Arm, Experiment, Metric
-
-Scores = Mapping[str, float]
-"""A score in [0, 1] by question id."""
-Table = npt.NDArray[np.float64]
-"""[S seeds, Q questions] of scores, or of their differences."""
+from pipeline.core.scoring.comparisons import Scores, Table, common_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +86,6 @@ class Results:
     def baseline(self) -> ArmResult | None:
         """None while no run of it is finished."""
         return next((found for found in self.arms if found.arm == self.experiment.baseline), None)
-
-
-def common_scores(runs: Sequence[Scores]) -> tuple[list[str], Table]:
-    """The ids that all runs have, in the order of the first, and the table of their scores."""
-    ids = [id_ for id_ in runs[0] if all(id_ in run for run in runs[1:])]
-    return ids, np.array([[run[id_] for id_ in ids] for run in runs], dtype=np.float64)
 
 
 def differences(found: ArmResult, baseline: ArmResult) -> tuple[list[str], Table]:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.core.experiments.results import ArmResult, Asked, Results, Table, differences
+from pipeline.core.experiments.results import ArmResult, Asked, Results, differences
 from pipeline.core.experiments.spec import TableName
 from pipeline.core.scoring.answers import METRICS
-from pipeline.core.scoring.comparisons import Estimate, bootstrap_table, difference_table, holm
-from pipeline.core.scoring.intervals import wilson
+from pipeline.core.scoring.comparisons import Estimate, Table, difference_table, holm, score_estimate
 
 LEVEL = 0.05
 """Below it a corrected p-value is marked."""
@@ -38,13 +37,6 @@ class CurvePoint:
     dev: float
     tokens: float
     seconds: float
-
-
-def score_estimate(scores: Table) -> Estimate:
-    """Mean and interval of scores in [0, 1]; the interval is never narrower than that of questions which all score the
-    same (`intervals.bootstrap`)."""
-    found, n = bootstrap_table(scores), scores.shape[1]
-    return Estimate(found.mean, min(found.low, wilson(n, n)[0]), max(found.high, wilson(0, n)[1]), found.p)
 
 
 def curve(found: ArmResult) -> list[CurvePoint]:

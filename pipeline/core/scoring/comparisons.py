@@ -6,13 +6,19 @@ for tables whose rows and columns are both drawn; Holm (1979) for many compariso
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.core.scoring.intervals import wilson
 from pipeline.core.scoring.paired import judged, judged_differences
+
+Scores = Mapping[str, float]
+"""A score in [0, 1] by question id."""
+Table = npt.NDArray[np.float64]
+"""[S seeds, Q questions] of scores, or of their differences."""
 
 SAMPLES = 10_000
 _BLOCK = 2**22
@@ -29,7 +35,20 @@ class Estimate:
     p: float
 
 
-def bootstrap_table(values: npt.NDArray[np.float64], *, samples: int = SAMPLES, seed: int = 0) -> Estimate:
+def common_scores(runs: Sequence[Scores]) -> tuple[list[str], Table]:
+    """The ids that all runs have, in the order of the first, and the table of their scores."""
+    ids = [id_ for id_ in runs[0] if all(id_ in run for run in runs[1:])]
+    return ids, np.array([[run[id_] for id_ in ids] for run in runs], dtype=np.float64)
+
+
+def score_estimate(scores: Table) -> Estimate:
+    """Mean and interval of scores in [0, 1]; the interval is never narrower than that of questions which all score the
+    same (`intervals.bootstrap`)."""
+    found, n = bootstrap_table(scores), scores.shape[1]
+    return Estimate(found.mean, min(found.low, wilson(n, n)[0]), max(found.high, wilson(0, n)[1]), found.p)
+
+
+def bootstrap_table(values: Table, *, samples: int = SAMPLES, seed: int = 0) -> Estimate:
     """Percentile bootstrap of the mean of a table [S seeds, Q questions], S and Q at least 1.
 
     Every resample draws Q questions and S seeds with replacement, a question with its column and a seed with its row:
@@ -43,14 +62,14 @@ def bootstrap_table(values: npt.NDArray[np.float64], *, samples: int = SAMPLES, 
     return Estimate(float(values.mean()), low, high, p)
 
 
-def difference_table(values: npt.NDArray[np.float64], *, samples: int = SAMPLES, seed: int = 0) -> Estimate:
+def difference_table(values: Table, *, samples: int = SAMPLES, seed: int = 0) -> Estimate:
     """The same of a table of differences in [-1, 1] between paired scores; see `judged_differences`."""
     means = _resampled_means(values, samples, seed)
     (low, high), p = judged_differences(values.mean(axis=0), means)
     return Estimate(float(values.mean()), low, high, p)
 
 
-def _resampled_means(values: npt.NDArray[np.float64], samples: int, seed: int) -> npt.NDArray[np.float64]:
+def _resampled_means(values: Table, samples: int, seed: int) -> npt.NDArray[np.float64]:
     num_seeds, num_questions = values.shape
     rng = np.random.default_rng(seed)
     means = np.empty(samples)

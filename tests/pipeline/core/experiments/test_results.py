@@ -15,7 +15,7 @@ from pipeline.core.config.loading import load_config
 from pipeline.core.errors import UserError
 from pipeline.core.experiments.page import write_page
 from pipeline.core.experiments.planned import PlannedRun, plan_runs
-from pipeline.core.experiments.results import Results, common_scores, read_results
+from pipeline.core.experiments.results import Results, read_results
 from pipeline.core.experiments.spec import Experiment, read_experiment
 from pipeline.core.experiments.tables import curve, make_table
 from tests.pipeline.experiments_support import IsRight, finish
@@ -61,12 +61,6 @@ def made(tmp_path: Path, how: Mapping[str, IsRight], **keys: Any) -> Results:
         if (is_right := how.get(run.title, how.get(run.arm.name))) is not None:
             finish(run, is_right)
     return read_results(experiment, runs)
-
-
-def test_runs_share_what_all_of_them_have() -> None:
-    ids, scores = common_scores([{"a": 0.0, "b": 1.0, "c": 0.5}, {"c": 1.0, "b": 0.0}])
-    assert ids == ["b", "c"]
-    assert scores.tolist() == [[1.0, 0.5], [0.0, 1.0]]
 
 
 def test_an_arm_is_compared_seed_by_seed_and_the_rest_is_said(tmp_path: Path) -> None:

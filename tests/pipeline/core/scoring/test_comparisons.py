@@ -7,9 +7,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.core.scoring.comparisons import bootstrap_table, difference_table, holm
+from pipeline.core.scoring.comparisons import (
+    bootstrap_table,
+    common_scores,
+    difference_table,
+    holm,
+    score_estimate,
+)
 
 P_VALUES = st.lists(st.floats(0, 1), min_size=1, max_size=8)
+
+
+def test_runs_share_what_all_of_them_have() -> None:
+    ids, scores = common_scores([{"a": 0.0, "b": 1.0, "c": 0.5}, {"c": 1.0, "b": 0.0}])
+    assert ids == ["b", "c"]
+    assert scores.tolist() == [[1.0, 0.5], [0.0, 1.0]]
+
+
+def test_scores_that_are_all_the_same_are_no_certainty() -> None:
+    none, whole = score_estimate(np.zeros((3, 20))), score_estimate(np.ones((3, 20)))
+
+    assert (none.mean, none.low) == (0.0, 0.0) and none.high == pytest.approx(0.161, abs=1e-3)
+    assert (whole.mean, whole.high) == (1.0, 1.0) and whole.low == pytest.approx(0.839, abs=1e-3)
 
 
 def test_of_one_seed_the_interval_is_that_of_the_mean_of_its_questions() -> None:
