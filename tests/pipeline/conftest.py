@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import struct
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -40,7 +43,14 @@ def folder(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 @pytest.fixture
-def run_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def environment() -> Iterator[None]:
+    """What a command sets in its environment, for engines to come, ends with the test as it would with a process."""
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.fixture
+def run_command(folder: Path, environment: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a command; Ray and real encoders are out of reach."""
 
     def expensive(*_: object, **__: object) -> None:

@@ -95,7 +95,7 @@ def test_the_best_searcher_of_a_run_is_asked(tmp_path: Path) -> None:
 
 
 def test_where_nothing_else_is_named_the_index_of_the_models_run_is_searched(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
     monkeypatch.setattr(answerer, "searchable", lambda retriever, path: opened.append(path))

@@ -215,7 +215,12 @@ def after(server: Running, served: dict[str, list[int]]) -> dict[str, list[int]]
 
 @pytest.mark.chaos
 def test_asked_and_evaluated_the_same_questions_have_the_same_token_ids(
-    after: dict[str, list[int]], world: Path, questions: dict[str, str], config: Config, tmp_path: Path
+    after: dict[str, list[int]],
+    world: Path,
+    questions: dict[str, str],
+    config: Config,
+    environment: None,
+    tmp_path: Path,
 ) -> None:
     from pipeline.commands.ask import ask
     from pipeline.commands.evaluate import evaluate_model
