@@ -63,30 +63,23 @@ $(READY): $(LOCK) pyproject.toml
 	touch $(VENV)/.incomplete
 	echo $(DEVICE) > $(VENV)/.device
 	pip=($(BIN)/python -m pip --no-input --disable-pip-version-check --no-color install --no-deps --progress-bar off)
-	# One line now and then: a person sees that it moves, a log stays short.
-	# Not awk: some hold their input back until a block of it is full.
-	steps() {
-	  n=0
-	  while IFS= read -r line; do
-	    case "$$line" in
-	      Collecting*|Processing*) n=$$((n + 1)); [ $$((n % 40)) -ne 0 ] || echo "  $$n fetched" ;;
-	      Installing*) echo "  installing them" ;;
-	    esac
-	  done
-	}
+	steps=($(BIN)/python scripts/setup_steps.py)
 	torch=$$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' $(LOCK))
 	echo "Installing $$(grep -c == $(LOCK)) packages of the $(DEVICE) set ($(LOCK)): some minutes, and some GB of disk."
 	if [ $(DEVICE) = cpu ]; then
 	  # Alone, because pip asks every index for every package: PyTorch's holds copies of others' packages.
 	  # Where that index cannot be reached, the wheel may still be elsewhere: warnings about it say nothing.
-	  if ! "$${pip[@]}" --quiet --quiet --retries 1 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) "$$torch" \
-	    2> >(grep -v '^WARNING:' >&2); then
+	  echo "First $$torch, from $(TORCH_CPU_INDEX)."
+	  if ! "$${pip[@]}" --retries 1 --timeout 10 --extra-index-url $(TORCH_CPU_INDEX) "$$torch" \
+	    2> >(grep -v '^WARNING:' >&2) | "$${steps[@]}"; then
 	    echo "$$torch was not found. It is on PyTorch's CPU index, $(TORCH_CPU_INDEX)." >&2
 	    echo "Without access to it: make setup TORCH_CPU_INDEX=URL-of-a-mirror, or PIP_FIND_LINKS=folder-with-the-wheel make setup" >&2
 	    exit 1
 	  fi
 	fi
-	"$${pip[@]}" -r $(LOCK) 2> >(grep -v '^WARNING:' >&2) | steps
+	echo "Fetching the packages of $(LOCK)."
+	"$${pip[@]}" -r $(LOCK) 2> >(grep -v '^WARNING:' >&2) | "$${steps[@]}"
+	echo "Installing exsearch itself, and looking whether torch is the one for this machine."
 	"$${pip[@]}" --quiet --no-build-isolation --editable .
 	$(BIN)/python scripts/check_torch.py $(DEVICE)
 	rm $(VENV)/.incomplete
