@@ -16,8 +16,8 @@ from pipeline.core.records import StopReason
 from pipeline.core.renderer import Renderer
 from tests.pipeline.core.agents.test_search import AGAIN as THINK_AGAIN
 from tests.pipeline.core.agents.test_search import ANSWER, QUESTION, THINK, run
-from tests.pipeline.core.data.test_cold_start import QUESTION as SUPERVISED
-from tests.pipeline.core.data.test_cold_start import synthesised
+from tests.pipeline.core.data.cold_start_support import QUESTION as SUPERVISED
+from tests.pipeline.core.data.cold_start_support import synthesised
 from tests.pipeline.core.families import ENDS_OF_TURNS, FAMILIES, FOLDED
 
 INSTRUCTIONS = "Search, then answer."

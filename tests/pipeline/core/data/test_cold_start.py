@@ -1,13 +1,8 @@
-"""Cold-start synthesis over four passages, with a word-overlap retriever and a local rewriting server."""
+"""Cold-start synthesis over four passages, with a word-overlap retriever."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,75 +11,21 @@ import pytest
 
 from pipeline.core.config import AgentConfig
 from pipeline.core.data.cold_start import (
-    ColdStartResult,
     read_trajectories,
     supervised_examples,
     synthesise,
     write_trajectories,
 )
-from pipeline.core.data.rewriter import RewriteError, Rewriter
-from pipeline.core.data.supervision import GoldStep, Unusable, best_sentence, gold_steps
 from pipeline.core.errors import UserError
 from pipeline.core.records import Hop, Question, StopReason
 from pipeline.core.renderer import Renderer
-from pipeline.core.sentences import split_sentences
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
-from retriever_service.passages.corpus import Passage
 from retriever_service.passages.hits import Hit
-
-CORPUS = {
-    "harp": Passage(
-        "harp", "Silver Harp", "The Silver Harp is a toy. It is made by Orvane. It was sold in 1990."
-    ),
-    "orvane": Passage(
-        "orvane", "Orvane", "Orvane is a company in Tal. It was founded by Mara Velin in 1984."
-    ),
-    "tal": Passage("tal", "Tal", "Tal is a city by the sea. Orvane and Brask are there."),
-    "brask": Passage("brask", "Brask", "Brask is a company. Its founder was J. Oll."),
-}
-HOPS = (
-    Hop("Which company makes the Silver Harp?", "Orvane", "The Silver Harp is made by Orvane.", "harp"),
-    Hop("Who founded Orvane?", "Mara Velin", "Orvane was founded by Mara Velin.", "orvane"),
-)
-QUESTION = Question(
-    id="q1",
-    text="Who founded the maker of the Silver Harp?",
-    answers=("Mara Velin", "M. Velin"),
-    supporting_ids=("harp", "orvane"),
-    decomposition=HOPS,
-)
-
-
-async def by_overlap(query: str, k: int) -> list[Hit]:
-    words = set(query.lower().strip("?").split())
-    scored = [Hit(p, float(len(words & set(p.text.lower().split())))) for p in CORPUS.values()]
-    return sorted(scored, key=lambda hit: -hit.score)[:k]
+from tests.pipeline.core.data.cold_start_support import CORPUS, HOPS, QUESTION, by_overlap, synthesised
 
 
 async def always_wrong(query: str, k: int) -> list[Hit]:
     return [Hit(CORPUS[id_], 1.0) for id_ in ("tal", "brask")][:k]
-
-
-def synthesised(
-    tokenizer: Any,
-    *questions: Question,
-    retrieve: Any = by_overlap,
-    seed: int = 0,
-    max_length: int = 4096,
-    rewriter: Any = None,
-    **config: Any,
-) -> tuple[ColdStartResult, Renderer]:
-    renderer = Renderer(tokenizer, AgentConfig(**{"documents": 2, **config}))
-    run = synthesise(
-        questions,
-        renderer,
-        retrieve,
-        CORPUS.get,
-        max_length=max_length,
-        seed=seed,
-        rewriter=rewriter,
-    )
-    return asyncio.run(run), renderer
 
 
 def test_a_decomposed_question_becomes_the_trajectory_of_a_perfect_agent(tokenizer: Any) -> None:
@@ -277,71 +218,6 @@ def test_special_tokens_that_evidence_quotes_stay_text(chat_tokenizer: Any) -> N
     assert "ends with <|im_end|> there" in renderer.decode(trajectory.token_ids.tolist())
 
 
-# Supervision of the public data sets.
-
-
-def steps_of(question: Question, shown: Callable[[Passage], str] = lambda p: p.text) -> list[GoldStep]:
-    return gold_steps(question, CORPUS.get, shown)
-
-
-def test_without_evidence_the_sentence_that_states_the_answer_is_taken() -> None:
-    hops = (Hop("maker of Silver Harp", "Orvane"), Hop("Who founded Orvane?", "Mara Velin"))
-    # As in MuSiQue: supporting passages in any order, not assigned to hops.
-    question = Question(
-        "q", QUESTION.text, ("Mara Velin",), supporting_ids=("orvane", "harp"), decomposition=hops
-    )
-    assert [(s.query, s.evidence, s.passage.id) for s in steps_of(question)] == [
-        ("maker of Silver Harp", "Silver Harp: It is made by Orvane.", "harp"),
-        ("Who founded Orvane?", "Orvane: It was founded by Mara Velin in 1984.", "orvane"),
-    ]
-
-
-def test_an_answer_that_no_sentence_states_is_recorded_with_its_sub_query() -> None:
-    hops = (Hop("Which sea is Tal at?", "North Sea"), Hop("depth of North Sea", "95 m"))
-    question = Question("q", "How deep?", ("95 m",), supporting_ids=("tal",), decomposition=hops)
-    assert [step.evidence for step in steps_of(question)] == [
-        "Which sea is Tal at? North Sea",
-        "depth of North Sea: 95 m",
-    ]
-
-
-def test_supporting_passages_alone_make_a_path_from_the_named_one_to_the_answer() -> None:
-    question = Question("q", QUESTION.text, ("Mara Velin",), supporting_ids=("orvane", "harp"))
-    assert [(s.query, s.evidence) for s in steps_of(question)] == [
-        ("Silver Harp", "Silver Harp: It is made by Orvane."),
-        ("Orvane", "Orvane: It was founded by Mara Velin in 1984."),
-    ]
-
-
-def test_a_single_supporting_passage_is_searched_with_the_question() -> None:
-    question = Question("q", "When was Orvane founded?", ("1984",), supporting_ids=("orvane",))
-    (step,) = steps_of(question)
-    assert (step.query, step.answer) == ("When was Orvane founded?", "1984")
-    assert step.evidence == "Orvane: It was founded by Mara Velin in 1984."
-
-
-def test_evidence_is_only_taken_from_what_the_agent_can_see() -> None:
-    question = Question("q", "When was Orvane founded?", ("1984",), supporting_ids=("orvane",))
-    (step,) = steps_of(question, lambda passage: passage.text[:27])
-    assert step.evidence == "Orvane is a company in Tal."
-
-
-def test_a_question_without_supervision_is_unusable() -> None:
-    with pytest.raises(Unusable, match="no supporting passages"):
-        steps_of(Question("q", "Who?", ("Ada",), decomposition=(Hop("Who?", "Ada"),)))
-
-
-def test_sentences_end_where_sentences_end() -> None:
-    text = 'Dr. Oll met J. Smith in St. Louis. "Why?" he asked. It was 3.5 km away, e.g. far! Yes.'
-    assert split_sentences(text) == [
-        "Dr. Oll met J. Smith in St. Louis.",
-        '"Why?" he asked.',
-        "It was 3.5 km away, e.g. far!",
-        "Yes.",
-    ]
-    assert best_sentence(Passage("p", "", ""), "", "x", "y") == ""
-
-
 # Files.
 
 
@@ -372,166 +248,3 @@ def test_files_that_hold_no_trajectories_are_refused(tmp_path: Path, tokenizer: 
     write_trajectories(tmp_path / "empty.parquet", [], renderer)
     with pytest.raises(UserError, match="holds no trajectories"):
         read_trajectories(tmp_path / "empty.parquet", renderer)
-
-
-# Rewriting.
-
-Reply = tuple[int, str]
-
-
-class ChatServer:
-    """An OpenAI-compatible endpoint on this machine: gives the (status, content) replies in turn."""
-
-    def __init__(self, replies: Sequence[Reply]) -> None:
-        self.replies = list(replies)
-        self.requests: list[dict[str, Any]] = []
-        self.running = self.most_running = 0
-        server, lock = self, threading.Lock()
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    server.requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
-                    server.running += 1
-                    server.most_running = max(server.most_running, server.running)
-                    reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
-                time.sleep(0.01)  # long enough for requests to overlap
-                content = json.dumps({"choices": [{"message": {"content": reply[1]}}]}).encode()
-                with lock:
-                    server.running -= 1
-                self.send_response(reply[0])
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-
-@pytest.fixture
-def serve() -> Iterator[Callable[..., ChatServer]]:
-    servers: list[ChatServer] = []
-
-    def start(*replies: Reply) -> ChatServer:
-        server = ChatServer(replies)
-        servers.append(server)
-        threading.Thread(target=server.http.serve_forever, daemon=True).start()
-        return server
-
-    yield start
-    for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
-
-
-BETTER = [
-    {"query": "Who makes it?", "evidence": "Orvane makes the Silver Harp."},
-    {"query": "Who began Orvane?", "evidence": "Mara Velin began Orvane."},
-]
-GOOD = (200, "Here you are: " + json.dumps(BETTER))
-
-
-def rewriting(
-    tokenizer: Any, url: str, cache: Path, *questions: Question, max_attempts: int = 3
-) -> ColdStartResult:
-    async def run() -> ColdStartResult:
-        renderer = Renderer(tokenizer, AgentConfig(documents=2))
-        rewriter = Rewriter(url, "writer", cache, concurrency=2, max_attempts=max_attempts, backoff_s=0.001)
-        async with rewriter:
-            return await synthesise(
-                questions, renderer, by_overlap, CORPUS.get, max_length=4096, seed=0, rewriter=rewriter
-            )
-
-    return asyncio.run(run())
-
-
-def test_rewritten_steps_keep_their_passages_and_are_asked_for_once(
-    tmp_path: Path, tokenizer: Any, serve: Callable[..., ChatServer], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    server = serve(GOOD)
-    cache = tmp_path / "cache.jsonl"
-    for _ in range(2):
-        (trajectory,) = rewriting(tokenizer, server.url, cache, QUESTION).trajectories
-        assert [step.query for step in trajectory.steps] == ["Who makes it?", "Who began Orvane?"]
-        assert trajectory.steps[1].record == "Mara Velin began Orvane."
-        assert "harp" in {hit.passage.id for hit in trajectory.steps[0].hits}
-    (request,) = server.requests
-    assert (request["path"], request["key"]) == ("/v1/chat/completions", "Bearer secret")
-    assert request["model"] == "writer"
-    assert "Silver Harp" in request["messages"][1]["content"]
-    assert "secret" not in cache.read_text()
-
-
-def test_a_kept_answer_that_is_damaged_is_asked_for_again(tokenizer: Any, serve: Any, tmp_path: Path) -> None:
-    server, cache = serve(GOOD), tmp_path / "cache.jsonl"
-    rewriting(tokenizer, server.url, cache, QUESTION)
-    row = json.loads(cache.read_text())
-    for content in ("[{", "[" * 200_000, 7):
-        cache.write_text(json.dumps(row | {"content": content}) + "\n")
-        asked = len(server.requests)
-        assert len(rewriting(tokenizer, server.url, cache, QUESTION).trajectories) == 1
-        assert len(server.requests) == asked + 1
-
-
-def test_a_cache_line_that_a_kill_cut_off_is_asked_for_again(
-    tmp_path: Path, tokenizer: Any, serve: Callable[..., ChatServer]
-) -> None:
-    server, cache = serve(GOOD), tmp_path / "cache.jsonl"
-    cache.write_text('{"key": "abc", "con')
-    rewriting(tokenizer, server.url, cache, QUESTION)
-    rewriting(tokenizer, server.url, cache, QUESTION)
-    assert len(server.requests) == 1
-
-
-def test_passing_failures_are_retried(
-    tmp_path: Path, tokenizer: Any, serve: Callable[..., ChatServer]
-) -> None:
-    lost_answer = [BETTER[0], {"query": "Who?", "evidence": "Somebody began Orvane."}]
-    server = serve((503, ""), (200, json.dumps(lost_answer)), GOOD)
-    assert len(rewriting(tokenizer, server.url, tmp_path / "c.jsonl", QUESTION).trajectories) == 1
-    assert len(server.requests) == 3
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["Sorry.", "[]", '[{"query": "q"}, {"query": "q"}]', json.dumps([{"query": "", "evidence": "e"}] * 2)],
-)
-def test_a_question_that_the_endpoint_cannot_rewrite_is_skipped_and_counted(
-    tmp_path: Path, tokenizer: Any, serve: Callable[..., ChatServer], content: str
-) -> None:
-    server = serve((200, content))
-    result = rewriting(tokenizer, server.url, tmp_path / "c.jsonl", QUESTION)
-    assert result.skipped == {"endpoint gave no usable rewriting": 1}
-    assert len(server.requests) == 3
-
-
-def test_an_endpoint_that_keeps_failing_ends_the_synthesis(
-    tmp_path: Path, tokenizer: Any, serve: Callable[..., ChatServer]
-) -> None:
-    failing = serve((500, ""))
-    with pytest.raises(RewriteError, match="500"):
-        rewriting(tokenizer, failing.url, tmp_path / "c.jsonl", QUESTION)
-    assert len(failing.requests) == 3
-    refusing = serve((401, ""))
-    with pytest.raises(RewriteError, match="401"):
-        rewriting(tokenizer, refusing.url, tmp_path / "c.jsonl", QUESTION)
-    assert len(refusing.requests) == 1
-    with pytest.raises(RewriteError, match="ConnectError"):
-        rewriting(tokenizer, "http://127.0.0.1:9/v1", tmp_path / "c.jsonl", QUESTION)
-
-
-def test_requests_in_flight_are_bounded(
-    tmp_path: Path, tokenizer: Any, serve: Callable[..., ChatServer]
-) -> None:
-    server = serve(GOOD)
-    questions = [
-        Question(str(n), f"{QUESTION.text} {n}", QUESTION.answers, "", 2, QUESTION.supporting_ids, HOPS)
-        for n in range(12)
-    ]
-    assert len(rewriting(tokenizer, server.url, tmp_path / "c.jsonl", *questions).trajectories) == 12
-    assert server.most_running <= 2

@@ -7,113 +7,35 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from actors.learner_files import replace_directory
 from pipeline.commands.status import in_words
-from pipeline.core.config import Config, StorageConfig
 from pipeline.core.errors import UserError
 from pipeline.core.mirror import mirror as module
 from pipeline.core.mirror.manifest import read_manifest
-from pipeline.core.mirror.mirror import Mirror
-from pipeline.core.mirror.restore import AT_ONCE, restore
+from pipeline.core.mirror.restore import AT_ONCE
 from pipeline.core.mirror.scan import complete_files
 from pipeline.core.mirror.store import Store, StoreError
-from pipeline.core.run import RunDirectory, write_atomically, write_json
+from pipeline.core.run import write_atomically, write_json
 from pipeline.core.status import run_status, status_of
-from pipeline.opening import _opened
-
-LARGE = bytes(range(256)) * 8192
-"""More than is read at once."""
-NOT_COPIED = {"lock", "mirror.json"}
+from tests.pipeline.core.mirror.support import (
+    LARGE,
+    Process,
+    checkpoint,
+    contents,
+    copied,
+    do_work,
+    until,
+)
 
 
 class Killed(BaseException):
     """Stands in for the end of the process: nothing in the program catches it."""
-
-
-@pytest.fixture(autouse=True)
-def _quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PERIOD_S", 0.05)
-    monkeypatch.setattr(module, "MOST_PAUSE_S", 0.05)
-    monkeypatch.setattr("pipeline.core.mirror.lease.LEASE_S", 0.3)
-    monkeypatch.setattr("pipeline.core.mirror.lease.POLL_S", 0.05)
-
-
-def config(url: str) -> Config:
-    return Config(storage=StorageConfig(url=url))
-
-
-class Process:
-    """One start of a command on a run directory; `end` or `die` as processes do."""
-
-    def __init__(self, path: Path, url: str) -> None:
-        self.mirror = Mirror(path, url)
-        self.files = RunDirectory(path, config(url), fill=self.mirror.begin)
-        self.mirror.__enter__()
-
-    def end(self) -> None:
-        self.mirror.__exit__(None)
-        self.files.__exit__()
-
-    def die(self) -> None:
-        self.mirror._stop.set()
-        self.mirror._is_left.set()
-        self.mirror._thread.join(10)
-        self.files.__exit__()
-
-
-def do_work(run: RunDirectory, t: int) -> None:
-    """An iteration, as its files."""
-    write_atomically(run.at(f"{t}/rollouts/000000.parquet"), f"shard {t}")
-    write_json(run.at(f"{t}/rollouts/_000000.json"), {"tasks": []})
-    run.once(f"{t}/sample", dict)
-    replace_directory(run.at(f"{t}/searcher/model"), partial(write_model, t))
-    checkpoint(run, t, "a")
-    run.once(f"{t}/searcher/train", dict)
-    write_atomically(run.path / "report.json", json.dumps({"iterations": t}))
-
-
-def write_model(t: int, directory: Path) -> None:
-    (directory / "model.safetensors").write_bytes(LARGE + str(t).encode())
-    (directory / "config.json").write_text("{}")
-
-
-def checkpoint(run: RunDirectory, t: int, slot: str) -> None:
-    write_atomically(run.at(f"{t}/searcher/learner/{slot}/rank_0.pt"), f"state {t} {slot}")
-    write_json(run.at(f"{t}/searcher/learner/checkpoint.json"), {"slot": slot, "before": None})
-
-
-def contents(run: Path) -> dict[str, bytes]:
-    """All files but hidden ones and those that stay where they are."""
-    names = (path.relative_to(run) for path in run.rglob("*") if path.is_file())
-    return {
-        str(name): (run / name).read_bytes()
-        for name in names
-        if str(name) not in NOT_COPIED and not any(part.startswith(".") for part in name.parts)
-    }
-
-
-def copied(url: str) -> dict[str, bytes]:
-    """The files of the copy, as its manifest has them."""
-    store = Store(url)
-    manifest = read_manifest(store)
-    return {name: store.read(entry.key) or b"" for name, entry in manifest.files.items()} if manifest else {}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 # ---------------------------------------------------------------- there and back
@@ -409,7 +331,7 @@ import sys, time
 from pathlib import Path
 from pipeline.core.mirror import mirror
 from pipeline.core.mirror.store import Store
-from tests.pipeline.core.mirror.test_mirror import Process, do_work
+from tests.pipeline.core.mirror.support import Process, do_work
 mirror.CUT_OFF_S, mirror.PERIOD_S = 1.0, 0.05
 Store.upload = lambda self, path, name: print("hangs", flush=True) or time.sleep(1000)
 process = Process(Path(sys.argv[1]), sys.argv[2])
@@ -432,95 +354,6 @@ def test_a_store_that_does_not_answer_keeps_no_process_that_was_stopped(tmp_path
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.endswith("ends\n") and 0 < ended.stdout.count("hangs") < 20
     assert "is not whole" in ended.stderr and "an upload did not end within 1 s" in ended.stderr
-
-
-# ---------------------------------------------------------------- two processes
-
-
-def test_two_processes_do_not_write_to_one_url(
-    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "BEAT_S", 0.05)
-    first = Process(tmp_path / "here", url)
-    with pytest.raises(
-        UserError, match=r"belongs to another process .*wait for it, or choose another storage\.url"
-    ):
-        Process(tmp_path / "there", url)
-    first.end()
-
-
-def test_what_a_killed_process_left_is_taken_over(
-    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = Process(tmp_path / "here", url)
-    until(lambda: bool(copied(url)))
-    first.die()
-    with monkeypatch.context() as patched:
-        patched.setattr("pipeline.core.mirror.lease.LEASE_S", 1000.0)
-        again = Process(tmp_path / "here", url)  # by the same directory at once
-    again.die()
-    Process(tmp_path / "there", url).end()  # by another one when it gives no sign of life
-    assert contents(tmp_path / "there") == contents(tmp_path / "here")
-
-
-def test_a_process_that_restores_for_long_keeps_the_url(
-    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "BEAT_S", 0.05)
-    first = Process(tmp_path / "gone", url)
-    do_work(first.files, 0)
-    first.end()
-    began, goes_on = threading.Event(), threading.Event()
-
-    def long(*arguments: Any) -> Any:
-        began.set()
-        goes_on.wait(20)
-        return restore(*arguments)
-
-    monkeypatch.setattr(module, "restore", long)
-    with ThreadPoolExecutor(1) as thread:
-        restoring = thread.submit(Process, tmp_path / "here", url)
-        assert began.wait(20)
-        with pytest.raises(UserError, match="belongs to another process"):
-            Process(tmp_path / "there", url)
-        goes_on.set()
-        restoring.result().end()
-    assert contents(tmp_path / "here") == contents(tmp_path / "gone")
-
-
-def test_a_process_that_is_refused_leaves_the_url_to_others(tmp_path: Path, url: str) -> None:
-    Process(tmp_path / "here", url).end()
-    Process(tmp_path / "there", url).end()
-    with pytest.raises(UserError, match="went on in another directory"):
-        Process(tmp_path / "here", url)
-    assert Store(url).read("lease.json") is None
-
-
-def test_a_process_that_is_refused_for_its_configuration_does_so_too(tmp_path: Path, url: str) -> None:
-    first = Process(tmp_path / "here", url)
-    do_work(first.files, 0)
-    first.end()
-    other = Config(storage=StorageConfig(url=url), seed=1)
-    with (
-        pytest.raises(UserError, match="another configuration"),
-        _opened(tmp_path / "new", other, Mirror(tmp_path / "new", url)),
-    ):
-        pass
-    assert Store(url).read("lease.json") is None
-
-
-def test_a_process_that_was_taken_for_dead_does_not_write_any_more(tmp_path: Path, url: str) -> None:
-    first = Process(tmp_path / "here", url)
-    until(lambda: bool(copied(url)))
-    second = Process(tmp_path / "there", url)
-    do_work(second.files, 0)
-    second.end()
-    whole = copied(url)
-    do_work(first.files, 5)
-    with pytest.raises(UserError, match="taken over by another process"):
-        first.end()
-    first.files.__exit__()
-    assert copied(url) == whole
 
 
 # ---------------------------------------------------------------- seen from elsewhere
