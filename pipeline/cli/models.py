@@ -76,7 +76,7 @@ def ask(
         assert run is not None  # else its settings would have been missed
         model = best_model(run, loaded)
     display.line(settings_line(model, config or own))
-    run_ask(question, questions, model, index, loaded, display, typer.echo, json_lines=as_json)
+    run_ask(question, questions, model, index, loaded, display, typer.echo, run=run, json_lines=as_json)
 
 
 @app.command()

@@ -118,9 +118,13 @@ def best_model(run: Path, config: Config) -> str:
     """The searcher at the run's best iteration; what the run starts from where that is best.
 
     Raises:
-        UserError: the run trains other models than a searcher.
+        UserError: the run trains other models than a searcher, or has trained none yet.
     """
     files = RunFiles(run)
+    if not files.trained():
+        raise UserError(
+            f"{run} has trained no model yet; go on with it, or name what it starts from: --model {config.model.path}"
+        )
     found = models_of(files, best_iteration(files, config.of_recipe))
     if found and SEARCHER not in found:
         raise UserError(

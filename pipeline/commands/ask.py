@@ -23,7 +23,7 @@ from pipeline.core.errors import RunError, UserError
 from pipeline.core.policies import Snapshot
 from pipeline.core.records import StopReason, Trajectory, step_as_json
 from pipeline.core.run import Json
-from retriever_service.interrupts import received, run
+from retriever_service import interrupts
 from retriever_service.passages.evaluation import read_queries
 
 AHEAD = 4
@@ -51,6 +51,7 @@ def ask(
     display: Display,
     say: Say,
     *,
+    run: Path | None = None,
     json_lines: bool = False,
 ) -> None:
     """Answer one question, those of a file, or each line of standard input.
@@ -59,6 +60,7 @@ def ask(
         questions: a file (`read_queries`), in place of `question`.
         index: None for the retriever of the configuration, or the index of the run that the model belongs to.
         config: its `agent` section says how to search; the model should have been trained with the same.
+        run: of whose iterations this model is the best; None: the one that the model's path says, if any.
         say: told lines for a person to read; with `json_lines` an object per question.
 
     Raises:
@@ -71,7 +73,7 @@ def ask(
     # A person's questions are not worth the graphs that a GPU's engine may compile.
     rollout = config.rollout if texts is not None else config.rollout.with_one(enforce_eager=True)
     config = config.model_copy(update={"rollout": rollout})
-    agent = agent_of(Snapshot(0, model), run_of(model), index, config, display)
+    agent = agent_of(Snapshot(0, model), run or run_of(model), index, config, display)
 
     async def main() -> None:
         async with started(agent, display) as at_once:
@@ -92,7 +94,7 @@ def ask(
             else:
                 await _converse(agent, display, say, json_lines)
 
-    run(main())
+    interrupts.run(main())
 
 
 @asynccontextmanager
@@ -111,7 +113,7 @@ async def started(agent: AnsweringAgent, display: Display) -> AsyncIterator[int]
                 raise RunError(str(error)) from error
             except asyncio.CancelledError:
                 # An engine that is starting cannot be ended, but with the process.
-                interrupt = received()
+                interrupt = interrupts.received()
                 display.error(f"interrupted by {interrupt.name}")
                 os._exit(interrupt.exit_code)
         yield at_once

@@ -94,6 +94,14 @@ def test_the_best_searcher_of_a_run_is_asked(tmp_path: Path) -> None:
         best_model(other, load(other / "config.yaml"))
 
 
+def test_a_run_that_has_trained_nothing_is_not_asked_as_if_it_had(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", "model.path=a/base", steps=())
+    with pytest.raises(
+        UserError, match="has trained no model yet; go on with it, or name what it starts from"
+    ):
+        best_model(run, load(run / "config.yaml"))
+
+
 def test_where_nothing_else_is_named_the_index_of_the_models_run_is_searched(
     tmp_path: Path, environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
