@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from pipeline.core.errors import UserError
-from pipeline.core.models import write_checksums
+from pipeline.core.models import CHECKSUMS, write_checksums
 from retriever_service import files
 from retriever_service.errors import RetrieverError
 from retriever_service.files import json_object
@@ -133,6 +133,9 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         write(temporary)
         write_checksums(temporary)
+        # safetensors lets the owner alone read its files; a model is served by others, too.
+        for weights in temporary.rglob("*.safetensors"):
+            weights.chmod((temporary / CHECKSUMS).stat().st_mode)
         for file in temporary.rglob("*"):
             files.fsync(file)
         if path.exists():

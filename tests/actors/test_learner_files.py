@@ -119,6 +119,8 @@ def test_a_model_directory_has_the_tokenizer_of_its_source_and_replaces_an_older
         "vocab.json",
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "source"]
+    # Who may read one of them may read all.
+    assert len({p.stat().st_mode for p in path.iterdir()}) == 1
 
 
 @pytest.mark.parametrize("error", [SafetensorError("I/O error"), OSError(28, "No space left on device")])
