@@ -193,6 +193,7 @@ def _engine_args(options: EngineOptions) -> AsyncEngineArgs:
         seed=options.seed,
         enforce_eager=options.enforce_eager,
         enable_prefix_caching=True,
+        use_tqdm_on_load=False,
         logprobs_mode="processed_logprobs" if options.record_proposal else "raw_logprobs",
         disable_log_stats=True,
         weight_transfer_config={"backend": backend_name(options.weight_transport)},

@@ -6,10 +6,15 @@ class here before it gets to what it is to run.
 
 from __future__ import annotations
 
+import logging
+import os
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import TYPE_CHECKING
 
 from retriever_service.imports import quick_imports
+
+# What it says while it is imported comes before it reads the level itself.
+logging.getLogger("vllm").setLevel(os.environ.get("VLLM_LOGGING_LEVEL", "INFO").upper())
 
 with quick_imports():
     import vllm.v1.engine.utils

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from retriever_service.building.belonging import compare, draw
 from retriever_service.building.ready_index import ReadyIndex
-from retriever_service.encoding.encoder import Encoder, EncoderSpec, TextEncoder, Vectors
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, OnRows, TextEncoder, Vectors
 from retriever_service.passages.corpus import Corpus, Passage, read_corpus, write_passages
 
 RIGHT = EncoderSpec(
@@ -81,7 +81,9 @@ class _Once(Encoder):
     def __init__(self, encoder: Encoder) -> None:
         self.spec, self._encoder, self._vectors = encoder.spec, encoder, list[Vectors]()
 
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]:
         if not self._vectors:
             self._vectors = list(self._encoder.encode_passages(passages))
         return iter(self._vectors)

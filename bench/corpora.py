@@ -33,7 +33,7 @@ from pipeline.core.data.world.writer import write_world
 from pipeline.core.retrieval import encoder_spec
 from retriever_service.building.build import build_index
 from retriever_service.building.calibration import clustered_vectors
-from retriever_service.encoding.encoder import Encoder, EncoderSpec, Vectors
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, OnRows, Vectors
 from retriever_service.index.store import MANIFEST_FILE
 from retriever_service.passages.corpus import Passage
 
@@ -56,7 +56,9 @@ class AskedAboutAlone:
     def encode_queries(self, queries: Sequence[str]) -> Vectors:
         return self._encoder.encode_queries(queries)
 
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]:
         remaining = iter(passages)
         while chunk := list(islice(remaining, CHUNK)):
             real = [passage for passage in chunk if not passage.id.startswith(MADE)]

@@ -23,8 +23,8 @@ from rich.console import Console
 from bench.measure import HEADER, Ratio, in_turn, print_table
 from pipeline.core.data.world.writer import write_world
 from retriever_service.encoding.encode import encode_corpus
-from retriever_service.encoding.encode_workers import EncoderProcesses, OnRows
-from retriever_service.encoding.encoder import Encoder, EncoderSpec, TextEncoder
+from retriever_service.encoding.encode_workers import EncoderProcesses
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, OnRows, TextEncoder
 from retriever_service.passages.corpus import Passage, passage_text, read_corpus
 from retriever_service.passages.evaluation import evaluate_run, read_qrels, read_queries
 
@@ -86,8 +86,8 @@ def measure(way: Way, passages: Sequence[Passage]) -> Ratio:
 
 
 def _encode(passages: Sequence[Passage], encoder: TextEncoder, on_rows: OnRows) -> None:
-    for vectors in encoder.encode_passages(passages):
-        on_rows(len(vectors))
+    for _ in encoder.encode_passages(passages, on_rows):
+        pass
 
 
 @contextmanager

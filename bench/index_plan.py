@@ -29,7 +29,7 @@ from retriever_service.building.build import build_from_vectors
 from retriever_service.building.calibration import calibrate, clustered_vectors
 from retriever_service.building.planner import Plan, plan_index
 from retriever_service.encoding.encode import encode_corpus
-from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.encoder import EncoderSpec, OnRows, Vectors
 from retriever_service.encoding.vectors import VectorStore
 from retriever_service.index.store import open_index
 from retriever_service.passages.corpus import Passage
@@ -69,7 +69,9 @@ class NumberedVectors:
     def encode_queries(self, queries: Sequence[str]) -> Vectors:
         return np.concatenate(list(self.encode_passages(Passage(query, "", query) for query in queries)))
 
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]:
         number, block = -1, np.empty((0, self.dimension), dtype=np.float32)
         for passage in passages:
             row = int(passage.text)

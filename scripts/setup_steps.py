@@ -37,19 +37,20 @@ class Steps:
     def saw(self, line: str) -> None:
         """The next line."""
         if match := _NEXT.match(line):
-            self._found, self._at = self._found + 1, match[1]
+            self._found, self._at = self._found + 1, unquote(match[1].rpartition("/")[2])
         elif (match := _DOWNLOAD.match(line)) and float(match[2]) >= LARGE_MB:
             self._say(f"  downloading {unquote(match[1].rpartition('/')[2])} ({match[2]} MB)")
         elif line.startswith(_INSTALLING):
             self._installing = line.count(",") + 1
             self._say(f"  all are here; installing {self._installing}")
 
-    def tell(self) -> None:
-        """Where it is now."""
+    def tell(self, seconds: float) -> None:
+        """Where it is now, so long after the begin. One package may take longer than the time between two lines."""
+        after = f"after {seconds:.0f} s"
         if self._installing:
-            self._say(f"  {self._installed()} of {self._installing} installed")
+            self._say(f"  {self._installed()} of {self._installing} installed {after}")
         elif self._found:
-            self._say(f"  {self._found} looked at, now {self._at}")
+            self._say(f"  {self._found} looked at {after}, now {self._at}")
 
 
 def _installed_since(begin: float) -> int:
@@ -65,7 +66,7 @@ def main() -> None:
 
     def keep_telling() -> None:
         while not ended.wait(EVERY_S):
-            steps.tell()
+            steps.tell(time.time() - begin)
 
     teller = threading.Thread(target=keep_telling)
     teller.start()

@@ -11,7 +11,7 @@ import numpy as np
 
 from bench.odd_files.readers import PASSAGES, QUESTIONS, Reader, lines
 from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory
-from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.encoder import EncoderSpec, OnRows, Vectors
 from retriever_service.passages.corpus import Passage
 
 TASKS = [Question(row["id"], row["question"], tuple(row["answers"])) for row in QUESTIONS]
@@ -245,7 +245,9 @@ class Letters:
         unit: Vectors = vectors / np.sqrt((vectors**2).sum(axis=1, keepdims=True))
         return unit
 
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]:
         for passage in passages:
             yield self.encode_queries([passage.text])
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import AsJson, ConfigFile, Overrides, data_app, new_display
+from pipeline.cli.options import AsJson, ConfigFile, Overrides, data_app, loading
 from retriever_service.cli import app as index_app
 from retriever_service.console import (
     CorpusSources,
@@ -29,12 +29,13 @@ def check_data(config: ConfigFile = None, overrides: Overrides = None, as_json: 
 
     Example: exsearch data check data.train=train.jsonl data.dev=dev.jsonl data.corpus=corpus.jsonl
     """
-    from rich.console import Console
+    with loading() as display:
+        from rich.console import Console
 
-    from pipeline.commands import data
-    from pipeline.methods import load
+        from pipeline.commands import data
+        from pipeline.methods import load
 
-    found = data.check_data(load(config, overrides or []), new_display())
+    found = data.check_data(load(config, overrides or []), display)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))
     else:
@@ -63,9 +64,10 @@ def fetch_data(
 
     Example: exsearch data fetch hotpotqa --out data/hotpotqa
     """
-    from pipeline.commands.data import fetch
+    with loading() as display:
+        from pipeline.commands.data import fetch
 
-    typer.echo(json.dumps(fetch(name, out, source, new_display()), ensure_ascii=False))
+    typer.echo(json.dumps(fetch(name, out, source, display), ensure_ascii=False))
 
 
 @index_app.command("encode-with-ray")
@@ -89,9 +91,9 @@ def encode_with_ray(
 
     Example: exsearch index encode-with-ray --corpus wiki.jsonl --encoder intfloat/e5-base-v2 --out wiki-vectors
     """
-    from pipeline.commands.encode import encode_on_cluster
+    with loading() as display:
+        from pipeline.commands.encode import encode_on_cluster
 
-    display = new_display()
     spec = encoder_spec(encoder, query_prefix, passage_prefix, max_tokens, encoder_dtype)
     store = encode_on_cluster(corpus, out, spec, display, num_actors=actors, store_dtype=dtype)
     display.line(f"{out}: {store.manifest.count:,} passages, {store.manifest.dimension} dimensions, {dtype}")

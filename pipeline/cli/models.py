@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import AllowedHosts, AsJson, ConfigFile, Overrides, app, new_display
-from retriever_service.imports import quick_imports
+from pipeline.cli.options import AllowedHosts, AsJson, ConfigFile, Overrides, app, loading
 
 Index = Annotated[
     Path | None,
@@ -56,11 +55,11 @@ def ask(
 
     Example, of a question in each line: exsearch ask --model models/searcher --index runs/demo/index < lines.txt
     """
-    with quick_imports(without=()):
+    with loading() as display:
         from pipeline.commands.answerer import best_model, settings_line, settings_of
         from pipeline.commands.ask import ask as run_ask
-    from pipeline.core.config.loading import is_override
-    from pipeline.methods import load
+        from pipeline.core.config.loading import is_override
+        from pipeline.methods import load
 
     # The question may stand before or behind the keys.
     words = [word for word in (question, *(overrides or [])) if word is not None]
@@ -71,7 +70,7 @@ def ask(
     else:
         question, overrides = None, words
     own = settings_of(model, run)
-    loaded, display = load(config or own, [*overrides, *retriever_keys(url)]), new_display()
+    loaded = load(config or own, [*overrides, *retriever_keys(url)])
     if model is None:
         assert run is not None  # else its settings would have been missed
         model = best_model(run, loaded)
@@ -139,11 +138,11 @@ def serve(
 
     Example: exsearch serve --mcp --model MODEL --url http://127.0.0.1:8000
     """
-    with quick_imports(without=()):
+    with loading() as display:
         from pipeline.commands.answerer import settings_line, settings_of
         from pipeline.commands.serve import serve as run_serve
-    from pipeline.methods import load
-    from pipeline.serve.settings import ServeSettings, read_token
+        from pipeline.methods import load
+        from pipeline.serve.settings import ServeSettings, read_token
 
     settings = ServeSettings(
         host=host,
@@ -160,7 +159,7 @@ def serve(
         follow_s=follow_every,
     )
     own = settings_of(model, follow, "--follow")
-    loaded, display = load(config or own, [*(overrides or []), *retriever_keys(url)]), new_display()
+    loaded = load(config or own, [*(overrides or []), *retriever_keys(url)])
     display.line(settings_line(model or str(follow), config or own))
     run_serve(model, follow, index, loaded, settings, as_tools=mcp, display=display)
 
@@ -187,7 +186,7 @@ def export(
 
     Example: exsearch export runs/demo --out models/searcher && exsearch ask --model models/searcher --index INDEX
     """
-    with quick_imports(without=()):
+    with loading() as display:
         from pipeline.commands.export import export_model
 
-    export_model(run, out, iteration, policy, push, public, new_display())
+    export_model(run, out, iteration, policy, push, public, display)

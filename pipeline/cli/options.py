@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,7 @@ from pipeline.core.errors import RunError, UserError
 from retriever_service.cli import app as index_app
 from retriever_service.console import Commands
 from retriever_service.errors import RetrieverError
+from retriever_service.imports import quick_imports
 
 if TYPE_CHECKING:
     from pipeline.core.display import Display
@@ -73,3 +76,12 @@ def new_display() -> Display:
     from pipeline.core.display import Display
 
     return Display()
+
+
+@contextmanager
+def loading(without: Sequence[str] = ()) -> Iterator[Display]:
+    """Around a command's imports, which take seconds, and on a machine with other work much longer: `quick_imports`,
+    shown on the display of the command."""
+    display = new_display()
+    with display.waiting("loading libraries"), quick_imports(without):
+        yield display

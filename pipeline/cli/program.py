@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.options import AsJson, ConfigFile, Overrides, app
-from retriever_service.imports import quick_imports
+from pipeline.cli.options import AsJson, ConfigFile, Overrides, app, loading
 
 
 def _print_version(wanted: bool) -> None:
@@ -35,7 +34,7 @@ def doctor(as_json: AsJson = False) -> None:
 
     Example: exsearch doctor --json
     """
-    with quick_imports(without=()):
+    with loading():
         from pipeline.commands.doctor import doctor as look
         from pipeline.commands.doctor import in_words
 

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import AllowedHosts, AsJson, ConfigFile, Overrides, app, new_display
-from retriever_service.imports import quick_imports
+from pipeline.cli.options import AllowedHosts, AsJson, ConfigFile, Overrides, app, loading, new_display
 
 
 @app.command()
@@ -45,14 +44,14 @@ def view(
 
     Example: exsearch view runs/demo
     """
-    with quick_imports():
+    with loading() as display:
         from pipeline.commands.view import export_view
         from pipeline.commands.view import view as serve_view
 
     if out is not None:
-        export_view(runs, out, new_display())
+        export_view(runs, out, display)
     else:
-        serve_view(runs, host, port, allowed_host or [], new_display())
+        serve_view(runs, host, port, allowed_host or [], display)
 
 
 @app.command()
@@ -68,10 +67,10 @@ def plot(
 
     Example: exsearch plot runs/demo runs/demo-uniform --format pdf
     """
-    with quick_imports():
+    with loading() as display:
         from pipeline.commands.plot import plot as write_plots
 
-    write_plots(runs, out, form, metric, new_display())
+    write_plots(runs, out, form, metric, display)
 
 
 @app.command()
@@ -107,16 +106,16 @@ def evaluate(
 
     Example, of the predictions of any program: exsearch evaluate --protocol hotpotqa --predictions FILE --gold FILE
     """
-    display = new_display()
     keys = [*(overrides or []), *([] if protocol is None else [f"evaluation.protocol={protocol}"])]
     if predictions is not None or gold:
         from pipeline.commands.predictions import evaluate_predictions
 
+        display = new_display()
         scores = evaluate_predictions(
             predictions, gold or [], keys, of_a_model=(config, run, model), out=out, display=display
         )
     else:
-        with quick_imports(without=()):
+        with loading() as display:
             from pipeline.commands.evaluate import evaluate_model
 
         scores = evaluate_model(config, keys, run=run, model=model, split=split, out=out, display=display)

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.options import AsJson, ConfigFile, Overrides, RunOption, app, new_display
+from pipeline.cli.options import AsJson, ConfigFile, Overrides, RunOption, app, loading
 from pipeline.core.plan.machine import GPU_MEMORY_GIB
-from retriever_service.imports import quick_imports
 
 
 @app.command()
@@ -26,14 +25,15 @@ def train(
 
     Example: exsearch train --config configs/real-cpu.yaml --run runs/real data.root=DIR em.iterations=2
     """
-    with quick_imports(without=()):
+    with loading() as display:
         from pipeline import methods
+        from pipeline.commands.next_steps import next_steps
 
-    display = new_display()
     path = run or Path("runs") / ("-".join(file.stem for file in config) if config else "default")
     settings = [*(overrides or []), *(["tracking.profile=true"] if profile else [])]
     display.outcome(methods.train(methods.load(config, settings), path, display))
     display.line(f"report: {path / 'report.json'}")
+    display.line(next_steps(path, "a question"))
 
 
 @app.command()
@@ -60,12 +60,13 @@ def plan(
 
     Example: exsearch plan --config configs/qwen2.5-7b-8gpu.yaml --gpus 8
     """
-    from rich.console import Console
+    with loading():
+        from rich.console import Console
 
-    from pipeline.commands.plan import make_plan, print_plan
-    from pipeline.core.plan.assumptions import read_assumptions
-    from pipeline.core.plan.machine import gpu_nodes
-    from pipeline.methods import load
+        from pipeline.commands.plan import make_plan, print_plan
+        from pipeline.core.plan.assumptions import read_assumptions
+        from pipeline.core.plan.machine import gpu_nodes
+        from pipeline.methods import load
 
     machines = None if gpus is None else gpu_nodes(nodes, gpus, gpu_memory_gib, memory_gib)
     made = make_plan(load(config, overrides or []), machines, read_assumptions(assume or []))
@@ -87,10 +88,9 @@ def demo(
 
     Example: exsearch demo --run runs/demo-uniform weighting=uniform
     """
-    with quick_imports(without=()):
+    with loading() as display:
         from pipeline.commands.demo import run_demo
 
-    display = new_display()
     run_demo(run, overrides or [], display)
 
 
@@ -139,7 +139,7 @@ def experiment(
 
     Example: exsearch experiment weightings --dry-run
     """
-    with quick_imports(without=()):
+    with loading() as display:
         from pipeline.commands.experiment import run_experiment
 
     run_experiment(
@@ -150,7 +150,7 @@ def experiment(
         seeds=seed or (),
         dry_run=dry_run,
         table=table,
-        display=new_display(),
+        display=display,
     )
 
 
@@ -166,9 +166,10 @@ def world(
 
     Example: exsearch world --out runs/world --seed 1
     """
-    from pipeline.commands.demo import make_world
+    with loading() as display:
+        from pipeline.commands.demo import make_world
 
-    summary = make_world(out, seed, size, new_display())
+    summary = make_world(out, seed, size, display)
     typer.echo(json.dumps(summary))
 
 
@@ -182,7 +183,8 @@ def cold_start(
 
     Example: exsearch cold-start --config configs/demo.yaml --out cold_start.parquet data.root=runs/world
     """
-    from pipeline.commands.cold_start import write_cold_start
-    from pipeline.methods import load
+    with loading() as display:
+        from pipeline.commands.cold_start import write_cold_start
+        from pipeline.methods import load
 
-    typer.echo(json.dumps(write_cold_start(load(config, overrides or []), out, new_display())))
+    typer.echo(json.dumps(write_cold_start(load(config, overrides or []), out, display)))

@@ -39,6 +39,7 @@ def agent_of(
     # Read by vLLM when it is imported. Its own lines are many, its warnings of our settings, and go to standard output.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else where the memory lies, of every start
     # Nothing to those who ask: what its libraries will change one day, here and in the engine's process, and that this
     # one is killed in the end, with a semaphore that is then cleared away.
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import sys
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +11,7 @@ from pathlib import Path
 from actors.planning import check_memory
 from actors.session import count_devices, ray_session
 from pipeline import methods
-from pipeline.core.agents.search import SEARCHER
+from pipeline.commands.next_steps import next_steps
 from pipeline.core.config import Config
 from pipeline.core.config.loading import load_config
 from pipeline.core.data.world.writer import write_world
@@ -41,24 +39,11 @@ def run_demo(run: Path, overrides: Sequence[str], display: Display) -> Json:
         make_world(world, seed=config.data.sample_seed(0), size="small", display=display)
         outcome = train(config, run, display)
     display.outcome(outcome)
-    report = outcome.report
-    best = run / "iterations" / f"{report['best_iteration']:04d}" / SEARCHER / "model"
     question = json.loads((world / "test.jsonl").read_text(encoding="utf-8").splitlines()[0])["question"]
-    display.line(
-        f"""
-Next:
-  {command("exsearch")} ask --model {best} --index {run / "index"} "{question}"
-  {command("exsearch")} evaluate --run {run} --split test
-  {command("exsearch")} demo --run {run}-posterior weighting=posterior
-  {command("tensorboard")} --logdir {run}
-The figures are in {run / "report.json"}; docs/quickstart.md goes on from here."""
-    )
-    return report
-
-
-def command(name: str) -> str:
-    """How a program of this environment is called from the shell that we were called from."""
-    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))
+    changed = shlex.quote(f"{run}-posterior")
+    display.line(next_steps(run, question, [f"demo --run {changed} weighting=posterior"]))
+    display.line(f"The figures are in {run / 'report.json'}; docs/quickstart.md goes on from here.")
+    return outcome.report
 
 
 def demo_config(world: Path, overrides: Sequence[str], devices: int = 1) -> Config:

@@ -141,6 +141,12 @@ def _work(plan: RunPlan, console: Console) -> None:
     for phase in plan.phases:
         table.add_row(phase.name, str(phase.times), f"{phase.tokens:,.0f}", _time(phase.seconds))
     console.print(table)
+    console.print(
+        "The time is a guess, and rather too long: copies of a trajectory are trained as one, those without weight not "
+        "at all. Other work on the same devices comes on top.",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _table(title: str, columns: Iterable[str]) -> Table:

@@ -20,7 +20,7 @@ def in_words(status: Json) -> Iterator[str]:
     if status["phase"]:
         yield _phase(status["phase"])
     left = f", about {_time(status['seconds_left'])} left" if status["seconds_left"] is not None else ""
-    yield f"iterations: {iterations['finished']} of {iterations['of']}{left}"
+    yield f"iterations finished: {iterations['finished']} of {iterations['of']}{left}"
     for name, seconds in status["steps"].items():
         yield f"  {name}" + (f": {_time(seconds)}" if seconds is not None else "")
     if status["dev"]:

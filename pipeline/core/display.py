@@ -109,6 +109,12 @@ class Display:
             yield
 
     @contextmanager
+    def waiting(self, description: str) -> Iterator[None]:
+        """A spinner while the block runs, of which nothing stays."""
+        with self._bar(description, None, None):
+            yield
+
+    @contextmanager
     def changing(self, description: str) -> Iterator[Callable[[str], None]]:
         """As `status`; what it gives shows further words behind the description."""
         with self._shown(description, None, None) as (bars, task):
@@ -118,8 +124,17 @@ class Display:
     def _shown(
         self, description: str, total: int | None, unit: str | None, done: int = 0
     ) -> Iterator[tuple[Progress, TaskID]]:
-        """A line among those of all that goes on: blocks may overlap in any order."""
+        """As `_bar`; afterwards one line with how long it took."""
         start = time.perf_counter()
+        with self._bar(description, total, unit, done) as shown:
+            yield shown
+        self.line(f"{description}: {time.perf_counter() - start:.1f} s")
+
+    @contextmanager
+    def _bar(
+        self, description: str, total: int | None, unit: str | None, done: int = 0
+    ) -> Iterator[tuple[Progress, TaskID]]:
+        """A line among those of all that goes on: blocks may overlap in any order."""
         if self._bars is None:
             counted = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[unit]}"))
             self._bars = Bars(
@@ -140,7 +155,6 @@ class Display:
             if not bars.tasks:
                 bars.stop()
                 self._bars = None
-        self.line(f"{description}: {time.perf_counter() - start:.1f} s")
 
     @contextmanager
     def _told(self, description: str, total: int | None, unit: str | None, done: int = 0) -> Iterator[Move]:
@@ -204,7 +218,7 @@ class Display:
         report = outcome.report
         rows = [(str(row["iteration"]), row) for row in report["iterations"]]
         rows = [*([outcome.start] if outcome.start is not None else []), *rows]
-        self._iterations(f"run {report['run']}: iterations", outcome.columns, rows, report["best_iteration"])
+        self._iterations(f"iterations of {report['run']}", outcome.columns, rows, report["best_iteration"])
         if any(_cell(row, column) for _, row in rows for column in outcome.details):
             self._iterations(outcome.details_title, outcome.details, rows, report["best_iteration"])
         # Not as the table's caption: rich drops a letter where it wraps one.

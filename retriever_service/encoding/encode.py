@@ -30,8 +30,8 @@ from retriever_service.encoding.encode_job import (
     open_job,
     pending_shards,
 )
-from retriever_service.encoding.encode_workers import EncoderHere, EncoderProcesses, Encoders, OnRows, Task
-from retriever_service.encoding.encoder import Encoder, EncoderSpec, LoadEncoder, TextEncoder
+from retriever_service.encoding.encode_workers import EncoderHere, EncoderProcesses, Encoders, Task
+from retriever_service.encoding.encoder import Encoder, EncoderSpec, LoadEncoder, OnRows, TextEncoder
 from retriever_service.encoding.vectors import Contents, Job, VectorStore
 from retriever_service.errors import RetrieverError
 from retriever_service.machine import available_cores, available_memory

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from retriever_service.choices import StoreDtype
-from retriever_service.encoding.encoder import EncoderSpec, TextEncoder
+from retriever_service.encoding.encoder import EncoderSpec, OnRows, TextEncoder
 from retriever_service.encoding.vectors import (
     FORMAT_VERSION,
     JOB_FILE,
@@ -180,9 +180,7 @@ def pending_shards(job: Job) -> list[int]:
     return [number for number in range(job.num_shards) if _finished(job, number) is None]
 
 
-def encode_shard(
-    job: Job, number: int, encoder: TextEncoder, on_rows: Callable[[int], None] | None = None
-) -> Shard:
+def encode_shard(job: Job, number: int, encoder: TextEncoder, on_rows: OnRows | None = None) -> Shard:
     """Make one shard. Its vectors depend on its passages and the encoder only.
 
     Args:
@@ -203,11 +201,9 @@ def encode_shard(
     vectors = np.empty((len(rows), contents.dimension), dtype=contents.dtype)
     done = 0
     with np.errstate(over="ignore"):
-        for part in encoder.encode_passages(corpus[row] for row in rows):
+        for part in encoder.encode_passages((corpus[row] for row in rows), on_rows):
             vectors[done : done + len(part)] = part
             done += len(part)
-            if on_rows is not None:
-                on_rows(len(part))
     if done != len(rows):
         raise RuntimeError(f"the encoder gave {done} vectors for {len(rows)} passages")
     if not np.isfinite(vectors).all():

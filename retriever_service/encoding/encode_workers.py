@@ -7,13 +7,11 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
-from retriever_service.encoding.encoder import TextEncoder
+from retriever_service.encoding.encoder import OnRows, TextEncoder
 from retriever_service.errors import RetrieverError
-from retriever_service.processes import OnProgress, Progress, Result, WorkerDied, WorkerProcess, torch_threads
+from retriever_service.processes import Progress, Result, WorkerDied, WorkerProcess, torch_threads
 
 T = TypeVar("T")
-OnRows = OnProgress
-"""Called with every number of further passages that are encoded."""
 Task = Callable[[TextEncoder, OnRows], T]
 LoadIt = Callable[[], TextEncoder]
 

@@ -94,6 +94,10 @@ class EncoderSpec:
     passage_template: str | None = None
 
 
+OnRows = Callable[[int], None]
+"""Called with every number of further passages that are encoded."""
+
+
 class TextEncoder(Protocol):
     """What index building and search need from an encoder. `Encoder` is the real one.
 
@@ -110,7 +114,9 @@ class TextEncoder(Protocol):
     @property
     def pooling(self) -> str: ...
     def encode_queries(self, queries: Sequence[str]) -> Vectors: ...
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]: ...
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]: ...
 
 
 LoadEncoder = Callable[[EncoderSpec, str], TextEncoder]
@@ -194,8 +200,14 @@ class Encoder:
             batches = of_like_length(self._num_tokens(queries, prefix), PAD_TO_MULTIPLE, _CPU_QUERIES)
         return self._encode(queries, prefix, batches, pad_to=PAD_TO_MULTIPLE)
 
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
-        """Vectors in the order of the passages, by windows of `WINDOW_PASSAGES`; batches are of like length."""
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]:
+        """Vectors in the order of the passages, by windows of `WINDOW_PASSAGES`; batches are of like length.
+
+        Args:
+            on_rows: told of each batch, long before its window is whole.
+        """
         prefix = self.spec.passage_prefix or ""
         remaining = iter(passages)
         while texts := [
@@ -203,9 +215,10 @@ class Encoder:
         ]:
             if self._on_cpu:
                 batches = of_like_size(self._num_tokens(texts, prefix), _CPU_BATCH_TOKENS)
-                yield self._encode(texts, prefix, batches, pad_to=1)
+                yield self._encode(texts, prefix, batches, pad_to=1, on_rows=on_rows)
             else:
-                yield self._encode(texts, prefix, [list(range(len(texts)))], pad_to=PAD_TO_MULTIPLE)
+                whole = [list(range(len(texts)))]
+                yield self._encode(texts, prefix, whole, pad_to=PAD_TO_MULTIPLE, on_rows=on_rows)
 
     def _num_tokens(self, texts: Sequence[str], prefix: str) -> list[int]:
         lengths: list[int] = []
@@ -217,7 +230,13 @@ class Encoder:
         return lengths
 
     def _encode(
-        self, texts: Sequence[str], prefix: str, batches: Iterable[list[int]], *, pad_to: int
+        self,
+        texts: Sequence[str],
+        prefix: str,
+        batches: Iterable[list[int]],
+        *,
+        pad_to: int,
+        on_rows: OnRows | None = None,
     ) -> Vectors:
         """Vectors [len(texts), dimension]. `batches`: rows of `texts`; on a GPU the library cuts them further."""
         from torch.nn.functional import normalize
@@ -234,6 +253,8 @@ class Encoder:
             ).float()
             # Not left to the library: in the weights' 16 bits the length would be off by parts in a thousand.
             vectors[rows] = (normalize(encoded, dim=1) if self.spec.normalise else encoded).cpu().numpy()
+            if on_rows is not None:
+                on_rows(len(rows))
         if not np.isfinite(vectors).all():
             raise RuntimeError(
                 f"encoder {self.spec.model} gave infinite or undefined vectors in {self.spec.dtype}"

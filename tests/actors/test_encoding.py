@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from actors.encoding import _encode_all, encode_with_actors
 from pipeline.cli import app
 from retriever_service.encoding.encode import encode_corpus
-from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.encoder import EncoderSpec, OnRows, Vectors
 from retriever_service.encoding.vectors import VectorStore
 from retriever_service.errors import RetrieverError, RetrieverUnavailable
 from retriever_service.passages.corpus import Passage
@@ -108,12 +108,14 @@ class Mortal(HashEncoder):
         super().__init__(spec)
         self._grave = grave
 
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]:
         for passage in passages:
             if passage.id == "p20" and not self._grave.exists():
                 self._grave.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield from super().encode_passages([passage])
+            yield from super().encode_passages([passage], on_rows)
 
 
 @pytest.fixture

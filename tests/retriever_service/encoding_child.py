@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retriever_service.encoding.encode import encode_corpus
-from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.encoder import EncoderSpec, OnRows, Vectors
 from retriever_service.passages.corpus import Passage
 from tests.retriever_service.support import HashEncoder, load_hash_encoder
 
@@ -21,8 +21,10 @@ SHARD_ROWS = 8
 class SlowEncoder(HashEncoder):
     """Takes its time, so that a test can step in."""
 
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
-        for vectors in super().encode_passages(passages):
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]:
+        for vectors in super().encode_passages(passages, on_rows):
             time.sleep(0.02)
             yield vectors
 

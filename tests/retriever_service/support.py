@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 import pytest
 
-from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.encoder import EncoderSpec, OnRows, Vectors
 from retriever_service.passages.corpus import PASSAGE_TEMPLATE, Passage, passage_text
 
 DIMENSION = 32
@@ -40,9 +40,13 @@ class HashEncoder:
         self.query_batches.append(list(queries))
         return np.stack([self._vector(query) for query in queries])
 
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]:
         for passage in passages:
             yield self._vector(passage_text(passage, self.spec.passage_template or PASSAGE_TEMPLATE))[None]
+            if on_rows is not None:
+                on_rows(1)
 
     def _vector(self, text: str) -> Vectors:
         total = np.zeros(DIMENSION, dtype=np.float32)

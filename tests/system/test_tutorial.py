@@ -86,7 +86,7 @@ def test_every_command_of_the_tutorial_does_what_is_said(home: Path) -> None:
         if server is not None and server.poll() is None:
             server.kill()
 
-    assert "Febim Rovers" in said["exsearch index search"]
+    assert "Song of Lalter" in said["exsearch index search"]
     assert (run_status(home / "tutorial/run") or {})["state"] == "finished"
     assert (home / "tutorial/pages/index.html").exists() and (home / "tutorial/agent/agent.json").exists()
     assert "think" in said["exsearch ask"]

@@ -203,7 +203,8 @@ def _suggestion(key: str, model: type[BaseModel], prefix: str) -> str:
     elsewhere = [name for name in all_keys(Config) if name.rsplit(".", 1)[-1] == key]
     if elsewhere:
         return f"; did you mean {' or '.join(elsewhere)}?"
-    near = difflib.get_close_matches(key, model.model_fields, n=1)
+    initials = [name for name in model.model_fields if key == "".join(word[0] for word in name.split("_"))]
+    near = initials or difflib.get_close_matches(key, model.model_fields, n=1)
     if near:
         return f"; did you mean {prefix}{near[0]}?"
     return f"; known here: {', '.join(sorted(model.model_fields))}"

@@ -30,8 +30,9 @@ class Assumptions(Section):
     passage_tokens: float | None = Field(None, gt=0)
     """Of a passage, as it is shown. Null: as in data.corpus or retriever.index, else 150, or agent.max_document_tokens
     if that is less."""
-    turn_tokens: float = Field(60.0, gt=0)
-    """That the model writes in a turn; agent.max_turn_tokens at most."""
+    turn_tokens: float | None = Field(None, gt=0)
+    """That the model writes in a turn, agent.max_turn_tokens at most. Null: as many as questions of data.train have (a
+    sub-query is shorter, a record longer), else 60."""
     peak_tflops: float | None = Field(None, gt=0)
     """Of a GPU, or of a CPU core. Null: 989 (H100, bfloat16); what a core of this machine does where that is planned
     for and has no GPU, else 0.2."""
@@ -56,13 +57,16 @@ class Assumptions(Section):
             "searches": 0.8 * agent.max_searches,
             "prompt_tokens": 128.0,
             "passage_tokens": min(150.0, agent.max_document_tokens),
+            "turn_tokens": 60.0,
             "peak_tflops": 989.0 if gpu else 0.2,
             "bandwidth_gb_s": 3350.0 if gpu else 10.0,
             "push_gb_s": 10.0 if gpu else 0.3,
         }
         settled = {key: value for key, value in usual.items() if getattr(self, key) is None}
-        return self.model_copy(
-            update={**settled, "turn_tokens": min(self.turn_tokens, agent.max_turn_tokens)}
+        complete = self.model_copy(update=settled)
+        assert complete.turn_tokens is not None
+        return complete.model_copy(
+            update={"turn_tokens": min(complete.turn_tokens, float(agent.max_turn_tokens))}
         )
 
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 
 from pipeline.core.plan.memory import GIB, Dtype
-from retriever_service.machine import total_memory
+from retriever_service.machine import available_memory, total_memory
 
 GPU_MEMORY_GIB = 79.6
 """Of a card that is sold as one of 80 GB."""
@@ -17,12 +17,14 @@ _ROWS, _PRODUCTS, _ENOUGH_S = 1_024, 5, 0.5
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One machine, or what a container has of it. Sizes in bytes; a host's memory of 0 is not known."""
+    """One machine, or what a container has of it. Sizes in bytes; a host's memory of 0 is not known, and what of it is
+    free is known of this machine alone."""
 
     cpus: int
     gpus: int
     gpu_memory: int
     memory: int
+    free_memory: int | None = None
 
 
 Nodes = tuple[Node, ...]
@@ -34,7 +36,7 @@ def this_machine() -> Nodes:
 
     gpus = torch.cuda.device_count()
     memory = min((torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), default=0)
-    return (Node(os.cpu_count() or 1, gpus, memory, total_memory()),)
+    return (Node(os.cpu_count() or 1, gpus, memory, total_memory(), available_memory()),)
 
 
 def gpu_nodes(nodes: int, gpus: int, gpu_memory_gib: float, memory_gib: float | None) -> Nodes:
@@ -49,16 +51,16 @@ def gpu_nodes(nodes: int, gpus: int, gpu_memory_gib: float, memory_gib: float | 
 
 
 def core_tflops(dtype: Dtype) -> float:
-    """Of a core of this machine, in 1e12 operations a second: the best of some matrix products on all of them, which
-    take half a second or little more."""
+    """Of a core of this machine, in 1e12 operations a second of its own time, of which other work on the machine takes
+    little: the best of some matrix products on all of them, in half a second or little more."""
     import torch
 
     a, b = (torch.rand(_ROWS, _ROWS, dtype=getattr(torch, dtype)) for _ in range(2))
-    times = list[float]()
+    times = list[float]()  # of all threads together
     while len(times) < 2 or (
         len(times) < _PRODUCTS and sum(times) < _ENOUGH_S
     ):  # the first one also warms up
-        begun = time.perf_counter()
+        begun = time.process_time()
         a @ b
-        times.append(time.perf_counter() - begun)
-    return 2 * _ROWS**3 / min(times) / 1e12 / torch.get_num_threads()
+        times.append(time.process_time() - begun)
+    return 2 * _ROWS**3 / min(times) / 1e12

@@ -76,8 +76,12 @@ def _trajectories(config: Config, questions: Sequence[Question]) -> dict[str, fl
     if gold := [len(question.supporting_ids) for question in questions if question.supporting_ids]:
         found["searches"] = min(statistics.mean(gold), config.agent.max_searches)
     try:
-        renderer = Renderer(read_tokenizer(config.model.path), config.agent)
+        tokenizer = read_tokenizer(config.model.path)
+        renderer = Renderer(tokenizer, config.agent)
         found["prompt_tokens"] = statistics.mean(len(renderer.prompt_ids(q.text)) for q in questions)
+        found["turn_tokens"] = statistics.mean(
+            len(tokenizer.encode(q.text, add_special_tokens=False)) for q in questions
+        )
         passages = passages_of(config.data, config.retriever) if config.agent.search else None
         if passages and (hits := [Hit(p, 0.0) for p in itertools.islice(passages(), SAMPLE)]):
             found["passage_tokens"] = len(renderer.observation_ids(hits)) / len(hits)

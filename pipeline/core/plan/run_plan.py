@@ -166,6 +166,11 @@ def _of_full_host(use: Use, node: Node) -> Iterator[str]:
             f"{use.what}: {gib(use.bytes)} of {gib(node.memory)} of memory will be used ({_largest(use)}), and above "
             f"{NEARLY_FULL:.0%} Ray ends processes"
         )
+    elif node.free_memory is not None and node.free_memory < use.bytes <= node.memory:
+        yield (
+            f"{use.what}: {gib(use.bytes)} of memory will be used, and {gib(node.free_memory)} of {gib(node.memory)} "
+            "are free now; end what holds the rest before the run starts"
+        )
 
 
 def _largest(use: Use) -> str:

@@ -37,6 +37,7 @@ def trajectory(agent: AgentConfig, assumed: Assumptions) -> Trajectory:
     """Prompt; of each search a sub-query, its passages and, where the model selects and records, the names of the best
     and the evidence; and the answer."""
     assert assumed.prompt_tokens is not None and assumed.passage_tokens is not None
+    assert assumed.turn_tokens is not None
     searches = (assumed.searches or 0.0) if agent.search else 0.0
     turns = searches * (agent.think + agent.record) + 1
     named = min(agent.selected_documents, agent.documents) if agent.select else 0

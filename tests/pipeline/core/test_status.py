@@ -231,7 +231,7 @@ def test_a_person_reads_it_in_lines(run: RunDirectory, words: str) -> None:
     lines = words.splitlines()
     assert lines[0].startswith(f"{run.path}: running (process {os.getpid()} on ")
     assert "phase: iteration 2: sampling, for 0:00:0" in words and "2 of 8 questions" in words
-    assert "iterations: 1 of 3, about 0:0" in words
+    assert "iterations finished: 1 of 3, about 0:0" in words
     assert "  1/sample: 0:01:40" in lines
     assert "generated tokens: 10/s" in lines
     lost = "retriever_unavailable 2, retriever_bad_answer 0, action_unavailable 0, engine_error 1, excluded 3"

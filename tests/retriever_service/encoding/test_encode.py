@@ -21,7 +21,7 @@ from retriever_service.encoding.encode_job import (
     open_job,
     pending_shards,
 )
-from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.encoder import EncoderSpec, OnRows, Vectors
 from retriever_service.encoding.vectors import Job
 from retriever_service.errors import RetrieverError
 from retriever_service.files import exclusive
@@ -42,10 +42,12 @@ class Recording(HashEncoder):
         super().__init__(spec)
         self.encoded: list[str] = []
 
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]:
         for passage in passages:
             self.encoded.append(passage.id)
-            yield from super().encode_passages([passage])
+            yield from super().encode_passages([passage], on_rows)
 
 
 def load_nothing(spec: EncoderSpec, device: str) -> HashEncoder:
@@ -143,8 +145,10 @@ def test_passages_are_read_when_they_are_encoded(tmp_path: Path, out: Path) -> N
     alive: list[int] = []
 
     class Counting(HashEncoder):
-        def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
-            for number, vectors in enumerate(super().encode_passages(passages)):
+        def encode_passages(
+            self, passages: Iterable[Passage], on_rows: OnRows | None = None
+        ) -> Iterator[Vectors]:
+            for number, vectors in enumerate(super().encode_passages(passages, on_rows)):
                 if number == SHARD_ROWS // 2:
                     alive.append(num_passages_alive())
                 yield vectors
@@ -334,8 +338,10 @@ def test_encoder_of_another_kind_makes_no_shard(corpus: Path, out: Path) -> None
 
 def test_encoder_that_gives_too_few_vectors_is_noticed(corpus: Path, out: Path) -> None:
     class Short(HashEncoder):
-        def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
-            yield from list(super().encode_passages(passages))[1:]
+        def encode_passages(
+            self, passages: Iterable[Passage], on_rows: OnRows | None = None
+        ) -> Iterator[Vectors]:
+            yield from list(super().encode_passages(passages, on_rows))[1:]
 
     with pytest.raises(RuntimeError, match="7 vectors for 8 passages"):
         encode(corpus, out, load_encoder=lambda spec, device: Short(spec))

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from retriever_service.encoding.encode import encode_corpus
-from retriever_service.encoding.encoder import EncoderSpec, Vectors
+from retriever_service.encoding.encoder import EncoderSpec, OnRows, Vectors
 from retriever_service.encoding.vectors import VectorStore
 from retriever_service.errors import RetrieverError
 from retriever_service.passages.corpus import Passage
@@ -31,15 +31,19 @@ from tests.retriever_service.support import HashEncoder, write_jsonl
 class Fatal(HashEncoder):
     """Brings its process down at one of the passages."""
 
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]:
         for passage in passages:
             if passage.id == "p12":
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield from super().encode_passages([passage])
+            yield from super().encode_passages([passage], on_rows)
 
 
 class Faulty(HashEncoder):
-    def encode_passages(self, passages: Iterable[Passage]) -> Iterator[Vectors]:
+    def encode_passages(
+        self, passages: Iterable[Passage], on_rows: OnRows | None = None
+    ) -> Iterator[Vectors]:
         raise KeyError("a bug of ours")
 
 

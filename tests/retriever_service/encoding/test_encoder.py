@@ -133,10 +133,20 @@ def test_passages_of_all_lengths_come_back_in_their_order(
 ) -> None:
     monkeypatch.setattr("retriever_service.encoding.encoder.WINDOW_PASSAGES", 16)
     passages = [Passage(str(i), f"T{i}", "the lion lives on the savanna " * (i * 7 % 19)) for i in range(40)]
-    windows = list(encoder.encode_passages(passages))
+    told = list[int]()
+    windows = list(encoder.encode_passages(passages, told.append))
     assert [len(window) for window in windows] == [16, 16, 8]
+    assert sum(told) == 40
     alone = [next(encoder.encode_passages([passage]))[0] for passage in passages]
     np.testing.assert_allclose(np.concatenate(windows), alone, atol=1e-5)
+
+
+def test_progress_moves_before_a_window_is_whole(encoder: Encoder) -> None:
+    passages = [Passage(str(i), "", "otter " * 100) for i in range(100)]
+    told = list[int]()
+    next(encoder.encode_passages(passages, told.append))
+    assert len(told) > 1
+    assert sum(told) == 100
 
 
 def test_same_passages_give_the_same_vectors_to_the_last_bit(encoder: Encoder) -> None:

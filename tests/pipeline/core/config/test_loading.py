@@ -166,6 +166,11 @@ def test_a_key_that_lives_in_another_section_is_found_there() -> None:
     assert "cold_start.learning_rate" in message
 
 
+@pytest.mark.parametrize(("initials", "key"), [("learner.lr", "learning_rate"), ("learner.bs", "batch_size")])
+def test_initials_are_understood(initials: str, key: str) -> None:
+    assert refusal(f"{initials}=1").endswith(f"did you mean learner.{key}?")
+
+
 def test_a_key_like_no_other_is_refused_with_the_known_ones() -> None:
     message = refusal("tracking.xyzzy=1")
     assert "unknown configuration key tracking.xyzzy" in message

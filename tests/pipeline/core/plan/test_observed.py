@@ -55,6 +55,7 @@ def test_tokens_are_those_of_the_model_and_layout(data: Path) -> None:
     found = observed(data)
 
     assert found.prompt_tokens == len(tokenizer("Question: Where does river 0 end?\n").input_ids)
+    assert found.turn_tokens == len(tokenizer("Where does river 0 end?").input_ids)
     text = len(tokenizer(f" Aller: {WORDS}").input_ids)
     assert found.passage_tokens is not None and text < found.passage_tokens < text + 20  # tags and numbers
     short = observed(data, "agent.max_document_tokens=8")

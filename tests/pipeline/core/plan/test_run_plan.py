@@ -48,6 +48,8 @@ def plan(
     needs: PolicyNeeds, *, shared: bool = True, turns: bool = True, device: Any = "gpu", **node: int
 ) -> RunPlan:
     machine = Node(cpus=8, gpus=1, gpu_memory=node.get("gpu", 80) * GIB, memory=node.get("host", 64) * GIB)
+    if "free" in node:
+        machine = replace(machine, free_memory=node["free"] * GIB)
     return RunPlan(
         nodes=(machine,),
         layout=Layout(device, shared, turns, (TENANTS,)),
@@ -124,6 +126,17 @@ def test_a_host_that_will_be_nearly_full_is_warned_of() -> None:
 
     assert made.refusals() == []
     assert "host 0: 61.8 GiB of 63.0 GiB of memory will be used" in made.warnings()[0]
+
+
+def test_less_free_memory_than_the_run_takes_is_warned_of() -> None:
+    needs = policy(holding(1, host=20), holding(1, host=30))
+    made = plan(needs, host=64, free=50)
+
+    assert made.refusals() == []
+    assert (
+        "host 0: 51.8 GiB of memory will be used, and 50.0 GiB of 64.0 GiB are free now" in made.warnings()[0]
+    )
+    assert plan(needs, host=64, free=52).warnings() == []
 
 
 def test_a_cache_without_room_for_one_request_is_refused() -> None:
