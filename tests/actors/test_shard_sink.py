@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import ray
 from ray.exceptions import RayActorError
@@ -23,13 +24,15 @@ from actors.observer import Observer
 from actors.rollout import Receipt, RolloutRequest
 from actors.sampling import Phase, Work, run_phase
 from actors.session import ClusterError
-from actors.weighting import ShardSink, Weighting
+from actors.weighting import ShardSink, Weighting, WeightingActor
 from pipeline.core.agents.program import GREEDY, Completion
 from pipeline.core.agents.transcript import Transcript
 from pipeline.core.config import ClusterConfig, RolloutConfig
+from pipeline.core.record_tables import examples_from_table
 from pipeline.core.records import Episode, Example, Question, StopReason
 from pipeline.core.shards import Counts, Shards
 from pipeline.core.weighing import Weighted
+from pipeline.recipes.grpo import GroupAdvantages
 
 TASKS = [Question(f"q{number}", "Who?", ("Ada",)) for number in range(12)]
 PER_SHARD = 3
@@ -48,13 +51,13 @@ class Same:
         return {"ids": [row["id"] for row in statistics]}
 
 
-def episodes_of(task: Question) -> list[Episode]:
+def episode_of(task: Question, sample: int = 0) -> Episode:
     transcript = Transcript()
     transcript.append_model(Completion([5, 6], [-1.0, -1.0], "", None, "eos"))
     turn = transcript.trajectory(
-        question_id=task.id, sample=0, role="searcher", policy_version=0, stop_reason=StopReason.ANSWERED
+        question_id=task.id, sample=sample, role="searcher", policy_version=0, stop_reason=StopReason.ANSWERED
     )
-    return [Episode(task.id, 0, (turn,))]
+    return Episode(task.id, sample, (turn,))
 
 
 class Worker:
@@ -69,7 +72,7 @@ class Worker:
     def _rollout(self, request: RolloutRequest) -> tuple[Any, Any]:
         task: Any = request.task
         self.served.append(task.id)
-        return self._receipt(), self.put(episodes_of(task))
+        return self._receipt(), self.put([episode_of(task)])
 
     async def _receipt(self) -> Receipt:
         await asyncio.sleep(0.001)
@@ -196,7 +199,7 @@ def sink_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ShardSink]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     shards = shards_at(at := tmp_path_factory.mktemp("undisturbed"))
     for number in range(len(shards)):
-        made = [(task, episodes_of(task)) for task in TASKS[number * PER_SHARD : (number + 1) * PER_SHARD]]
+        made = [(task, [episode_of(task)]) for task in TASKS[number * PER_SHARD : (number + 1) * PER_SHARD]]
         shards.write(number, [(episodes, Same()(task, episodes)) for task, episodes in made])
     return contents(at)
 
@@ -357,3 +360,19 @@ def test_a_real_actor_that_dies_or_hangs_is_replaced(
     _, alive = psutil.wait_procs(struck, timeout=30)
     assert not alive
     assert len(worker.served) < len(TASKS) + 2 * PER_SHARD
+
+
+@pytest.mark.component
+def test_a_real_actor_finds_a_reward_of_the_users_own(local_ray: None, tmp_path: Path) -> None:
+    weigh = GroupAdvantages("tests.own_rewards:more_for_later_samples", "none", "exsearch")
+    actor = WeightingActor.options(num_cpus=0).remote()
+    try:
+        ray.get(actor.begin.remote(shards_at(tmp_path), weigh), timeout=120)
+        for task in TASKS:
+            ray.get(actor.add.remote([episode_of(task, sample) for sample in range(2)]), timeout=60)
+        statistics = ray.get(actor.finish.remote(), timeout=60)
+    finally:
+        ray.kill(actor)
+    assert statistics["reward"] == 1.5
+    examples = examples_from_table(pq.read_table(tmp_path / "examples"))
+    assert [example.number("advantage") for example in examples] == [-0.5, 0.5] * len(TASKS)
