@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from pipeline.core.benchmarks.running import REPORT_FILE, run_benchmark
 from pipeline.core.benchmarks.spec import find_benchmark, read_benchmark
@@ -65,21 +66,14 @@ def print_benchmark(report: Mapping[str, Any], console: Console) -> None:
         _print(console, line)
 
 
-def _others(report: Mapping[str, Any]) -> Any:
-    arms = report["arms"]
-    heads = [
-        f"{_short(measure)}{'' if arm == 'without' else ' inst'}"
-        for arm in arms
-        for measure in report["measures"]
-    ]
-    table = narrow_table("all measures, in percent", "", heads)
+def _others(report: Mapping[str, Any]) -> Table:
+    table = narrow_table("all measures, in percent", "", [_short(measure) for measure in report["measures"]])
     for retriever, figures in report["retrievers"].items():
         table.add_row(f"[bold]{escape(retriever)}[/bold]")
         for name, of in _scopes(report, figures):
-            table.add_row(
-                escape(name),
-                *(number(of.get(arm, {}).get(measure)) for arm in arms for measure in report["measures"]),
-            )
+            for arm in (arm for arm in report["arms"] if arm in of):
+                label = f"{name}, instructed" if arm == "with" else name
+                table.add_row(escape(label), *(number(of[arm][measure]) for measure in report["measures"]))
         table.add_section()
     return table
 
@@ -95,8 +89,8 @@ def _scopes(report: Mapping[str, Any], figures: Mapping[str, Any]) -> Iterator[t
             if report["tasks"][task]["domain"] == domain:
                 yield f"  {task}", of_task
         yield domain, of_domain
-    for key, name in _MEANS.items():
-        yield name, figures["means"][key]
+    if len(figures["tasks"]) > 1:
+        yield from ((name, figures["means"][key]) for key, name in _MEANS.items())
 
 
 def _main_cells(figures: Mapping[str, Any], arms: Sequence[str], measure: str) -> Iterator[str]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from pipeline.core.comparison import paired_tests, selection
 from pipeline.core.config import EvaluationConfig, Iterations
 from pipeline.core.question_scores import Scores, read_scores
@@ -54,7 +56,8 @@ class Outcome:
     """What a recipe comes back with: the report, as written to `report.json`, and how to show it.
 
     `start` is the name and the row of iteration 0, if the report has one; `tests` the order in which tests are shown,
-    others come behind them. `details` are the columns of a second table of the iterations, of this title.
+    others come behind them. `details` are the columns of a second table of the iterations, of this title. `tests_table`
+    shows the tests of a recipe that scores no answers.
     """
 
     report: Json
@@ -64,6 +67,7 @@ class Outcome:
     tests: Sequence[str] = TESTS
     details: Sequence[Column] = ()
     details_title: str = ""
+    tests_table: Table | None = None
 
 
 def step_outcome(report: Json, columns: Sequence[Column], legend: str = "* best") -> Outcome:

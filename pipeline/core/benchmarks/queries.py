@@ -2,13 +2,15 @@
 
 Guarantees:
 - a query without an instruction has an empty one, whether the field is absent, null or blank;
-- a judgement is read as it stands, graded or not, from a file of judgements or from the query's own `labels`;
+- a judgement is read as it stands, graded or not, from a file of judgements or from the query's own `labels`, or
+  `supporting_ids`;
 - what is not asked is counted: queries that nobody judged, judgements of queries that are not there;
 - a mistake is a `RetrieverError` that names file and line.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import numpy as np
 
 from pipeline.core.benchmarks.spec import QueriesConfig
 from retriever_service.errors import RetrieverError
+from retriever_service.passages.corpus import Passage
 from retriever_service.passages.evaluation import read_qrels
 from retriever_service.passages.records import open_records
 
@@ -26,6 +29,7 @@ _IDS = ("_id", "id", "qid")
 _TEXTS = ("text", "query", "question")
 _INSTRUCTIONS = ("instruction", "prompt")
 _GRADES = ("relevance", "score")
+_POSITIVES, _NEGATIVES = ("pos", "positive"), ("neg", "negative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +104,66 @@ def read_task(config: QueriesConfig, root: Path, seed: int) -> TaskQueries:
     return TaskQueries(tuple(drawn), unjudged, unknown, len(queries) - len(drawn))
 
 
+def read_pairs(path: Path, limit: int | None, seed: int) -> tuple[TaskQueries, list[Passage]]:
+    """Rows of texts without ids, as ToolRet's training set has them: {query, prompt, pos, neg}, the last two lists.
+
+    A passage is a different text; its id is of the text. `pos` may be called `positive`, `neg` `negative`.
+
+    Raises:
+        RetrieverError: no such file, or a malformed row.
+    """
+    passages: dict[str, Passage] = {}
+
+    def id_of(text: object, place: str) -> str:
+        if not isinstance(text, str) or not text.strip():
+            raise RetrieverError(
+                f"{place}: pos and neg must be lists of texts that are not empty, got {text!r:.100}"
+            )
+        id_ = hashlib.sha256(text.encode()).hexdigest()[:16]
+        passages.setdefault(id_, Passage(id_, "", text))
+        return id_
+
+    queries: list[Query] = []
+    records = open_records(path)
+    for number, record in records:
+        place = records.place(number)
+        texts = [_first(record, names) for names in (_POSITIVES, _NEGATIVES)]
+        if not isinstance(texts[0], list) or not texts[0] or not isinstance(texts[1], list | None):
+            raise RetrieverError(
+                f"{place}: a row needs pos, a list of texts, and may have neg (fields: {_fields(record)})"
+            )
+        asked = record.get("query")
+        if not isinstance(asked, str) or not asked.strip():
+            raise RetrieverError(f"{place}: the row has no query")
+        gold = {id_of(text, place): 1 for text in texts[0]}
+        for text in texts[1] or ():
+            id_of(text, place)
+        queries.append(Query(f"row-{number}", asked, _instruction(record, None, place), gold))
+    if not queries:
+        raise RetrieverError(f"{path}: no rows")
+    drawn = _draw(queries, limit, seed)
+    return TaskQueries(tuple(drawn), not_drawn=len(queries) - len(drawn)), list(passages.values())
+
+
+def holds_pairs(path: Path) -> bool:
+    """Whether the first row of a file is one of `read_pairs`.
+
+    Raises:
+        RetrieverError: no such file.
+    """
+    first = next(iter(open_records(path)), None)
+    return first is not None and _first(first[1], _POSITIVES) is not None
+
+
 def _draw(queries: list[Query], limit: int | None, seed: int) -> list[Query]:
     if limit is None or limit >= len(queries):
         return queries
     rows = np.random.default_rng(seed).permutation(len(queries))[:limit]
     return [queries[row] for row in sorted(rows)]
+
+
+def _fields(record: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(record))[:200] or "none"
 
 
 def _first(record: Mapping[str, Any], names: tuple[str, ...]) -> Any:
@@ -126,8 +185,11 @@ def _instruction(record: Mapping[str, Any], of_task: str | None, place: str) -> 
 
 
 def _labels(record: Mapping[str, Any], place: str) -> dict[str, int]:
-    """Relevance by passage id: `labels` is a list of {id, relevance} or {id, score}, or that list as JSON text."""
+    """Relevance by passage id: `labels` is a list of {id, relevance} or {id, score}, or that list as JSON text. In its
+    place our own question files have `supporting_ids`."""
     labels = record.get("labels")
+    if labels is None and isinstance(ids := record.get("supporting_ids"), list):
+        labels = [{"id": id_} for id_ in ids]
     if isinstance(labels, str):
         try:
             labels = json.loads(labels)
@@ -135,7 +197,7 @@ def _labels(record: Mapping[str, Any], place: str) -> dict[str, int]:
             raise RetrieverError(f"{place}: labels are no JSON ({error})") from error
     if not isinstance(labels, list):
         raise RetrieverError(
-            f"{place}: no list of labels (fields: {', '.join(sorted(record))[:200]}); name a file of judgements "
+            f"{place}: no list of labels (fields: {_fields(record)}); name a file of judgements "
             "as qrels, or give each query labels [{id, relevance}]"
         )
     gold: dict[str, int] = {}

@@ -69,7 +69,7 @@ class QueriesConfig(Section):
     """File of records: {_id, text} (BEIR), {id, question}, {qid, query, instruction, labels} (MAIR), {id, query,
     instruction, labels} (ToolRet)."""
     qrels: Annotated[str | None, AfterValidator(from_home)] = None
-    """Judgements, BEIR's TSV or TREC's. Null: each query has `labels`, a list or as JSON text."""
+    """Judgements, BEIR's TSV or TREC's. Null: each query has `labels`, a list or as JSON text, or `supporting_ids`."""
     instruction: str | None = None
     """Of every query that has none of its own."""
     limit: int | None = Field(None, ge=1)

@@ -31,7 +31,8 @@ def test_the_table_has_tasks_domains_means_and_what_instructions_change(
     ):
         assert any(line.startswith(name) for line in lines), name
     assert any(line.startswith("animals and rocks: ndcg@10, in percent") for line in lines)
-    assert any("N@10 inst" in line and "C@10 inst" in line for line in lines)
+    assert any(line.split() == ["N@10", "P@10", "R@10", "C@10"] for line in lines)
+    assert any(line.startswith("water, instructed") for line in lines)
     assert "hash: with instructions " in result.stdout and " of 2 tasks gain" in result.stdout
     assert "1 queries of the file are not judged, and not asked: stone 1" in result.stdout
     assert "rankings: 15 made now, 0 kept" in result.stdout
