@@ -153,7 +153,7 @@ class EncoderRun(Steps):
     def report(self) -> Json:
         """`report.json`: start, rounds and tests, what the best round is, and how many queries there were."""
         settings = self._settings
-        rows = [
+        rows: list[Json] = [
             {"iteration": t, **steps}
             for t in range(settings.iterations + 1)
             if (steps := self.files.steps(t))

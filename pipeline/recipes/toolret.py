@@ -15,6 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NoReturn
 
+import torch
 from pydantic import Field
 from rich.table import Table
 
@@ -150,6 +151,13 @@ def check(config: Config) -> None:
         raise UserError("toolret.train is empty; give toolret.train.queries, and toolret.train.qrels")
     if settings.dev is not None and settings.dev_queries != Settings().dev_queries:
         raise UserError("toolret.dev_queries are held out where there is no toolret.dev; remove one of them")
+    gpus = torch.cuda.device_count()
+    if settings.dtype == "float16" and not gpus:
+        raise UserError("toolret.dtype: float16 needs a GPU, and torch finds none; set bfloat16 or float32")
+    if gpus and settings.processes > gpus:
+        raise UserError(
+            f"toolret.processes ({settings.processes}) are more than the GPUs here ({gpus}); set it to {gpus}"
+        )
     if not config.data.corpus:
         raise UserError("data.corpus is empty; name the file of tools")
     for path in (config.data.root, *corpus_paths(config.data)):

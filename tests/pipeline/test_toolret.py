@@ -73,6 +73,7 @@ def config_of(data: Path, *overrides: str) -> Config:
         (["learner.epochs=2"], "learner says nothing to the recipe toolret"),
         (["data.train_limit=5"], "data.train_limit says nothing to the recipe toolret"),
         (["toolret.asynchronous=true"], "nothing is sampled here"),
+        (["toolret.dtype=float16"], "toolret.dtype: float16 needs a GPU"),
         (["toolret.train=null"], "toolret.train is empty"),
         (["data.corpus=[]"], "data.corpus is empty"),
         (["data.root=/nowhere"], "/nowhere does not exist"),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,26 +115,19 @@ def run_benchmark(spec: Benchmark, out: Path, display: Display, *, load: LoadEnc
     with exclusive(out / "lock"):
         settings = yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=False)
         write_atomically(out / SETTINGS_FILE, settings)
-        with _Searching(spec, out, display, load or Encoder.load) as searching:
-            for name, search in spec.retrievers.items():
-                searching.all_of(name, search, tasks)
+        searching = _Searching(spec, out, display, load or Encoder.load)
+        for name, search in spec.retrievers.items():
+            searching.all_of(name, search, tasks)
         return _report(spec, out, tasks, left_out, searching)
 
 
 class _Searching:
-    """Fills the cells that are not there yet, and counts. A bar over all queries of a retriever."""
+    """Fills the cells that are not there yet, and counts those that were searched, kept and made again."""
 
     def __init__(self, spec: Benchmark, out: Path, display: Display, load: LoadEncoder) -> None:
         self._spec, self._out, self._display = spec, out, display
         self._load = Encoders(load)
         self.searched = self.kept = self.outdated = 0
-        self._closing = ExitStack()
-
-    def __enter__(self) -> _Searching:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._closing.close()
 
     def all_of(self, name: str, search: SearchConfig, tasks: Sequence[Task]) -> None:
         """All cells of one retriever, corpus by corpus."""

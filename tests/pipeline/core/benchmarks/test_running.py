@@ -144,6 +144,16 @@ def test_a_passage_with_the_id_of_the_query_is_left_out_where_that_is_asked_for(
     assert left_out["cells"]["outdated"] == 1
 
 
+def test_bm25_searches_the_whole_corpus_for_every_task_with_its_own_judgements(tmp_path: Path) -> None:
+    """The released program takes the tools of a task's name only, and the judgements of the last query for all."""
+    run(tmp_path, retrievers={"bm25": {"method": "bm25"}})
+    rows = pq.read_table(tmp_path / "out" / "rankings" / "bm25" / "water.without.parquet").to_pylist()
+    assert [(row["query_id"], row["passages"]) for row in rows] == [("0", ["4"]), ("1", ["2"])]
+    found = pq.read_table(tmp_path / "out" / "results.parquet").to_pylist()
+    scores = [r["ndcg@10"] for r in found if (r["task"], r["arm"]) == ("water", "without")]
+    assert scores[1] == 1 and 0 < scores[0] < 1, "of the two animals of the first query one has its word"
+
+
 def test_a_reranker_is_opened_once_for_all_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
 

@@ -37,6 +37,13 @@ def test_tasks_share_a_corpus_by_its_name(tmp_path: Path) -> None:
     assert (spec.retrievers["minilm"].encoder_name, spec.retrievers["bm25"].encoder_name) == ("minilm", None)
 
 
+@pytest.mark.parametrize("files", ["tools.jsonl", ["tools.jsonl"], ["web.jsonl", "code.jsonl"]])
+def test_a_corpus_is_one_file_or_several(tmp_path: Path, files: Any) -> None:
+    """The released program of ToolRet fails on its own example, which gives a list where it takes a text."""
+    spec = read(tmp_path, corpora={"tools": files})
+    assert spec.corpora["tools"] == tuple([files] if isinstance(files, str) else files)
+
+
 def test_keys_of_the_file_are_overridden_one_by_one(tmp_path: Path) -> None:
     spec = read(tmp_path, "root=/data", "tasks.web.limit=5", "measures=[recall@20]")
     assert spec.path("tools.jsonl") == Path("/data/tools.jsonl")

@@ -83,6 +83,13 @@ def test_a_phase_that_is_cut_off_ends_with_the_same_weights(phase: EncoderPhase,
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_several_processes_share_the_rows_and_the_negatives(phase: EncoderPhase) -> None:
+    """By gloo on CPUs, as by NCCL on GPUs: 8 rows in steps of 2 on each of 2 processes."""
+    figures = train_encoder(replace(phase, epochs=2, batch_size=2, processes=2), lambda done, total: None)
+    assert figures["steps"] == 4
+    assert np.isfinite(figures["loss"]) and first_finds(phase.out) >= 0
+
+
 def test_pooling_and_longest_input_are_those_of_the_start(phase: EncoderPhase) -> None:
     """The released script trains E5 with cls pooling, and its evaluator then takes the mean."""
     train_encoder(replace(phase, epochs=1), lambda done, total: None)
