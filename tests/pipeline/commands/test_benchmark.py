@@ -48,6 +48,7 @@ def test_programs_get_the_report(run_command: Any, folder: Path) -> None:
 
 
 def test_a_benchmark_that_is_none_is_refused(refused: Any) -> None:
-    assert "there is no benchmark mars; there are constraints" in refused("benchmark", "mars")
+    assert "there is no benchmark xyz; there are constraints, mair, " in refused("benchmark", "xyz")
+    assert "did you mean toolret?" in refused("benchmark", "tolret")
     assert "give root=DIR" in refused("benchmark", "constraints", "corpora={a: b.jsonl}",
                                       "tasks={t: {domain: d, corpus: a, queries: q.jsonl}}")  # fmt: skip
