@@ -20,9 +20,9 @@ import typer.main
 from typer.core import TyperGroup
 
 from pipeline.cli import app
-from pipeline.core.benchmarks.spec import find_benchmark, read_benchmark
+from pipeline.core.benchmarks.spec import read_benchmark
 from pipeline.core.config.loading import is_override
-from pipeline.core.shipped import CONFIGS
+from pipeline.core.shipped import CONFIGS, find_shipped
 from pipeline.methods import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,7 +145,7 @@ def check_settings(command: Parsed) -> None:
     """The keys, files and names among the parameters, by what reads them."""
     given = command.parameters
     if command.name == "benchmark":
-        read_benchmark(find_benchmark(given["which"], CONFIGS / "benchmarks"), given["settings"] or [])
+        read_benchmark(find_shipped("benchmarks", given["which"]), given["settings"] or [])
         return
     question = given.get("question")
     keys = [*([question] if question and is_override(question) else []), *(given.get("overrides") or [])]

@@ -167,10 +167,9 @@ def compare(
 
 def _benchmarks(incomplete: str) -> list[str]:
     """Those that are shipped, for a shell to complete."""
-    from pipeline.core.shipped import CONFIGS
+    from pipeline.core.shipped import shipped_names
 
-    names = sorted(path.stem for path in (CONFIGS / "benchmarks").glob("*.yaml"))
-    return [name for name in names if name.startswith(incomplete)]
+    return [name for name in shipped_names("benchmarks") if name.startswith(incomplete)]
 
 
 @app.command()
@@ -200,11 +199,11 @@ def benchmark(
     """
     from rich.console import Console
 
-    with quick_imports(without=()):
+    with loading() as display:
         from pipeline.commands.benchmark import benchmark as run
         from pipeline.commands.benchmark import print_benchmark
 
-    report = run(which, settings or [], out, new_display())
+    report = run(which, settings or [], out, display)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:

@@ -11,14 +11,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.core.benchmarks.running import REPORT_FILE, run_benchmark
-from pipeline.core.benchmarks.spec import find_benchmark, read_benchmark
+from pipeline.core.benchmarks.spec import read_benchmark
 from pipeline.core.benchmarks.summary import DOMAINS, QUERIES, TASKS
 from pipeline.core.display import Display
 from pipeline.core.run import Json
-from pipeline.core.shipped import CONFIGS
+from pipeline.core.shipped import find_shipped
 from pipeline.core.tables import narrow_table, number
 
-BENCHMARKS = CONFIGS / "benchmarks"
 _MEANS = {TASKS: "mean of tasks", DOMAINS: "mean of domains", QUERIES: "mean of queries"}
 _SHORT = {"ndcg": "N", "precision": "P", "recall": "R", "all_gold": "C", "mrr": "MRR"}
 """As ToolRet's tables have them."""
@@ -39,7 +38,7 @@ def benchmark(which: str, settings: Sequence[str], out: Path | None, display: Di
     Raises:
         UserError, RetrieverError: see `run_benchmark`.
     """
-    path = find_benchmark(which, BENCHMARKS)
+    path = find_shipped("benchmarks", which)
     folder = out or Path("runs/benchmarks") / path.stem
     report = run_benchmark(read_benchmark(path, settings), folder, display)
     display.line(f"report: {folder / REPORT_FILE}")
@@ -111,6 +110,14 @@ def _gains(gains: Mapping[str, int]) -> str:
 
 
 def _counted(report: Mapping[str, Any]) -> Iterator[str]:
+    alone = [
+        task for task, counts in report["tasks"].items() if counts["without_instruction"] == counts["queries"]
+    ]
+    if alone and len(report["arms"]) > 1:
+        yield (
+            f"{len(alone)} of {len(report['tasks'])} tasks have no instructions, and are in no mean of the arm with: "
+            f"{', '.join(alone)}"
+        )
     for key, words in _COUNTED.items():
         named = {task: counts[key] for task, counts in report["tasks"].items() if counts[key]}
         if named:

@@ -29,9 +29,8 @@ Run = dict[str, list[tuple[str, float]]]
 """(passage id, score) by question id, best first."""
 
 Measure = Literal["ndcg", "recall", "mrr", "all_gold", "precision"]
-KNOWN_MEASURES: tuple[Measure, ...] = get_args(Measure)
-MEASURES: tuple[Measure, ...] = ("ndcg", "recall", "mrr", "all_gold")
-"""Where no others are asked for."""
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+DEFAULT_MEASURES: tuple[Measure, ...] = ("ndcg", "recall", "mrr", "all_gold")
 
 _NAME_IN_LIBRARY = {"ndcg": "nDCG", "recall": "R", "mrr": "RR", "all_gold": "R", "precision": "P"}
 _BEIR_HEADER = ["query-id", "corpus-id", "score"]
@@ -40,7 +39,7 @@ _BEIR_HEADER = ["query-id", "corpus-id", "score"]
 def evaluate_run(
     qrels: Mapping[str, Mapping[str, int]],
     run: Mapping[str, Sequence[tuple[str, float]]],
-    measures: Sequence[Measure] = MEASURES,
+    measures: Sequence[Measure] = DEFAULT_MEASURES,
     ks: Sequence[int] = DEFAULT_KS,
 ) -> dict[str, float]:
     """Every measure at every k, its mean over all judged questions: `{"ndcg@10": 0.677, ...}`, as fractions.
@@ -55,7 +54,7 @@ def evaluate_run(
 def score_questions(
     qrels: Mapping[str, Mapping[str, int]],
     run: Mapping[str, Sequence[tuple[str, float]]],
-    measures: Sequence[Measure] = MEASURES,
+    measures: Sequence[Measure] = DEFAULT_MEASURES,
     ks: Sequence[int] = DEFAULT_KS,
 ) -> dict[str, dict[str, float]]:
     """Every measure at every k of each judged question, as fractions, by question and then `ndcg@10`.
@@ -72,8 +71,8 @@ def score_questions(
 
     wanted = {}
     for name in measures:
-        if name not in KNOWN_MEASURES:
-            raise RetrieverError(f"there is no measure {name!r}; known are {', '.join(KNOWN_MEASURES)}")
+        if name not in MEASURES:
+            raise RetrieverError(f"there is no measure {name!r}; known are {', '.join(MEASURES)}")
         for k in ks:
             if k < 1:
                 raise RetrieverError(f"measures look at the first k passages, k at least 1, got {k}")

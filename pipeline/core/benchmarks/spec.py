@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from pipeline.core.config.loading import apply_override, describe, read_tree
 from pipeline.core.config.section import Section, Sources, from_home
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, suggestion
 from retriever_service.choices import Method, WeightsDtype
 from retriever_service.encoding.encoder import BUNDLED_MODEL
-from retriever_service.passages.evaluation import KNOWN_MEASURES, Measure
+from retriever_service.passages.evaluation import MEASURES, Measure
 
 Arm = Literal["without", "with"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -36,10 +36,8 @@ def split_measure(name: str) -> tuple[Measure, int]:
         ValueError: it is of another form, or there is no such measure.
     """
     measure, _, k = name.partition("@")
-    if measure not in KNOWN_MEASURES or not k.isdecimal() or int(k) < 1:
-        raise ValueError(
-            f"should be a measure and a depth, such as ndcg@10; measures: {', '.join(KNOWN_MEASURES)}"
-        )
+    if measure not in MEASURES or not k.isdecimal() or int(k) < 1:
+        raise ValueError(f"should be a measure and a depth, such as ndcg@10; measures: {', '.join(MEASURES)}")
     return measure, int(k)
 
 
@@ -48,18 +46,20 @@ def _is_measure(name: str) -> str:
     return name
 
 
-def _is_format(*fields: str) -> Any:
-    def check(text: str | None) -> str | None:
-        if text is not None:
-            try:
-                text.format(**dict.fromkeys(fields, ""))
-            except (KeyError, IndexError, ValueError) as error:
-                raise ValueError(f"should have no other fields than {{{'}, {'.join(fields)}}}") from error
-            if missing := [field for field in fields if f"{{{field}}}" not in text]:
-                raise ValueError(f"should have the field {{{missing[0]}}}")
+def _is_format(*fields: str) -> AfterValidator:
+    def check(text: str) -> str:
+        found = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+        if missing := [field for field in fields if field not in found]:
+            raise ValueError(f"should have the field {{{missing[0]}}}")
+        if others := [name for name in found if name not in fields]:
+            raise ValueError(f"should have no field {{{others[0]}}}; a brace by itself is written twice")
         return text
 
     return AfterValidator(check)
+
+
+QueryFormat = Annotated[str, _is_format("query")]
+InstructionFormat = Annotated[str, _is_format("instruction", "query")]
 
 
 class QueriesConfig(Section):
@@ -117,9 +117,9 @@ class SearchConfig(Section):
     """Cross-encoder that orders the best `candidates` anew."""
     candidates: int = Field(100, ge=1)
     """So many are ordered anew, and are all that is ranked."""
-    query_format: Annotated[str, _is_format("query")] = QUERY_FORMAT
+    query_format: QueryFormat = QUERY_FORMAT
     """What is asked without an instruction."""
-    instruction_format: Annotated[str | None, _is_format("instruction", "query")] = None
+    instruction_format: InstructionFormat | None = None
     """What is asked with one. Null: "Instruct: ...", "Query: ..." in two lines; of BM25 both with a space between."""
 
     @model_validator(mode="after")
@@ -180,7 +180,7 @@ class Benchmark(Section):
         for name, task in self.tasks.items():
             if task.corpus not in self.corpora:
                 raise ValueError(
-                    f"tasks.{name}.corpus: there is no corpus {task.corpus}{suggest(task.corpus, self.corpora)}"
+                    f"tasks.{name}.corpus: there is no corpus {task.corpus}{suggestion(task.corpus, self.corpora)}"
                 )
         used = {task.corpus for task in self.tasks.values()}
         if idle := [name for name in self.corpora if name not in used]:
@@ -197,29 +197,6 @@ class Benchmark(Section):
     def path(self, name: str) -> Path:
         """A path of the file, with `root` in front where it is relative."""
         return Path(self.root) / name
-
-
-def suggest(given: str, known: Iterable[str]) -> str:
-    """What to write in place of an unknown name."""
-    names = list(known)
-    near = difflib.get_close_matches(given, names, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names) or 'none'}"
-
-
-def find_benchmark(which: str, shipped: Path) -> Path:
-    """The file that a person means: a path, or the name of a shipped one.
-
-    Raises:
-        UserError: there is no such benchmark.
-    """
-    if "/" in which or which.endswith((".yaml", ".yml")):
-        return Path(which)
-    known = sorted(path.stem for path in shipped.glob("*.yaml"))
-    if which in known:
-        return shipped / f"{which}.yaml"
-    raise UserError(
-        f"there is no benchmark {which}{suggest(which, known)} (a file of your own: ./{which}.yaml)"
-    )
 
 
 def read_benchmark(path: Path, overrides: Sequence[str] = ()) -> Benchmark:
@@ -258,4 +235,6 @@ def _check_keys(tree: Mapping[str, Any], path: Path) -> None:
     for prefix, part, section in parts:
         for key in part if isinstance(part, dict) else ():
             if key not in section.model_fields:
-                raise UserError(f"{path}: unknown key {prefix}{key}{suggest(str(key), section.model_fields)}")
+                raise UserError(
+                    f"{path}: unknown key {prefix}{key}{suggestion(str(key), section.model_fields)}"
+                )

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.core.config import EXSEARCH, Config
 from pipeline.core.config.section import as_method
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, suggestion
 from pipeline.core.shipped import CONFIGS, HOME
 
 RENAMED = {
@@ -181,9 +181,7 @@ def _with_recipe(recipe: str, recipes: Recipes | None) -> type[Config]:
         raise UserError(f"recipe: {recipe} is not known here; this command takes the recipe {EXSEARCH} only")
     if recipe not in recipes:
         known = [EXSEARCH, *recipes]
-        near = difflib.get_close_matches(recipe, known, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise UserError(f"there is no recipe {recipe}; {mend}")
+        raise UserError(f"there is no recipe {recipe}{suggestion(recipe, known)}")
     settings = recipes[recipe]()
     return create_model("Config", __base__=Config, **{recipe: (settings, settings())})  # type: ignore[call-overload,no-any-return]
 

@@ -34,6 +34,7 @@ def test_the_table_has_tasks_domains_means_and_what_instructions_change(
     assert any(line.split() == ["N@10", "P@10", "R@10", "C@10"] for line in lines)
     assert any(line.startswith("water, instructed") for line in lines)
     assert "hash: with instructions " in result.stdout and " of 2 tasks gain" in result.stdout
+    assert "1 of 3 tasks have no instructions, and are in no mean of the arm with: land" in result.stdout
     assert "1 queries of the file are not judged, and not asked: stone 1" in result.stdout
     assert "rankings: 15 made now, 0 kept" in result.stdout
     assert (folder / "runs/benchmarks/animals/report.json").is_file()

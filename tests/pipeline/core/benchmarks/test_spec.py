@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.core.benchmarks.spec import Benchmark, find_benchmark, read_benchmark
+from pipeline.core.benchmarks.spec import Benchmark, read_benchmark
 from pipeline.core.errors import UserError
-from pipeline.core.shipped import CONFIGS
+from pipeline.core.shipped import CONFIGS, find_shipped
 
 FILE: dict[str, Any] = {
     "title": "two tasks",
@@ -67,7 +67,9 @@ def test_keys_of_the_file_are_overridden_one_by_one(tmp_path: Path) -> None:
         (["retrievers.bm25.encoder=minilm"], "encoder belongs to method: dense or hybrid, not bm25"),
         (["retrievers.bm25.candidates=20"], "candidates belongs to rerank"),
         (['retrievers.minilm.instruction_format="{instruction}"'], "should have the field {query}"),
-        (['retrievers.minilm.query_format="{text}"'], "should have no other fields than {query}"),
+        (['retrievers.minilm.query_format="{query} {text}"'], "should have no field {text}; a brace by itself"),
+        (['retrievers.minilm.query_format="{query} {query.x}"'], "should have no field {query.x}"),
+        (['retrievers.minilm.query_format="{query"'], "retrievers.minilm.query_format: expected '}'"),
         (["tasks={}"], "there are no tasks"),
         (["retrievers={}"], "retrievers: dictionary should have at least 1 item"),
         (["tasks.a/b={domain: web, corpus: tools, queries: q.jsonl}"], "names a file"),
@@ -81,10 +83,10 @@ def test_what_is_wrong_is_told_with_its_mend(tmp_path: Path, overrides: list[str
 
 
 def test_a_benchmark_is_found_by_its_name(tmp_path: Path) -> None:
-    assert find_benchmark("constraints", CONFIGS / "benchmarks").is_file()
-    assert find_benchmark("./mine.yaml", CONFIGS / "benchmarks") == Path("./mine.yaml")
+    assert find_shipped("benchmarks", "constraints").is_file()
+    assert find_shipped("benchmarks", "./mine.yaml") == Path("./mine.yaml")
     with pytest.raises(UserError, match="there is no benchmark constraint; did you mean constraints"):
-        find_benchmark("constraint", CONFIGS / "benchmarks")
+        find_shipped("benchmarks", "constraint")
     with pytest.raises(UserError, match="there is no benchmark file"):
         read_benchmark(tmp_path / "nothing.yaml")
 
