@@ -43,8 +43,15 @@ class Cell:
         return out / "rankings" / self.retriever / f"{self.task}.{self.arm}.parquet"
 
 
+def models_of(config: SearchConfig, device: str) -> list[str]:
+    """What the models of a retriever are, and what they compute on; reads all files of those in folders."""
+    models = [model_identity(name) for name in (config.encoder_name, config.rerank) if name is not None]
+    return [*models, device] if models else []
+
+
 def made_of(
     config: SearchConfig,
+    models: Sequence[str],
     arm: Arm,
     queries: Sequence[Query],
     corpus: str,
@@ -55,9 +62,9 @@ def made_of(
     """Identity of everything that the rankings of a cell follow from.
 
     Args:
+        models: see `models_of`.
         corpus: digest of its contents.
     """
-    models = [model_identity(name) for name in (config.encoder_name, config.rerank) if name is not None]
     settings = config.model_dump(mode="json") | {
         "models": models,
         "encoder": None,

@@ -12,18 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from retriever_service.building.build import build_index
+from retriever_service.encoding.encode_job import Progress
 from retriever_service.encoding.encoder import BUNDLED_MODEL, EncoderSpec, LoadEncoder, TextEncoder
 from retriever_service.index.bm25 import build_bm25
 from retriever_service.index.store import MANIFEST_FILE
 from retriever_service.passages.corpus import Corpus, CorpusReader, Passage, write_passages
-
-Advance = Callable[[int, int], None]
-"""(done, total)."""
 
 
 def digest_of(*paths: Path) -> str:
@@ -105,13 +103,10 @@ class BenchmarkCorpus:
         return directory
 
     def vectors(
-        self, spec: EncoderSpec, load: LoadEncoder, device: str, on_progress: Advance | None = None
+        self, spec: EncoderSpec, load: LoadEncoder, device: str, on_progress: Progress | None = None
     ) -> Path:
         """The index of an encoder's vectors, exact; built at the first call. Its rows are those of `passages`."""
-        encoder = {
-            "model": model_identity(spec.model),
-            "use": [getattr(spec, n) for n in spec.__slots__ if n != "model"],
-        }
+        encoder = asdict(spec) | {"model": model_identity(spec.model), "device": device}
         out = self.folder / "indexes" / f"{self.name}-{self.digest[:12]}-{digest_json(encoder)[:12]}"
         if not (out / MANIFEST_FILE).exists():
             build_index(

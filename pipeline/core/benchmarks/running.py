@@ -18,8 +18,16 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from pipeline.core.benchmarks.cells import Cell, is_finished, made_of, measure, read_rankings, write_rankings
-from pipeline.core.benchmarks.constraints import generate_constraints
+from pipeline.core.benchmarks.cells import (
+    Cell,
+    is_finished,
+    made_of,
+    measure,
+    models_of,
+    read_rankings,
+    write_rankings,
+)
+from pipeline.core.benchmarks.constraints import KINDS, generate_constraints
 from pipeline.core.benchmarks.corpora import BenchmarkCorpus, Encoders
 from pipeline.core.benchmarks.queries import Query, TaskQueries, read_task
 from pipeline.core.benchmarks.searching import Ranking, TaskSearcher
@@ -35,8 +43,6 @@ from retriever_service.search.rerank import Reranker
 logger = logging.getLogger(__name__)
 
 SETTINGS_FILE, REPORT_FILE, RESULTS_FILE = "benchmark.yaml", "report.json", "results.parquet"
-_AT_ONCE = 64
-"""Queries that are searched together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +86,11 @@ def read_tasks(spec: Benchmark, out: Path) -> tuple[list[Task], Json]:
     ]
     if spec.constraints is None:
         return tasks, {}
+    if taken := [kind for kind in KINDS if kind in spec.tasks]:
+        raise UserError(f"tasks.{taken[0]} is the name of a generated task; give yours another one")
     made = generate_constraints(spec.constraints)
     corpus = BenchmarkCorpus.of_passages(CONSTRAINTS, made.responses, out)
     generated = [Task(kind, CONSTRAINTS, corpus, asked) for kind, asked in made.tasks.items()]
-    if taken := [task.name for task in generated if task.name in spec.tasks]:
-        raise UserError(f"tasks.{taken[0]} is the name of a generated task; give yours another one")
     return [*tasks, *generated], made.left_out
 
 
@@ -154,10 +160,12 @@ class _Searching:
     def _cells(
         self, name: str, search: SearchConfig, tasks: Sequence[Task]
     ) -> Iterator[tuple[Task, Cell, str]]:
+        models = models_of(search, self._spec.device)
         for task in tasks:
             for arm in task.arms(self._spec.arms):
                 identity = made_of(
                     search,
+                    models,
                     arm,
                     task.asked.queries,
                     task.corpus.digest,
@@ -191,22 +199,17 @@ class _Searching:
                 load=self._load,
                 device=self._spec.device,
                 reranker=reranker,
-                on_progress=lambda done, total: advance.to(done, total),
+                on_progress=advance.to,
             )
 
     def _rank(self, searcher: TaskSearcher, task: Task, arm: Arm, advance: Advance) -> list[Ranking]:
-        rankings: list[Ranking] = []
-        queries = task.asked.queries
-        for start in range(0, len(queries), _AT_ONCE):
-            part = queries[start : start + _AT_ONCE]
-            rankings += [
-                [hit for hit in found if not (task.exclude_same_id and hit[0] == query.id)][
-                    : self._spec.depth
-                ]
-                for query, found in zip(part, searcher.rank(part, arm), strict=True)
+        rankings = searcher.rank(task.asked.queries, arm, advance)
+        if task.exclude_same_id:
+            rankings = [
+                [hit for hit in found if hit[0] != query.id]
+                for query, found in zip(task.asked.queries, rankings, strict=True)
             ]
-            advance(len(part))
-        return rankings
+        return [found[: self._spec.depth] for found in rankings]
 
 
 def _report(spec: Benchmark, out: Path, tasks: Sequence[Task], left_out: Json, searching: _Searching) -> Json:

@@ -11,12 +11,13 @@ Guarantees:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from pipeline.core.benchmarks.corpora import Advance, BenchmarkCorpus
+from pipeline.core.benchmarks.corpora import BenchmarkCorpus
 from pipeline.core.benchmarks.queries import Query
 from pipeline.core.benchmarks.spec import INSTRUCTION_FORMAT, WORDS_FORMAT, Arm, SearchConfig
+from retriever_service.encoding.encode_job import Progress
 from retriever_service.encoding.encoder import EncoderSpec, LoadEncoder, TextEncoder, lasting_name
 from retriever_service.index.bm25 import Bm25
 from retriever_service.index.dense import VectorSearch
@@ -28,6 +29,8 @@ from retriever_service.search.rerank import Reranker
 
 Ranking = list[tuple[str, float]]
 """(passage id, score), best first."""
+_AT_ONCE = 64
+"""Queries that are searched together."""
 
 
 def asked(query: Query, arm: Arm, query_format: str, instruction_format: str) -> str:
@@ -79,7 +82,7 @@ class TaskSearcher:
         load: LoadEncoder,
         device: str = "cpu",
         reranker: Reranker | None = None,
-        on_progress: Advance | None = None,
+        on_progress: Progress | None = None,
     ) -> None:
         self._config, self._reranker = config, reranker
         self._depth = depth
@@ -91,8 +94,22 @@ class TaskSearcher:
             index = corpus.vectors(spec, load, device, on_progress)
             self._dense = DenseSearch(index, load(spec, device), device)
 
-    def rank(self, queries: Sequence[Query], arm: Arm) -> list[Ranking]:
-        """The best `depth` passages of each query, fewer where BM25 finds fewer."""
+    def rank(
+        self, queries: Sequence[Query], arm: Arm, on_queries: Callable[[int], None] = lambda count: None
+    ) -> list[Ranking]:
+        """The best `depth` passages of each query, fewer where BM25 finds fewer.
+
+        Args:
+            on_queries: told of every number of further queries that are ranked.
+        """
+        rankings: list[Ranking] = []
+        for start in range(0, len(queries), _AT_ONCE):
+            part = queries[start : start + _AT_ONCE]
+            rankings += self._rank(part, arm)
+            on_queries(len(part))
+        return rankings
+
+    def _rank(self, queries: Sequence[Query], arm: Arm) -> list[Ranking]:
         config = self._config
         depth = self._depth if self._reranker is None else config.candidates
         depth = min(depth, len(self._passages))

@@ -69,7 +69,7 @@ PYTHON_ELSEWHERE = {
 }
 """Blocks of the other pages are run here."""
 
-TAKE_LONG = ("experiments.md", "mair.md", "retriever.md")
+TAKE_LONG = ("experiments.md", "retriever.md")
 """Pages whose commands take more than a few seconds."""
 
 SMALLER = {"IVF4096,SQ8": "IVF4,SQ8", "nprobe=64": "nprobe=2", "21000000": "21000", "cuda": "cpu"}
@@ -185,6 +185,8 @@ def smaller(words: Sequence[str]) -> list[str]:
     found = [SMALLER.get(word, re.sub("^/(shared|elsewhere)/", r"\1/", word)) for word in words]
     if found[1:2] == ["plan"]:
         return [*found, f"model.path={'qwen' if '--gpus' in found else 'models/tiny-searcher'}"]
+    if found[1:3] == ["benchmark", "constraints"]:
+        return [*found, "constraints.questions=3", "bootstrap_samples=10"]
     if found[1:2] == ["cold-start"]:
         return [*found, "model.path=models/tiny-searcher", "agent.layout=plain"]
     return found

@@ -28,8 +28,8 @@ class CountingEncoders:
         self.loaded.append(spec.model)
         encoder, counting = HashEncoder(spec), self
 
-        def encode_passages(passages: Any) -> Any:
-            for vectors in HashEncoder.encode_passages(encoder, passages):
+        def encode_passages(passages: Any, on_rows: Any = None) -> Any:
+            for vectors in HashEncoder.encode_passages(encoder, passages, on_rows):
                 counting.passages += len(vectors)
                 yield vectors
 

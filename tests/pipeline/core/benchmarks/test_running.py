@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.core.benchmarks import running
+from pipeline.core.benchmarks import cells, running
 from pipeline.core.benchmarks.running import run_benchmark
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
@@ -80,6 +80,27 @@ def test_what_changed_is_ranked_again_and_nothing_else(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rocks.jsonl", rocks)
     report = run_benchmark(spec, tmp_path / "out", Display(), load=CountingEncoders())
     assert report["cells"] == {"searched": 6, "kept": 9, "outdated": 6}
+
+
+def test_rankings_of_another_model_or_device_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "encoder"
+    model.mkdir()
+    (model / "weights").write_text("old")
+    read: list[str] = []
+    identity = cells.model_identity
+    monkeypatch.setattr(cells, "model_identity", lambda name: (read.append(name), identity(name))[1])
+
+    def cells_of(*overrides: str) -> Any:
+        retrievers = {"bm25": {"method": "bm25"}, "own": {"encoder": str(model)}}
+        return run(tmp_path, *overrides, retrievers=retrievers)["cells"]
+
+    assert cells_of() == {"searched": 10, "kept": 0, "outdated": 0}
+    assert read == [str(model)], "its files are read once, whatever tasks and arms there are"
+    (model / "weights").write_text("new")
+    assert cells_of() == {"searched": 5, "kept": 5, "outdated": 5}
+    assert cells_of("device=other") == {"searched": 5, "kept": 5, "outdated": 5}
 
 
 def test_results_are_a_row_per_query_retriever_and_arm(tmp_path: Path) -> None:
@@ -187,6 +208,9 @@ def test_generated_tasks_stand_beside_the_others(tmp_path: Path) -> None:
         (["arms=[with]", "tasks={land: {domain: a, corpus: animals, queries: land.jsonl}}",
           "corpora={animals: animals.jsonl}"],
          "no task has an instruction"),
+        (["constraints={questions: 3}", "corpora={animals: animals.jsonl}",
+          "tasks={format: {domain: a, corpus: animals, queries: land.jsonl}}"],
+         "tasks.format is the name of a generated task; give yours another one"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_anything_is_made(

@@ -106,6 +106,16 @@ def test_a_reranker_orders_the_candidates_by_its_own_scores(tmp_path: Path) -> N
     assert len({passage.id for _, passage in cast(Any, reranker.pairs)}) == 2
 
 
+def test_many_queries_are_searched_in_parts_and_counted(tmp_path: Path) -> None:
+    searcher, load = searcher_of(tmp_path)
+    queries = [Query(str(n), text, "", {}) for n, text in enumerate(ANIMALS * 12)]
+    told: list[int] = []
+    found = searcher.rank(queries, "without", told.append)
+    assert sum(told) == len(queries) == 72 and len(told) > 1
+    assert load.asked == [query.text for query in queries]
+    assert [ranking[0][0] for ranking in found] == [str(n % 6) for n in range(72)]
+
+
 def test_a_query_that_finds_nothing_has_an_empty_ranking(tmp_path: Path) -> None:
     searcher, _ = searcher_of(tmp_path, method="bm25", rerank="model", reranker=KeywordReranker("x"))
     assert searcher.rank([Query("q", "zebra", "", {})], "without") == [[]]
