@@ -8,9 +8,9 @@ it is missing, and removed when the run has its report.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ import torch
 
 from pipeline.core.agents.program import derive_seed
 from pipeline.core.benchmarks.cells import measure
-from pipeline.core.benchmarks.corpora import BenchmarkCorpus, Encoders
-from pipeline.core.benchmarks.queries import Query, TaskQueries, holds_pairs, read_pairs, read_task
+from pipeline.core.benchmarks.corpora import BenchmarkCorpus, Encoders, digest_json
+from pipeline.core.benchmarks.queries import TaskQueries, holds_pairs, read_pairs, read_task
 from pipeline.core.benchmarks.searching import Ranking, TaskSearcher, asked
-from pipeline.core.benchmarks.spec import INSTRUCTION_FORMAT, QUERY_FORMAT, Arm, QueriesConfig, SearchConfig
+from pipeline.core.benchmarks.spec import Arm, QueriesConfig, SearchConfig, split_measure
 from pipeline.core.benchmarks.summary import summarise
 from pipeline.core.config import Config
 from pipeline.core.display import Display
@@ -47,8 +47,6 @@ from retriever_service.passages.corpus import Passage, passage_text
 
 ENCODER = "encoder"
 """The name of the policy."""
-_AT_ONCE = 64
-"""Queries that are searched together."""
 _SAMPLES = 1000
 """Of the bootstraps."""
 
@@ -146,8 +144,9 @@ class EncoderRun(Steps):
         return self.once(step, lambda: {"iteration": t} | self._scores("test", asked_, t))
 
     def end_iteration(self, t: int) -> None:
-        """Mark round t as whole."""
+        """Mark round t as whole, and remove the trainer's checkpoints."""
         self.files.close_iteration(t)
+        shutil.rmtree(self._trainer_of(t), ignore_errors=True)
         self._write_timeline(t)
 
     def report(self) -> Json:
@@ -210,6 +209,17 @@ class EncoderRun(Steps):
         )
         return self._load(spec, self._device).spec
 
+    def check_input(self) -> None:
+        """Refuse to go on with other tools and queries than those that the results are of.
+
+        Raises:
+            UserError: these are others.
+        """
+        data = self._data
+        queries = [asdict(of) for of in (data.train, data.dev, data.test) if of is not None]
+        tools = {self._tools.digest, self._training_tools.digest}
+        self.files.keep_to(digest_json([queries, sorted(tools)])[:16], "input")
+
     def _searcher(self, corpus: BenchmarkCorpus, t: int, depth: int) -> TaskSearcher:
         start = self._start
         search = SearchConfig(
@@ -218,6 +228,8 @@ class EncoderRun(Steps):
             passage_prefix=start.passage_prefix,
             max_tokens=start.max_length,
             dtype="float32",
+            query_format=self._settings.query_format,
+            instruction_format=self._settings.instruction_format,
         )
         with self.display.progress(f"version {t}: tools", None, "encoded") as advance:
             return TaskSearcher(
@@ -226,26 +238,21 @@ class EncoderRun(Steps):
                 depth=depth,
                 load=self._load,
                 device=self._device,
-                on_progress=lambda done, total: advance.to(done, total),
+                on_progress=advance.to,
             )
 
-    def _rank(self, searcher: TaskSearcher, queries: Sequence[Query], arm: Arm, what: str) -> list[Ranking]:
-        rankings: list[Ranking] = []
-        with self.display.progress(what, len(queries), "queries") as advance:
-            for first in range(0, len(queries), _AT_ONCE):
-                part = queries[first : first + _AT_ONCE]
-                rankings += searcher.rank(part, arm)
-                advance(len(part))
-        return rankings
+    def _rank(self, searcher: TaskSearcher, of: TaskQueries, arm: Arm, what: str) -> list[Ranking]:
+        with self.display.progress(what, len(of.queries), "queries") as advance:
+            return searcher.rank(of.queries, arm, advance)
 
     def _mine(self, t: int) -> Json:
-        settings, queries = self._settings, self._data.train.queries
+        settings, of = self._settings, self._data.train
         arm: Arm = "with" if settings.instructions else "without"
         searcher = self._searcher(self._training_tools, t - 1, settings.candidates)
-        rankings = self._rank(searcher, queries, arm, f"round {t}: mining negatives")
+        rankings = self._rank(searcher, of, arm, f"round {t}: mining negatives")
         texts = {passage.id: passage_text(passage) for passage in self._training_tools.passages()}
         mined = mine(
-            queries,
+            of.queries,
             rankings,
             texts,
             negatives=settings.negatives,
@@ -260,7 +267,7 @@ class EncoderRun(Steps):
             )
         write_table(self._rows_of(t), self._table(mined, texts, arm), "zstd")
         return {
-            "queries": len(queries),
+            "queries": len(of.queries),
             "rows": len(mined.pairs),
             "left_out": mined.left_out,
             "filled": mined.filled,
@@ -271,13 +278,15 @@ class EncoderRun(Steps):
     def _rows_of(self, t: int) -> Path:
         return self.files.at(f"{t}/{ENCODER}/rows.parquet")
 
+    def _trainer_of(self, t: int) -> Path:
+        return self.files.at(f"{t}/{ENCODER}/trainer")
+
     def _table(self, mined: Mined, texts: dict[str, str], arm: Arm) -> pa.Table:
         """Texts as the encoder is to see them: columns anchor, positive, negative_1, ..."""
         before_query, before_tool = self._start.query_prefix or "", self._start.passage_prefix or ""
+        formats = self._settings.query_format, self._settings.instruction_format
         columns: dict[str, list[str]] = {
-            "anchor": [
-                before_query + asked(p.query, arm, QUERY_FORMAT, INSTRUCTION_FORMAT) for p in mined.pairs
-            ],
+            "anchor": [before_query + asked(pair.query, arm, *formats) for pair in mined.pairs],
             "positive": [before_tool + texts[pair.positive] for pair in mined.pairs],
         }
         for place in range(self._settings.negatives):
@@ -292,7 +301,9 @@ class EncoderRun(Steps):
             model=before if t == 1 else str(self._model_of(t - 1)),
             rows=str(self._rows_of(t)),
             out=str(self._model_of(t)),
-            work=str(self.files.at(f"{t}/{ENCODER}/trainer")),
+            work=str(self._trainer_of(t)),
+            query_prefix=start.query_prefix or "",
+            passage_prefix=start.passage_prefix or "",
             epochs=settings.epochs,
             batch_size=settings.batch_size,
             mini_batch=settings.mini_batch,
@@ -306,18 +317,16 @@ class EncoderRun(Steps):
             seed=derive_seed(self._config.seed, "train", t) % 2**31,
         )
         with self.display.progress(f"round {t}: training", None, "steps") as advance:
-            figures = train_encoder(phase, lambda done, total: advance.to(done, total))
-        shutil.rmtree(phase.work)
-        return dict(figures)
+            return dict(train_encoder(phase, advance.to))
 
     def _scores(self, split: str, of: TaskQueries, t: int) -> Json:
         """By arm the measures in percent, and the difference; `scores` of the arm that versions are compared in."""
         measures: tuple[str, ...] = self._settings.measures
-        searcher = self._searcher(self._tools, t, max(int(name.partition("@")[2]) for name in measures))
+        searcher = self._searcher(self._tools, t, max(split_measure(name)[1] for name in measures))
         arms: list[Arm] = ["without", "with"] if of.has_instructions else ["without"]
         values = {}
         for arm in arms:
-            rankings = self._rank(searcher, of.queries, arm, f"version {t}: {split}, {arm} instructions")
+            rankings = self._rank(searcher, of, arm, f"version {t}: {split}, {arm} instructions")
             by_id = {query.id: ranking for query, ranking in zip(of.queries, rankings, strict=True)}
             values[arm] = measure(of.queries, by_id, measures)
         figures: dict[str, Any] = summarise(
@@ -325,7 +334,11 @@ class EncoderRun(Steps):
         )
         found: Json = figures["tasks"][split]
         compared = "with" if self._settings.instructions and of.has_instructions else "without"
-        return {"scores": found[compared], **found}
+        scores = found[compared] | {
+            "n": len(of.queries),
+            f"{measures[0]}_interval": found[compared]["interval"],
+        }
+        return {"scores": scores, **found}
 
 
 def _counts(of: TaskQueries) -> Json:
@@ -352,4 +365,5 @@ def open_encoder_run(config: Config, path: Path, display: Display) -> Iterator[E
         display.follow(files.path),
         EncoderRun(config, data, files, tracker, display) as run,
     ):
+        run.check_input()
         yield run

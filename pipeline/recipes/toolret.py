@@ -20,8 +20,14 @@ from pydantic import Field
 from rich.table import Table
 
 from pipeline.core.agents.program import Answering
-from pipeline.core.benchmarks.spec import QueriesConfig
-from pipeline.core.config import Config, Iterations, OnDisk
+from pipeline.core.benchmarks.spec import (
+    INSTRUCTION_FORMAT,
+    QUERY_FORMAT,
+    InstructionFormat,
+    QueriesConfig,
+    QueryFormat,
+)
+from pipeline.core.config import Config, OnDisk, Rounds
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.policies import PolicySpec
@@ -37,14 +43,14 @@ _READ = ("recipe", "seed", "toolret", "data", "tracking")
 _READ_OF_DATA = ("root", "corpus")
 
 
-class Settings(Iterations):
+class Settings(Rounds):
     """Training of a tool retriever (recipe `toolret`). The tools are `data.corpus`, below `data.root`."""
 
     measures: ClassVar[tuple[str, ...]] = MEASURES
 
     iterations: int = Field(1, ge=0)
     """Rounds; each mines negatives with the encoder as it is, and trains on them (the paper: 1)."""
-    select_by: Literal["ndcg@10", "precision@10", "recall@10", "all_gold@10"] = "ndcg@10"  # type: ignore[assignment]
+    select_by: Literal["ndcg@10", "precision@10", "recall@10", "all_gold@10"] = "ndcg@10"
     """Dev measure that names the best round, of queries with their instructions where they have some."""
     encoder: Annotated[str, OnDisk()] = BUNDLED_MODEL
     """What it starts from: minilm, or any sentence-transformers model."""
@@ -52,6 +58,10 @@ class Settings(Iterations):
     """In front of queries. Null: the family's."""
     passage_prefix: str | None = None
     """In front of tools. Null: the family's."""
+    query_format: QueryFormat = QUERY_FORMAT
+    """What is asked without an instruction, behind the prefix."""
+    instruction_format: InstructionFormat = INSTRUCTION_FORMAT
+    """What is asked with one, behind the prefix."""
     train: QueriesConfig | None = None
     """Training queries with judgements, or ToolRet's rows {query, prompt, pos, neg}, whose texts are then the tools."""
     dev: QueriesConfig | None = None
@@ -145,8 +155,6 @@ def check(config: Config) -> None:
         raise UserError(
             f"{named} says nothing to the recipe toolret, whose keys are in the section toolret; remove it"
         )
-    if settings.asynchronous:
-        raise UserError("toolret.asynchronous: nothing is sampled here; remove it")
     if settings.train is None:
         raise UserError("toolret.train is empty; give toolret.train.queries, and toolret.train.qrels")
     if settings.dev is not None and settings.dev_queries != Settings().dev_queries:

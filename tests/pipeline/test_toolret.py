@@ -12,11 +12,19 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from pipeline import encoder_run, methods
+from pipeline.commands.export import export_model
+from pipeline.commands.status import in_words
 from pipeline.core.config import Config
+from pipeline.core.data.world.writer import write_world
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
+from pipeline.core.shipped import CONFIGS
+from pipeline.core.status import run_status
 from pipeline.encoder_run import read_data
+from pipeline.recipes import toolret
+from pipeline.view.pages import Pages
 from retriever_service.errors import RetrieverError
+from retriever_service.passages.corpus import read_corpus
 from tests.actors.encoders import PEOPLE, TOWNS, build_encoder
 from tests.retriever_service.support import write_jsonl
 
@@ -72,7 +80,7 @@ def config_of(data: Path, *overrides: str) -> Config:
         (["toolret.tempreature=1"], "configuration key toolret.tempreature; did you mean toolret.temperature?"),
         (["learner.epochs=2"], "learner says nothing to the recipe toolret"),
         (["data.train_limit=5"], "data.train_limit says nothing to the recipe toolret"),
-        (["toolret.asynchronous=true"], "nothing is sampled here"),
+        (['toolret.query_format="{text}"'], "configuration key toolret.query_format: should have the field {query}"),
         (["toolret.dtype=float16"], "toolret.dtype: float16 needs a GPU"),
         (["toolret.train=null"], "toolret.train is empty"),
         (["data.corpus=[]"], "data.corpus is empty"),
@@ -130,6 +138,19 @@ def test_rows_of_toolrets_training_set_bring_their_own_tools(data: Path) -> None
     assert (first.text, first.instruction, first.relevant) == ("ada", "arlen", [found.tools[0].id])
     with pytest.raises(UserError, match="give toolret"):
         read_data(config_of(data, "toolret.train.queries=rows.jsonl"))
+
+
+def test_the_shipped_cpu_configuration_finds_its_data_in_a_generated_world(tmp_path: Path) -> None:
+    write_world(tmp_path / "world", seed=0, size="small")
+    config = methods.load(CONFIGS / "methods" / "toolret-cpu.yaml", [f"data.root={tmp_path / 'world'}"])
+    toolret.check(config)
+    found = read_data(config)
+    assert found.test is not None
+    for of, number in ((found.dev, 100), (found.test, 200)):
+        assert len(of.queries) == number and all(query.instruction for query in of.queries)
+    assert len(found.train.queries) + found.asked_elsewhere == 300
+    tools = {passage.id for passage in read_corpus([tmp_path / "world" / "corpus.jsonl"])}
+    assert all(id_ in tools for query in found.train.queries for id_ in query.relevant)
 
 
 # ---------------------------------------------------------------- a run
@@ -201,9 +222,23 @@ def test_a_run_that_is_killed_ends_with_the_report_of_one_that_is_not(
     assert all(text.split("Query: ")[-1].split()[0] in PEOPLE for text in anchors)
     assert not any(text.startswith("Instruct: \n") for text in anchors)
 
-    # Finished steps are not done again.
+    # It is looked at as other runs are.
+    said = list(in_words(run_status(data / "whole")))
+    best_score = whole["iterations"][best - 1]["evaluation"]["scores"]["ndcg@10"]
+    assert any(
+        line.startswith(f"  {best}: ndcg@10 {best_score:.1f} (") and line.endswith("the best")
+        for line in said
+    )
+    assert Pages([data / "whole"], live=False).page("run/0")["report"]["best_iteration"] == best
+    with pytest.raises(UserError, match="is a sentence encoder and needs nothing beside it"):
+        export_model(data / "whole", data / "out", "best", None, None, False, Display())
+
+    # Finished steps are not done again, and not mixed with other data.
     monkeypatch.setattr(encoder_run, "train_encoder", None)
     display = Display()
     outcome = methods.train(config, data / "whole", display)
     assert scores_of(outcome.report) == scores_of(whole)
     display.outcome(outcome)
+    write_jsonl(data / "tools.jsonl", [{"id": town, "documentation": f"{town} x"} for town in TOWNS])
+    with pytest.raises(UserError, match="holds a run that searched another input"):
+        methods.train(config, data / "whole", display)

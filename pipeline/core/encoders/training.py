@@ -12,12 +12,14 @@ The loss is InfoNCE over a row's own negatives and those of the other rows of th
 
     L = - log exp(s(q, p+) / tau)  /  sum over p of the batch  exp(s(q, p) / tau)
 
-with s the cosine. Rows that share a text are not put into the same batch (`NO_DUPLICATES`).
+with s the cosine. Rows that share a text are not put into the same batch (of one process), for a relevant passage of
+the one would be a negative of the other. Every row is trained on in every epoch.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -31,7 +33,7 @@ from typing import Any, Literal
 from pipeline.core.errors import RunError
 from retriever_service.files import writing
 
-Advance = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 """(steps done, of how many)."""
 
 _WHOLE = "WHOLE"
@@ -45,8 +47,9 @@ class EncoderPhase:
     """What one phase is made of; all that is needed to run it in any process.
 
     model: directory or hub name. rows: Parquet of the columns anchor, positive, negative_1, ..., texts as the encoder
-    is to see them. out: directory of the trained model. work: directory of checkpoints. batch_size: rows of a step, of
-    each process. mini_batch: so many texts at a time go through the model (gradients are cached); None: all at once.
+    is to see them, prefixes included. out: directory of the trained model. work: directory of checkpoints.
+    query_prefix, passage_prefix: written into the model, for who opens it. batch_size: rows of a step, of each
+    process. mini_batch: so many texts at a time go through the model (gradients are cached); None: all at once.
     temperature: tau. warmup: share of the steps. checkpoint_steps: between two checkpoints.
     """
 
@@ -54,6 +57,8 @@ class EncoderPhase:
     rows: str
     out: str
     work: str
+    query_prefix: str
+    passage_prefix: str
     epochs: int
     batch_size: int
     mini_batch: int | None
@@ -67,11 +72,11 @@ class EncoderPhase:
     seed: int
 
 
-def train_encoder(phase: EncoderPhase, on_progress: Advance) -> dict[str, float]:
+def train_encoder(phase: EncoderPhase, on_progress: OnProgress) -> dict[str, float]:
     """Do, or go on with, a phase; returns `steps` and `loss`, the mean of the last epoch's steps.
 
     Raises:
-        RunError: one of several processes fails; its words are on the terminal.
+        RunError: the loss is not finite, or one of several processes fails; its words are on the terminal.
     """
     import torch
 
@@ -101,7 +106,17 @@ def _launch(job: Path, processes: int) -> None:
         raise RunError(f"training in {processes} processes ends with exit code {done.returncode}")
 
 
-def _train(phase: EncoderPhase, on_progress: Advance) -> None:
+def loss_of(phase: EncoderPhase, model: Any) -> Any:
+    """The loss of the module's head, of a SentenceTransformer."""
+    from sentence_transformers.sentence_transformer import losses
+
+    how: dict[str, Any] = {"scale": 1 / phase.temperature, "gather_across_devices": phase.processes > 1}
+    if phase.mini_batch is None:
+        return losses.MultipleNegativesRankingLoss(model, **how)
+    return losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=phase.mini_batch, **how)
+
+
+def _train(phase: EncoderPhase, on_progress: OnProgress) -> None:
     import torch
     from datasets import Dataset
     from sentence_transformers import (
@@ -109,8 +124,6 @@ def _train(phase: EncoderPhase, on_progress: Advance) -> None:
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.sentence_transformer import losses
-    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
     from transformers import PrinterCallback
     from transformers.utils import logging as transformers_logging
 
@@ -120,12 +133,6 @@ def _train(phase: EncoderPhase, on_progress: Advance) -> None:
         phase.model, device="cuda" if on_gpu else "cpu", model_kwargs={"dtype": "float32"}
     )
     model.max_seq_length = phase.max_length
-    how: dict[str, Any] = {"scale": 1 / phase.temperature, "gather_across_devices": phase.processes > 1}
-    loss: Any
-    if phase.mini_batch is None:
-        loss = losses.MultipleNegativesRankingLoss(model, **how)
-    else:
-        loss = losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=phase.mini_batch, **how)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(work),
         num_train_epochs=phase.epochs,
@@ -135,20 +142,28 @@ def _train(phase: EncoderPhase, on_progress: Advance) -> None:
         bf16=phase.dtype == "bfloat16",
         fp16=phase.dtype == "float16",
         use_cpu=not on_gpu,
-        batch_sampler=BatchSamplers.NO_DUPLICATES,
         save_strategy="steps",
         save_steps=phase.checkpoint_steps,
-        save_total_limit=1,
+        save_total_limit=2,  # the one before stays until the new one is marked as whole
         logging_strategy="steps",
         logging_steps=1,
+        logging_nan_inf_filter=False,  # it would show the mean of other steps in their place
         report_to=[],
         disable_tqdm=True,
         seed=phase.seed,
     )
-    callback = _callback(on_progress)
+
+    class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
+        def get_batch_sampler(self, dataset: Any, **how: Any) -> Any:
+            return _every_row(dataset, phase.epochs, **how)
+
     rows = Dataset.from_parquet(phase.rows, cache_dir=str(work / "cache"))
-    trainer = SentenceTransformerTrainer(
-        model=model, args=arguments, train_dataset=rows, loss=loss, callbacks=[callback]
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        loss=loss_of(phase, model),
+        callbacks=[_callback(on_progress)],
     )
     trainer.remove_callback(PrinterCallback)  # it would write to standard output
     trainer.train(resume_from_checkpoint=_last_whole(work))
@@ -158,6 +173,7 @@ def _train(phase: EncoderPhase, on_progress: Advance) -> None:
 
 def _finish(phase: EncoderPhase, model: Any, state: Any) -> None:
     out = Path(phase.out)
+    model.prompts = {"query": phase.query_prefix, "document": phase.passage_prefix}
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(str(partial), create_model_card=False)
@@ -167,6 +183,30 @@ def _finish(phase: EncoderPhase, model: Any, state: Any) -> None:
     figures = {"steps": state.global_step, "loss": sum(logged) / max(1, len(logged))}
     with writing(Path(phase.work) / _FIGURES) as file:
         file.write(json.dumps(figures).encode())
+
+
+def _every_row(dataset: Any, epochs: int, batch_size: int, seed: int, **how: Any) -> Any:
+    """The library's batches of rows that share no text, and as many of them as the rows need.
+
+    The library reckons with full batches, the trainer leaves out what goes beyond its reckoning, and rows that share
+    texts need more. An epoch that needs fewer than another one repeats some rows.
+    """
+    import torch
+    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
+
+    counted = NoDuplicatesBatchSampler(
+        dataset, batch_size, generator=torch.Generator(), seed=seed, drop_last=False
+    )
+    needed = 0
+    for epoch in range(epochs):
+        counted.set_epoch(epoch)
+        needed = max(needed, sum(1 for _ in counted))
+
+    class EveryRow(NoDuplicatesBatchSampler):  # type: ignore[misc]
+        def __len__(self) -> int:
+            return needed
+
+    return EveryRow(dataset, batch_size, seed=seed, **how)
 
 
 def _last_whole(work: Path) -> str | None:
@@ -180,12 +220,19 @@ def _last_whole(work: Path) -> str | None:
     return str(whole[max(whole)]) if whole else None
 
 
-def _callback(on_progress: Advance) -> Any:
+def _callback(on_progress: OnProgress) -> Any:
     from transformers import TrainerCallback
 
     class Told(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             on_progress(state.global_step, state.max_steps)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+            if not math.isfinite(logs.get("loss", 0.0)):
+                raise RunError(
+                    f"the loss of step {state.global_step} is {logs['loss']}; begin another run, with a lower "
+                    "learning rate"
+                )
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if state.is_world_process_zero:
