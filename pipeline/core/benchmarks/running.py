@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import yaml
 
 from pipeline.core.benchmarks.cells import (
@@ -253,9 +254,9 @@ def _rows(task: Task, retriever: str, arm: Arm, found: Mapping[str, Sequence[flo
 
 def _counts(task: Task, left_out: int) -> dict[str, Any]:
     """What was asked of a task, and what was not."""
-    there = set(task.corpus.passages().column("id").to_pylist())
+    there = task.corpus.passages().column("id")
     queries: Sequence[Query] = task.asked.queries
-    gold = [id_ for query in queries for id_ in query.relevant]
+    gold = pa.array([id_ for query in queries for id_ in query.relevant], there.type)
     return {
         "domain": task.domain,
         "corpus": task.corpus.name,
@@ -264,7 +265,7 @@ def _counts(task: Task, left_out: int) -> dict[str, Any]:
         "without_instruction": sum(not query.instruction for query in queries),
         "without_relevant": sum(not query.relevant for query in queries),
         "relevant": len(gold),
-        "relevant_not_in_corpus": sum(id_ not in there for id_ in gold),
+        "relevant_not_in_corpus": len(gold.filter(pc.invert(pc.is_in(gold, value_set=there)))),
         "unjudged": task.asked.unjudged,
         "unknown": task.asked.unknown,
         "not_drawn": task.asked.not_drawn,

@@ -10,7 +10,6 @@ same tasks with other queries would differ, and nothing of other tasks. Arms are
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,22 +23,17 @@ Array = npt.NDArray[np.float64]
 Values = Mapping[str, Mapping[Arm, Mapping[str, Sequence[float]]]]
 """Of one retriever: by task, arm and measure the value of each query, in [0, 1]; arms of a task have the same
 queries."""
+Weights = Mapping[str, float]
+"""What one mean is over: its tasks, with weights that sum to 1."""
 TASKS, DOMAINS, QUERIES = "tasks", "domains", "queries"
 MEANS = (TASKS, DOMAINS, QUERIES)
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
-    """What one mean is over: its tasks with their weights, which sum to 1."""
-
-    weights: Mapping[str, float]
-
-    @classmethod
-    def evenly(cls, tasks: Sequence[str]) -> Scope:
-        return cls(dict.fromkeys(tasks, 1 / len(tasks)))
+def _evenly(tasks: Sequence[str]) -> Weights:
+    return dict.fromkeys(tasks, 1 / len(tasks))
 
 
-def scopes_of(domains: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, dict[str, Scope]]:
+def scopes_of(domains: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str, dict[str, Weights]]:
     """The scopes of a set of tasks, by kind (`tasks`, `domains`, `means`) and name.
 
     Args:
@@ -52,12 +46,12 @@ def scopes_of(domains: Mapping[str, str], sizes: Mapping[str, int]) -> dict[str,
     total = sum(sizes.values())
     share = 1 / max(1, len(by_domain))
     return {
-        "tasks": {task: Scope({task: 1.0}) for task in sizes},
-        "domains": {name: Scope.evenly(tasks) for name, tasks in by_domain.items()},
+        "tasks": {task: {task: 1.0} for task in sizes},
+        "domains": {name: _evenly(tasks) for name, tasks in by_domain.items()},
         "means": {
-            TASKS: Scope.evenly(list(sizes)),
-            DOMAINS: Scope({t: share / len(tasks) for tasks in by_domain.values() for t in tasks}),
-            QUERIES: Scope({task: size / total for task, size in sizes.items()}),
+            TASKS: _evenly(list(sizes)),
+            DOMAINS: {t: share / len(tasks) for tasks in by_domain.values() for t in tasks},
+            QUERIES: {task: size / total for task, size in sizes.items()},
         },
     }
 
@@ -84,13 +78,13 @@ def summarise(
         means = {task: {name: float(np.mean(of[name])) for name in measures} for task, of in by_task.items()}
         drawn = _drawn(rows, samples, seed)
         for kind, named in scopes_of(domains, {task: len(row) for task, row in rows.items()}).items():
-            for name, scope in named.items():
+            for name, weights in named.items():
                 figures = found[kind].setdefault(name, {})
                 figures[arm] = {
-                    "queries": sum(len(rows[task]) for task in scope.weights),
-                    "tasks": len(scope.weights),
-                    **{m: 100 * sum(w * means[t][m] for t, w in scope.weights.items()) for m in measures},
-                    "interval": _percent(_interval(scope, rows, drawn, samples, seed)),
+                    "queries": sum(len(rows[task]) for task in weights),
+                    "tasks": len(weights),
+                    **{m: 100 * sum(w * means[t][m] for t, w in weights.items()) for m in measures},
+                    "interval": _percent(_interval(weights, rows, drawn, samples, seed)),
                 }
     return found | _compared(values, domains, main, found, samples, seed)
 
@@ -113,19 +107,17 @@ def _compared(
         return {"gains": None}
     drawn = _drawn(pairs, samples, seed)
     for kind, named in scopes_of(domains, {task: len(row) for task, row in pairs.items()}).items():
-        for name, scope in named.items():
-            difference = sum(w * float(pairs[t].mean()) for t, w in scope.weights.items())
-            if len(scope.weights) == 1:
-                (task,) = scope.weights
+        for name, weights in named.items():
+            difference = sum(w * float(pairs[t].mean()) for t, w in weights.items())
+            if len(weights) == 1:
+                (task,) = weights
                 interval, p_value = judged_differences(pairs[task], drawn[task])
             else:
                 # As if all queries were one sample: so many that differ, in resamples of the weighted mean.
-                means = _weighted(scope, drawn)
-                interval, p_value = judged_differences(
-                    np.concatenate([pairs[t] for t in scope.weights]), means
-                )
+                means = _weighted(weights, drawn)
+                interval, p_value = judged_differences(np.concatenate([pairs[t] for t in weights]), means)
             found[kind][name]["difference"] = {
-                "tasks": len(scope.weights),
+                "tasks": len(weights),
                 "difference": 100 * difference,
                 "interval": _percent(interval),
                 "p_value": p_value,
@@ -152,18 +144,18 @@ def _drawn(rows: Mapping[str, Array], samples: int, seed: int) -> dict[str, Arra
     }
 
 
-def _weighted(scope: Scope, drawn: Mapping[str, Array]) -> Array:
-    total: Array = np.sum([weight * drawn[task] for task, weight in scope.weights.items()], axis=0)
+def _weighted(weights: Weights, drawn: Mapping[str, Array]) -> Array:
+    total: Array = np.sum([weight * drawn[task] for task, weight in weights.items()], axis=0)
     return total
 
 
 def _interval(
-    scope: Scope, rows: Mapping[str, Array], drawn: Mapping[str, Array], samples: int, seed: int
+    weights: Weights, rows: Mapping[str, Array], drawn: Mapping[str, Array], samples: int, seed: int
 ) -> Interval:
-    if len(scope.weights) == 1:
-        (task,) = scope.weights
+    if len(weights) == 1:
+        (task,) = weights
         return bootstrap(list(rows[task]), samples, seed)
-    low, high = np.percentile(_weighted(scope, drawn), [2.5, 97.5])
+    low, high = np.percentile(_weighted(weights, drawn), [2.5, 97.5])
     return float(low), float(high)
 
 
