@@ -26,7 +26,6 @@ queries."""
 Weights = Mapping[str, float]
 """What one mean is over: its tasks, with weights that sum to 1."""
 TASKS, DOMAINS, QUERIES = "tasks", "domains", "queries"
-MEANS = (TASKS, DOMAINS, QUERIES)
 
 
 def _evenly(tasks: Sequence[str]) -> Weights:
