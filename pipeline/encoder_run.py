@@ -31,7 +31,7 @@ from pipeline.core.display import Display
 from pipeline.core.encoders.mining import Mined, mine
 from pipeline.core.encoders.training import EncoderPhase, train_encoder
 from pipeline.core.errors import UserError
-from pipeline.core.report import best_iteration
+from pipeline.core.report import step_report
 from pipeline.core.retrieval import corpus_paths
 from pipeline.core.run import Json, RunDirectory, write_json, write_table
 from pipeline.core.tracking import Tracker
@@ -150,29 +150,12 @@ class EncoderRun(Steps):
         self._write_timeline(t)
 
     def report(self) -> Json:
-        """`report.json`: start, rounds and tests, what the best round is, and how many queries there were."""
-        settings = self._settings
-        rows: list[Json] = [
-            {"iteration": t, **steps}
-            for t in range(settings.iterations + 1)
-            if (steps := self.files.steps(t))
-        ]
-        best = best_iteration(self.files, settings)
-        model: Json = {} if best == 0 else {ENCODER: str(self._model_of(best).relative_to(self.files.path))}
-        data = {"train": self._data.train, "dev": self._data.dev, "test": self._data.test}
-        report = {
-            "run": self.files.path.name,
-            "recipe": self._config.recipe,
-            "seed": self._config.seed,
-            "start": next((row for row in rows if row["iteration"] == 0), None),
-            "iterations": [row for row in rows if row["iteration"] > 0],
-            "best_iteration": best,
-            "select_by": settings.select_by,
-            "models": model,
-            "test": self.files.test_results(),
-            "data": {name: _counts(asked_) for name, asked_ in data.items() if asked_ is not None}
-            | {"asked_elsewhere": self._data.asked_elsewhere},
-        }
+        """`report.json`: that of every recipe, with how many queries there were in place of what was found in data."""
+        config, splits = self._config, self._data
+        asked_ = {"train": splits.train, "dev": splits.dev, "test": splits.test}
+        counted = {name: _counts(of) for name, of in asked_.items() if of is not None}
+        report = step_report(self.files, config.recipe, config.seed, self._settings, _SAMPLES)
+        report["data"] = counted | {"asked_elsewhere": splits.asked_elsewhere}
         write_json(self.files.path / "report.json", report)
         shutil.rmtree(self._work, ignore_errors=True)
         return report

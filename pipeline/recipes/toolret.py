@@ -189,8 +189,7 @@ def train(config: Config, run_path: Path, display: Display) -> Outcome:
         run.test("start", 0)
         run.test("best", best_iteration(run.files, settings))
         report = run.report()
-        row = report["start"]
-        return Outcome(report, COLUMNS, LEGEND, ("start", row), tests_table=_tests(report))
+        return Outcome(report, COLUMNS, LEGEND, ("start", report["start"]), tests_table=_tests(report))
 
 
 def _tests(report: Json) -> Table:
