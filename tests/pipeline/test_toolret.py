@@ -61,10 +61,10 @@ def config_of(data: Path, *overrides: str) -> Config:
         "toolret.dev_queries=8",
         "toolret.negatives=2",
         "toolret.margin=null",
-        "toolret.epochs=12",
+        "toolret.epochs=8",
         "toolret.learning_rate=3e-3",
         "toolret.temperature=0.05",
-        "toolret.checkpoint_steps=5",
+        "toolret.checkpoint_steps=20",
         "toolret.iterations=2",
         "tracking.tensorboard=false",
     ]
@@ -178,7 +178,7 @@ def test_a_run_that_is_killed_ends_with_the_report_of_one_that_is_not(
     encoder = f"toolret.encoder={build_encoder(data / 'encoder')}"
     config = config_of(data, encoder)
     whole = methods.train(config, data / "whole", Display()).report
-    train, killed_at = encoder_run.train_encoder, [7]
+    train, killed_at = encoder_run.train_encoder, [27]
 
     def killing(phase: Any, on_progress: Any) -> Any:
         def told(done: int, total: int) -> None:

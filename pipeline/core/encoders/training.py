@@ -1,10 +1,11 @@
 """One phase of training of a sentence encoder, by sentence-transformers' own trainer.
 
-    python -m pipeline.core.encoders.training JOB.json        what each process of several runs
+    python -m pipeline.core.encoders.training JOB.json DRIVER     what each process of several runs
 
 Guarantees:
 - a phase that was cut off goes on behind its last whole checkpoint, and ends with the same weights (on a CPU);
 - the model is there whole or not at all;
+- several processes end within seconds of the one that began them (DRIVER, its number), however that ends;
 - pooling, prefixes and the longest input are those of the model that it starts from: `Encoder` opens it as it was
   trained.
 
@@ -25,6 +26,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -99,7 +102,7 @@ def _launch(job: Path, processes: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    command += [f"--master-port={port}", "-m", _MODULE, str(job)]
+    command += [f"--master-port={port}", "-m", _MODULE, str(job), str(os.getpid())]
     environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} | os.environ
     done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
@@ -241,7 +244,21 @@ def _callback(on_progress: OnProgress) -> Any:
     return Told()
 
 
+def end_with(driver: int) -> None:
+    """End this process soon after that one, or its own parent, is gone: a training that goes on by itself would write
+    into the directory of the next one."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while Path(f"/proc/{driver}").exists() and os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    end_with(int(sys.argv[2]))
     _train(
         EncoderPhase(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))), lambda done, total: None
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from pipeline.core.encoders.training import EncoderPhase, loss_of, train_encoder
+from pipeline.core.encoders.training import EncoderPhase, end_with, loss_of, train_encoder
 from pipeline.core.errors import RunError
 from retriever_service.encoding.encoder import Encoder, EncoderSpec
 from tests.actors.encoders import PEOPLE, TOWNS, build_encoder
@@ -45,7 +47,7 @@ def phase(tmp_path: Path) -> EncoderPhase:
         temperature=0.05,
         max_length=24,
         dtype="float32",
-        checkpoint_steps=4,
+        checkpoint_steps=8,
         processes=1,
         seed=3,
     )
@@ -101,6 +103,18 @@ def test_several_processes_share_the_rows_and_the_negatives(phase: EncoderPhase,
     assert together["steps"] == -(-alone["steps"] // 2)
     assert together["loss"] > alone["loss"] + 0.05
     assert SentenceTransformer(phase.out, device="cpu").get_embedding_dimension() == 32
+
+
+def test_a_process_of_several_ends_with_the_one_that_began_them() -> None:
+    driver = subprocess.Popen(["sleep", "600"])
+    program = (
+        f"import time; from {end_with.__module__} import end_with; end_with({driver.pid}); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program]) as process:
+        assert process.poll() is None
+        driver.kill()
+        driver.wait()
+        assert process.wait(timeout=300) == 1
 
 
 def test_rows_that_share_a_text_are_all_trained_on_in_steps_of_their_own(phase: EncoderPhase) -> None:
