@@ -22,6 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from pipeline.core.config import Config
 from pipeline.core.config.loading import load_config, section_of
@@ -96,7 +97,9 @@ def type_text(field: FieldInfo) -> str:
 
 
 def default_text(value: Any) -> str:
-    """A default in YAML notation."""
+    """A default in YAML notation; "required" where there is none."""
+    if value is PydanticUndefined:
+        return "required"
     if isinstance(value, float):
         return f"{value:g}" if value != int(value) else f"{value:.1f}"
     return value.isoformat() if isinstance(value, datetime.date) else json.dumps(value)

@@ -7,12 +7,10 @@ import re
 import typer.main
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from typer.cli import get_docs_for_click
 
 from pipeline.cli import app
-
-OUTSIDE = re.compile(r"\[([^\]]*)\]\(\.\./([^)#]*)\)")
-"""A link to a file of the repository that is not a page."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -24,7 +22,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, config: MkDocsConfig, **_: object) -> str:
-    """Links to such files go to the repository, where its address is known; else the name alone stays."""
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
+    """Links to files of the repository that are no pages go there, where its address is known; else the name alone
+    stays."""
+    to_the_root = page.file.src_uri.count("/") + 1
+    outside = re.compile(rf"\[([^\]]*)\]\((?:\.\./){{{to_the_root}}}([^)#]*)\)")
     to = f"[\\1]({config.repo_url.rstrip('/')}/blob/main/\\2)" if config.repo_url else r"\1"
-    return OUTSIDE.sub(to, markdown)
+    return outside.sub(to, markdown)

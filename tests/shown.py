@@ -20,12 +20,13 @@ import typer.main
 from typer.core import TyperGroup
 
 from pipeline.cli import app
+from pipeline.core.benchmarks.spec import read_benchmark
 from pipeline.core.config.loading import is_override
-from pipeline.core.shipped import CONFIGS
+from pipeline.core.shipped import CONFIGS, find_shipped
 from pipeline.methods import load
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 OF_OTHERS = {"curl", "docker", "export", "grep", "kubectl", "ray", "sbatch", "scancel", "tensorboard"}
@@ -143,6 +144,9 @@ def parsed(words: Sequence[str]) -> Parsed:
 def check_settings(command: Parsed) -> None:
     """The keys, files and names among the parameters, by what reads them."""
     given = command.parameters
+    if command.name == "benchmark":
+        read_benchmark(find_shipped("benchmarks", given["which"]), given["settings"] or [])
+        return
     question = given.get("question")
     keys = [*([question] if question and is_override(question) else []), *(given.get("overrides") or [])]
     load(given.get("config"), keys)

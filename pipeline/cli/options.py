@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class _Commands(Commands):
     mendable = (UserError, RetrieverError)
     failures = (RunError,)
-    resumable = ("demo", "train", "experiment", "fetch")
+    resumable = ("demo", "train", "experiment", "benchmark", "fetch")
 
 
 app = typer.Typer(

@@ -165,6 +165,51 @@ def compare(
         print_comparison(found, Console(), changed)
 
 
+def _benchmarks(incomplete: str) -> list[str]:
+    """Those that are shipped, for a shell to complete."""
+    from pipeline.core.shipped import shipped_names
+
+    return [name for name in shipped_names("benchmarks") if name.startswith(incomplete)]
+
+
+@app.command()
+def benchmark(
+    which: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE",
+            help="A shipped one (configs/benchmarks), or a file.",
+            autocompletion=_benchmarks,
+        ),
+    ],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override single keys of the file.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of rankings and report (default: runs/benchmarks/NAME)."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Retrieval tasks with and without instructions: encoders, BM25, hybrids and re-rankers in one table.
+
+    What was ranked is kept; the same command goes on.
+
+    Example: exsearch benchmark constraints --out runs/constraints
+    """
+    from rich.console import Console
+
+    with loading() as display:
+        from pipeline.commands.benchmark import benchmark as run
+        from pipeline.commands.benchmark import print_benchmark
+
+    report = run(which, settings or [], out, display)
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False))
+    else:
+        print_benchmark(report, Console())
+
+
 @app.command()
 def weights(
     run: Annotated[Path, typer.Argument(help="Run directory.")],

@@ -96,10 +96,9 @@ def demo(
 
 def _experiments(incomplete: str) -> list[str]:
     """Those that are shipped, for a shell to complete."""
-    from pipeline.core.shipped import CONFIGS
+    from pipeline.core.shipped import shipped_names
 
-    names = sorted(path.stem for path in (CONFIGS / "experiments").glob("*.yaml"))
-    return [name for name in names if name.startswith(incomplete)]
+    return [name for name in shipped_names("experiments") if name.startswith(incomplete)]
 
 
 @app.command()

@@ -19,16 +19,15 @@ from pipeline.core.experiments.numbers import kept_numbers, settings_of
 from pipeline.core.experiments.page import check_page, write_page
 from pipeline.core.experiments.planned import PlannedRun, plan_runs
 from pipeline.core.experiments.results import Results, read_results
-from pipeline.core.experiments.spec import Experiment, find_experiment, read_experiment, world_folder
+from pipeline.core.experiments.spec import Experiment, read_experiment, world_folder
 from pipeline.core.experiments.tables import make_table
 from pipeline.core.figures import require_matplotlib
 from pipeline.core.packages import has_gpu_packages
 from pipeline.core.plan.machine import this_machine
 from pipeline.core.preflight import check_models
 from pipeline.core.retrieval import prepare_index
-from pipeline.core.shipped import CONFIGS
+from pipeline.core.shipped import CONFIGS, find_shipped
 
-EXPERIMENTS = CONFIGS / "experiments"
 WORLD_SEED = 0
 
 
@@ -59,7 +58,7 @@ def run_experiment(
         UserError: bad input, before any run starts.
         RunError: runs failed. The others went on, and are in the results.
     """
-    experiment = read_experiment(find_experiment(which, EXPERIMENTS))
+    experiment = read_experiment(find_shipped("experiments", which))
     home = (out or Path("runs") / "experiments").absolute() / experiment.name
     folder = results or home
     runs = _planned(experiment, home, overrides)

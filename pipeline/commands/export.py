@@ -46,6 +46,11 @@ def export_model(
     best = best_iteration(files, config.of_recipe)
     number = best if iteration == BEST else _number(iteration)
     name, model = _chosen(files, config, number, policy)
+    if (model / "modules.json").is_file() and not (model / CHECKSUMS).is_file():
+        raise UserError(
+            f"{model} is a sentence encoder and needs nothing beside it: copy the directory, or push it with: "
+            f"hf upload NAMESPACE/NAME {model}"
+        )
     check_export(model)
     answers = name == SEARCHER
     exported = Exported(push.split("/")[1] if push else out.name, name, number, best, answers)

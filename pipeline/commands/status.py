@@ -26,7 +26,8 @@ def in_words(status: Json) -> Iterator[str]:
     if status["dev"]:
         yield "dev scores in percent, and 95 % intervals:"
     for row in status["dev"]:
-        scores = ", ".join(_score(row, metric) for metric in ("em", "f1"))
+        metrics = [name.removesuffix("_interval") for name in row if name.endswith("_interval")]
+        scores = ", ".join(_score(row, metric) for metric in metrics)
         yield f"  {row['iteration']}: {scores}" + (", the best" if row["is_best"] else "")
     for name, rate in status["rates"].items():
         if rate is not None:
@@ -49,7 +50,9 @@ def in_words(status: Json) -> Iterator[str]:
 
 def _score(row: Json, metric: str) -> str:
     interval = span(row[f"{metric}_interval"])
-    return f"{METRIC_NAMES[metric]} {number(row[metric])}" + (f" ({interval})" if interval else "")
+    return f"{METRIC_NAMES.get(metric, metric)} {number(row[metric])}" + (
+        f" ({interval})" if interval else ""
+    )
 
 
 def _phase(phase: Json) -> str:

@@ -223,6 +223,10 @@ class Display:
             self._iterations(outcome.details_title, outcome.details, rows, report["best_iteration"])
         # Not as the table's caption: rich drops a letter where it wraps one.
         self.line(outcome.legend)
+        if outcome.tests_table is not None:
+            if outcome.tests_table.row_count:
+                self.console.print(outcome.tests_table)
+            return
         chosen, pairs = report.get("selection"), report.get("paired_tests")
         if chosen is not None and len(chosen["iterations"]) > 1:
             self.console.print(selection_table(chosen))

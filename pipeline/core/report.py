@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from pipeline.core.comparison import paired_tests, selection
-from pipeline.core.config import EvaluationConfig, Iterations
+from pipeline.core.config import EvaluationConfig, Rounds
 from pipeline.core.question_scores import Scores, read_scores
 from pipeline.core.run import DATA_FILE, Json, RunFiles, read_json
 
@@ -54,7 +56,8 @@ class Outcome:
     """What a recipe comes back with: the report, as written to `report.json`, and how to show it.
 
     `start` is the name and the row of iteration 0, if the report has one; `tests` the order in which tests are shown,
-    others come behind them. `details` are the columns of a second table of the iterations, of this title.
+    others come behind them. `details` are the columns of a second table of the iterations, of this title. `tests_table`
+    shows the tests of a recipe that scores no answers.
     """
 
     report: Json
@@ -64,6 +67,7 @@ class Outcome:
     tests: Sequence[str] = TESTS
     details: Sequence[Column] = ()
     details_title: str = ""
+    tests_table: Table | None = None
 
 
 def step_outcome(report: Json, columns: Sequence[Column], legend: str = "* best") -> Outcome:
@@ -76,7 +80,7 @@ def step_report(
     run: RunFiles,
     recipe: str,
     seed: int,
-    iterations: Iterations,
+    iterations: Rounds,
     samples: int = EvaluationConfig().bootstrap_samples,
 ) -> Json:
     """The report as far as the run has come: per iteration what each step found out, under the step's name."""
@@ -90,7 +94,7 @@ def report_of(
     run: RunFiles,
     recipe: str,
     seed: int,
-    iterations: Iterations,
+    iterations: Rounds,
     rows: Sequence[Json],
     samples: int,
     *,
@@ -126,7 +130,7 @@ def in_order(names: Iterable[str], order: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda name: order.index(name) if name in order else len(order))
 
 
-def dev_scores(run: RunFiles, iterations: Iterations) -> dict[int, Scores]:
+def dev_scores(run: RunFiles, iterations: Rounds) -> dict[int, Scores]:
     """By iteration that is scored on dev the scores by question, where they are recorded of all of these; else none."""
     scored = sorted(best_iterations(run, iterations))
     found = {t: read_scores(run.at(f"{t}/{EVALUATION}.parquet")) for t in scored}
@@ -146,12 +150,12 @@ def models_of(run: RunFiles, iteration: int) -> dict[str, Path]:
     return {name: run.at(f"{version}/{name}/model") for name, version in versions.items() if version >= 0}
 
 
-def best_iteration(run: RunFiles, iterations: Iterations) -> int:
+def best_iteration(run: RunFiles, iterations: Rounds) -> int:
     """The iteration with the highest dev score; the earliest of equals; 0 if there are none."""
     return next(iter(best_iterations(run, iterations)), 0)
 
 
-def best_iterations(run: RunFiles, iterations: Iterations) -> list[int]:
+def best_iterations(run: RunFiles, iterations: Rounds) -> list[int]:
     """Those with a dev score, the best first; of equals the earliest."""
     scores = {t: _dev_score(run, t, iterations) for t in range(iterations.iterations + 1)}
     return best_first({t: score for t, score in scores.items() if score is not None})
@@ -162,7 +166,7 @@ def best_first(scores: Mapping[int, float]) -> list[int]:
     return sorted(scores, key=lambda t: (-scores[t], t))
 
 
-def should_stop(run: RunFiles, t: int, iterations: Iterations) -> bool:
+def should_stop(run: RunFiles, t: int, iterations: Rounds) -> bool:
     """True if the last `patience` iterations up to t brought no better dev score."""
     return iterations.patience is not None and t - best_iteration(run, iterations) >= iterations.patience
 
@@ -178,6 +182,6 @@ def scalars(tree: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def _dev_score(run: RunFiles, t: int, iterations: Iterations) -> float | None:
+def _dev_score(run: RunFiles, t: int, iterations: Rounds) -> float | None:
     result = run.finished(f"{t}/{EVALUATION}")
     return None if result is None else result["scores"][iterations.select_by]

@@ -241,18 +241,18 @@ class RunDirectory(RunFiles):
     def __exit__(self, *exception: object) -> None:
         self._lock.close()
 
-    def keep_to(self, fingerprint: str) -> None:
-        """Note which index is searched.
+    def keep_to(self, fingerprint: str, what: str = "index") -> None:
+        """Note which index is searched, or what else a run is of, in a file of its name.
 
         Raises:
-            UserError: the results of this run come from searches in another one.
+            UserError: the results of this run are of another one.
         """
-        path = self.path / "index.json"
+        path = self.path / f"{what}.json"
         before = (read_json(path) or {}).get("fingerprint", fingerprint)
         if before != fingerprint and _has_results(self.path):
             raise UserError(
-                f"{self.path} holds a run that searched another index ({before}) than there is now ({fingerprint}); "
-                "going on with this one would mix two experiments. Give it the old index, or another --run directory."
+                f"{self.path} holds a run that searched another {what} ({before}) than there is now ({fingerprint}); "
+                f"going on with this one would mix two experiments. Give it the old {what}, or another --run directory."
             )
         write_json(path, {"fingerprint": fingerprint})
 

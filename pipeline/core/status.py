@@ -129,7 +129,9 @@ def _dev(iterations: dict[int, dict[str, Json]], select_by: str) -> list[Json]:
         if "scores" in steps.get(EVALUATION, {})
     }
     best = next(iter(best_first({t: scores[select_by] for t, scores in scored.items()})), None)
-    names = ("n", "em", "em_interval", "f1", "f1_interval", "accuracy")
+    names = ["n", "em", "em_interval", "f1", "f1_interval", "accuracy"]
+    if select_by not in names:
+        names = ["n", select_by, f"{select_by}_interval"]
     return [
         {"iteration": t, **{name: scores.get(name) for name in names}, "is_best": t == best}
         for t, scores in scored.items()

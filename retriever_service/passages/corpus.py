@@ -80,10 +80,11 @@ class CorpusReader:
     """Iterates over the union of corpus sources, once.
 
     A source is one of
-    - a file of records (`open_records`: JSON Lines, a JSON list, a table, Parquet) in one of three dialects:
+    - a file of records (`open_records`: JSON Lines, a JSON list, a table, Parquet) in one of these dialects:
       `{"id", "title", "text"}`; `{"_id", "title", "text"}` (BEIR); `{"id", "contents"}` with the title,
-      possibly in double quotes, on the first line of the contents (Pyserini, Search-R1); each may have
-      `metadata`, a JSON object that results carry along and filters look at;
+      possibly in double quotes, on the first line of the contents (Pyserini, Search-R1); `{"id", "documentation"}`
+      (ToolRet); `{"id", "doc"}` (MAIR); each may have `metadata`, a JSON object that results carry along and
+      filters look at;
     - a directory that `datasets.Dataset.save_to_disk` wrote, with columns named as in the dialects;
     - a folder of texts (`text_folder`), cut into passages;
     - `hf:NAME[:CONFIG[:SPLIT]]`, a data set of the Hugging Face hub, streamed (split `train` unless named).
@@ -204,7 +205,8 @@ def read_passage(record: Mapping[str, Any], where: str) -> Passage:
         if len(title) >= 2 and title.startswith('"') and title.endswith('"'):
             title = title[1:-1]
     else:
-        text = _string(record, "text", where)
+        key = next((key for key in ("text", "documentation", "doc") if key in record), "text")
+        text = _string(record, key, where)
         title = "" if record.get("title") is None else _string(record, "title", where)
     return Passage(id=id_, title=title, text=text, metadata=read_metadata(record, where))
 

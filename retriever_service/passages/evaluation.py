@@ -28,23 +28,40 @@ Qrels = dict[str, dict[str, int]]
 Run = dict[str, list[tuple[str, float]]]
 """(passage id, score) by question id, best first."""
 
-Measure = Literal["ndcg", "recall", "mrr", "all_gold"]
+Measure = Literal["ndcg", "recall", "mrr", "all_gold", "precision"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
+DEFAULT_MEASURES: tuple[Measure, ...] = ("ndcg", "recall", "mrr", "all_gold")
 
-_NAME_IN_LIBRARY = {"ndcg": "nDCG", "recall": "R", "mrr": "RR", "all_gold": "R"}
+_NAME_IN_LIBRARY = {"ndcg": "nDCG", "recall": "R", "mrr": "RR", "all_gold": "R", "precision": "P"}
 _BEIR_HEADER = ["query-id", "corpus-id", "score"]
 
 
 def evaluate_run(
     qrels: Mapping[str, Mapping[str, int]],
     run: Mapping[str, Sequence[tuple[str, float]]],
-    measures: Sequence[Measure] = MEASURES,
+    measures: Sequence[Measure] = DEFAULT_MEASURES,
     ks: Sequence[int] = DEFAULT_KS,
 ) -> dict[str, float]:
     """Every measure at every k, its mean over all judged questions: `{"ndcg@10": 0.677, ...}`, as fractions.
 
-    `recall`: of the relevant passages; `mrr`: 1 / rank of the first relevant one; `all_gold`: the share of questions
-    with all relevant passages among the first k.
+    See `score_questions`.
+    """
+    scored = score_questions(qrels, run, measures, ks)
+    names = next(iter(scored.values()))
+    return {name: float(np.mean([scores[name] for scores in scored.values()])) for name in names}
+
+
+def score_questions(
+    qrels: Mapping[str, Mapping[str, int]],
+    run: Mapping[str, Sequence[tuple[str, float]]],
+    measures: Sequence[Measure] = DEFAULT_MEASURES,
+    ks: Sequence[int] = DEFAULT_KS,
+) -> dict[str, dict[str, float]]:
+    """Every measure at every k of each judged question, as fractions, by question and then `ndcg@10`.
+
+    `ndcg`: gains are the judgements themselves (linear), over log2(rank + 1); `precision`: relevant ones among the
+    first k, over k; `recall`: of the relevant passages; `mrr`: 1 / rank of the first relevant one; `all_gold`: 1 where
+    all relevant passages are among the first k, else 0 (ToolRet's completeness).
 
     Raises:
         RetrieverError: nothing is judged, the run answers questions that are not, a passage comes twice in an
@@ -61,16 +78,21 @@ def evaluate_run(
                 raise RetrieverError(f"measures look at the first k passages, k at least 1, got {k}")
             wanted[f"{name}@{k}"] = getattr(ir_measures, _NAME_IN_LIBRARY[name]) @ k
     _check_judged(qrels, run)
-    values: defaultdict[Any, list[float]] = defaultdict(list)
+    values: defaultdict[str, dict[Any, float]] = defaultdict(dict)
     for result in ir_measures.iter_calc(
         set(wanted.values()),
         {question: dict(judged) for question, judged in qrels.items()},
         {question: _by_place(question, answer, qrels[question]) for question, answer in run.items()},
     ):
-        values[result.measure].append(result.value)
+        values[result.query_id][result.measure] = float(result.value)
     return {
-        key: float(np.mean(np.equal(values[measure], 1) if key.startswith("all_gold") else values[measure]))
-        for key, measure in wanted.items()
+        question: {
+            key: float(values[question][measure] == 1)
+            if key.startswith("all_gold")
+            else values[question][measure]
+            for key, measure in wanted.items()
+        }
+        for question in qrels
     }
 
 

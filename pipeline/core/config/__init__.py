@@ -21,6 +21,7 @@ from pipeline.core.config.method import (
     LearnerConfig,
     LoraConfig,
     RolloutConfig,
+    Rounds,
     WeightingConfig,
 )
 from pipeline.core.config.section import OnDisk, Section, as_method
@@ -44,6 +45,7 @@ __all__ = [
     "OnDisk",
     "RetrieverConfig",
     "RolloutConfig",
+    "Rounds",
     "Section",
     "StorageConfig",
     "Tags",

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.core.config import EXSEARCH, Config
 from pipeline.core.config.section import as_method
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, suggestion
 from pipeline.core.shipped import CONFIGS, HOME
 
 RENAMED = {
@@ -52,7 +52,7 @@ def load_config(files: Files, overrides: Sequence[str] = (), *, recipes: Recipes
     for of_file in trees:
         _merge(tree, _sections(of_file))
     for override in overrides:
-        _apply(tree, override)
+        apply_override(tree, override)
     recipe = str(tree.get("recipe", EXSEARCH))
     model = _with_recipe(recipe, recipes)
     for key in (name for name in recipes or () if name in tree and name != recipe):
@@ -66,7 +66,7 @@ def load_config(files: Files, overrides: Sequence[str] = (), *, recipes: Recipes
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_describe(problem) for problem in error.errors())) from error
+        raise UserError("\n".join(describe(problem) for problem in error.errors())) from error
 
 
 _MAX_BYTES = 2**20
@@ -142,7 +142,12 @@ def is_override(text: str) -> bool:
     return re.match(r"\s*[a-z_]\w*(\.\w+)*\s*=", text) is not None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Put `section.key=value`, the value in YAML notation, into a tree.
+
+    Raises:
+        UserError: it is not of this form, or goes below a single value.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"override {override!r} is not of the form key=value, for example rollout.samples=8")
@@ -176,9 +181,7 @@ def _with_recipe(recipe: str, recipes: Recipes | None) -> type[Config]:
         raise UserError(f"recipe: {recipe} is not known here; this command takes the recipe {EXSEARCH} only")
     if recipe not in recipes:
         known = [EXSEARCH, *recipes]
-        near = difflib.get_close_matches(recipe, known, n=1)
-        mend = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-        raise UserError(f"there is no recipe {recipe}; {mend}")
+        raise UserError(f"there is no recipe {recipe}{suggestion(recipe, known)}")
     settings = recipes[recipe]()
     return create_model("Config", __base__=Config, **{recipe: (settings, settings())})  # type: ignore[call-overload,no-any-return]
 
@@ -225,7 +228,8 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
 
 
-def _describe(problem: Any) -> str:
+def describe(problem: Any) -> str:
+    """One of pydantic's errors as a sentence about a key."""
     key = ".".join(str(part) for part in problem["loc"])
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not key:

@@ -240,7 +240,7 @@ class ColdStartConfig(Section):
     """Model name at that endpoint. The key is read from the variable OPENAI_API_KEY."""
 
 
-class Iterations(Section):
+class Rounds(Section):
     """How long a recipe goes on. The section of every recipe begins with these keys."""
 
     reads: ClassVar[tuple[str, ...]] = ()
@@ -250,6 +250,13 @@ class Iterations(Section):
     """Iterations (the papers: 5)."""
     patience: int | None = Field(None, ge=1)
     """Stop after this many iterations without a better dev score. Null: run all."""
+    select_by: str
+    """Dev metric that names the best iteration."""
+
+
+class Iterations(Rounds):
+    """The same of a recipe that samples answers."""
+
     select_by: Literal["em", "f1", "accuracy"] = "em"
     """Dev metric that names the best iteration."""
     asynchronous: bool = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import re
@@ -16,7 +15,7 @@ from pydantic import Field, ValidationError
 from pipeline.core.config import Section
 from pipeline.core.config.loading import read_tree
 from pipeline.core.data.world.spec import Size
-from pipeline.core.errors import UserError
+from pipeline.core.errors import UserError, suggestion
 from pipeline.core.run import flatten
 from pipeline.core.shipped import CONFIGS
 
@@ -124,22 +123,6 @@ def world_folder(size: Size) -> str:
     return f"world-{size}"
 
 
-def find_experiment(which: str, shipped: Path) -> Path:
-    """The file that a person means: a path, or the name of a shipped one.
-
-    Raises:
-        UserError: there is no such experiment.
-    """
-    if "/" in which or which.endswith((".yaml", ".yml")):
-        return Path(which)
-    known = sorted(path.stem for path in shipped.glob("*.yaml"))
-    if which in known:
-        return shipped / f"{which}.yaml"
-    raise UserError(
-        f"there is no experiment {which}{_suggestion(which, known)} (a file of your own: ./{which}.yaml)"
-    )
-
-
 def read_experiment(path: Path) -> Experiment:
     """
     Raises:
@@ -149,7 +132,7 @@ def read_experiment(path: Path) -> Experiment:
         raise UserError(f"no experiment file {path}; the shipped ones are in {CONFIGS / 'experiments'}")
     tree = read_tree(path)
     for key in tree.keys() - Spec.model_fields.keys():
-        raise UserError(f"{path}: unknown key {key}{_suggestion(str(key), Spec.model_fields)}")
+        raise UserError(f"{path}: unknown key {key}{suggestion(str(key), Spec.model_fields)}")
     try:
         spec = Spec.model_validate(tree)
     except ValidationError as error:
@@ -217,18 +200,12 @@ def _check(experiment: Experiment) -> None:
         raise UserError(f"{path}: seeds {list(spec.seeds)} name one twice")
     for arm in arms:
         if arm.of not in with_runs:
-            raise UserError(f"{path}: arm {arm.name} is of {arm.of}{_suggestion(arm.of, with_runs)}")
+            raise UserError(f"{path}: arm {arm.name} is of {arm.of}{suggestion(arm.of, with_runs)}")
     if spec.baseline is not None and spec.baseline not in names:
-        raise UserError(f"{path}: baseline {spec.baseline} is no arm{_suggestion(spec.baseline, names)}")
+        raise UserError(f"{path}: baseline {spec.baseline} is no arm{suggestion(spec.baseline, names)}")
     if "parameter" in spec.plots and len(spec.vary) != 1:
         raise UserError(f"{path}: the plot `parameter` needs exactly one key under `vary`")
     if len(with_runs) > MOST_CURVES and (drawn := [plot for plot in spec.plots if plot in CURVES]):
         raise UserError(
             f"{path}: {len(with_runs)} arms, and the plot `{drawn[0]}` tells {MOST_CURVES} curves apart; leave it out"
         )
-
-
-def _suggestion(given: str, known: Iterable[str]) -> str:
-    names = list(known)
-    near = difflib.get_close_matches(given, names, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(names)}"

@@ -8,6 +8,8 @@ ExSearch.runs = (() => {
 
   /* ExSearch's report and that of other recipes name the same things differently. */
   const scoresOf = (row) => row.dev ?? row.evaluation?.scores ?? row.evaluation ?? null;
+  /* Of a recipe that scores rankings ("ndcg@10"), not answers. */
+  const measuresOf = (found) => [...new Set(found.flatMap((scores) => Object.keys(scores ?? {}).filter((name) => /^[a-z_]+@\d+$/.test(name))))];
   const sampledOf = (row) => row.train ?? row.sample ?? null;
   const goesOn = (run) => run.live && ["running", "starting"].includes(run.status?.state);
 
@@ -35,7 +37,9 @@ ExSearch.runs = (() => {
   function curves(runs) {
     const of = (points) => runs.map((run) => ({ name: run.name, points: points(run.report) }));
     const bound = (which) => of((report) => measured(report, which, "likelihood_bound", "likelihood_bound_stderr"));
+    const measures = measuresOf(runs.flatMap((run) => rowsOf(run.report).map(scoresOf)));
     return h("div", { class: "charts" },
+      measures.map((name) => charts.lines(`${name} on dev queries`, of((report) => scored(report, name)), { unit: "percent" })),
       charts.lines("Exact match on dev questions", of((report) => scored(report, "em")), { unit: "percent" }),
       charts.lines("F1 on dev questions", of((report) => scored(report, "f1")), { unit: "percent" }),
       charts.lines("Gold passages found", of((report) => scored(report, "gold_recall")), { unit: "percent" }),
@@ -52,11 +56,17 @@ ExSearch.runs = (() => {
     ["gold recall", (row) => number(row.gold_recall)], ["searches", (row) => number(row.searches, 2)],
   ];
 
+  /* Columns of tests, as far as one of them has such scores. */
+  const testedBy = (rows) => [
+    ...(rows.some((row) => row.em !== undefined) ? tested : tested.slice(0, 2)),
+    ...measuresOf(rows).map((name) => [name, (row) => number(row[name])]),
+  ];
+
   const testsOf = (report) => Object.entries(report?.test ?? {}).sort(([a], [b]) => ORDER.indexOf(a) - ORDER.indexOf(b));
 
   function tests(run, prefix = "") {
     return testsOf(run.report).map(([name, row]) => ({
-      name: `${prefix}${words(name)}${row.iteration > 0 ? ` (iteration ${row.iteration})` : ""}`, ...row,
+      name: `${prefix}${words(name)}${row.iteration > 0 ? ` (iteration ${row.iteration})` : ""}`, ...row, ...row.scores,
     }));
   }
 
@@ -107,11 +117,14 @@ ExSearch.runs = (() => {
   function iterations(run) {
     const rows = rowsOf(run.report);
     if (!rows.length) return null;
+    const measures = measuresOf(rows.map(scoresOf));
     const best = (run.report.iterations ?? []).some(scoresOf) ? run.report.best_iteration : null;
     return ExSearch.table("Each iteration: what its sampling says is of the model before, dev scores of its own", [
       ["iteration", (row) => (row.iteration === best ? `${row.iteration}, the best` : String(row.iteration)), "text"],
-      ["dev EM", (row) => number(scoresOf(row)?.em)], ["95 % interval", (row) => span(scoresOf(row)?.em_interval)],
-      ["F1", (row) => number(scoresOf(row)?.f1)], ["gold recall", (row) => number(scoresOf(row)?.gold_recall)],
+      ...(measures.length ? measures.map((name) => [`dev ${name}`, (row) => number(scoresOf(row)?.[name])]) : [
+        ["dev EM", (row) => number(scoresOf(row)?.em)], ["95 % interval", (row) => span(scoresOf(row)?.em_interval)],
+        ["F1", (row) => number(scoresOf(row)?.f1)], ["gold recall", (row) => number(scoresOf(row)?.gold_recall)],
+      ]),
       ["bound", (row) => number(sampledOf(row)?.likelihood_bound, 2)],
       ["effective samples", (row) => number(sampledOf(row)?.effective_sample_size, 2)],
       ["all failed, %", (row) => number(sampledOf(row)?.all_failed_share)],
@@ -162,7 +175,7 @@ ExSearch.runs = (() => {
         h("h2", {}, "Scores"),
         curves([run]),
         iterations(run),
-        Object.keys(run.report?.test ?? {}).length ? [h("h2", {}, "Test questions"), ExSearch.table("Percent", tested, tests(run))] : null,
+        Object.keys(run.report?.test ?? {}).length ? [h("h2", {}, "Test questions"), ExSearch.table("Percent", testedBy(tests(run)), tests(run))] : null,
         grouped(run),
         h("h2", {}, "Questions"),
         sources(run),
@@ -176,6 +189,7 @@ ExSearch.runs = (() => {
   async function overview() {
     const runs = await data.runs();
     if (runs.length === 1) return page(0);
+    const every = runs.flatMap((run) => tests(run, `${run.name}: `));
     return {
       trail: [],
       title: `${runs.length} runs`,
@@ -193,7 +207,7 @@ ExSearch.runs = (() => {
         h("h2", {}, "Scores"),
         curves(runs),
         h("h2", {}, "Test questions"),
-        ExSearch.table("Percent", tested, runs.flatMap((run) => tests(run, `${run.name}: `))),
+        ExSearch.table("Percent", testedBy(every), every),
       ],
     };
   }

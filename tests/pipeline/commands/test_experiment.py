@@ -15,7 +15,6 @@ import yaml
 
 from pipeline import methods
 from pipeline.commands.demo import world_settings
-from pipeline.commands.experiment import EXPERIMENTS
 from pipeline.core.experiments.numbers import kept_numbers
 from pipeline.core.experiments.planned import PlannedRun, plan_runs
 from pipeline.core.experiments.spec import Spec, read_experiment
@@ -384,7 +383,7 @@ def test_an_experiment_that_there_is_not(refused: Any) -> None:
     assert "no experiment file nothing.yaml" in refused("experiment", "nothing.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CONFIGS / "experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_experiment_has_runs_that_can_be_planned(path: Path, tmp_path: Path) -> None:
     experiment = read_experiment(path)
 
@@ -409,5 +408,5 @@ def test_the_page_names_every_key_and_every_shipped_experiment() -> None:
 
     assert re.findall(r"^\| `(\w+)` \|", file, re.MULTILINE) == list(Spec.model_fields)
     runs = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (\d+) \|$", shipped, re.MULTILINE))
-    experiments = map(read_experiment, EXPERIMENTS.glob("*.yaml"))
+    experiments = map(read_experiment, (CONFIGS / "experiments").glob("*.yaml"))
     assert runs == {e.name: str(len(e.spec.seeds) * len(e.with_runs)) for e in experiments}

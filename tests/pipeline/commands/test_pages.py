@@ -51,7 +51,7 @@ ONLY_PARSED = {
     r"python my_retriever\.py\b": "serves until it is ended: the test of servers below",
     r"exsearch data fetch (?!.*--from)|exsearch export .*--push": "the network",
     r"exsearch status s3:": "a store: tests/system/test_storage.py",
-    r"exsearch .*(\bDIR/|/data\b)|exsearch index evaluate --index scifact": "data sets that are not here",
+    r"exsearch .*(\bDIR\b|/data\b)|exsearch index evaluate --index scifact": "data sets that are not here",
     r"make ": "sets up, or takes minutes to hours; the command of its recipe is parsed as well",
     r"python -m bench|python scripts/": "measures or trains for minutes to hours: tests/bench, tests/scripts",
     r"python -m pytest ": "a test",
@@ -138,7 +138,13 @@ def prepare_experiments() -> None:
     shutil.copy(ROOT / "docs" / "results.md", "docs")
 
 
+def prepare_tasks() -> None:
+    write_jsonl(Path("queries.jsonl"), [{"_id": "q1", "text": "Harp 7"}, {"_id": "q2", "text": "Harp 8"}])
+    Path("qrels.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tp7\t1\nq2\tp8\t2\n")
+
+
 PREPARE: dict[str, Callable[[], None]] = {
+    "mair.md": prepare_tasks,
     "retriever.md": prepare_retriever,
     "data.md": prepare_data,
     "evaluation.md": prepare_evaluation,
@@ -179,6 +185,8 @@ def smaller(words: Sequence[str]) -> list[str]:
     found = [SMALLER.get(word, re.sub("^/(shared|elsewhere)/", r"\1/", word)) for word in words]
     if found[1:2] == ["plan"]:
         return [*found, f"model.path={'qwen' if '--gpus' in found else 'models/tiny-searcher'}"]
+    if found[1:3] == ["benchmark", "constraints"]:
+        return [*found, "constraints.questions=3", "bootstrap_samples=10"]
     if found[1:2] == ["cold-start"]:
         return [*found, "model.path=models/tiny-searcher", "agent.layout=plain"]
     return found

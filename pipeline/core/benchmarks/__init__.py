@@ -1,0 +1,1 @@
+"""Instructed retrieval as a benchmark: tasks, who searches, and what comes of it."""

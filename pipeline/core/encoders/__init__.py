@@ -1,0 +1,1 @@
+"""Training of sentence encoders: hard negatives, and sentence-transformers' own trainer."""
