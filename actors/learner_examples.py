@@ -12,6 +12,7 @@ from actors.collectives import gathered, on_each_rank
 from actors.learner_outputs import OF_HEAD
 from pipeline.core.errors import UserError
 from pipeline.core.example_files import read_examples, read_outlines, read_outlines_and_overlaps
+from pipeline.core.losses.joint import Joint, Objectives
 from pipeline.core.losses.loss import Form, Loss
 from pipeline.core.policies import Head
 from pipeline.core.prefixes import Overlap, overlaps_of
@@ -28,11 +29,13 @@ class PhaseExamples:
     Attributes:
         outlines: of all examples, in their order.
         digests: of the contents of the examples; they change when these do.
+        objectives: what of the loss is whose.
         overlaps: what each has in common with others of its unit; None if nobody wants to know.
 
     Args:
         examples: records, or Parquet shards of them.
-        loss, head: what will be made of them.
+        loss: what will be made of them.
+        head: of the model.
         share_prefixes: whether to find out about overlaps.
 
     Raises:
@@ -43,12 +46,11 @@ class PhaseExamples:
     def __init__(
         self,
         examples: Sequence[Example] | Sequence[str | Path],
-        loss: Loss,
+        loss: Loss | Joint,
         head: Head,
         *,
         share_prefixes: bool = False,
     ) -> None:
-        self._loss = loss
         self._records = [item for item in examples if isinstance(item, Example)]
         self._shards = [Path(item) for item in examples if not isinstance(item, Example)]
         ranks, mine = dist.get_world_size(), self._shards[dist.get_rank() :: dist.get_world_size()]
@@ -63,8 +65,11 @@ class PhaseExamples:
         by_shard = [looked_at[number % ranks][number // ranks] for number in range(len(self._shards))]
         self.digests = [digest_of(self._records), *(digest for _, digest, _ in by_shard)]
         self.outlines: list[Outline] = list(self._records)
-        units, token_ids = [it.unit for it in self._records], [it.token_ids for it in self._records]
-        overlaps = overlaps_of(units, token_ids) if share_prefixes else []
+        overlaps = (
+            overlaps_of([(it.role, it.unit) for it in self._records], [it.token_ids for it in self._records])
+            if share_prefixes
+            else []
+        )
         self._first: list[int] = []  # of each shard, which example its first one is
         for outlines, _, in_shard in by_shard:
             first = len(self.outlines)
@@ -72,7 +77,8 @@ class PhaseExamples:
             self.outlines += outlines
             overlaps += (Overlap(first + one.rank, one.shared) for one in in_shard)
         self.overlaps = overlaps if share_prefixes else None
-        _check_outlines(self.outlines, loss, head)
+        self.objectives = _objectives(loss, self.outlines)
+        _check_outlines(self.outlines, self.objectives, head)
 
     def load(self, own: Iterable[int]) -> Mapping[int, Example]:
         """The examples of these numbers, which this rank computes.
@@ -88,16 +94,27 @@ class PhaseExamples:
         for shard, first, numbers in zip(self._shards, self._first, by_shard, strict=True):
             if len(numbers):
                 found |= zip(numbers.tolist(), read_examples(shard, numbers - first), strict=True)
-        for example in found.values():
-            _check_values(example, self._loss)
+        for number, example in found.items():
+            _check_values(example, self.objectives.loss_of(number))
         return found
 
 
-def _check_outlines(outlines: Sequence[Outline], loss: Loss, head: Head) -> None:
-    needs = f"{type(loss).__name__} needs"
-    if loss.output not in OF_HEAD[head]:
-        raise UserError(f"{needs} {loss.output}, which a head {head} does not give")
-    for outline in outlines:
+def _objectives(loss: Loss | Joint, outlines: Sequence[Outline]) -> Objectives:
+    try:
+        return Objectives.of(loss, outlines)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_outlines(outlines: Sequence[Outline], objectives: Objectives, head: Head) -> None:
+    for part in objectives.parts:
+        if part.loss.output not in OF_HEAD[head]:
+            raise UserError(
+                f"{type(part.loss).__name__} needs {part.loss.output}, which a head {head} does not give"
+            )
+    for number, outline in enumerate(outlines):
+        loss = objectives.loss_of(number)
+        needs = f"{type(loss).__name__} needs"
         for name, form in loss.streams.items():
             shape = outline.shapes.get(name)
             if shape is None:

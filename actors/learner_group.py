@@ -26,6 +26,7 @@ from actors.observer import Observer
 from actors.weight_transfer import EngineRef, PushReport, Transport
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.losses.joint import Joint
 from pipeline.core.losses.loss import Loss
 from pipeline.core.plan.run_plan import SAVES_GPU_MEMORY
 from pipeline.core.policies import Head
@@ -61,7 +62,7 @@ class _Phase:
     """An M-step that was begun: what is needed to do it again."""
 
     shards: list[Path]
-    loss: Loss
+    loss: Loss | Joint
     settings: dict[str, Any]
     checkpoints: Path
 
@@ -108,7 +109,7 @@ class LearnerGroup:
     def train(
         self,
         shards: Sequence[Path],
-        loss: Loss,
+        loss: Loss | Joint,
         *,
         checkpoints: Path,
         phase_seed: int,

@@ -43,7 +43,8 @@ def read_outlines(shard: Path) -> list[StoredOutline]:
 
 
 def read_outlines_and_overlaps(shard: Path) -> tuple[list[StoredOutline], list[Overlap]]:
-    """Of all examples of a shard, in one pass: the second says what each begins with in common with others of its unit.
+    """Of all examples of a shard, in one pass: the second says what each begins with in common with others of its unit
+    and role.
 
     Raises:
         UserError: it holds something else.
@@ -54,7 +55,7 @@ def read_outlines_and_overlaps(shard: Path) -> tuple[list[StoredOutline], list[O
         for _, table in _tables(shard, _WITH_TOKENS):
             outlines += outlines_from_table(table)
             token_ids += token_ids_from_table(table)
-        return outlines, overlaps_of([outline.unit for outline in outlines], token_ids)
+        return outlines, overlaps_of([(outline.role, outline.unit) for outline in outlines], token_ids)
 
 
 def read_examples(shard: Path, rows: npt.NDArray[np.int64] | None = None) -> list[Example]:

@@ -8,7 +8,7 @@ per different beginning. Attention sees whole sequences again, the *branches* of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,9 +96,9 @@ def prefix_tree(sequences: Sequence[TokenIds]) -> PrefixTree:
     )
 
 
-def overlaps_of(units: Sequence[str], sequences: Sequence[TokenIds]) -> list[Overlap]:
+def overlaps_of(units: Sequence[Hashable], sequences: Sequence[TokenIds]) -> list[Overlap]:
     """Of each example with the others of its unit."""
-    members: dict[str, list[int]] = {}
+    members: dict[Hashable, list[int]] = {}
     for index, unit in enumerate(units):
         members.setdefault(unit, []).append(index)
     found: dict[int, Overlap] = {}

@@ -8,7 +8,7 @@ import os
 import queue
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from actors import learner_setup
 from actors.learner import Learner
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
+from pipeline.core.losses.joint import Joint
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import Head
@@ -201,7 +202,7 @@ def train_and_export(
 
 
 def values_and_gradients(
-    learner: Learner, examples: list[Example], losses: dict[str, Loss]
+    learner: Learner, examples: list[Example], losses: Mapping[str, Loss | Joint]
 ) -> dict[str, tuple[float, Weights]]:
     """Of one optimiser step over all examples; its learning rate is too small to move a weight."""
     from deepspeed.utils import safe_get_full_grad
