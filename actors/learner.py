@@ -30,14 +30,13 @@ from actors.checkpointer import Checkpointer
 from actors.collectives import gathered, on_rank_zero
 from actors.learner_examples import PhaseExamples
 from actors.learner_gradients import GradientsApart
-from actors.learner_outputs import ModelOutputs, Sums, rows_of
+from actors.learner_outputs import LiveReference, ModelOutputs, Sums, rows_of
 from actors.weight_transfer import Bucket
 from pipeline.core.config import LearnerConfig
-from pipeline.core.copies import copies_of
 from pipeline.core.errors import UserError
 from pipeline.core.losses.joint import Joint, Part
 from pipeline.core.losses.loss import Loss, Outputs, Prepared, Terms
-from pipeline.core.packing import OptimizerStep, PackedBatch, collate, packing_efficiency, plan_epoch
+from pipeline.core.packing import OptimizerStep, PackedBatch, collate, packing_efficiency
 from pipeline.core.policies import Head
 from pipeline.core.records import Example
 from pipeline.core.schedule import learning_rate_at
@@ -87,7 +86,6 @@ class Learner:
         self.source = learner_files.local_directory(model_path)
         self._progress: dict[str, float] = {"step": 0, "num_steps": 0, "resumed_at": 0}
         self._resting = False
-        self._reference: tuple[str, ModelOutputs] | None = None  # a live reference and where it is from
         self._phase: Phase | None = None  # the last M-step
         self._resume: Phase | None = None  # the same, out of a checkpoint that was just loaded
 
@@ -97,6 +95,12 @@ class Learner:
         )
         self.engine = learner_setup.make_engine(config, self.model, ds_config)
         self.outputs = ModelOutputs(self.engine, self.model, self.device)
+        self._reference = LiveReference(
+            lambda source: learner_setup.load_frozen(
+                config, source, self.dtype, self.device, self._zero_init
+            ),
+            self.device,
+        )
         self._shares_prefixes = config.share_prefixes and self.outputs.can_share_prefixes
         self._checkpoints = Checkpointer()
         learner_setup.seed_everything(seed + rank)
@@ -150,7 +154,7 @@ class Learner:
         lengths = [o.length if c else 0 for o, c in zip(outlines, prepared.computed, strict=True)]
         if not any(lengths):
             logger.warning("no training example has a say: the phase leaves the model as it is")
-        plan = self._plan(records, lengths, phase_seed, epochs) if any(lengths) else []
+        plan = records.plan(lengths, self.config, phase_seed, epochs) if any(lengths) else []
 
         key = phase_key(records.digests, loss, phase_seed, peak, len(plan))
         phase = self._enter_phase(key, checkpoints, start)
@@ -214,9 +218,8 @@ class Learner:
         """
         if self.device.type != "cuda":
             return
-        if self._reference is not None:
-            self._reference = None
-            torch.cuda.empty_cache()
+        self._reference.drop()
+        torch.cuda.empty_cache()
         if not (self._resting or self.config.offload_optimizer):
             learner_setup.offload_training_state(self.engine)
             self._resting = True
@@ -230,27 +233,6 @@ class Learner:
         """Where the M-step that runs, or has just ended, stands: step, num_steps, resumed_at (the step behind
         which these ranks began), the last step's metrics."""
         return self._progress
-
-    def _plan(
-        self, records: PhaseExamples, lengths: Sequence[int], phase_seed: int, epochs: int | None
-    ) -> list[OptimizerStep]:
-        objectives = records.objectives
-        return [
-            step
-            for epoch in range(epochs or self.config.epochs)
-            for step in plan_epoch(
-                lengths,
-                batch_size=self.config.batch_size,
-                world_size=self.world_size,
-                token_budget=self.config.tokens_per_microbatch,
-                seed=(phase_seed, epoch),
-                units=[outline.unit for outline in records.outlines],
-                may_cut=[k for k, part in enumerate(objectives.parts) if not part.loss.compares],
-                kinds=objectives.of_example,
-                copies=[copies_of(outline) for outline in records.outlines],
-                overlaps=records.overlaps,
-            )
-        ]
 
     def _enter_phase(self, key: str, checkpoints: str | Path | None, start: str | Path | None) -> Phase:
         """The M-step `key`: as far as a checkpoint has it that is whole, or from its beginning."""
@@ -355,28 +337,14 @@ class Learner:
     def _terms(self, batch: PackedBatch, part: Part, normaliser: float, outputs: ModelOutputs) -> Terms:
         """A packed row's share of the loss. An empty one still runs, and weighs nothing."""
         predicted = outputs.of(batch, part.loss.output)
-        reference = self._of_reference(part.loss, batch)
         if not len(batch.unit):
             return Terms(predicted.sum() * 0.0)
+        reference = self._reference.of(part.loss, batch)
         terms = part.loss.terms(Outputs(predicted, reference), rows_of(batch, self.device), normaliser)
         if not part.role:
             return terms
         own = {f"{part.role}/{name}": value for name, value in terms.metrics.items()}
         return Terms(terms.loss * part.coefficient, own)
-
-    def _of_reference(self, loss: Loss, batch: PackedBatch) -> torch.Tensor | None:
-        """What the loss's live reference computes of the same. It is loaded once and is never trained: no optimiser
-        knows it."""
-        if loss.reference is None:
-            return None
-        if self._reference is None or self._reference[0] != loss.reference:
-            self._reference = None  # one at a time
-            model = learner_setup.load_frozen(
-                self.config, loss.reference, self.dtype, self.device, self._zero_init
-            )
-            self._reference = loss.reference, ModelOutputs(model, model, self.device)
-        with torch.no_grad():
-            return self._reference[1].of(batch, loss.output)
 
     # ------------------------------------------------------------- checkpoints
 

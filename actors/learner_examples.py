@@ -10,10 +10,13 @@ import torch.distributed as dist
 
 from actors.collectives import gathered, on_each_rank
 from actors.learner_outputs import OF_HEAD
+from pipeline.core.config import LearnerConfig
+from pipeline.core.copies import copies_of
 from pipeline.core.errors import UserError
 from pipeline.core.example_files import read_examples, read_outlines, read_outlines_and_overlaps
 from pipeline.core.losses.joint import Joint, Objectives
 from pipeline.core.losses.loss import Form, Loss
+from pipeline.core.packing import OptimizerStep, plan_epoch
 from pipeline.core.policies import Head
 from pipeline.core.prefixes import Overlap, overlaps_of
 from pipeline.core.records import Example, Numbers, Outline
@@ -79,6 +82,36 @@ class PhaseExamples:
         self.overlaps = overlaps if share_prefixes else None
         self.objectives = _objectives(loss, self.outlines)
         _check_outlines(self.outlines, self.objectives, head)
+
+    def plan(
+        self, lengths: Sequence[int], config: LearnerConfig, phase_seed: int, epochs: int | None
+    ) -> list[OptimizerStep]:
+        """The optimiser steps of the phase.
+
+        Args:
+            lengths: tokens of each example; 0 for one that is not computed.
+            config: of the learner.
+            epochs: in place of the configured ones.
+
+        Raises:
+            UserError: a unit does not fit the token budget.
+        """
+        return [
+            step
+            for epoch in range(epochs or config.epochs)
+            for step in plan_epoch(
+                lengths,
+                batch_size=config.batch_size,
+                world_size=dist.get_world_size(),
+                token_budget=config.tokens_per_microbatch,
+                seed=(phase_seed, epoch),
+                units=[outline.unit for outline in self.outlines],
+                may_cut=[k for k, part in enumerate(self.objectives.parts) if not part.loss.compares],
+                copies=[copies_of(outline) for outline in self.outlines],
+                overlaps=self.overlaps,
+                kinds=self.objectives.of_example,
+            )
+        ]
 
     def load(self, own: Iterable[int]) -> Mapping[int, Example]:
         """The examples of these numbers, which this rank computes.
