@@ -13,7 +13,7 @@ from actors.learner_outputs import OF_HEAD
 from pipeline.core.config import LearnerConfig
 from pipeline.core.copies import copies_of
 from pipeline.core.errors import UserError
-from pipeline.core.example_files import read_examples, read_outlines, read_outlines_and_overlaps
+from pipeline.core.example_files import read_examples, read_outlines, read_outlines_and_overlaps, unit_of
 from pipeline.core.losses.joint import Joint, Objectives
 from pipeline.core.losses.loss import Form, Loss
 from pipeline.core.packing import OptimizerStep, plan_epoch
@@ -56,11 +56,14 @@ class PhaseExamples:
     ) -> None:
         self._records = [item for item in examples if isinstance(item, Example)]
         self._shards = [Path(item) for item in examples if not isinstance(item, Example)]
+        by_role = isinstance(loss, Joint)  # then rows are of one role alone
         ranks, mine = dist.get_world_size(), self._shards[dist.get_rank() :: dist.get_world_size()]
 
         def look_at(shard: Path) -> tuple[Sequence[Outline], str, list[Overlap]]:
             outlines, overlaps = (
-                read_outlines_and_overlaps(shard) if share_prefixes else (read_outlines(shard), [])
+                read_outlines_and_overlaps(shard, by_role=by_role)
+                if share_prefixes
+                else (read_outlines(shard), [])
             )
             return outlines, record_file(shard).sha256, overlaps
 
@@ -69,7 +72,9 @@ class PhaseExamples:
         self.digests = [digest_of(self._records), *(digest for _, digest, _ in by_shard)]
         self.outlines: list[Outline] = list(self._records)
         overlaps = (
-            overlaps_of([(it.role, it.unit) for it in self._records], [it.token_ids for it in self._records])
+            overlaps_of(
+                [unit_of(it, by_role) for it in self._records], [it.token_ids for it in self._records]
+            )
             if share_prefixes
             else []
         )
