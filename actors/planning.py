@@ -246,6 +246,7 @@ def _rank(
             offload_parameters=learner.offload_parameters,
             lora_rank=_lora(learner),
             keeps_reference=spec.keeps_reference,
+            parts_apart=spec.parts_apart,
             rests=placement.take_turns,
         ),
     )

@@ -28,6 +28,8 @@ class PolicySpec:
     """Completions carry log q of the distribution that was sampled from instead of log p of the model."""
     keeps_reference: bool = False
     """Its loss asks each rank for a frozen model of its shape as well (`Loss.reference`)."""
+    parts_apart: int = 0
+    """Its joint loss takes the gradients of so many parts apart (`Joint.project_conflicts`). 0: it does not."""
     seed: int = 0
     """Of adapters and dropout."""
 

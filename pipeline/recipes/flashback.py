@@ -145,6 +145,7 @@ def policies(config: Config) -> list[PolicySpec]:
             config.learner,
             records_proposal=config.weighting.correct_proposal,
             keeps_reference=settings.coefficient > 0,
+            parts_apart=2 if settings.project_conflicts else 0,
             seed=config.seed,
         )
     ]

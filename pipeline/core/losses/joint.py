@@ -113,6 +113,6 @@ def without_conflicts(gradients: Sequence[Tensor]) -> Tensor:
         for other in (*gradients[:number], *gradients[number + 1 :]):
             dot, square = left @ other, other @ other
             if dot < 0 < square:  # the square of what hardly is there may be 0
-                left -= dot / square * other
+                left.add_(other, alpha=-float(dot / square))
         total += left
     return total

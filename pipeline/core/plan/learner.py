@@ -47,6 +47,7 @@ class RankLoad:
         trained_tokens: M of them that are trained.
         lora_rank: of adapters; None where all parameters are trained.
         keeps_reference: the rank holds a frozen model beside the one that it trains.
+        parts_apart: of a joint loss, whose gradients the rank holds each by itself.
         rests: the rank leaves the GPU to an engine between two trainings.
     """
 
@@ -61,6 +62,7 @@ class RankLoad:
     offload_parameters: bool = False
     lora_rank: int | None = None
     keeps_reference: bool = False
+    parts_apart: int = 0
     rests: bool = False
 
 
@@ -79,6 +81,10 @@ def rank_memory(shape: ModelShape, load: RankLoad) -> Memory:
     parts = _states(shape, load)
     if load.keeps_reference:  # whole on each rank, whatever the stage (`learner_setup.load_frozen`)
         parts.append(("reference", BYTES[load.dtype] * shape.parameters, device))
+    if load.parts_apart:
+        # Whole, too, with what is left of one and their sum (`without_conflicts`), in float32.
+        trained = trained_parameters(shape, load.lora_rank)
+        parts.append(("gradients of the parts", 4 * (load.parts_apart + 2) * trained, device))
     if load.device == "gpu":
         parts += [*passes, *buckets, *step, ("CUDA and NCCL", ACCELERATOR_CONTEXT, "gpu")]
         if load.rests and not load.offload_optimizer:

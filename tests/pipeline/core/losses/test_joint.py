@@ -100,6 +100,21 @@ def test_two_gradients_lose_what_goes_against_the_other_and_nothing_else(rows: n
     assert float(found @ a) >= -1e-6 * (1 + float(a @ a)) and float(found @ b) >= -1e-6 * (1 + float(b @ b))
 
 
+@given(vectors)
+def test_of_three_each_is_freed_of_the_others_as_they_were(rows: np.ndarray) -> None:
+    """Algorithm 1 of Yu et al.: what is left of a gradient is projected on, the others are not changed by it."""
+    expected = np.zeros(5)
+    for number in range(3):
+        left = rows[number].copy()
+        for other in range(3):
+            if other != number and left @ rows[other] < 0:
+                left = left - (left @ rows[other]) / (rows[other] @ rows[other]) * rows[other]
+        expected += left
+    found = without_conflicts([torch.from_numpy(row) for row in rows])
+    # Where a product is 0 but for rounding, both ways are one.
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-9)
+
+
 def test_what_hardly_is_there_takes_nothing_out() -> None:
     large, tiny = torch.tensor([1.0, 0.0]), torch.tensor([-1e-30, 0.0])
     torch.testing.assert_close(without_conflicts([large, tiny]), large, atol=1e-6, rtol=0)

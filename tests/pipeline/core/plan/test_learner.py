@@ -107,6 +107,14 @@ def test_a_reference_is_whole_on_each_rank() -> None:
     assert more.on("host") - rank_memory(QWEN_SHAPE, load).on("host") == more.of("reference")
 
 
+def test_gradients_of_parts_are_whole_on_each_rank_with_their_sum_and_what_is_left_of_one() -> None:
+    load = replace(LOAD, ranks=8, zero_stage=2)
+    more = rank_memory(QWEN_SHAPE, replace(load, parts_apart=2))
+
+    assert more.of("gradients of the parts") == 4 * 4 * QWEN_SHAPE.parameters
+    assert rank_memory(QWEN_SHAPE, load).of("gradients of the parts") == 0
+
+
 def test_bfloat16_without_zero_runs_as_stage_1() -> None:
     plain = replace(LOAD, dtype="bfloat16", zero_stage=0)
 
