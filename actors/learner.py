@@ -28,12 +28,14 @@ import torch.distributed as dist
 from actors import allocator, learner_files, learner_setup, learner_state, learner_weights
 from actors.checkpointer import Checkpointer
 from actors.collectives import gathered, on_rank_zero
+from actors.latent_adapters import LatentAdapters
 from actors.learner_examples import PhaseExamples
 from actors.learner_gradients import GradientsApart
 from actors.learner_outputs import LiveReference, ModelOutputs, Sums, rows_of
 from actors.weight_transfer import Bucket
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
+from pipeline.core.latent_tasks import LatentTasks
 from pipeline.core.losses.joint import Joint, Part
 from pipeline.core.losses.loss import Loss, Outputs, Prepared, Terms
 from pipeline.core.packing import OptimizerStep, PackedBatch, collate, packing_efficiency
@@ -59,6 +61,7 @@ class Learner:
         store_address: of the store where the ranks meet (`learner_setup.open_store`); None: it is the only rank.
         seed: of adapters and dropout.
         head: what the model computes.
+        latent: latent tasks that the model is to have.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Learner:
         local_rank: int = 0,
         seed: int = 0,
         head: Head = "lm",
+        latent: LatentTasks | None = None,
     ) -> None:
         allocator.heed_settings()
         learner_setup.import_deepspeed()
@@ -93,8 +97,9 @@ class Learner:
         self.model, self._zero_init = learner_setup.load_model(
             config, self.source, self.dtype, ds_config, head
         )
+        self.latent = LatentAdapters(self.model, latent) if latent is not None else None
         self.engine = learner_setup.make_engine(config, self.model, ds_config)
-        self.outputs = ModelOutputs(self.engine, self.model, self.device)
+        self.outputs = ModelOutputs(self.engine, self.model, self.device, self.latent)
         self._reference = LiveReference(
             lambda source: learner_setup.load_frozen(
                 config, source, self.dtype, self.device, self._zero_init
@@ -141,7 +146,10 @@ class Learner:
             FloatingPointError: the loss or the gradient of more than `learner.max_skipped_steps` steps is not finite.
                 No weight has changed by it.
         """
-        records = PhaseExamples(examples, loss, self.head, share_prefixes=self._shares_prefixes)
+        latent_tasks = self.latent.tasks if self.latent is not None else 0
+        records = PhaseExamples(
+            examples, loss, self.head, share_prefixes=self._shares_prefixes, latent_tasks=latent_tasks
+        )
         outlines, objectives = records.outlines, records.objectives
         projects = isinstance(loss, Joint) and loss.project_conflicts
         if projects and self.zero_stage == 3:
@@ -285,12 +293,17 @@ class Learner:
         for k in step.examples:
             sizes[of_example[k]] += prepared.sizes[k]
         packs, sums = step.packs[self.rank], Sums(self.device)
-        apart = GradientsApart(self.engine, self.model, parts, self.device) if projects else None
+        apart = GradientsApart(self.engine, self.model, parts, self.device, self.latent) if projects else None
         total, metrics = math.nan, dict[str, float]()
         for index, (pack, kind) in enumerate(zip(packs, step.kinds, strict=True)):
             last, part = index == len(packs) - 1, parts[kind]
             row = collate(
-                pack, own, part.loss.streams, prepared.streams, share_prefixes=self._shares_prefixes
+                pack,
+                own,
+                part.loss.streams,
+                prepared.streams,
+                share_prefixes=self._shares_prefixes,
+                latent_tasks=self.latent.tasks if self.latent is not None else 0,
             )
             outputs = self.outputs if apart is None else apart.outputs
             terms = self._terms(row, part, max(1, sizes[kind]), outputs)

@@ -14,6 +14,7 @@ from pipeline.core.config import LearnerConfig
 from pipeline.core.copies import copies_of
 from pipeline.core.errors import UserError
 from pipeline.core.example_files import read_examples, read_outlines, read_outlines_and_overlaps, unit_of
+from pipeline.core.latent_tasks import most_gates
 from pipeline.core.losses.joint import Joint, Objectives
 from pipeline.core.losses.loss import Form, Loss
 from pipeline.core.packing import OptimizerStep, plan_epoch
@@ -40,6 +41,7 @@ class PhaseExamples:
         loss: what will be made of them.
         head: of the model.
         share_prefixes: whether to find out about overlaps.
+        latent_tasks: that the model has.
 
     Raises:
         UserError: on all ranks; a shard that holds something else, an example without a stream that the loss needs, or
@@ -53,6 +55,7 @@ class PhaseExamples:
         head: Head,
         *,
         share_prefixes: bool = False,
+        latent_tasks: int = 0,
     ) -> None:
         self._records = [item for item in examples if isinstance(item, Example)]
         self._shards = [Path(item) for item in examples if not isinstance(item, Example)]
@@ -87,6 +90,7 @@ class PhaseExamples:
         self.overlaps = overlaps if share_prefixes else None
         self.objectives = _objectives(loss, self.outlines)
         _check_outlines(self.outlines, self.objectives, head)
+        _check_gates(self.outlines, latent_tasks)
 
     def plan(
         self, lengths: Sequence[int], config: LearnerConfig, phase_seed: int, epochs: int | None
@@ -167,6 +171,15 @@ def _check_outlines(outlines: Sequence[Outline], objectives: Objectives, head: H
                 )
             if shape == (1,) and not _are_numbers(outline.number(name), form):
                 raise _not_finite(loss, name, outline)
+
+
+def _check_gates(outlines: Sequence[Outline], latent_tasks: int) -> None:
+    for outline in outlines:
+        if (needed := most_gates(outline.shapes)) > latent_tasks:
+            raise UserError(
+                f"example {outline.id} was made for at least {needed} latent tasks, and the model has {latent_tasks}: "
+                "make the examples again, or give the policy as many"
+            )
 
 
 def _are_numbers(values: float | Numbers, form: Form) -> bool:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from actors.collectives import gathered
+from actors.latent_adapters import LatentAdapters
 from pipeline.core.losses.loss import Loss, Output, Rows, Terms
 from pipeline.core.losses.token_logprobs import token_logprobs
 from pipeline.core.packing import PackedBatch
@@ -31,12 +32,15 @@ class ModelOutputs:
     Args:
         call: what is called: a DeepSpeed engine, or the model itself.
         model: the model.
+        latent: its latent tasks, if it has some.
     """
 
-    def __init__(self, call: Any, model: Any, device: torch.device) -> None:
+    def __init__(
+        self, call: Any, model: Any, device: torch.device, latent: LatentAdapters | None = None
+    ) -> None:
         from pipeline.core.attention import PACKED
 
-        self._call, self._device = call, device
+        self._call, self._device, self._latent = call, device, latent
         config = getattr(model, "config", None)
         self._packed_attention = getattr(config, "_attn_implementation", None) == PACKED
 
@@ -66,6 +70,8 @@ class ModelOutputs:
         return logits.squeeze(0)  # unlike [0] it has a gradient that is a view
 
     def _forward(self, batch: PackedBatch, **further: Any) -> Any:
+        if self._latent is not None:
+            self._latent.open(self._tensor(batch.gates))
         if self._packed_attention:
             further |= {"segment_lengths": batch.segment_lengths, "branches": batch.branches}
         return self._call(

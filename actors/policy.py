@@ -301,6 +301,7 @@ class Policy:
                 options=self._rank_options,
                 seed=self.spec.seed,
                 head=self.spec.head,
+                latent=self.spec.latent,
                 name=self.name,
                 observer=self._observer,
             )

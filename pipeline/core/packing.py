@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.core.errors import UserError
+from pipeline.core.latent_tasks import gates_of
 from pipeline.core.prefixes import Branches, Overlap, PrefixTree, prefix_tree
 from pipeline.core.records import Example, Mask, Numbers, TokenIds
 
@@ -73,6 +74,7 @@ class PackedBatch:
     unit: npt.NDArray[np.int64]  # [n], examples of the same number form a unit
     numbers: dict[str, npt.NDArray[np.float32]]  # [n], streams of one number per example
     streams: dict[str, npt.NDArray[np.float32]]  # [M] or [M, R], the others, on the targets
+    gates: npt.NDArray[np.float32]  # [T, P], of P latent tasks
 
 
 def plan_epoch(
@@ -250,6 +252,7 @@ def collate(
     derived: Mapping[str, Sequence[float]] | None = None,
     *,
     share_prefixes: bool = False,
+    latent_tasks: int = 0,
 ) -> PackedBatch:
     """Lay the examples of a pack end to end.
 
@@ -261,13 +264,21 @@ def collate(
         names: the streams to lay out; all examples have them.
         derived: further streams, one number for every example of the phase (`Prepared.streams`).
         share_prefixes: whether what several begin with is there once.
+        latent_tasks: P, of the model.
     """
     if not pack:
-        zero = np.zeros(1, dtype=np.int64)
-        return PackedBatch(zero[None], zero[None], (1,), None, zero, zero, zero, zero[:0], {}, {})
+        zero, shut = np.zeros(1, dtype=np.int64), np.zeros((1, latent_tasks), dtype=np.float32)
+        return PackedBatch(zero[None], zero[None], (1,), None, zero, zero, zero, zero[:0], {}, {}, shut)
     chosen = [examples[i] for i in pack]
     sequences = [example.token_ids for example in chosen]
-    tree = prefix_tree(sequences) if share_prefixes else _side_by_side(sequences)
+    of_examples = [gates_of(example.streams, latent_tasks) for example in chosen]
+    if share_prefixes:
+        tree = prefix_tree(sequences, [own.tobytes() for own in of_examples])
+    else:
+        tree = _side_by_side(sequences)
+    gates = np.zeros((len(tree.token_ids), latent_tasks), dtype=np.float32)
+    for path, own in zip(tree.paths, of_examples, strict=True):
+        gates[path] = own
     masks = [np.concatenate([[False], example.loss_mask[1:]]) for example in chosen]
     targets = [np.flatnonzero(mask) for mask in masks]
     unit_numbers = {
@@ -294,6 +305,7 @@ def collate(
         unit=np.array([unit_numbers[example.unit] for example in chosen], dtype=np.int64),
         numbers={name: value.astype(np.float32) for name, value in numbers.items()},
         streams={name: value.astype(np.float32) for name, value in streams.items()},
+        gates=gates,
     )
 
 

@@ -64,10 +64,21 @@ class PrefixTree:
     branches: Branches | None
 
 
-def prefix_tree(sequences: Sequence[TokenIds]) -> PrefixTree:
-    """The tree of sequences that are not empty; their rows are in the order of the sorted sequences."""
-    order = _sorted(sequences)
-    shared = _shared_with_the_one_before(sequences, order)
+def prefix_tree(sequences: Sequence[TokenIds], kinds: Sequence[bytes] | None = None) -> PrefixTree:
+    """The tree of sequences that are not empty; their rows are in the order of the sorted sequences.
+
+    Args:
+        kinds: those of different kinds have nothing in common: what is computed of a token depends on them too. None:
+            all are of one.
+    """
+    kinds = kinds if kinds is not None else [b""] * len(sequences)
+    order = sorted(_sorted(sequences), key=kinds.__getitem__)
+    shared = [
+        common if place and kinds[index] == kinds[order[place - 1]] else 0
+        for place, (index, common) in enumerate(
+            zip(order, _shared_with_the_one_before(sequences, order), strict=True)
+        )
+    ]
     paths: dict[int, npt.NDArray[np.int64]] = {}
     num_rows, path = 0, np.zeros(0, dtype=np.int64)
     for index, common in zip(order, shared, strict=True):
