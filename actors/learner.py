@@ -28,14 +28,17 @@ import torch.distributed as dist
 from actors import allocator, learner_files, learner_setup, learner_state, learner_weights
 from actors.checkpointer import Checkpointer
 from actors.collectives import gathered, on_rank_zero
+from actors.latent_adapters import LatentAdapters
 from actors.learner_examples import PhaseExamples
-from actors.learner_outputs import ModelOutputs, Sums, rows_of
+from actors.learner_gradients import GradientsApart
+from actors.learner_outputs import LiveReference, ModelOutputs, Sums, rows_of
 from actors.weight_transfer import Bucket
 from pipeline.core.config import LearnerConfig
-from pipeline.core.copies import copies_of
 from pipeline.core.errors import UserError
+from pipeline.core.latent_tasks import LatentTasks
+from pipeline.core.losses.joint import Joint, Part
 from pipeline.core.losses.loss import Loss, Outputs, Prepared, Terms
-from pipeline.core.packing import OptimizerStep, PackedBatch, collate, packing_efficiency, plan_epoch
+from pipeline.core.packing import OptimizerStep, PackedBatch, collate, packing_efficiency
 from pipeline.core.policies import Head
 from pipeline.core.records import Example
 from pipeline.core.schedule import learning_rate_at
@@ -58,6 +61,7 @@ class Learner:
         store_address: of the store where the ranks meet (`learner_setup.open_store`); None: it is the only rank.
         seed: of adapters and dropout.
         head: what the model computes.
+        latent: latent tasks that the model is to have.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Learner:
         local_rank: int = 0,
         seed: int = 0,
         head: Head = "lm",
+        latent: LatentTasks | None = None,
     ) -> None:
         allocator.heed_settings()
         learner_setup.import_deepspeed()
@@ -85,7 +90,6 @@ class Learner:
         self.source = learner_files.local_directory(model_path)
         self._progress: dict[str, float] = {"step": 0, "num_steps": 0, "resumed_at": 0}
         self._resting = False
-        self._reference: tuple[str, ModelOutputs] | None = None  # a live reference and where it is from
         self._phase: Phase | None = None  # the last M-step
         self._resume: Phase | None = None  # the same, out of a checkpoint that was just loaded
 
@@ -93,8 +97,15 @@ class Learner:
         self.model, self._zero_init = learner_setup.load_model(
             config, self.source, self.dtype, ds_config, head
         )
+        self.latent = LatentAdapters(self.model, latent) if latent is not None else None
         self.engine = learner_setup.make_engine(config, self.model, ds_config)
-        self.outputs = ModelOutputs(self.engine, self.model, self.device)
+        self.outputs = ModelOutputs(self.engine, self.model, self.device, self.latent)
+        self._reference = LiveReference(
+            lambda source: learner_setup.load_frozen(
+                config, source, self.dtype, self.device, self._zero_init
+            ),
+            self.device,
+        )
         self._shares_prefixes = config.share_prefixes and self.outputs.can_share_prefixes
         self._checkpoints = Checkpointer()
         learner_setup.seed_everything(seed + rank)
@@ -104,7 +115,7 @@ class Learner:
     def train(
         self,
         examples: Sequence[Example] | Sequence[str | Path],
-        loss: Loss,
+        loss: Loss | Joint,
         *,
         phase_seed: int,
         learning_rate: float | None = None,
@@ -121,7 +132,7 @@ class Learner:
 
         Args:
             examples: records, or Parquet shards of them. Every rank reads of these what it will compute itself.
-            loss: what is minimised.
+            loss: what is minimised: one loss, or one for the examples of each role.
             phase_seed: seed of the order of the examples.
             learning_rate, epochs: in place of the configured ones.
             checkpoints: where one is written every `learner.checkpoint_minutes`, while training goes on; one of another
@@ -131,18 +142,27 @@ class Learner:
 
         Raises:
             UserError: a unit does not fit the token budget, an example has not the streams that the loss needs, or a
-                checkpoint could not be written.
+                checkpoint could not be written; conflicts are to be projected at ZeRO stage 3.
             FloatingPointError: the loss or the gradient of more than `learner.max_skipped_steps` steps is not finite.
                 No weight has changed by it.
         """
-        records = PhaseExamples(examples, loss, self.head, share_prefixes=self._shares_prefixes)
-        outlines = records.outlines
-        peak, prepared = learning_rate or self.config.learning_rate, loss.prepare(outlines)
+        latent_tasks = self.latent.tasks if self.latent is not None else 0
+        records = PhaseExamples(
+            examples, loss, self.head, share_prefixes=self._shares_prefixes, latent_tasks=latent_tasks
+        )
+        outlines, objectives = records.outlines, records.objectives
+        projects = isinstance(loss, Joint) and loss.project_conflicts
+        if projects and self.zero_stage == 3:
+            raise UserError(
+                "gradients of a joint loss are projected on all trained weights at once, which ZeRO stage 3 cuts up; "
+                "set learner.zero_stage to 2 or less"
+            )
+        peak, prepared = learning_rate or self.config.learning_rate, objectives.prepare(outlines)
         # An example that is not computed counts in its batch's normaliser only: it has no length to compute.
         lengths = [o.length if c else 0 for o, c in zip(outlines, prepared.computed, strict=True)]
         if not any(lengths):
             logger.warning("no training example has a say: the phase leaves the model as it is")
-        plan = self._plan(records, lengths, loss, phase_seed, epochs) if any(lengths) else []
+        plan = records.plan(lengths, self.config, phase_seed, epochs) if any(lengths) else []
 
         key = phase_key(records.digests, loss, phase_seed, peak, len(plan))
         phase = self._enter_phase(key, checkpoints, start)
@@ -162,7 +182,7 @@ class Learner:
                 warmup_ratio=self.config.warmup_ratio,
                 min_ratio=self.config.min_learning_rate_ratio,
             )
-            phase.history.append(self._optimizer_step(step, own, loss, prepared, rate))
+            phase.history.append(self._optimizer_step(step, own, records, prepared, rate, projects))
             phase.seconds += time.perf_counter() - started
             self._progress = {"step": len(phase.history), **where, **phase.history[-1]}
             if phase.skipped > self.config.max_skipped_steps:
@@ -206,9 +226,8 @@ class Learner:
         """
         if self.device.type != "cuda":
             return
-        if self._reference is not None:
-            self._reference = None
-            torch.cuda.empty_cache()
+        self._reference.drop()
+        torch.cuda.empty_cache()
         if not (self._resting or self.config.offload_optimizer):
             learner_setup.offload_training_state(self.engine)
             self._resting = True
@@ -222,25 +241,6 @@ class Learner:
         """Where the M-step that runs, or has just ended, stands: step, num_steps, resumed_at (the step behind
         which these ranks began), the last step's metrics."""
         return self._progress
-
-    def _plan(
-        self, records: PhaseExamples, lengths: Sequence[int], loss: Loss, phase_seed: int, epochs: int | None
-    ) -> list[OptimizerStep]:
-        return [
-            step
-            for epoch in range(epochs or self.config.epochs)
-            for step in plan_epoch(
-                lengths,
-                batch_size=self.config.batch_size,
-                world_size=self.world_size,
-                token_budget=self.config.tokens_per_microbatch,
-                seed=(phase_seed, epoch),
-                units=[outline.unit for outline in records.outlines],
-                whole_units=loss.compares,
-                copies=[copies_of(outline) for outline in records.outlines],
-                overlaps=records.overlaps,
-            )
-        ]
 
     def _enter_phase(self, key: str, checkpoints: str | Path | None, start: str | Path | None) -> Phase:
         """The M-step `key`: as far as a checkpoint has it that is whole, or from its beginning."""
@@ -281,31 +281,51 @@ class Learner:
         self,
         step: OptimizerStep,
         own: Mapping[int, Example],
-        loss: Loss,
+        records: PhaseExamples,
         prepared: Prepared,
         learning_rate: float,
+        projects: bool,
     ) -> dict[str, float]:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        normaliser = max(1, sum(prepared.sizes[k] for k in step.examples))
+        parts, of_example = records.objectives.parts, records.objectives.of_example
+        sizes = [0.0] * len(parts)
+        for k in step.examples:
+            sizes[of_example[k]] += prepared.sizes[k]
         packs, sums = step.packs[self.rank], Sums(self.device)
+        apart = GradientsApart(self.engine, self.model, parts, self.device, self.latent) if projects else None
         total, metrics = math.nan, dict[str, float]()
-        for index, pack in enumerate(packs):
-            last = index == len(packs) - 1
-            self.engine.set_gradient_accumulation_boundary(last)
-            row = collate(pack, own, loss.streams, prepared.streams, share_prefixes=self._shares_prefixes)
-            terms = self._terms(row, loss, normaliser)
+        for index, (pack, kind) in enumerate(zip(packs, step.kinds, strict=True)):
+            last, part = index == len(packs) - 1, parts[kind]
+            row = collate(
+                pack,
+                own,
+                part.loss.streams,
+                prepared.streams,
+                share_prefixes=self._shares_prefixes,
+                latent_tasks=self.latent.tasks if self.latent is not None else 0,
+            )
+            outputs = self.outputs if apart is None else apart.outputs
+            terms = self._terms(row, part, max(1, sizes[kind]), outputs)
             sums.add(terms)
             if last:
                 total, metrics = sums.over_all_ranks()
-            # DeepSpeed averages gradients over the ranks; the loss is a sum over them. A loss that is not finite has
-            # no gradient that is, whatever autograd made of it: the step must be left out.
-            scale = math.nan if last and not math.isfinite(total) else float(self.world_size)
-            self.engine.backward(terms.loss * scale)
+            # A loss that is not finite has no gradient that is, whatever autograd made of it: the step must be left
+            # out.
+            finite = not last or math.isfinite(total)
+            if apart is not None:
+                apart.add(kind, terms.loss)
+            if apart is None or last:
+                self.engine.set_gradient_accumulation_boundary(last)
+                # DeepSpeed averages gradients over the ranks; the loss is a sum over them.
+                loss = terms.loss * self.world_size if apart is None else apart.joined()
+                self.engine.backward(loss if finite else loss * math.nan)
+        if apart is not None:
+            metrics["conflicts"] = float(apart.conflict)
         return {
             "loss": total,
             **metrics,
-            "tokens": normaliser,
+            "tokens": max(1, sum(sizes)),
             "grad_norm": self._apply_gradient(),
             "learning_rate": learning_rate,
         }
@@ -327,28 +347,17 @@ class Learner:
             self.engine.zero_grad()
         return norm
 
-    def _terms(self, batch: PackedBatch, loss: Loss, normaliser: float) -> Terms:
+    def _terms(self, batch: PackedBatch, part: Part, normaliser: float, outputs: ModelOutputs) -> Terms:
         """A packed row's share of the loss. An empty one still runs, and weighs nothing."""
-        predicted = self.outputs.of(batch, loss.output)
+        predicted = outputs.of(batch, part.loss.output)
         if not len(batch.unit):
             return Terms(predicted.sum() * 0.0)
-        return loss.terms(
-            Outputs(predicted, self._of_reference(loss, batch)), rows_of(batch, self.device), normaliser
-        )
-
-    def _of_reference(self, loss: Loss, batch: PackedBatch) -> torch.Tensor | None:
-        """What the loss's live reference computes of the same. It is loaded once and is never trained: no optimiser
-        knows it."""
-        if loss.reference is None:
-            return None
-        if self._reference is None or self._reference[0] != loss.reference:
-            self._reference = None  # one at a time
-            model = learner_setup.load_frozen(
-                self.config, loss.reference, self.dtype, self.device, self._zero_init
-            )
-            self._reference = loss.reference, ModelOutputs(model, model, self.device)
-        with torch.no_grad():
-            return self._reference[1].of(batch, loss.output)
+        reference = self._reference.of(part.loss, batch)
+        terms = part.loss.terms(Outputs(predicted, reference), rows_of(batch, self.device), normaliser)
+        if not part.role:
+            return terms
+        own = {f"{part.role}/{name}": value for name, value in terms.metrics.items()}
+        return Terms(terms.loss * part.coefficient, own)
 
     # ------------------------------------------------------------- checkpoints
 

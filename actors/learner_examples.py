@@ -10,9 +10,14 @@ import torch.distributed as dist
 
 from actors.collectives import gathered, on_each_rank
 from actors.learner_outputs import OF_HEAD
+from pipeline.core.config import LearnerConfig
+from pipeline.core.copies import copies_of
 from pipeline.core.errors import UserError
-from pipeline.core.example_files import read_examples, read_outlines, read_outlines_and_overlaps
+from pipeline.core.example_files import read_examples, read_outlines, read_outlines_and_overlaps, unit_of
+from pipeline.core.latent_tasks import most_gates
+from pipeline.core.losses.joint import Joint, Objectives
 from pipeline.core.losses.loss import Form, Loss
+from pipeline.core.packing import OptimizerStep, plan_epoch
 from pipeline.core.policies import Head
 from pipeline.core.prefixes import Overlap, overlaps_of
 from pipeline.core.records import Example, Numbers, Outline
@@ -28,12 +33,15 @@ class PhaseExamples:
     Attributes:
         outlines: of all examples, in their order.
         digests: of the contents of the examples; they change when these do.
+        objectives: what of the loss is whose.
         overlaps: what each has in common with others of its unit; None if nobody wants to know.
 
     Args:
         examples: records, or Parquet shards of them.
-        loss, head: what will be made of them.
+        loss: what will be made of them.
+        head: of the model.
         share_prefixes: whether to find out about overlaps.
+        latent_tasks: that the model has.
 
     Raises:
         UserError: on all ranks; a shard that holds something else, an example without a stream that the loss needs, or
@@ -43,19 +51,22 @@ class PhaseExamples:
     def __init__(
         self,
         examples: Sequence[Example] | Sequence[str | Path],
-        loss: Loss,
+        loss: Loss | Joint,
         head: Head,
         *,
         share_prefixes: bool = False,
+        latent_tasks: int = 0,
     ) -> None:
-        self._loss = loss
         self._records = [item for item in examples if isinstance(item, Example)]
         self._shards = [Path(item) for item in examples if not isinstance(item, Example)]
+        by_role = isinstance(loss, Joint)  # then rows are of one role alone
         ranks, mine = dist.get_world_size(), self._shards[dist.get_rank() :: dist.get_world_size()]
 
         def look_at(shard: Path) -> tuple[Sequence[Outline], str, list[Overlap]]:
             outlines, overlaps = (
-                read_outlines_and_overlaps(shard) if share_prefixes else (read_outlines(shard), [])
+                read_outlines_and_overlaps(shard, by_role=by_role)
+                if share_prefixes
+                else (read_outlines(shard), [])
             )
             return outlines, record_file(shard).sha256, overlaps
 
@@ -63,8 +74,13 @@ class PhaseExamples:
         by_shard = [looked_at[number % ranks][number // ranks] for number in range(len(self._shards))]
         self.digests = [digest_of(self._records), *(digest for _, digest, _ in by_shard)]
         self.outlines: list[Outline] = list(self._records)
-        units, token_ids = [it.unit for it in self._records], [it.token_ids for it in self._records]
-        overlaps = overlaps_of(units, token_ids) if share_prefixes else []
+        overlaps = (
+            overlaps_of(
+                [unit_of(it, by_role) for it in self._records], [it.token_ids for it in self._records]
+            )
+            if share_prefixes
+            else []
+        )
         self._first: list[int] = []  # of each shard, which example its first one is
         for outlines, _, in_shard in by_shard:
             first = len(self.outlines)
@@ -72,7 +88,39 @@ class PhaseExamples:
             self.outlines += outlines
             overlaps += (Overlap(first + one.rank, one.shared) for one in in_shard)
         self.overlaps = overlaps if share_prefixes else None
-        _check_outlines(self.outlines, loss, head)
+        self.objectives = _objectives(loss, self.outlines)
+        _check_outlines(self.outlines, self.objectives, head)
+        _check_gates(self.outlines, latent_tasks)
+
+    def plan(
+        self, lengths: Sequence[int], config: LearnerConfig, phase_seed: int, epochs: int | None
+    ) -> list[OptimizerStep]:
+        """The optimiser steps of the phase.
+
+        Args:
+            lengths: tokens of each example; 0 for one that is not computed.
+            config: of the learner.
+            epochs: in place of the configured ones.
+
+        Raises:
+            UserError: a unit does not fit the token budget.
+        """
+        return [
+            step
+            for epoch in range(epochs or config.epochs)
+            for step in plan_epoch(
+                lengths,
+                batch_size=config.batch_size,
+                world_size=dist.get_world_size(),
+                token_budget=config.tokens_per_microbatch,
+                seed=(phase_seed, epoch),
+                units=[outline.unit for outline in self.outlines],
+                may_cut=[k for k, part in enumerate(self.objectives.parts) if not part.loss.compares],
+                copies=[copies_of(outline) for outline in self.outlines],
+                overlaps=self.overlaps,
+                kinds=self.objectives.of_example,
+            )
+        ]
 
     def load(self, own: Iterable[int]) -> Mapping[int, Example]:
         """The examples of these numbers, which this rank computes.
@@ -88,16 +136,27 @@ class PhaseExamples:
         for shard, first, numbers in zip(self._shards, self._first, by_shard, strict=True):
             if len(numbers):
                 found |= zip(numbers.tolist(), read_examples(shard, numbers - first), strict=True)
-        for example in found.values():
-            _check_values(example, self._loss)
+        for number, example in found.items():
+            _check_values(example, self.objectives.loss_of(number))
         return found
 
 
-def _check_outlines(outlines: Sequence[Outline], loss: Loss, head: Head) -> None:
-    needs = f"{type(loss).__name__} needs"
-    if loss.output not in OF_HEAD[head]:
-        raise UserError(f"{needs} {loss.output}, which a head {head} does not give")
-    for outline in outlines:
+def _objectives(loss: Loss | Joint, outlines: Sequence[Outline]) -> Objectives:
+    try:
+        return Objectives.of(loss, outlines)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_outlines(outlines: Sequence[Outline], objectives: Objectives, head: Head) -> None:
+    for part in objectives.parts:
+        if part.loss.output not in OF_HEAD[head]:
+            raise UserError(
+                f"{type(part.loss).__name__} needs {part.loss.output}, which a head {head} does not give"
+            )
+    for number, outline in enumerate(outlines):
+        loss = objectives.loss_of(number)
+        needs = f"{type(loss).__name__} needs"
         for name, form in loss.streams.items():
             shape = outline.shapes.get(name)
             if shape is None:
@@ -112,6 +171,15 @@ def _check_outlines(outlines: Sequence[Outline], loss: Loss, head: Head) -> None
                 )
             if shape == (1,) and not _are_numbers(outline.number(name), form):
                 raise _not_finite(loss, name, outline)
+
+
+def _check_gates(outlines: Sequence[Outline], latent_tasks: int) -> None:
+    for outline in outlines:
+        if (needed := most_gates(outline.shapes)) > latent_tasks:
+            raise UserError(
+                f"example {outline.id} was made for at least {needed} latent tasks, and the model has {latent_tasks}: "
+                "make the examples again, or give the policy as many"
+            )
 
 
 def _are_numbers(values: float | Numbers, form: Form) -> bool:

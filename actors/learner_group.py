@@ -26,6 +26,8 @@ from actors.observer import Observer
 from actors.weight_transfer import EngineRef, PushReport, Transport
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import RunError, UserError
+from pipeline.core.latent_tasks import LatentTasks
+from pipeline.core.losses.joint import Joint
 from pipeline.core.losses.loss import Loss
 from pipeline.core.plan.run_plan import SAVES_GPU_MEMORY
 from pipeline.core.policies import Head
@@ -61,7 +63,7 @@ class _Phase:
     """An M-step that was begun: what is needed to do it again."""
 
     shards: list[Path]
-    loss: Loss
+    loss: Loss | Joint
     settings: dict[str, Any]
     checkpoints: Path
 
@@ -76,6 +78,7 @@ class LearnerGroup:
         options: Ray actor options of each rank.
         seed: of adapters and dropout.
         head: what the model computes.
+        latent: latent tasks that it is to have.
         name: of the policy.
         observer: of the run.
     """
@@ -89,10 +92,11 @@ class LearnerGroup:
         options: Sequence[dict[str, Any]],
         seed: int,
         head: Head = "lm",
+        latent: LatentTasks | None = None,
         name: str = "",
         observer: Observer | None = None,
     ) -> None:
-        self.config, self.head = config, head
+        self.config, self.head, self.latent = config, head, latent
         self._name, self._observer = name, observer or Observer()
         self._model, self._state = model, state
         self._options = options
@@ -108,7 +112,7 @@ class LearnerGroup:
     def train(
         self,
         shards: Sequence[Path],
-        loss: Loss,
+        loss: Loss | Joint,
         *,
         checkpoints: Path,
         phase_seed: int,
@@ -271,6 +275,7 @@ class LearnerGroup:
                     store_address=store_address,
                     seed=self._seed,
                     head=self.head,
+                    latent=self.latent,
                     identity=self._observer.identity("learner", self._name, rank),
                 )
                 for rank, options in enumerate(self._options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from actors.collectives import gathered
-from pipeline.core.losses.loss import Output, Rows, Terms
+from actors.latent_adapters import LatentAdapters
+from pipeline.core.losses.loss import Loss, Output, Rows, Terms
 from pipeline.core.losses.token_logprobs import token_logprobs
 from pipeline.core.packing import PackedBatch
 from pipeline.core.policies import Head
@@ -30,12 +32,15 @@ class ModelOutputs:
     Args:
         call: what is called: a DeepSpeed engine, or the model itself.
         model: the model.
+        latent: its latent tasks, if it has some.
     """
 
-    def __init__(self, call: Any, model: Any, device: torch.device) -> None:
+    def __init__(
+        self, call: Any, model: Any, device: torch.device, latent: LatentAdapters | None = None
+    ) -> None:
         from pipeline.core.attention import PACKED
 
-        self._call, self._device = call, device
+        self._call, self._device, self._latent = call, device, latent
         config = getattr(model, "config", None)
         self._packed_attention = getattr(config, "_attn_implementation", None) == PACKED
 
@@ -65,6 +70,8 @@ class ModelOutputs:
         return logits.squeeze(0)  # unlike [0] it has a gradient that is a view
 
     def _forward(self, batch: PackedBatch, **further: Any) -> Any:
+        if self._latent is not None:
+            self._latent.open(self._tensor(batch.gates))
         if self._packed_attention:
             further |= {"segment_lengths": batch.segment_lengths, "branches": batch.branches}
         return self._call(
@@ -84,6 +91,35 @@ class ModelOutputs:
 
     def _tensor(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+
+class LiveReference:
+    """The frozen model whose outputs a loss needs beside the policy's. It is loaded when it is first asked for, one at
+    a time, and never trained: no optimiser knows it.
+
+    Args:
+        load: gives the model of a directory.
+    """
+
+    def __init__(self, load: Callable[[str], Any], device: torch.device) -> None:
+        self._load, self._device = load, device
+        self._source: str | None = None
+        self._outputs: ModelOutputs | None = None
+
+    def of(self, loss: Loss, batch: PackedBatch) -> torch.Tensor | None:
+        """What it computes of a packed row; None if the loss needs no reference."""
+        if loss.reference is None:
+            return None
+        if self._outputs is None or self._source != loss.reference:
+            self.drop()
+            model = self._load(loss.reference)
+            self._source, self._outputs = loss.reference, ModelOutputs(model, model, self._device)
+        with torch.no_grad():
+            return self._outputs.of(batch, loss.output)
+
+    def drop(self) -> None:
+        """Give its memory back; it is loaded again when it is asked for."""
+        self._source = self._outputs = None
 
 
 class Sums:

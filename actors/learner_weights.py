@@ -59,8 +59,9 @@ def _bucket(
     with gathered([parameter for _, parameter in parameters] + adapters, partitioned):
         for name, parameter in parameters:
             if name in adapted:
-                delta = adapted[name].get_delta_weight("default")
-                tensor = (parameter.float() + delta.float()).to(dtype)
+                module = adapted[name]
+                deltas = [module.get_delta_weight(adapter).float() for adapter in module.lora_A]
+                tensor = sum(deltas, parameter.float()).to(dtype)
             else:
                 tensor = parameter.detach().to(dtype, copy=partitioned)
             whole.append((name.replace(".base_layer.", "."), tensor))

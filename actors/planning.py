@@ -73,7 +73,7 @@ def plan_run(
     trained = [
         (
             own.shape.parameters,
-            trained_parameters(own.shape, _lora(spec.learner)),
+            trained_parameters(own.shape, _lora(spec.learner), _latent_channels(spec)),
             _format(spec.learner, placement),
         )
         for spec, own in zip(known, needs, strict=True)
@@ -245,7 +245,9 @@ def _rank(
             offload_optimizer=learner.offload_optimizer,
             offload_parameters=learner.offload_parameters,
             lora_rank=_lora(learner),
+            latent_channels=_latent_channels(spec),
             keeps_reference=spec.keeps_reference,
+            parts_apart=spec.parts_apart,
             rests=placement.take_turns,
         ),
     )
@@ -253,6 +255,10 @@ def _rank(
 
 def _lora(learner: LearnerConfig | None) -> int | None:
     return learner.lora.rank if learner is not None and learner.lora is not None else None
+
+
+def _latent_channels(spec: PolicySpec) -> int:
+    return spec.latent.tasks * spec.latent.rank if spec.latent is not None else 0
 
 
 def _format(learner: LearnerConfig | None, placement: Placement) -> Dtype:

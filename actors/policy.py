@@ -26,6 +26,7 @@ from actors.placement import PolicyPlacement
 from actors.pool import EnginePool
 from actors.session import ClusterError
 from actors.weight_transfer import PushReport, WeightTransferError
+from pipeline.core.losses.joint import Joint
 from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import PolicySpec, Snapshot
 from pipeline.core.records import Floats, ScoreRequest
@@ -193,7 +194,7 @@ class Policy:
     def train(
         self,
         shards: Sequence[Path],
-        loss: Loss,
+        loss: Loss | Joint,
         *,
         state: Path,
         seed: int,
@@ -300,6 +301,7 @@ class Policy:
                 options=self._rank_options,
                 seed=self.spec.seed,
                 head=self.spec.head,
+                latent=self.spec.latent,
                 name=self.name,
                 observer=self._observer,
             )

@@ -74,7 +74,7 @@ def _epoch(examples: PhaseExamples, ranks: int) -> None:
         token_budget=config.tokens_per_microbatch,
         seed=(0, 0),
         units=[outline.unit for outline in outlines],
-        whole_units=loss.compares,
+        may_cut=() if loss.compares else (0,),
         overlaps=examples.overlaps,
     )
     phase_key(examples.digests, loss)

@@ -27,6 +27,7 @@ from pipeline.core.data.splits import Splits
 from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.evaluation import evaluate
+from pipeline.core.losses.joint import Joint
 from pipeline.core.losses.loss import Loss
 from pipeline.core.models import check_export
 from pipeline.core.policies import PolicySpec, Snapshot
@@ -223,7 +224,7 @@ class Run(Steps):
         self,
         t: int,
         name: str,
-        loss: Loss,
+        loss: Loss | Joint,
         *,
         seed: int,
         beside: Callable[[Sequence[Path]], Sequence[Path]] | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from pipeline.core.record_tables import (
     require_columns,
     token_ids_from_table,
 )
-from pipeline.core.records import Example, StoredOutline, TokenIds
+from pipeline.core.records import Example, Outline, StoredOutline, TokenIds
 
 ROWS_AT_ONCE = 64
 """Of a shard, however many it has: to read rows takes several times the memory that they have afterwards."""
@@ -42,8 +42,13 @@ def read_outlines(shard: Path) -> list[StoredOutline]:
         return [one for _, table in _tables(shard, OUTLINE_SCHEMA) for one in outlines_from_table(table)]
 
 
-def read_outlines_and_overlaps(shard: Path) -> tuple[list[StoredOutline], list[Overlap]]:
+def read_outlines_and_overlaps(
+    shard: Path, *, by_role: bool = False
+) -> tuple[list[StoredOutline], list[Overlap]]:
     """Of all examples of a shard, in one pass: the second says what each begins with in common with others of its unit.
+
+    Args:
+        by_role: those of another role are no others of it, as they never share a row (a joint loss).
 
     Raises:
         UserError: it holds something else.
@@ -54,7 +59,12 @@ def read_outlines_and_overlaps(shard: Path) -> tuple[list[StoredOutline], list[O
         for _, table in _tables(shard, _WITH_TOKENS):
             outlines += outlines_from_table(table)
             token_ids += token_ids_from_table(table)
-        return outlines, overlaps_of([outline.unit for outline in outlines], token_ids)
+        return outlines, overlaps_of([unit_of(outline, by_role) for outline in outlines], token_ids)
+
+
+def unit_of(outline: Outline, by_role: bool) -> Hashable:
+    """What is equal for the examples of a unit; with `by_role`, of a unit and a role."""
+    return (outline.role, outline.unit) if by_role else outline.unit
 
 
 def read_examples(shard: Path, rows: npt.NDArray[np.int64] | None = None) -> list[Example]:

@@ -7,7 +7,8 @@ A *pack* is one row of whole examples, end to end, at most `token_budget` tokens
 - the examples of one unit are in the same step; in the same pack too, if the loss compares them or they fit;
 - no pack is above the token budget;
 - all ranks run the same number of packs in a step (some may be empty): collectives of ZeRO stay in lockstep;
-- which examples form a step depends on the seed and the batch size only, not on the ranks or the budget.
+- which examples form a step depends on the seed and the batch size only, not on the ranks or the budget;
+- a pack has examples of one kind, and every step its share of each kind.
 
 Where what examples begin with in common is computed once (`pipeline.core.prefixes`), a token that another example of
 the pack has as well counts `SHARED_COST`.
@@ -16,13 +17,14 @@ the pack has as well counts `SHARED_COST`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.core.errors import UserError
+from pipeline.core.latent_tasks import gates_of
 from pipeline.core.prefixes import Branches, Overlap, PrefixTree, prefix_tree
 from pipeline.core.records import Example, Mask, Numbers, TokenIds
 
@@ -35,15 +37,17 @@ SHARED_COST = 0.25
 
 @dataclass(frozen=True, slots=True)
 class OptimizerStep:
-    """One optimiser step: `packs[rank][m]` is what `rank` computes as micro-batch `m`, `loads[rank][m]` its tokens.
+    """One optimiser step: `packs[rank][m]` is what `rank` computes as micro-batch `m`, `loads[rank][m]` its tokens, and
+    `kinds[m]` of what kind they are on all ranks. Those of a kind follow each other.
 
     Example (two ranks, budget 100, lengths 60, 50, 40, 0):
-        OptimizerStep(examples=(2, 0, 3, 1), packs=(((0, 2),), ((1,),)), loads=((100,), (50,)))
+        OptimizerStep(examples=(2, 0, 3, 1), packs=(((0, 2),), ((1,),)), loads=((100,), (50,)), kinds=(0,))
     """
 
     examples: tuple[int, ...]
     packs: tuple[tuple[Pack, ...], ...]
     loads: tuple[tuple[int, ...], ...]
+    kinds: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,7 @@ class PackedBatch:
     unit: npt.NDArray[np.int64]  # [n], examples of the same number form a unit
     numbers: dict[str, npt.NDArray[np.float32]]  # [n], streams of one number per example
     streams: dict[str, npt.NDArray[np.float32]]  # [M] or [M, R], the others, on the targets
+    gates: npt.NDArray[np.float32]  # [T, P], of P latent tasks
 
 
 def plan_epoch(
@@ -80,9 +85,10 @@ def plan_epoch(
     token_budget: int,
     seed: Sequence[int],
     units: Sequence[str],
-    whole_units: bool = True,
+    may_cut: Container[int] = (),
     copies: Sequence[int] | None = None,
     overlaps: Sequence[Overlap] | None = None,
+    kinds: Sequence[int] | None = None,
 ) -> list[OptimizerStep]:
     """The optimiser steps of one epoch, in a seeded random order.
 
@@ -95,20 +101,25 @@ def plan_epoch(
         token_budget: most tokens of a pack (`learner.tokens_per_microbatch`).
         seed: e.g. (phase seed, epoch).
         units: the name of each example's unit.
-        whole_units: whether a unit that is longer than the budget is an error; else it is cut into several parts.
+        may_cut: kinds of which a unit that is longer than the budget is cut into several packs; else it is an error.
         copies: how many examples each counts as in `batch_size`; None: as one.
         overlaps: where common beginnings are computed once.
+        kinds: of what kind each example is; None: all of kind 0.
 
     Raises:
         UserError: an example, or a unit that must be whole, is longer than the token budget.
     """
-    members: dict[str, list[int]] = {}
-    for index, unit in enumerate(units):
-        members.setdefault(unit, []).append(index)
+    kind_of = kinds if kinds is not None else [0] * len(lengths)
+    members: dict[tuple[int, str], list[int]] = {}
+    for index, key in enumerate(zip(kind_of, units, strict=True)):
+        members.setdefault(key, []).append(index)
     groups = list(members.values())
-    parts = [_parts(group, lengths, overlaps, math.inf if whole_units else token_budget) for group in groups]
+    parts = [
+        _parts(group, lengths, overlaps, token_budget if kind in may_cut else math.inf)
+        for (kind, _), group in members.items()
+    ]
     longest = max((part.load for some in parts for part in some), default=0)
-    for unit, some in zip(members, parts, strict=True):
+    for (_, unit), some in zip(members, parts, strict=True):
         if some and (load := max(part.load for part in some)) > token_budget:
             raise UserError(
                 f"training example {unit} has {load} tokens, more than learner.tokens_per_microbatch: "
@@ -116,17 +127,26 @@ def plan_epoch(
             )
     if not lengths:
         return []
-    order = np.random.default_rng(seed).permutation(len(groups))
+    rng = np.random.default_rng(seed)
     num_examples = len(lengths) if copies is None else sum(copies)
-    batches = np.array_split(order, min(len(groups), math.ceil(num_examples / batch_size)))
+    of_kind: dict[int, list[int]] = {}
+    for number, (kind, _) in enumerate(members):
+        of_kind.setdefault(kind, []).append(number)
+    num_steps = min(max(map(len, of_kind.values())), math.ceil(num_examples / batch_size))
+    by_kind: dict[int, list[list[int]]] = {}
+    for kind, own in of_kind.items():
+        shares = np.array_split(np.array(own)[rng.permutation(len(own))], num_steps)
+        if len(own) < num_steps:
+            shares = [shares[place] for place in rng.permutation(num_steps)]
+        by_kind[kind] = [share.tolist() for share in shares]
     return [
         _plan_step(
-            tuple(i for unit in batch for i in groups[unit]),
-            [part for unit in batch for part in parts[unit]],
+            tuple(i for shares in by_kind.values() for group in shares[step] for i in groups[group]),
+            {k: [part for group in shares[step] for part in parts[group]] for k, shares in by_kind.items()},
             world_size,
             token_budget,
         )
-        for batch in batches
+        for step in range(num_steps)
     ]
 
 
@@ -166,22 +186,31 @@ def packing_efficiency(plan: Sequence[OptimizerStep], token_budget: int) -> tupl
 
 
 def _plan_step(
-    examples: tuple[int, ...], parts: Sequence[_Part], world_size: int, budget: int
+    examples: tuple[int, ...], parts: Mapping[int, Sequence[_Part]], world_size: int, budget: int
 ) -> OptimizerStep:
-    longest_first = sorted(parts, key=lambda part: -part.load)
-    packs = _first_fit(longest_first, budget)
-    num_packs = world_size * max(1, math.ceil(len(packs) / world_size))
-    packs = _spread(longest_first, budget, num_packs) or packs + [[]] * (num_packs - len(packs))
-    # Ranks wait for each other at every micro-batch: those that run at the same time should be equally long.
-    packs.sort(key=_load, reverse=True)
-    by_rank = [packs[rank::world_size] for rank in range(world_size)]
+    # A step in which nothing needs computing still runs one row.
+    computed = {kind: some for kind, some in parts.items() if some} or dict(list(parts.items())[:1])
+    planned = {kind: _plan_packs(some, world_size, budget) for kind, some in computed.items()}
+    by_rank = [[pack for own in planned.values() for pack in own[rank]] for rank in range(world_size)]
     return OptimizerStep(
         examples=examples,
         packs=tuple(
             tuple(tuple(i for part in pack for i in part.examples) for pack in own) for own in by_rank
         ),
         loads=tuple(tuple(map(_load, own)) for own in by_rank),
+        kinds=tuple(kind for kind, own in planned.items() for _ in own[0]),
     )
+
+
+def _plan_packs(parts: Sequence[_Part], world_size: int, budget: int) -> list[list[list[_Part]]]:
+    """The packs of each rank, as many for every one."""
+    longest_first = sorted(parts, key=lambda part: -part.load)
+    packs = _first_fit(longest_first, budget)
+    num_packs = world_size * max(1, math.ceil(len(packs) / world_size))
+    packs = _spread(longest_first, budget, num_packs) or packs + [[]] * (num_packs - len(packs))
+    # Ranks wait for each other at every micro-batch: those that run at the same time should be equally long.
+    packs.sort(key=_load, reverse=True)
+    return [packs[rank::world_size] for rank in range(world_size)]
 
 
 def _load(parts: Sequence[_Part]) -> int:
@@ -223,6 +252,7 @@ def collate(
     derived: Mapping[str, Sequence[float]] | None = None,
     *,
     share_prefixes: bool = False,
+    latent_tasks: int = 0,
 ) -> PackedBatch:
     """Lay the examples of a pack end to end.
 
@@ -234,13 +264,21 @@ def collate(
         names: the streams to lay out; all examples have them.
         derived: further streams, one number for every example of the phase (`Prepared.streams`).
         share_prefixes: whether what several begin with is there once.
+        latent_tasks: P, of the model.
     """
     if not pack:
-        zero = np.zeros(1, dtype=np.int64)
-        return PackedBatch(zero[None], zero[None], (1,), None, zero, zero, zero, zero[:0], {}, {})
+        zero, shut = np.zeros(1, dtype=np.int64), np.zeros((1, latent_tasks), dtype=np.float32)
+        return PackedBatch(zero[None], zero[None], (1,), None, zero, zero, zero, zero[:0], {}, {}, shut)
     chosen = [examples[i] for i in pack]
     sequences = [example.token_ids for example in chosen]
-    tree = prefix_tree(sequences) if share_prefixes else _side_by_side(sequences)
+    of_examples = [gates_of(example.streams, latent_tasks) for example in chosen]
+    if share_prefixes:
+        tree = prefix_tree(sequences, [own.tobytes() for own in of_examples])
+    else:
+        tree = _side_by_side(sequences)
+    gates = np.zeros((len(tree.token_ids), latent_tasks), dtype=np.float32)
+    for path, own in zip(tree.paths, of_examples, strict=True):
+        gates[path] = own
     masks = [np.concatenate([[False], example.loss_mask[1:]]) for example in chosen]
     targets = [np.flatnonzero(mask) for mask in masks]
     unit_numbers = {
@@ -267,6 +305,7 @@ def collate(
         unit=np.array([unit_numbers[example.unit] for example in chosen], dtype=np.int64),
         numbers={name: value.astype(np.float32) for name, value in numbers.items()},
         streams={name: value.astype(np.float32) for name, value in streams.items()},
+        gates=gates,
     )
 
 

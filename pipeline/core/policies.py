@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.core.config import LearnerConfig, ModelConfig, RolloutConfig
+from pipeline.core.latent_tasks import LatentTasks
 
 Head = Literal["lm", "value", "embedding"]
 """What a policy computes: the next token, one scalar a token, or one vector a text."""
@@ -28,6 +29,10 @@ class PolicySpec:
     """Completions carry log q of the distribution that was sampled from instead of log p of the model."""
     keeps_reference: bool = False
     """Its loss asks each rank for a frozen model of its shape as well (`Loss.reference`)."""
+    parts_apart: int = 0
+    """Its joint loss takes the gradients of so many parts apart (`Joint.project_conflicts`). 0: it does not."""
+    latent: LatentTasks | None = None
+    """Latent tasks that it is trained with. None: none."""
     seed: int = 0
     """Of adapters and dropout."""
 
@@ -36,6 +41,10 @@ class PolicySpec:
             raise ValueError(f"policy {self.name} has neither engines nor a learner")
         if self.rollout is not None and self.head != "lm":
             raise ValueError(f"policy {self.name} has a head {self.head} and cannot be sampled from")
+        if self.latent is not None and self.head != "lm":
+            raise ValueError(
+                f"policy {self.name} has a head {self.head}, and only a language model has latent tasks"
+            )
 
 
 @dataclass(frozen=True, slots=True)

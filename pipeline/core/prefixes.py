@@ -8,7 +8,7 @@ per different beginning. Attention sees whole sequences again, the *branches* of
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,10 +64,21 @@ class PrefixTree:
     branches: Branches | None
 
 
-def prefix_tree(sequences: Sequence[TokenIds]) -> PrefixTree:
-    """The tree of sequences that are not empty; their rows are in the order of the sorted sequences."""
-    order = _sorted(sequences)
-    shared = _shared_with_the_one_before(sequences, order)
+def prefix_tree(sequences: Sequence[TokenIds], kinds: Sequence[bytes] | None = None) -> PrefixTree:
+    """The tree of sequences that are not empty; their rows are in the order of the sorted sequences.
+
+    Args:
+        kinds: those of different kinds have nothing in common: what is computed of a token depends on them too. None:
+            all are of one.
+    """
+    kinds = kinds if kinds is not None else [b""] * len(sequences)
+    order = sorted(_sorted(sequences), key=kinds.__getitem__)
+    shared = [
+        common if place and kinds[index] == kinds[order[place - 1]] else 0
+        for place, (index, common) in enumerate(
+            zip(order, _shared_with_the_one_before(sequences, order), strict=True)
+        )
+    ]
     paths: dict[int, npt.NDArray[np.int64]] = {}
     num_rows, path = 0, np.zeros(0, dtype=np.int64)
     for index, common in zip(order, shared, strict=True):
@@ -96,9 +107,9 @@ def prefix_tree(sequences: Sequence[TokenIds]) -> PrefixTree:
     )
 
 
-def overlaps_of(units: Sequence[str], sequences: Sequence[TokenIds]) -> list[Overlap]:
+def overlaps_of(units: Sequence[Hashable], sequences: Sequence[TokenIds]) -> list[Overlap]:
     """Of each example with the others of its unit."""
-    members: dict[str, list[int]] = {}
+    members: dict[Hashable, list[int]] = {}
     for index, unit in enumerate(units):
         members.setdefault(unit, []).append(index)
     found: dict[int, Overlap] = {}

@@ -71,7 +71,9 @@ EXAMPLE_SCHEMA = pa.schema(
     ]
 )
 
-OUTLINE_SCHEMA = pa.schema([EXAMPLE_SCHEMA.field(name) for name in ("id", "unit", "loss_mask", "streams")])
+OUTLINE_SCHEMA = pa.schema(
+    [EXAMPLE_SCHEMA.field(name) for name in ("id", "unit", "role", "loss_mask", "streams")]
+)
 """The columns that an outline is made of."""
 
 _MEND = "the file holds something else, or was written by another version; make it again"
@@ -220,7 +222,7 @@ def _outlines(batch: pa.RecordBatch) -> list[StoredOutline]:
     masks, streams = arrays_of(batch["loss_mask"]), _streams_of(batch["streams"])
     lengths = lengths_of(batch["loss_mask"])
     columns = [
-        *(_scalars(batch[name], name) for name in ("id", "unit")),
+        *(_scalars(batch[name], name) for name in ("id", "unit", "role")),
         lengths.tolist(),
         list(map(count_targets, masks)),
         [{name: values.shape for name, values in own.items()} for own in streams],

@@ -295,6 +295,9 @@ class Outline(Protocol):
     def unit(self) -> str: ...
 
     @property
+    def role(self) -> str: ...
+
+    @property
     def length(self) -> int:
         """Tokens."""
 
@@ -321,6 +324,7 @@ class StoredOutline:
 
     id: str
     unit: str
+    role: str
     length: int
     num_targets: int
     shapes: Mapping[str, tuple[int, ...]]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline.core.losses.joint import Joint
 from pipeline.core.losses.loss import Loss
 from pipeline.core.records import Example
 
@@ -56,7 +57,7 @@ class Phase:
         return {**means, "grad_norm": float(np.average([step["grad_norm"] for step in applied]))}
 
 
-def phase_key(examples: Sequence[str], loss: Loss, *settings: float) -> str:
+def phase_key(examples: Sequence[str], loss: Loss | Joint, *settings: float) -> str:
     """Fingerprint of a phase: digests of its examples, its loss and the settings that its steps depend on."""
     return hashlib.sha256(repr((examples, loss, settings)).encode()).hexdigest()
 
@@ -65,7 +66,7 @@ def digest_of(examples: Iterable[Example]) -> str:
     """Changes when any of these examples does."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(f"{example.id} {example.unit}".encode())
+        digest.update(f"{example.id} {example.unit} {example.role}".encode())
         digest.update(example.token_ids.tobytes())
         digest.update(example.loss_mask.tobytes())
         for name in sorted(example.streams):

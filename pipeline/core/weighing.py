@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
@@ -17,7 +17,15 @@ from pipeline.core.config import AgentConfig, WeightingConfig
 from pipeline.core.copies import merge_copies
 from pipeline.core.errors import RunError
 from pipeline.core.models import load_tokenizer
-from pipeline.core.records import Episode, Example, Question, StopReason, Trajectory, count_stop_reasons
+from pipeline.core.records import (
+    Episode,
+    Example,
+    Numbers,
+    Question,
+    StopReason,
+    Trajectory,
+    count_stop_reasons,
+)
 from pipeline.core.renderer import Renderer
 from pipeline.core.rewards import reward_of
 from pipeline.core.scoring.answers import ProtocolName, score_answer
@@ -91,6 +99,35 @@ class OnlyFigures:
 
     def __call__(self, task: Task, episodes: Sequence[Episode]) -> Weighted:
         return Weighted({}, self.weigh(task, episodes).statistics)
+
+    def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+        return self.weigh.summarise(statistics)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WithStreams:
+    """Examples as another one makes them, each with further streams of its task.
+
+    Args:
+        streams: by the id of every task.
+    """
+
+    weigh: Weigh[Any]
+    streams: Mapping[str, Mapping[str, Numbers]]
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        return self.weigh.outputs
+
+    def __call__(self, task: Task, episodes: Sequence[Episode]) -> Weighted:
+        weighted, own = self.weigh(task, episodes), self.streams[task.id]
+        return Weighted(
+            {
+                name: [replace(example, streams={**example.streams, **own}) for example in some]
+                for name, some in weighted.examples.items()
+            },
+            weighted.statistics,
+        )
 
     def summarise(self, statistics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
         return self.weigh.summarise(statistics)

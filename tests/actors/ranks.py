@@ -8,7 +8,7 @@ import os
 import queue
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from actors import learner_setup
 from actors.learner import Learner
 from pipeline.core.config import LearnerConfig
 from pipeline.core.errors import UserError
+from pipeline.core.latent_tasks import LatentTasks
+from pipeline.core.losses.joint import Joint
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.losses.loss import Loss
 from pipeline.core.policies import Head
@@ -85,13 +87,20 @@ def build_model(path: Path, seed: int = 0) -> Path:
 
 
 def run_ranks(
-    config: LearnerConfig, model: Path, scenario: Callable[..., Any], *args: Any, head: Head = "lm"
+    config: LearnerConfig,
+    model: Path,
+    scenario: Callable[..., Any],
+    *args: Any,
+    head: Head = "lm",
+    latent: LatentTasks | None = None,
 ) -> Any:
     """Run `scenario(learner, *args)` on `config.num_ranks` ranks; the result of rank 0. Raises what a rank raised."""
     store, address = learner_setup.open_store()
     results = PROCESSES.Queue()
     ranks = [
-        PROCESSES.Process(target=_rank, args=(rank, address, config, model, scenario, args, results, head))
+        PROCESSES.Process(
+            target=_rank, args=(rank, address, config, model, scenario, args, results, head, latent)
+        )
         for rank in range(config.num_ranks)
     ]
     for process in ranks:
@@ -130,6 +139,7 @@ def _rank(
     args: Any,
     results: Any,
     head: Head,
+    latent: LatentTasks | None,
 ) -> None:
     try:
         learner = Learner(
@@ -140,6 +150,7 @@ def _rank(
             store_address=store_address,
             seed=7,
             head=head,
+            latent=latent,
         )
         outcome = scenario(learner, *args)
         if rank == 0:
@@ -201,7 +212,7 @@ def train_and_export(
 
 
 def values_and_gradients(
-    learner: Learner, examples: list[Example], losses: dict[str, Loss]
+    learner: Learner, examples: list[Example], losses: Mapping[str, Loss | Joint]
 ) -> dict[str, tuple[float, Weights]]:
     """Of one optimiser step over all examples; its learning rate is too small to move a weight."""
     from deepspeed.utils import safe_get_full_grad

@@ -18,6 +18,7 @@ from actors.learner import Learner
 from pipeline.core.copies import merge_copies
 from pipeline.core.errors import UserError
 from pipeline.core.losses.divergence import Divergence
+from pipeline.core.losses.joint import Joint, Part
 from pipeline.core.losses.likelihood import WeightedNll
 from pipeline.core.losses.loss import Loss
 from pipeline.core.losses.policy_gradient import ClippedRatio
@@ -214,6 +215,102 @@ def test_value_and_gradient_are_those_of_the_formula(
             np.testing.assert_allclose(
                 found[name][1][weight], gradient, atol=1e-5, err_msg=f"{name}: {weight}"
             )
+
+
+def of_two_roles() -> list[Example]:
+    """The second half of the pairs has another role."""
+    examples = examples_with_streams()
+    return [replace(e, role="first" if k < 6 else "second") for k, e in enumerate(examples)]
+
+
+def jointly(first: Any, second: Any) -> Any:
+    """0.7 times one formula over the first role, 0.5 times another over the second."""
+
+    def loss(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+        total: torch.Tensor = 0.7 * first(tables[:6], examples[:6]) + 0.5 * second(tables[6:], examples[6:])
+        return total
+
+    return loss
+
+
+def both(first: Loss, second: Loss, *, project: bool = False) -> Joint:
+    return Joint((Part("first", first, 0.7), Part("second", second, 0.5)), project_conflicts=project)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_joint_loss_is_the_sum_of_its_parts(model_path: Path, num_ranks: int, zero_stage: int) -> None:
+    cases: dict[str, tuple[Joint, Any]] = {
+        "nll and kl": (both(WeightedNll(), Divergence("symmetric")), jointly(nll, divergence("symmetric"))),
+        "dpo and nll": (both(Dpo(BETA), WeightedNll()), jointly(pairs(dpo_margin), nll)),
+    }
+    changes = {"num_ranks": num_ranks, "zero_stage": zero_stage, "tokens_per_microbatch": 2 * LONGEST}
+    config = CONFIG.model_copy(update={"batch_size": 100, "gradient_clipping": 0.0, **changes})
+    losses = {name: loss for name, (loss, _) in cases.items()}
+    found = run_ranks(config, model_path, values_and_gradients, of_two_roles(), losses)
+    for name, (_, formula) in cases.items():
+        value, gradients = plain(model_path, formula, of_two_roles())
+        assert found[name][0] == pytest.approx(value, abs=1e-6, rel=1e-6), name
+        for weight, gradient in gradients.items():
+            np.testing.assert_allclose(found[name][1][weight], gradient, atol=1e-5, err_msg=weight)
+
+
+@pytest.mark.parametrize(("num_ranks", "zero_stage"), [(1, 0), (2, 0), (2, 1), (2, 2)])
+def test_what_of_one_part_goes_against_the_other_is_taken_out(
+    model_path: Path, num_ranks: int, zero_stage: int
+) -> None:
+    # To make the same tokens likelier and less likely: a clipped ratio at 1 with opposite advantages.
+    examples = [
+        replace(e, role=role, id=f"{e.id} {role}", unit=f"{e.unit} {role}", streams=streams)
+        for role, sign in (("first", 1.0), ("second", -1.0))
+        for e in examples_with_streams()[: 6 if sign > 0 else 9]
+        for streams in [{"log_weight": np.zeros(1), "advantage": np.full(1, sign), "old_logprob": np.full(1, -5.0)}]
+    ]  # fmt: skip
+    unlikelier = ClippedRatio(CLIP, CLIP_HIGH)
+    joint = Joint((Part("first", WeightedNll()), Part("second", unlikelier)), project_conflicts=True)
+    changes = {"num_ranks": num_ranks, "zero_stage": zero_stage, "tokens_per_microbatch": 2 * LONGEST}
+    config = CONFIG.model_copy(update={"batch_size": 100, "gradient_clipping": 0.0, **changes})
+    found = run_ranks(
+        config,
+        model_path,
+        values_and_gradients,
+        examples,
+        {"projected": joint, "summed": replace(joint, project_conflicts=False)},
+    )
+    apart = [
+        plain(model_path, formula, [e for e in examples if e.role == role])[1]
+        for role, formula in (
+            ("first", nll),
+            ("second", unclipped),
+        )
+    ]
+    dot = sum(float((one * apart[1][name]).sum()) for name, one in apart[0].items())
+    squares = [sum(float((one * one).sum()) for one in part.values()) for part in apart]
+    assert dot < -0.1 * squares[0], "they do not go against each other, and this test says nothing"
+    for name, one in apart[0].items():
+        other = apart[1][name]
+        expected = one - dot / squares[1] * other + other - dot / squares[0] * one
+        np.testing.assert_allclose(found["projected"][1][name], expected, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(found["summed"][1][name], one + other, atol=1e-5, err_msg=name)
+
+
+def unclipped(tables: list[torch.Tensor], examples: list[Example]) -> torch.Tensor:
+    """What is left of the clipped ratio where advantages are below 0 and ratios far above 1."""
+    terms = [torch.exp(picked(t, e) + 5.0) for t, e in zip(tables, examples, strict=True)]
+    return torch.cat(terms).mean()
+
+
+def test_conflicts_are_not_projected_where_no_rank_has_all_weights(model_path: Path) -> None:
+    config = CONFIG.model_copy(update={"zero_stage": 3})
+    joint = both(WeightedNll(), WeightedNll(), project=True)
+    with pytest.raises(UserError, match=r"ZeRO stage 3 cuts up; set learner\.zero_stage to 2 or less"):
+        run_ranks(config, model_path, values_and_gradients, of_two_roles(), {"joint": joint})
+
+
+def test_an_example_of_an_unknown_role_is_an_error_before_any_training(model_path: Path) -> None:
+    joint = Joint((Part("first", WeightedNll()),))
+    with pytest.raises(UserError, match="no part for the role second of example q6/0"):
+        run_ranks(CONFIG, model_path, values_and_gradients, of_two_roles(), {"joint": joint})
 
 
 @pytest.mark.parametrize("stage", [0, 3])

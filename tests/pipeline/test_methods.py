@@ -49,7 +49,10 @@ def test_a_new_file_is_a_new_recipe(recipe: str, tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["recipe=nove"], "there is no recipe nove; did you mean novel?"),
-        (["recipe=xyz"], "there is no recipe xyz; there are exsearch, dro, grpo, novel, preference, toolret"),
+        (
+            ["recipe=xyz"],
+            "there is no recipe xyz; there are exsearch, dro, flashback, grpo, novel, preference, toolret",
+        ),
         (["recipe=novel", "novel.strenght=1"], "configuration key novel.strenght; did you mean novel.strength?"),
         (["recipe=novel", "novel.strength=0"], "configuration key novel.strength: input should be greater than 0"),
         (["novel.strength=1"], "novel is of the recipe novel, but the recipe is exsearch; set recipe=novel"),

@@ -53,6 +53,37 @@ def test_the_documented_recipe_trains(
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == outcome.report
 
 
+def test_flashback_goes_from_nothing_to_the_report_and_again_to_the_same(
+    world: Path, index: Path, ray_cluster: None, tmp_path: Path
+) -> None:
+    """With everything that it has: flashbacks, projected gradients, latent tasks."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    hops = [row["hops"] for row in rows]
+    assert len(set(hops)) > 1
+    settings = [s for s in overrides(world, index, MODEL) if not s.startswith("em.")]
+    settings += [
+        "recipe=flashback",
+        "flashback={iterations: 1, prompts: 2, per_step: 2, project_conflicts: true}",
+        f"flashback.old_hops=[{min(hops)}]",
+        "flashback.latent={tasks: 3, rank: 2}",
+    ]
+    run = tmp_path / "run"
+    outcome = methods.train(methods.load(None, settings), run, Display())
+    start, (row,) = outcome.report["start"], outcome.report["iterations"]
+    assert 0 < start["sample"]["flashbacks"] <= 2
+    assert start["latent_tasks"]["tasks"] == 3
+    assert row["sample"]["trajectories"] == 2 * sum(number != min(hops) for number in hops)
+    trained = row["searcher/train"]
+    assert trained["flashback/kl"] >= 0 and 0 <= trained["conflicts"] <= 1
+    assert row["evaluation"]["push"]["searcher"]["version"] == 1
+    # What is served has no increments beside its weights, and is not what was there before.
+    models = [weights(run / f"iterations/000{t}/searcher/model") for t in (0, 1)]
+    assert models[0].keys() == models[1].keys() == weights(MODEL).keys()
+    projection = "model.layers.0.self_attn.o_proj.weight"
+    assert not np.array_equal(models[0][projection], models[1][projection])
+    assert methods.train(methods.load(None, settings), run, Display()).report == outcome.report
+
+
 # ---------------------------------------------------------------- two policies
 
 DUET = (str(Path(__file__).with_name("with_test_recipes.py")),)

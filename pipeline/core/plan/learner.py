@@ -46,7 +46,9 @@ class RankLoad:
         row_tokens: T, the token budget of a row.
         trained_tokens: M of them that are trained.
         lora_rank: of adapters; None where all parameters are trained.
+        latent_channels: of all latent tasks' increments, their number times their rank.
         keeps_reference: the rank holds a frozen model beside the one that it trains.
+        parts_apart: of a joint loss, whose gradients the rank holds each by itself.
         rests: the rank leaves the GPU to an engine between two trainings.
     """
 
@@ -60,7 +62,9 @@ class RankLoad:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     lora_rank: int | None = None
+    latent_channels: int = 0
     keeps_reference: bool = False
+    parts_apart: int = 0
     rests: bool = False
 
 
@@ -79,10 +83,13 @@ def rank_memory(shape: ModelShape, load: RankLoad) -> Memory:
     parts = _states(shape, load)
     if load.keeps_reference:  # whole on each rank, whatever the stage (`learner_setup.load_frozen`)
         parts.append(("reference", BYTES[load.dtype] * shape.parameters, device))
+    if load.parts_apart:
+        # Whole, too, with what is left of one and their sum (`without_conflicts`), in float32.
+        parts.append(("gradients of the parts", 4 * (load.parts_apart + 2) * _trained(shape, load), device))
     if load.device == "gpu":
         parts += [*passes, *buckets, *step, ("CUDA and NCCL", ACCELERATOR_CONTEXT, "gpu")]
         if load.rests and not load.offload_optimizer:
-            moved = 16 * trained_parameters(shape, load.lora_rank) / load.ranks
+            moved = 16 * _trained(shape, load) / load.ranks
             parts.append(("training state at rest", moved, "host"))
     elif load.dtype == "bfloat16":
         parts += [*passes, *buckets, *step]
@@ -99,12 +106,18 @@ def model_states(shape: ModelShape, load: RankLoad) -> dict[Where, int]:
     return totals
 
 
-def trained_parameters(shape: ModelShape, lora_rank: int | None) -> int:
-    """P. Adapters of all linear modules of a layer take rank x (inputs + outputs) each."""
-    if lora_rank is None:
-        return shape.parameters
+def trained_parameters(shape: ModelShape, lora_rank: int | None, latent_channels: int = 0) -> int:
+    """P. Adapters of all linear modules of a layer take rank x (inputs + outputs) each; latent tasks are such of the
+    attention's output projection alone, beside whatever else is trained."""
     h, f, a, k = shape.hidden, shape.mlp, shape.attention, shape.key_value
-    return shape.layers * lora_rank * (2 * (h + a) + 2 * (h + k) + 3 * (h + f))
+    latent = shape.layers * latent_channels * (h + a)
+    if lora_rank is None:
+        return shape.parameters + latent
+    return shape.layers * lora_rank * (2 * (h + a) + 2 * (h + k) + 3 * (h + f)) + latent
+
+
+def _trained(shape: ModelShape, load: RankLoad) -> int:
+    return trained_parameters(shape, load.lora_rank, load.latent_channels)
 
 
 def stage_of(load: RankLoad) -> int:
@@ -119,7 +132,7 @@ def keeps_gradients(load: RankLoad) -> bool:
 
 def _states(shape: ModelShape, load: RankLoad) -> list[Part]:
     stage, device = stage_of(load), _device(load)
-    trained = trained_parameters(shape, load.lora_rank)
+    trained = _trained(shape, load)
     weights = BYTES[load.dtype] * shape.parameters / (load.ranks if stage == 3 else 1)
     share = trained / (load.ranks if stage > 0 else 1)
     optimiser: Where = "host" if load.offload_optimizer else device
@@ -180,7 +193,7 @@ def _output_layer(shape: ModelShape, load: RankLoad, device: Where) -> list[Part
 def _buckets(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
     """On a GPU a bucket is there whole; the host gives a process only the pages that were written. There stage 1 moves
     its gradients into the bucket, one after the other."""
-    stage, trained = stage_of(load), trained_parameters(shape, load.lora_rank)
+    stage, trained = stage_of(load), _trained(shape, load)
     if stage == 0 or (stage == 1 and load.device == "cpu") or keeps_gradients(load):
         return []
     elements = BUCKET_ELEMENTS if load.device == "gpu" else min(BUCKET_ELEMENTS, trained)
@@ -197,7 +210,7 @@ def _step(shape: ModelShape, load: RankLoad, device: Where) -> list[Part]:
     stage = stage_of(load)
     if stage == 0 or load.offload_optimizer:
         return []
-    share = trained_parameters(shape, load.lora_rank) / load.ranks
+    share = _trained(shape, load) / load.ranks
     largest = min(shape.largest_tensor / (load.ranks if stage == 3 else 1), share)
     single, double = (
         ("a gradient in float32", 4 * largest, device),

@@ -60,6 +60,27 @@ def test_outlines_and_overlaps_come_together(tmp_path: Path) -> None:
     assert overlaps == overlaps_of([it.unit for it in examples], [it.token_ids for it in examples])
 
 
+def test_roles_of_a_unit_overlap_only_where_they_may_share_a_row(tmp_path: Path) -> None:
+    """What overlaps is sorted as it is packed: all of a unit together, or of a joint loss each role by itself."""
+    ids = ([1, 2, 3], [1, 2, 4], [1, 2, 5], [1, 2, 6])
+    roles = ("asker", "answerer", "asker", "answerer")
+    examples = [
+        replace(make(k), unit="q", role=role, token_ids=np.array(own, np.int32), loss_mask=np.ones(3, bool), streams={})
+        for k, (own, role) in enumerate(zip(ids, roles, strict=True))
+    ]  # fmt: skip
+    shard = tmp_path / "000000.parquet"
+    pq.write_table(examples_to_table(examples), shard)
+    _, together = read_outlines_and_overlaps(shard)
+    assert [(own.rank, own.shared) for own in together] == [(0, 0), (1, 2), (2, 2), (3, 2)]
+    _, apart = read_outlines_and_overlaps(shard, by_role=True)
+    assert sorted((role, own.shared) for role, own in zip(roles, apart, strict=True)) == [
+        ("answerer", 0),
+        ("answerer", 2),
+        ("asker", 0),
+        ("asker", 2),
+    ]
+
+
 def test_chosen_examples_come_in_full_and_hold_no_others(shard: Path) -> None:
     gc.collect()
     before, rows = pa.total_allocated_bytes(), np.array([3, 40, 41, 99])

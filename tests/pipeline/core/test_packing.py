@@ -138,13 +138,60 @@ def test_units_of_merged_copies_are_in_the_steps_that_they_were_in_before(
             token_budget=BUDGET,
             seed=(seed, 0),
             units=units,
-            whole_units=False,
+            may_cut=(0,),
             copies=copies,
         )
         return [list(dict.fromkeys(units[i] for i in step.examples)) for step in found]
 
     apart = [[1] * sum(own) for own in copies]
     assert units_of_steps(copies, [c for own in copies for c in own]) == units_of_steps(apart, None)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, BUDGET)), min_size=1, max_size=60),
+    batch_size_st,
+    world_size_st,
+    seed_st,
+)
+def test_a_pack_has_one_kind_and_every_step_its_share_of_each(
+    examples: list[tuple[int, int]], batch_size: int, world_size: int, seed: int
+) -> None:
+    kinds = [kind for kind, _ in examples]
+    steps = plan_epoch(
+        [length for _, length in examples],
+        batch_size=batch_size,
+        world_size=world_size,
+        token_budget=BUDGET,
+        seed=(seed, 0),
+        units=["q" for _ in examples] if not any(kinds) else [f"q{k}" for k in range(len(examples))],
+        may_cut=(0, 1, 2),
+        kinds=kinds,
+    )
+    assert sorted(i for step in steps for i in step.examples) == list(range(len(examples)))
+    computed = sorted(i for step in steps for pack in packs_of(step) for i in pack)
+    assert computed == [i for i, (_, length) in enumerate(examples) if length]
+    for step in steps:
+        assert {len(own) for own in step.packs} == {len(step.kinds)}
+        for own in step.packs:
+            for pack, kind in zip(own, step.kinds, strict=True):
+                assert {kinds[i] for i in pack} <= {kind}
+    if any(kinds):
+        for kind in set(kinds):
+            shares = [sum(kinds[i] == kind for i in step.examples) for step in steps]
+            assert max(shares) - min(shares) <= 1
+
+
+def test_units_of_one_name_and_two_kinds_are_two_units() -> None:
+    (step,) = plan_epoch(
+        [10, 10],
+        batch_size=8,
+        world_size=1,
+        token_budget=15,
+        seed=(0, 0),
+        units=["q", "q"],
+        kinds=[0, 1],
+    )
+    assert step.kinds == (0, 1) and step.packs == (((0,), (1,)),)
 
 
 def test_nothing_to_train_on_is_an_empty_plan() -> None:

@@ -88,7 +88,7 @@ def test_a_row_is_never_longer_than_planned_however_units_are_cut(
         token_budget=budget,
         seed=(0,),
         units=units,
-        whole_units=False,
+        may_cut=(0,),
         overlaps=overlaps_of(units, ids),
     )
     examples = [
@@ -114,7 +114,7 @@ def test_a_row_is_never_longer_than_planned_however_units_are_cut(
 def test_those_that_begin_alike_are_put_side_by_side_where_a_unit_is_cut() -> None:
     ids = arrays([[1, 2, 3, 4], [9, 8, 7, 6], [1, 2, 3, 5], [9, 8, 7, 5]])
     (step,) = plan_epoch(
-        [4] * 4, batch_size=4, world_size=1, token_budget=6, seed=(0,), units=["q"] * 4, whole_units=False,
+        [4] * 4, batch_size=4, world_size=1, token_budget=6, seed=(0,), units=["q"] * 4, may_cut=(0,),
         overlaps=overlaps_of(["q"] * 4, ids),
     )  # fmt: skip
     assert sorted(map(sorted, step.packs[0])) == [[0, 2], [1, 3]]

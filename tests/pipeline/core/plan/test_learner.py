@@ -107,6 +107,26 @@ def test_a_reference_is_whole_on_each_rank() -> None:
     assert more.on("host") - rank_memory(QWEN_SHAPE, load).on("host") == more.of("reference")
 
 
+def test_gradients_of_parts_are_whole_on_each_rank_with_their_sum_and_what_is_left_of_one() -> None:
+    load = replace(LOAD, ranks=8, zero_stage=2)
+    more = rank_memory(QWEN_SHAPE, replace(load, parts_apart=2))
+
+    assert more.of("gradients of the parts") == 4 * 4 * QWEN_SHAPE.parameters
+    assert rank_memory(QWEN_SHAPE, load).of("gradients of the parts") == 0
+
+
+def test_latent_tasks_are_trained_beside_whatever_else_is() -> None:
+    channels, attention = 192, 3_584
+    of_latent = 28 * channels * (3_584 + attention)
+
+    for lora in (None, 16):
+        assert (
+            trained_parameters(QWEN_SHAPE, lora, channels) == trained_parameters(QWEN_SHAPE, lora) + of_latent
+        )
+    states = rank_memory(QWEN_SHAPE, replace(LOAD, lora_rank=16, latent_channels=channels))
+    assert states.of("Adam") == 8 * (trained_parameters(QWEN_SHAPE, 16) + of_latent)
+
+
 def test_bfloat16_without_zero_runs_as_stage_1() -> None:
     plain = replace(LOAD, dtype="bfloat16", zero_stage=0)
 
