@@ -102,7 +102,7 @@ def outcome(**parts: Any) -> Outcome:
 
 def test_the_report_shows_each_iteration_and_marks_the_best(screen: Screen) -> None:
     screen.display.outcome(outcome())
-    assert "run first" in screen.text
+    assert "iterations of first" in screen.text
     bound, _, error, *cells = screen.row("1")
     assert (bound, error) == ("-4.12", "0.46")
     assert cells == ["2.50", "12.5", "41.2", "50.0", "2.35", "12", "8"]

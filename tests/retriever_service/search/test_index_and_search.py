@@ -230,8 +230,8 @@ def test_directory_with_other_files_is_not_written_to(tmp_path: Path) -> None:
 
 def test_build_that_failed_goes_on_by_the_same_command_and_refuses_others(tmp_path: Path) -> None:
     class Failing(HashEncoder):
-        def encode_passages(self, passages: Any) -> Any:
-            yield next(super().encode_passages(passages))
+        def encode_passages(self, passages: Any, on_rows: Any = None) -> Any:
+            yield next(super().encode_passages(passages, on_rows))
             raise RuntimeError("the machine is on fire")
 
     corpus = write_animals(tmp_path / "c.jsonl")
