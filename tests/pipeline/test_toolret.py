@@ -61,7 +61,7 @@ def config_of(data: Path, *overrides: str) -> Config:
         "toolret.dev_queries=8",
         "toolret.negatives=2",
         "toolret.margin=null",
-        "toolret.epochs=8",
+        "toolret.epochs=4",
         "toolret.learning_rate=3e-3",
         "toolret.temperature=0.05",
         "toolret.checkpoint_steps=20",
@@ -207,7 +207,7 @@ def test_a_run_that_is_killed_ends_with_the_report_of_one_that_is_not(
     assert best > 0 and whole["models"] == {"encoder": f"iterations/{best:04d}/encoder/model"}
     assert whole["test"]["best"]["scores"]["ndcg@10"] > whole["test"]["start"]["scores"]["ndcg@10"] + 10
     assert set(whole["start"]["evaluation"]) == {"scores", "without", "with", "difference", "seconds"}
-    assert whole["start"]["evaluation"]["scores"] == whole["start"]["evaluation"]["with"]
+    assert whole["start"]["evaluation"]["with"].items() <= whole["start"]["evaluation"]["scores"].items()
     first = whole["iterations"][0]
     assert (first["mine"]["rows"], first["mine"]["left_out"], first["mine"]["filled"]) == (24, 0, 0)
     assert first["encoder/train"]["steps"] > 0

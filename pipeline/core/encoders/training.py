@@ -14,7 +14,8 @@ The loss is InfoNCE over a row's own negatives and those of the other rows of th
     L = - log exp(s(q, p+) / tau)  /  sum over p of the batch  exp(s(q, p) / tau)
 
 with s the cosine. Rows that share a text are not put into the same batch (of one process), for a relevant passage of
-the one would be a negative of the other. Every row is trained on in every epoch.
+the one would be a negative of the other. One process trains on every row in every epoch. Several, or one on a machine
+with several GPUs, have batches of one size, to see each other's: what fills none is left out of the epoch, and counted.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ class EncoderPhase:
 
 
 def train_encoder(phase: EncoderPhase, on_progress: OnProgress) -> dict[str, float]:
-    """Do, or go on with, a phase; returns `steps` and `loss`, the mean of the last epoch's steps.
+    """Do, or go on with, a phase; returns `steps`, `loss`, the mean of the last epoch's steps, and
+    `left_over` (`batches_of`).
 
     Raises:
         RunError: the loss is not finite, or one of several processes fails; its words are on the terminal.
@@ -157,8 +159,12 @@ def _train(phase: EncoderPhase, on_progress: OnProgress) -> None:
     )
 
     class Trainer(SentenceTransformerTrainer):  # type: ignore[misc]
+        left_over = 0
+
         def get_batch_sampler(self, dataset: Any, **how: Any) -> Any:
-            return _every_row(dataset, phase.epochs, **how)
+            batches = batches_of(dataset, phase.epochs, phase.processes, **how)
+            self.left_over = batches.left_over
+            return batches
 
     rows = Dataset.from_parquet(phase.rows, cache_dir=str(work / "cache"))
     trainer = Trainer(
@@ -171,10 +177,10 @@ def _train(phase: EncoderPhase, on_progress: OnProgress) -> None:
     trainer.remove_callback(PrinterCallback)  # it would write to standard output
     trainer.train(resume_from_checkpoint=_last_whole(work))
     if trainer.is_world_process_zero():
-        _finish(phase, model, trainer.state)
+        _finish(phase, model, trainer.state, trainer.left_over)
 
 
-def _finish(phase: EncoderPhase, model: Any, state: Any) -> None:
+def _finish(phase: EncoderPhase, model: Any, state: Any, left_over: int) -> None:
     out = Path(phase.out)
     model.prompts = {"query": phase.query_prefix, "document": phase.passage_prefix}
     partial = out.with_name(f".{out.name}.partial")
@@ -183,33 +189,53 @@ def _finish(phase: EncoderPhase, model: Any, state: Any) -> None:
     shutil.rmtree(out, ignore_errors=True)
     os.replace(partial, out)
     logged = [row["loss"] for row in state.log_history if "loss" in row and row["epoch"] > phase.epochs - 1]
-    figures = {"steps": state.global_step, "loss": sum(logged) / max(1, len(logged))}
+    figures = {
+        "steps": state.global_step,
+        "loss": sum(logged) / max(1, len(logged)),
+        "left_over": left_over,
+    }
     with writing(Path(phase.work) / _FIGURES) as file:
         file.write(json.dumps(figures).encode())
 
 
-def _every_row(dataset: Any, epochs: int, batch_size: int, seed: int, **how: Any) -> Any:
+def batches_of(
+    dataset: Any, epochs: int, processes: int, *, batch_size: int, seed: int, drop_last: bool, **how: Any
+) -> Any:
     """The library's batches of rows that share no text, and as many of them as the rows need.
 
     The library reckons with full batches, the trainer leaves out what goes beyond its reckoning, and rows that share
     texts need more. An epoch that needs fewer than another one repeats some rows.
+
+    Returns:
+        The sampler; `left_over`: rows of all epochs together that no full batch takes, where there must be no others
+        (`drop_last`).
+
+    Raises:
+        RunError: no batch is full, where all must be.
     """
     import torch
     from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
     counted = NoDuplicatesBatchSampler(
-        dataset, batch_size, generator=torch.Generator(), seed=seed, drop_last=False
+        dataset, batch_size, generator=torch.Generator(), seed=seed, drop_last=drop_last
     )
-    needed = 0
+    most = rows = 0
     for epoch in range(epochs):
         counted.set_epoch(epoch)
-        needed = max(needed, sum(1 for _ in counted))
+        sizes = [len(batch) for batch in counted]
+        most, rows = max(most, len(sizes)), rows + min(len(dataset), sum(sizes))
+    if not most:
+        raise RunError(
+            f"there are too few rows without a text in common for batches of {batch_size}; take smaller ones"
+        )
 
-    class EveryRow(NoDuplicatesBatchSampler):  # type: ignore[misc]
+    class Batches(NoDuplicatesBatchSampler):  # type: ignore[misc]
+        left_over = epochs * len(dataset) - rows
+
         def __len__(self) -> int:
-            return needed
+            return -(-most // processes) * processes
 
-    return EveryRow(dataset, batch_size, seed=seed, **how)
+    return Batches(dataset, batch_size, seed=seed, drop_last=drop_last, **how)
 
 
 def _last_whole(work: Path) -> str | None:

@@ -13,9 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
-from pipeline.core.encoders.training import EncoderPhase, end_with, loss_of, train_encoder
+from pipeline.core.encoders.training import EncoderPhase, batches_of, end_with, loss_of, train_encoder
 from pipeline.core.errors import RunError
 from retriever_service.encoding.encoder import Encoder, EncoderSpec
 from tests.actors.encoders import PEOPLE, TOWNS, build_encoder
@@ -97,10 +98,12 @@ def test_several_processes_share_the_rows_and_the_negatives(phase: EncoderPhase,
     At a learning rate of next to nothing the loss is that of the start. By itself a row of a batch of 2 is told from 3
     other texts, with those of the other process from 7; without these the loss would be the same.
     """
+    others = [f"{town} {person}" for person, town in zip(PEOPLE, TOWNS, strict=True)]
+    pq.write_table(pa.table({"anchor": PEOPLE, "positive": TOWNS, "negative_1": others}), phase.rows)
     still = replace(phase, epochs=1, batch_size=2, learning_rate=1e-12)
     alone = train_encoder(replace(still, out=str(tmp_path / "a"), work=str(tmp_path / "alone")), nothing)
     together = train_encoder(replace(still, processes=2), nothing)
-    assert together["steps"] == -(-alone["steps"] // 2)
+    assert (alone["steps"], together["steps"], together["left_over"]) == (4, 2, 0)
     assert together["loss"] > alone["loss"] + 0.05
     assert SentenceTransformer(phase.out, device="cpu").get_embedding_dimension() == 32
 
@@ -126,7 +129,23 @@ def test_rows_that_share_a_text_are_all_trained_on_in_steps_of_their_own(phase: 
         "negative_1": [town for _ in range(6) for town in TOWNS[2:4]],
     }
     pq.write_table(pa.table(columns), phase.rows)
-    assert train_encoder(replace(phase, epochs=2), nothing)["steps"] == 2 * 6
+    figures = train_encoder(replace(phase, epochs=2), nothing)
+    assert (figures["steps"], figures["left_over"]) == (2 * 6, 0)
+
+
+def test_what_fills_no_batch_of_several_processes_is_counted() -> None:
+    rows = Dataset.from_dict({"anchor": list(PEOPLE), "positive": list(TOWNS)})
+    how: dict[str, Any] = {"seed": 0, "generator": torch.Generator()}
+    for processes, batches in ((2, 2), (3, 3)):
+        found = batches_of(rows, 2, processes, batch_size=3, drop_last=True, **how)
+        drawn = list(found)
+        assert len(drawn) == len(found) == batches, "as many for each process"
+        assert all(len(batch) == 3 for batch in drawn)
+        assert found.left_over == 2 * 2, "of 8 rows, in each of the two epochs"
+    alone = batches_of(rows, 2, 1, batch_size=3, drop_last=False, **how)
+    assert sorted(row for batch in alone for row in batch) == list(range(8)) and alone.left_over == 0
+    with pytest.raises(RunError, match="too few rows without a text in common for batches of 9"):
+        batches_of(rows, 1, 2, batch_size=9, drop_last=True, **how)
 
 
 def test_a_loss_that_is_not_finite_ends_the_training(phase: EncoderPhase) -> None:
