@@ -46,10 +46,9 @@ def test_a_part_gives_figures_within_their_bounds(part: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "part",
     [
-        *(pytest.param(part, marks=pytest.mark.component) for part in ("learner", "encoder")),
         *(
             pytest.param(part, marks=[pytest.mark.component, pytest.mark.chaos])
-            for part in ("engine", "large", "zero", "push", "sleep", "generation")
+            for part in ("learner", "encoder", "engine", "large", "zero", "push", "sleep", "generation")
         ),
         pytest.param("em", marks=[pytest.mark.system, pytest.mark.chaos]),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,9 +16,15 @@ from bench.odd_files.readers import Reader, data_files
 from bench.odd_files.trial import MENDABLE, Outcome, trials
 
 READERS = [*data_files(), *made_of_data(), *directories()]
+SLOW = ("words of an index", "an index that is opened", "shards of a phase")
+"""These open a whole index or phase for every damage."""
 
 
-@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
+def _given(reader: Reader) -> Any:
+    return pytest.param(reader, id=reader.name, marks=[pytest.mark.chaos] if reader.name in SLOW else [])
+
+
+@pytest.mark.parametrize("reader", map(_given, READERS))
 def test_an_odd_file_is_read_or_refused_in_words_that_name_it(reader: Reader) -> None:
     outcomes = list(trials(reader))
     assert [one for one in outcomes if not one.is_right] == []

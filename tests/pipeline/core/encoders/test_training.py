@@ -92,6 +92,7 @@ def test_a_phase_that_is_cut_off_ends_with_the_same_weights(phase: EncoderPhase,
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.chaos  # half a minute of starting processes
 def test_several_processes_share_the_rows_and_the_negatives(phase: EncoderPhase, tmp_path: Path) -> None:
     """By gloo on CPUs, as by NCCL on GPUs: steps of 2 rows on each of 2 processes.
 
