@@ -1,10 +1,9 @@
 """One EM iteration each with random models of four architectures, with a chat template and without; one of them has a
-server in place of retriever actors, and a reward of its user's own."""
+server in place of retriever actors."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -48,7 +47,6 @@ def test_one_iteration_changes_the_model_and_reports(
         # The cluster is up already: its actors do not see this variable.
         monkeypatch.setenv("EXSEARCH_TOKEN", TOKEN)
         settings += ["retriever.index=null", f"retriever.url={request.getfixturevalue('server')}"]
-        settings += ["weighting.method=reward", "weighting.reward=tests.own_rewards:more_for_later_samples"]
     report = train(load_config(None, settings), tmp_path / "run", Display()).report
 
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
@@ -75,11 +73,6 @@ def test_one_iteration_changes_the_model_and_reports(
         trajectory = by_id[example.id]
         context = trajectory.token_ids[: trajectory.answer_start]
         assert (example.token_ids[: trajectory.answer_start] == context).all()
-    if retriever == "server":
-        side_cars = [json.loads(path.read_text()) for path in (iteration / "rollouts").glob("_*.json")]
-        scored = [task["statistics"]["scored"] for side_car in side_cars for task in side_car["tasks"]]
-        assert [one["reward"] for one in scored] == [[1.0, 2.0]] * 8
-        assert sum(math.exp(example.number("log_weight")) for example in examples) == pytest.approx(8 * 3.0)
     assert _weights(iteration / "searcher" / "model") != _weights(model)
 
     trace = json.loads((tmp_path / "run" / "profile.json").read_text())["traceEvents"]
