@@ -69,7 +69,7 @@ PYTHON_ELSEWHERE = {
 }
 """Blocks of the other pages are run here."""
 
-TAKE_LONG = ("experiments.md", "retriever.md")
+TAKE_LONG = ("experiments.md", "mair.md", "retriever.md")
 """Pages whose commands take more than a few seconds."""
 
 SMALLER = {"IVF4096,SQ8": "IVF4,SQ8", "nprobe=64": "nprobe=2", "21000000": "21000", "cuda": "cpu"}
