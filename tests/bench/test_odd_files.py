@@ -24,7 +24,7 @@ def _given(reader: Reader) -> Any:
     return pytest.param(reader, id=reader.name, marks=[pytest.mark.chaos] if reader.name in SLOW else [])
 
 
-@pytest.mark.parametrize("reader", map(_given, READERS))
+@pytest.mark.parametrize("reader", [_given(reader) for reader in READERS])
 def test_an_odd_file_is_read_or_refused_in_words_that_name_it(reader: Reader) -> None:
     outcomes = list(trials(reader))
     assert [one for one in outcomes if not one.is_right] == []
