@@ -348,5 +348,7 @@ def open_encoder_run(config: Config, path: Path, display: Display) -> Iterator[E
         display.follow(files.path),
         EncoderRun(config, data, files, tracker, display) as run,
     ):
+        if (how_far := files.how_far(config.of_recipe.iterations)) is not None:
+            display.line(how_far)
         run.check_input()
         yield run

@@ -13,7 +13,7 @@ from actors.session import actor_logs, ray_session
 from pipeline.core.config import Config
 from pipeline.core.data.run_check import look_at_data
 from pipeline.core.data.splits import Splits
-from pipeline.core.display import LOG_FILE, Display
+from pipeline.core.display import Display
 from pipeline.core.errors import UserError
 from pipeline.core.mirror.mirror import Mirror
 from pipeline.core.packages import has_gpu_packages
@@ -56,7 +56,6 @@ def open_run(
         documents=config.agent.documents,
         timeout_s=config.cluster.start_timeout_s,
     )
-    was_begun = (path / LOG_FILE).exists()
     mirror = Mirror(path, config.storage.url, display.status) if config.storage.url is not None else None
     with (
         _opened(path, config, mirror) as files,
@@ -65,8 +64,8 @@ def open_run(
         display.follow(files.path),
         ray_session(config.cluster, display.line),
     ):
-        if was_begun:
-            display.line(_how_far(files, config.of_recipe.iterations))
+        if (how_far := files.how_far(config.of_recipe.iterations)) is not None:
+            display.line(how_far)
         if mirror is not None and mirror.restored is not None:
             logger.info(mirror.restored)
         logger.info(
@@ -98,11 +97,6 @@ def _opened(path: Path, config: Config, mirror: Mirror | None) -> Iterator[RunDi
         raise
     with files:
         yield files
-
-
-def _how_far(files: RunFiles, iterations: int) -> str:
-    finished = sum((files.iteration(t) / "DONE").exists() for t in range(1, iterations + 1))
-    return f"going on with {files.path}: {finished} of {iterations} iterations are finished"
 
 
 def _most_tokens(config: Config, splits: Splits) -> int:

@@ -25,8 +25,8 @@ def next_steps(run: Path, question: str, further: Sequence[str] = ()) -> str:
         question: an example of what it can be asked.
         further: arguments of `exsearch` that come last.
     """
-    where = shlex.quote(str(run))
+    where, asked = shlex.quote(str(run)), shlex.quote(question)
     steps = [f"view {where}"]
     if SEARCHER in RunFiles(run).trained():
-        steps += [f'ask --run {where} "{question}"', f"serve --follow {where}"]
+        steps += [f"ask --run {where} {asked}", f"serve --follow {where}"]
     return "\n".join(["", "Next:", *(f"  {command('exsearch')} {step}" for step in [*steps, *further])])

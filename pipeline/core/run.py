@@ -149,6 +149,18 @@ class RunFiles:
         """What a step left behind, or None if it is not finished."""
         return read_json(self.at(f"{step}.json"))
 
+    def finished_iterations(self) -> int:
+        """How many are whole."""
+        return len(list(self.path.glob("iterations/*/DONE")))
+
+    def how_far(self, iterations: int) -> str | None:
+        """For a person, where a process that goes on with this run begins; None if there is nothing to go on with."""
+        if not _has_results(self.path):
+            return None
+        return (
+            f"going on with {self.path}: {self.finished_iterations()} of {iterations} iterations are finished"
+        )
+
     def trained(self) -> list[str]:
         """The policies that this run has trained."""
         return sorted({path.parts[-2] for path in self.path.glob("iterations/*/*/train.json")})

@@ -80,7 +80,7 @@ def _status(path: Path, alive: bool | None) -> Json:
     process = read_json(run.path / PROGRESS_FILE) or {}
     alive = is_worked_on(run.path) if alive is None else alive
     iterations = _iterations(run)
-    finished = sum((run.iteration(number) / "DONE").exists() for number in iterations)
+    finished = run.finished_iterations()
     phase = _phase(process, alive)
     starts, warnings = _log(run.path / LOG_FILE)
     return {

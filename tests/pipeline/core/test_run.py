@@ -153,6 +153,13 @@ def test_a_run_goes_on_with_the_same_configuration(run: RunDirectory) -> None:
     assert again.finished("1/sample") == run.finished("1/sample")
 
 
+def test_a_run_that_goes_on_says_how_far_it_is(run: RunDirectory) -> None:
+    assert run.how_far(3) is None
+    with_a_result(run)
+    run.close_iteration(1)
+    assert run.how_far(3) == f"going on with {run.path}: 1 of 3 iterations are finished"
+
+
 def test_two_processes_do_not_work_on_one_run(run: RunDirectory) -> None:
     holder = f"process {os.getpid()} on {socket.gethostname()}"
     with pytest.raises(UserError, match=f"^{holder} is working on {run.path}; wait for it"):
